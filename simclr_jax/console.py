@@ -1,0 +1,93 @@
+"""What a run says to the person at the terminal. Processes other than the first say nothing."""
+
+import time
+
+import jax
+import rich.console
+import rich.progress
+import rich.table
+
+_console = rich.console.Console(highlight=False, soft_wrap=True)
+
+
+def say(text: str = "") -> None:
+    """Prints a line, as it is."""
+    if jax.process_index() == 0:
+        _console.print(text, markup=False)
+
+
+def show_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """Prints a table: the first column to the left, the others to the right."""
+    if jax.process_index() != 0:
+        return
+    table = rich.table.Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    _console.print(table)
+
+
+class Progress:
+    """Shows how far a run is: a live bar on a terminal, else a plain line at each update.
+
+    A context manager. `total` and `start` are steps.
+    """
+
+    def __init__(self, total: int, start: int = 0):
+        self._total, self._start = total, start
+        self._began = time.monotonic()
+        self._bar = None
+        if _console.is_terminal and jax.process_index() == 0:
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("step {task.completed}/{task.total}"),
+                rich.progress.BarColumn(bar_width=20),
+                rich.progress.TextColumn("{task.fields[text]}"),
+                rich.progress.TextColumn("left"),
+                rich.progress.TimeRemainingColumn(),
+                console=_console,
+            )
+            self._task = self._bar.add_task("", total=total, completed=start, text="compiling ...")
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step`."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def report(self, step: int, metrics: dict[str, float]) -> None:
+        """Shows the newest metrics."""
+        text = describe(metrics)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+            return
+        elapsed = time.monotonic() - self._began
+        left = elapsed / max(1, step - self._start) * (self._total - step)
+        say(f"step {step}/{self._total}  {text}  left {duration(left)}")
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """The few metrics that a person watches, in one line."""
+    parts = [
+        f"loss {metrics['loss']:.3f}",
+        f"contrastive acc {metrics['contrastive_top1']:.1%}",
+    ]
+    if "classifier_accuracy" in metrics:
+        parts.append(f"online acc {metrics['classifier_accuracy']:.1%}")
+    parts += [f"lr {metrics['learning_rate']:.2g}", f"{metrics['images_per_second']:.0f} images/s"]
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

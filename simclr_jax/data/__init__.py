@@ -1,0 +1,1 @@
+"""From a data set to batches of views. Only host_augment and pipeline need TensorFlow at import."""

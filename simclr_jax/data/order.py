@@ -1,0 +1,40 @@
+"""Which image comes when: a function of (seed, epoch, position) and nothing else."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of one epoch: a permutation [count] of image indices, new for each epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def batch_positions(
+    seed: int, count: int, batch_size: int, start_step: int, rows: slice
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (epoch, index) [rows] of every global batch from `start_step` on, without end.
+
+    The epochs follow each other without a gap: step s holds the positions s * B to (s + 1) * B of
+    the concatenated epochs, so that no image is left out and B may exceed `count`.
+
+    Args:
+      seed: of the run.
+      count: images of the data set.
+      batch_size: B, of the global batch.
+      start_step: the first step to yield; nothing before it is computed.
+      rows: the part of each global batch that this process takes.
+    """
+    orders: dict[int, np.ndarray] = {}
+    step = start_step
+    while True:
+        positions = np.arange(step * batch_size, (step + 1) * batch_size)[rows]
+        epochs = positions // count
+        needed = range(epochs[0], epochs[-1] + 1)
+        orders = {e: orders[e] if e in orders else epoch_order(seed, e, count) for e in needed}
+        indices = np.empty_like(positions)
+        for epoch, order in orders.items():
+            here = epochs == epoch
+            indices[here] = order[positions[here] % count]
+        yield epochs, indices
+        step += 1

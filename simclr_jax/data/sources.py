@@ -1,0 +1,410 @@
+"""Where images come from. One seam: `open_source(...)` gives the training and the test `Split`.
+
+A split answers two questions with a tf.data.Dataset of raw examples, and says how to decode one:
+which examples come next in training, and which are all of them for evaluation. TensorFlow is
+imported where it is used, so that arrays in memory do not need it.
+"""
+
+import dataclasses
+import difflib
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+
+from simclr_jax.data.order import batch_positions, epoch_order
+from simclr_jax.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")  # what tf.io.decode_image reads
+
+# A TFDS split of images of one shape is held in memory up to this size: any order is then free,
+# and nothing is decoded twice.
+_IN_MEMORY_BYTES = 2**30
+
+# The stretch of raw examples within which a stream from files is shuffled, besides the order of
+# the files themselves. 16k JPEGs of ImageNet are 1.8 GB.
+_SHUFFLE_BUFFER = 16 * 1024
+_FILES_AT_ONCE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The part of every global batch that this process loads: the `index`-th of `count`."""
+
+    index: int = 0
+    count: int = 1
+
+    def rows(self, batch_size: int) -> slice:
+        part = batch_size // self.count
+        return slice(self.index * part, (self.index + 1) * part)
+
+
+class Split(Protocol):
+    """One split of a data set.
+
+    Attributes:
+      count: images.
+      classes: names of the classes, or None where there are no labels.
+      image_shape: (height, width, channels), None where it varies or is not known.
+    """
+
+    count: int
+    classes: tuple[str, ...] | None
+    image_shape: tuple[int | None, int | None, int]
+
+    def training(self, seed: int, batch_size: int, start_step: int, share: Share) -> Any:
+        """Endless tf.data.Dataset of {"image", "label", "index", "epoch"}: this process's share of
+        the global batches from `start_step` on, a new shuffle each epoch. Nothing that was passed
+        over is decoded."""
+
+    def once(self, share: Share) -> Any:
+        """tf.data.Dataset of {"image", "label"}: this process's share of the split, each image once
+        over all processes. Process p of P holds images p, p + P, ..."""
+
+    def decode(self, image: Any) -> Any:
+        """What "image" holds to uint8 [H, W, C], in the tf.data graph."""
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexedSplit:
+    """Images that can be read in any order: arrays, or one file each.
+
+    The order is global: the content of a global batch does not depend on the number of processes.
+
+    Attributes:
+      images: uint8 [N, H, W, C], or the paths of N image files.
+      labels: int32 [N], -1 where there is none.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...] | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self.images)
+
+    @property
+    def image_shape(self) -> tuple[int | None, int | None, int]:
+        return self.images.shape[1:] if self.in_memory else (None, None, 3)
+
+    @property
+    def in_memory(self) -> bool:
+        return self.images.dtype == np.uint8
+
+    def _lookup(self):
+        """index -> {"image", "label"}, in the graph. The arrays are captured once, not copied
+        into the graph's definition for each use."""
+        import tensorflow as tf
+
+        with tf.device("cpu"):
+            images, labels = tf.constant(self.images), tf.constant(self.labels)
+        return lambda index: {"image": tf.gather(images, index), "label": tf.gather(labels, index)}
+
+    def training(self, seed: int, batch_size: int, start_step: int, share: Share) -> Any:
+        import tensorflow as tf
+
+        lookup = self._lookup()
+        rows = share.rows(batch_size)
+        positions = tf.data.Dataset.from_generator(
+            lambda: batch_positions(seed, self.count, batch_size, start_step, rows),
+            output_signature=(tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.int64)),
+        ).unbatch()
+        return positions.map(
+            lambda epoch, index: lookup(index) | {"index": index, "epoch": epoch},
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+
+    def once(self, share: Share) -> Any:
+        import tensorflow as tf
+
+        return tf.data.Dataset.range(share.index, self.count, share.count).map(self._lookup())
+
+    def decode(self, image: Any) -> Any:
+        if self.in_memory:
+            return image
+        import tensorflow as tf
+
+        # channels=3 turns grey into three and drops alpha; GIFs give their first frame.
+        return tf.ensure_shape(
+            tf.io.decode_image(tf.io.read_file(image), channels=3, expand_animations=False),
+            [None, None, 3],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class FilesSplit:
+    """A TFDS split that is too large for memory, read from its record files.
+
+    The order of an epoch is a shuffle of the files, 16 read at once, and a shuffle buffer of
+    16,384 examples. Each process reads its own part of each epoch's files, so here, unlike with
+    an `IndexedSplit`, the content of a global batch does depend on the number of processes.
+
+    Attributes:
+      builder: the TFDS builder, prepared, with TFRecord files.
+      name: of the split.
+      classes: see `Split`.
+    """
+
+    builder: Any
+    name: str
+    classes: tuple[str, ...] | None
+
+    @property
+    def _info(self):
+        return self.builder.info.splits[self.name]
+
+    @property
+    def count(self) -> int:
+        return self._info.num_examples
+
+    @property
+    def image_shape(self) -> tuple[int | None, int | None, int]:
+        return self.builder.info.features["image"].shape
+
+    def _parse(self, serialized):
+        import tensorflow as tf
+        import tensorflow_datasets as tfds
+
+        example = self.builder.info.features.deserialize_example(
+            serialized, decoders={"image": tfds.decode.SkipDecoding()}
+        )
+        label = tf.cast(example["label"], tf.int32) if self.classes else tf.constant(-1)
+        return {"image": example["image"], "label": label}
+
+    def training(self, seed: int, batch_size: int, start_step: int, share: Share) -> Any:
+        import tensorflow as tf
+
+        lengths = np.asarray(self._info.shard_lengths)
+        if len(lengths) < share.count:
+            raise UserError(
+                f"{self.builder.name}/{self.name} has {len(lengths)} files, fewer than the "
+                f"{share.count} processes that would share them: prepare it with more shards"
+            )
+        paths = np.asarray([str(p) for p in self._info.filepaths])
+        first_index = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        # What this process has consumed before start_step: whole epochs, then a part of one.
+        skip, first_epoch = start_step * (batch_size // share.count), 0
+        while skip >= (epoch_count := lengths[_own_files(seed, first_epoch, lengths, share)].sum()):
+            skip, first_epoch = skip - epoch_count, first_epoch + 1
+
+        def epochs() -> Iterator[tuple]:
+            epoch = first_epoch
+            while True:
+                files = _own_files(seed, epoch, lengths, share)
+                yield paths[files], first_index[files], epoch
+                epoch += 1
+
+        def records(path, first):
+            return tf.data.TFRecordDataset(path).enumerate(first)
+
+        def one_epoch(paths, first_indices, epoch):
+            files = tf.data.Dataset.from_tensor_slices((paths, first_indices))
+            examples = files.interleave(
+                records, _FILES_AT_ONCE, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+            ).shuffle(_SHUFFLE_BUFFER, seed=seed * 2**32 + epoch)
+            return examples.map(lambda index, record: (record, index, epoch))
+
+        stream = tf.data.Dataset.from_generator(
+            epochs,
+            output_signature=(
+                tf.TensorSpec([None], tf.string),
+                tf.TensorSpec([None], tf.int64),
+                tf.TensorSpec([], tf.int64),
+            ),
+        ).flat_map(one_epoch)
+        return stream.skip(skip).map(
+            lambda record, index, epoch: self._parse(record) | {"index": index, "epoch": epoch},
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+
+    def once(self, share: Share) -> Any:
+        import tensorflow as tf
+
+        return (
+            tf.data.TFRecordDataset([str(p) for p in self._info.filepaths])
+            .shard(share.count, share.index)
+            .map(self._parse, num_parallel_calls=tf.data.AUTOTUNE)
+        )
+
+    def decode(self, image: Any) -> Any:
+        return self.builder.info.features["image"].decode_example(image)
+
+
+def _own_files(seed: int, epoch: int, lengths: np.ndarray, share: Share) -> np.ndarray:
+    """This process's files of this epoch, in order."""
+    return epoch_order(seed, epoch, len(lengths))[share.index :: share.count]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A data set: what to train on and, where there is one, what to test on."""
+
+    train: Split
+    test: Split | None
+
+
+@functools.lru_cache(maxsize=1)  # training, then its probe, ask for the same data
+def open_source(
+    kind: str,
+    *,
+    name: str = "",
+    path: str = "",
+    test_path: str = "",
+    train_split: str = "train",
+    test_split: str = "test",
+    folder_labels: bool = False,
+    seed: int = 0,
+) -> Source:
+    """Opens a data set.
+
+    Args:
+      kind: "tfds": the TFDS data set `name` in the data folder `path` ("" is TFDS's own);
+        "folder": every image below `path`, tested on those below `test_path` ("": none);
+        "arrays": the .npz file `path`, see `arrays`;
+        "synthetic": random images, for trying out speed and memory.
+      train_split, test_split: of the TFDS data set.
+      folder_labels: the first folder below `path` names the class.
+      seed: of the synthetic images.
+
+    Raises:
+      UserError: the data set is not there or not usable.
+    """
+    if kind == "tfds":
+        return _open_tfds(name, path, train_split, test_split)
+    if kind == "folder":
+        test = folder(test_path, folder_labels) if test_path else None
+        return Source(folder(path, folder_labels), test)
+    if kind == "arrays":
+        return arrays(path)
+    if kind == "synthetic":
+        return synthetic(seed)
+    raise ValueError(f"unknown kind of source {kind!r}")
+
+
+def folder(path: str, labels: bool) -> IndexedSplit:
+    """Every image file below `path`, sorted by path; with `labels`, its first folder is its class."""
+    root = pathlib.Path(path).expanduser()
+    if not root.is_dir():
+        raise UserError(f"no folder {path!r}: expected a folder of images (data.path)")
+    files = sorted(
+        p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
+    )
+    if not files:
+        raise UserError(f"no image below {path!r}: looked for {', '.join(IMAGE_SUFFIXES)}")
+    paths = np.asarray([str(p) for p in files])
+    if not labels:
+        return IndexedSplit(paths, np.full(len(files), -1, np.int32))
+    owners = [p.relative_to(root).parts[0] for p in files]
+    loose = [str(p) for p in files if p.parent == root]
+    if loose:
+        raise UserError(
+            f"{len(loose)} images lie in no class folder, such as {loose[0]}: move them, or set "
+            "data.folder_labels=False"
+        )
+    classes, codes = np.unique(owners, return_inverse=True)
+    return IndexedSplit(paths, codes.astype(np.int32), tuple(classes.tolist()))
+
+
+def arrays(path: str) -> Source:
+    """An .npz file: train_images uint8 [N, H, W, 1 or 3] and, if there, train_labels int [N],
+    test_images, test_labels."""
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"no file {path!r}: expected an .npz file (data.path)")
+    with np.load(path, allow_pickle=False) as file:
+        stored = {key: file[key] for key in file.files}
+    known = {"train_images", "train_labels", "test_images", "test_labels"}
+    if "train_images" not in stored or stored.keys() - known:
+        raise UserError(f"{path} holds {sorted(stored)}: expected train_images and any of {sorted(known)}")
+    classes = None
+    if "train_labels" in stored:
+        classes = tuple(str(c) for c in range(int(stored["train_labels"].max()) + 1))
+    train = in_memory(stored["train_images"], stored.get("train_labels"), classes)
+    test = None
+    if "test_images" in stored:
+        test = in_memory(stored["test_images"], stored.get("test_labels"), classes)
+    return Source(train, test)
+
+
+def in_memory(images, labels=None, classes: tuple[str, ...] | None = None) -> IndexedSplit:
+    """A split of images uint8 [N, H, W, 1 or 3], with labels int [N] or none."""
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise UserError(
+            f"images are {images.dtype} {list(images.shape)}: expected uint8 [N, H, W, 1 or 3]"
+        )
+    if labels is None:
+        labels, classes = np.full(len(images), -1), None
+    if len(labels) != len(images):
+        raise UserError(f"{len(labels)} labels for {len(images)} images: expected one each")
+    return IndexedSplit(images, np.asarray(labels, np.int32), classes)
+
+
+def synthetic(seed: int, count: int = 1024, size: int = 64, classes: int = 10) -> Source:
+    """Random images, each a noisy copy of its class's random pattern, as arrays in memory."""
+    rng = np.random.default_rng(seed)
+    patterns = rng.integers(0, 256, (classes, size, size, 3))
+
+    def split(n):
+        labels = np.arange(n) % classes
+        noise = rng.integers(-64, 65, (n, size, size, 3))
+        images = np.clip(patterns[labels] + noise, 0, 255).astype(np.uint8)
+        return in_memory(images, labels, tuple(str(c) for c in range(classes)))
+
+    return Source(split(count), split(count // 4))
+
+
+def _open_tfds(name: str, data_dir: str, train_split: str, test_split: str) -> Source:
+    builder = _prepared_builder(name, data_dir)
+    features = builder.info.features
+    if not hasattr(features, "keys") or "image" not in features:
+        raise UserError(f"the TFDS data set {name!r} has no feature 'image': expected an image data set")
+    return Source(
+        _tfds_split(builder, train_split), _tfds_split(builder, test_split) if test_split else None
+    )
+
+
+def _prepared_builder(name: str, data_dir: str) -> Any:
+    """The TFDS builder called `name`, downloaded and prepared if it was not yet."""
+    import tensorflow_datasets as tfds
+
+    import simclr_jax.data.digits  # noqa: F401  makes TFDS know it
+
+    where = data_dir or tfds.core.constants.DATA_DIR
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None)
+    except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
+        near = difflib.get_close_matches(name, tfds.list_builders(), n=3)
+        hint = f"; near names: {', '.join(near)}" if near else ""
+        raise UserError(f"no TFDS data set {name!r} (data.name){hint}") from error
+    if not builder.data_path.exists():
+        tfds.disable_progress_bar()
+        try:
+            builder.download_and_prepare()
+        except Exception as error:  # any of many network, checksum and disk errors
+            raise UserError(
+                f"could not prepare the TFDS data set {name!r} in {where}: "
+                f"{type(error).__name__}: {str(error).splitlines()[0]}. Set data.path to a folder "
+                "where it is prepared already"
+            ) from error
+    return builder
+
+
+def _tfds_split(builder: Any, name: str) -> Split:
+    splits = builder.info.splits
+    if name not in splits:
+        raise UserError(
+            f"the TFDS data set {builder.name!r} has no split {name!r}: it has {', '.join(splits)}"
+        )
+    features = builder.info.features
+    label = features["label"] if "label" in features else None
+    classes = tuple(label.names) if hasattr(label, "names") else None
+    shape = features["image"].shape
+    if None not in shape and int(np.prod(shape)) * splits[name].num_examples <= _IN_MEMORY_BYTES:
+        import tensorflow_datasets as tfds
+
+        data = tfds.as_numpy(builder.as_dataset(split=name, batch_size=-1))
+        return in_memory(data["image"], data["label"] if classes else None, classes)
+    return FilesSplit(builder, name, classes)

@@ -1,0 +1,81 @@
+"""The pretrained encoder, for other people's code."""
+
+import functools
+
+import jax
+import numpy as np
+
+from simclr_jax import assemble, checkpoint
+from simclr_jax.config import from_dict
+from simclr_jax.resnet import ResNet
+from simclr_jax.train_state import init_encoder
+from simclr_jax.train_step import to_float
+
+_BATCH = 256
+
+
+class Encoder:
+    """f with its weights: encoder(images) -> h.
+
+    Attributes:
+      network: the Flax module, for use inside your own jitted code:
+        `encoder.network.apply(encoder.variables, images, train=False)`.
+      variables: {"params", "batch_stats"}, float32.
+      image_size: pixels, what it was trained on. Other sizes work.
+      width: D.
+      step: how long it was trained.
+    """
+
+    def __init__(self, network: ResNet, variables: dict, image_size: int, step: int):
+        self.network = network
+        self.variables = variables
+        self.image_size = image_size
+        self.step = step
+        self.width = network.width_of_h
+        self._apply = jax.jit(functools.partial(_represent, network))
+
+    def __call__(self, images) -> np.ndarray:
+        """h [N, D] float32 of images [N, H, W, 3], uint8 or float in [0, 1].
+
+        Works through 256 images at a time, so N may be large.
+
+        Raises:
+          ValueError: images of another shape or type.
+        """
+        images = np.asarray(images)
+        if images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images have shape {images.shape}: expected [N, H, W, 3]")
+        if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+            raise ValueError(f"images are {images.dtype}: expected uint8, or float in [0, 1]")
+        h = np.empty((len(images), self.width), np.float32)
+        for start in range(0, len(images), _BATCH):
+            batch = images[start : start + _BATCH]
+            padded = np.zeros((min(_BATCH, len(images)), *images.shape[1:]), images.dtype)
+            padded[: len(batch)] = batch  # one shape, so one compilation
+            h[start : start + len(batch)] = self._apply(self.variables, padded)[: len(batch)]
+        return h
+
+
+def _represent(network: ResNet, variables: dict, images):
+    return network.apply(variables, to_float(images), train=False)
+
+
+def load_encoder(path, step: int | None = None) -> Encoder:
+    """Loads a pretrained encoder onto one device. Reads no optimizer state, needs no TensorFlow.
+
+    Args:
+      path: a workdir, or a checkpoint folder, which may have been copied from elsewhere.
+      step: which checkpoint; None takes the newest.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    found = checkpoint.find(str(path), step)
+    options = checkpoint.read_options(found)
+    config = from_dict(options["config"])
+    network = assemble.encoder(config)
+    size = config.data.image_size
+    abstract = jax.eval_shape(lambda: init_encoder(network, size, jax.random.key(0)))
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    variables = checkpoint.read_encoder(found, checkpoint.with_shardings(abstract, sharding))
+    return Encoder(network, variables, size, options["step"])

@@ -1,0 +1,1 @@
+"""What the representations are worth: features once, then probes on them."""

@@ -1,0 +1,201 @@
+"""--mode=probe and --mode=knn: the newest checkpoint beside raw pixels and the untrained encoder.
+
+A number without the other two says nothing: it may be the data that are easy.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from simclr_jax import assemble
+from simclr_jax.checkpoint import find, read_encoder, read_options, with_shardings
+from simclr_jax.console import say, show_table
+from simclr_jax.data.sources import Share, Split
+from simclr_jax.errors import UserError
+from simclr_jax.evals.features import extract, raw_pixels
+from simclr_jax.evals.knn import knn_accuracy
+from simclr_jax.evals.linear_probe import probe_all_labels, probe_few_labels, scale
+from simclr_jax.mesh import make_mesh, replicated
+from simclr_jax.train_state import init_encoder
+from simclr_jax.train_step import to_float
+
+KINDS = RAW_PIXELS, UNTRAINED, ENCODER = "raw pixels", "untrained encoder", "encoder"
+
+
+class Features(NamedTuple):
+    """{kind: features [n, D]} and labels [n] of both splits, and how they were made."""
+
+    train: dict[str, np.ndarray]
+    train_labels: np.ndarray
+    test: dict[str, np.ndarray]
+    test_labels: np.ndarray
+    classes: int
+    step: int
+
+
+def can_evaluate(config: ConfigDict) -> bool:
+    """Whether the data have labels and a labelled test split."""
+    source = assemble.source(config)
+    return bool(source.train.classes and source.test is not None and source.test.classes)
+
+
+def probe(config: ConfigDict, workdir: str) -> dict:
+    """Linear probes with all labels and with few; writes WORKDIR/probe.json and shows a table."""
+    features = _all_features(config, workdir)
+    options = config.eval
+    settings = {
+        "l2": tuple(options.l2),
+        "validation_fraction": options.validation_fraction,
+        "seed": config.seed,
+        "classes": features.classes,
+        "max_iterations": options.max_iterations,
+    }
+    fraction = round(options.label_fraction * len(features.train_labels) / features.classes)
+    few = sorted({*options.labels_per_class, fraction} - {0})
+    rows = []
+    for kind in KINDS:
+        x_train, x_test = scale(features.train[kind], features.test[kind])
+        train, test = (x_train, features.train_labels), (x_test, features.test_labels)
+        for per_class in few:
+            say(f"probing {kind}, {per_class} labels a class")
+            accuracies = probe_few_labels(
+                train, test, per_class=per_class, seeds=options.seeds, **settings
+            )
+            rows.append(_row(kind, per_class, accuracies))
+        say(f"probing {kind}, all labels")
+        best, l2 = probe_all_labels(train, test, **settings)
+        rows.append(_row(kind, None, [best]) | {"l2": l2})
+    result = _result(config, features, rows) | {"settings": settings}
+    _finish(result, workdir, "probe", "Linear probe, test accuracy")
+    return result
+
+
+def knn(config: ConfigDict, workdir: str) -> dict:
+    """Weighted kNN with all labels; writes WORKDIR/knn.json and shows a table."""
+    features = _all_features(config, workdir)
+    k = min(config.eval.knn_k, len(features.train_labels))
+    temperature = config.eval.knn_temperature
+    rows = []
+    for kind in KINDS:
+        score = knn_accuracy(
+            (features.train[kind], features.train_labels),
+            (features.test[kind], features.test_labels),
+            k=k,
+            temperature=temperature,
+            classes=features.classes,
+        )
+        rows.append(_row(kind, None, [score]))
+    settings = {"k": k, "temperature": temperature}
+    result = _result(config, features, rows) | {"settings": settings}
+    _finish(result, workdir, "knn", f"Weighted kNN, k = {k}, test accuracy")
+    return result
+
+
+def _all_features(config: ConfigDict, workdir: str) -> Features:
+    """Features of every image of both splits, by the newest checkpoint and by the baselines."""
+    source = assemble.source(config)
+    if not can_evaluate(config):
+        lacking = "labelled test split" if source.train.classes else "labels"
+        raise UserError(
+            f"the data have no {lacking}, so there is nothing to evaluate on; see "
+            "data.folder_labels, data.test_path and data.test_split"
+        )
+    assert source.test is not None and source.train.classes
+    mesh = make_mesh()
+    # Imported here: this needs TensorFlow, which takes 10 s to import.
+    from simclr_jax.data.pipeline import evaluation_batches
+
+    # The global batch must divide over the devices: round it up.
+    batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
+    checkpoint = find(workdir, None)
+    step = read_options(checkpoint)["step"]
+    forward = _forward(config, checkpoint, source.train.image_shape[-1], mesh)
+
+    def features_of(split: Split, name: str):
+        say(f"features of {split.count} {name} images, encoder of step {step}")
+        batches = evaluation_batches(
+            split,
+            batch_size=batch_size // jax.process_count(),
+            share=Share(jax.process_index(), jax.process_count()),
+            size=config.data.image_size,
+            proportion=config.data.eval_crop,
+        )
+        return extract(
+            forward,
+            batches,
+            count=split.count,
+            batch_size=batch_size,
+            size=config.data.image_size,
+            mesh=mesh,
+        )
+
+    train, train_labels = features_of(source.train, "training")
+    test, test_labels = features_of(source.test, "test")
+    return Features(train, train_labels, test, test_labels, len(source.train.classes), step)
+
+
+def _forward(config: ConfigDict, checkpoint: pathlib.Path, channels: int, mesh) -> Callable:
+    """images [n, H, W, 3] to {kind: features [n, D]} for the three kinds."""
+    network = assemble.encoder(config)
+    everywhere = replicated(mesh)
+    start = jax.jit(
+        lambda: init_encoder(network, config.data.image_size, jax.random.key(config.seed)),
+        out_shardings=everywhere,
+    )()
+    trained = read_encoder(checkpoint, with_shardings(start, everywhere))
+
+    def forward(images):
+        x = to_float(images)
+        return {
+            RAW_PIXELS: raw_pixels(images, channels),
+            UNTRAINED: network.apply(start, x, train=False),
+            ENCODER: network.apply(trained, x, train=False),
+        }
+
+    return forward
+
+
+def _row(kind: str, per_class: int | None, accuracies: list[float]) -> dict:
+    return {
+        "features": kind,
+        "labels_per_class": per_class,
+        "accuracy": float(np.mean(accuracies)),
+        "std": float(np.std(accuracies)),
+        "seeds": len(accuracies),
+    }
+
+
+def _result(config: ConfigDict, features: Features, rows: list[dict]) -> dict:
+    return {
+        "step": features.step,
+        "rows": rows,
+        "train_images": len(features.train_labels),
+        "test_images": len(features.test_labels),
+        "config": config.to_dict(),
+    }
+
+
+def _finish(result: dict, workdir: str, name: str, title: str) -> None:
+    if jax.process_index() == 0:
+        path = pathlib.Path(workdir) / f"{name}.json"
+        try:
+            path.write_text(json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+    columns = sorted({row["labels_per_class"] or np.inf for row in result["rows"]})
+    cells: dict[str, dict[float, str]] = {}
+    for row in result["rows"]:
+        spread = f" ± {row['std']:.1%}" if row["seeds"] > 1 else ""
+        column = row["labels_per_class"] or np.inf
+        cells.setdefault(row["features"], {})[column] = f"{row['accuracy']:.1%}{spread}"
+    header = ["features"] + [
+        "all labels" if c == np.inf else f"{c} label{'s' if c > 1 else ''} a class" for c in columns
+    ]
+    say()
+    show_table(title, header, [[kind, *(by[c] for c in columns)] for kind, by in cells.items()])
+    say(f"{result['test_images']} test images, step {result['step']}: {workdir}/{name}.json")

@@ -1,0 +1,58 @@
+"""The command line: flags to a mode. `python -m simclr_jax.main --help`."""
+
+import argparse
+import importlib
+import os
+import sys
+
+from simclr_jax import config as config_lib
+from simclr_jax.errors import UserError
+
+# mode: (module, function, what it does). Each function takes (config, workdir).
+MODES = {
+    "pretrain": ("train", "pretrain", "train the encoder; ends with a probe where the data have labels"),
+    "probe": ("evals.run", "probe", "linear probes of the newest checkpoint, and of the baselines"),
+    "knn": ("evals.run", "knn", "nearest-neighbour accuracy of the newest checkpoint"),
+}
+
+
+def main(argv: list[str]) -> None:
+    """Runs one mode. Raises UserError for what the user can mend."""
+    args, overrides = _parser().parse_known_args(argv)
+    config = config_lib.load(args.config, overrides, args.workdir)
+    module, function, _ = MODES[args.mode]
+    getattr(importlib.import_module(f"simclr_jax.{module}"), function)(config, args.workdir)
+    if args.mode == "pretrain":
+        evals = importlib.import_module("simclr_jax.evals.run")
+        if evals.can_evaluate(config):
+            evals.probe(config, args.workdir)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m simclr_jax.main",
+        description="SimCLR pretraining and evaluation.",
+        epilog="Any option of simclr_jax/config.py can be set: --config.data.batch_size=512",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE.py[:ARG]", help="default: that of the workdir")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where everything is written")
+    modes = "; ".join(f"{name}: {text}" for name, (_, _, text) in MODES.items())
+    parser.add_argument("--mode", choices=MODES, default="pretrain", help=modes)
+    return parser
+
+
+def run() -> None:
+    """`main` for the shell: one line and exit status 1 for a user's mistake, 130 for Ctrl-C."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's start-up chatter
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

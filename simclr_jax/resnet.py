@@ -1,0 +1,121 @@
+"""ResNet encoders f: the post-activation form (He et al. 2015), as the SimCLR paper uses it.
+
+Strides sit on the 3x3 convolution, padding is symmetric and explicit, as in the published code.
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from simclr_jax.conv import conv2d
+from simclr_jax.norm import batch_norm
+
+# depth: (blocks of each of the four stages, bottleneck blocks?). He et al. 2015, table 1; 200 from
+# He et al. 2016 (arXiv 1603.05027); 10 is the 18 with one block a stage, for small images on CPUs.
+STAGES = {
+    10: ((1, 1, 1, 1), False),
+    18: ((2, 2, 2, 2), False),
+    34: ((3, 4, 6, 3), False),
+    50: ((3, 4, 6, 3), True),
+    101: ((3, 4, 23, 3), True),
+    152: ((3, 8, 36, 3), True),
+    200: ((3, 24, 36, 3), True),
+}
+
+# stem: (kernel size, stride, max-pool after it?). "imagenet" is He et al. 2015; "cifar" is the SimCLR
+# paper's appendix B.9 for 32 px; "strided" halves the resolution once, for small images on CPUs.
+STEMS = {"imagenet": (7, 2, True), "cifar": (3, 1, False), "strided": (3, 2, False)}
+
+_kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+class Conv(nn.Module):
+    """A k x k convolution without bias, padded by (k - 1) / 2 on each side."""
+
+    features: int
+    size: int
+    stride: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param(
+            "kernel", _kernel_init, (self.size, self.size, x.shape[-1], self.features), jnp.float32
+        )
+        pad = (self.size - 1) // 2
+        return conv2d(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (self.stride, self.stride),
+            ((pad, pad), (pad, pad)),
+        )
+
+
+class ResidualBlock(nn.Module):
+    """convolutions + shortcut, then ReLU. The last BatchNorm's scale starts at zero, so that the
+    block starts as its shortcut (Goyal et al. 2017, section 5.1)."""
+
+    features: int
+    stride: int
+    bottleneck: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        norm = batch_norm(train, self.dtype)
+        if self.bottleneck:
+            layers = [(self.features, 1, 1), (self.features, 3, self.stride), (self.features * 4, 1, 1)]
+        else:
+            layers = [(self.features, 3, self.stride), (self.features, 3, 1)]
+        y = x
+        for i, (features, size, stride) in enumerate(layers):
+            last = i == len(layers) - 1
+            y = Conv(features, size, stride, self.dtype)(y)
+            y = norm(scale_init=nn.initializers.zeros if last else nn.initializers.ones)(y)
+            y = y if last else nn.relu(y)
+        if x.shape != y.shape:
+            x = norm(name="shortcut_norm")(
+                Conv(y.shape[-1], 1, self.stride, self.dtype, name="shortcut")(x)
+            )
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """f: images [N, H, W, 3] in [0, 1] to representations h [N, D], float32.
+
+    D is 512 * width for depths up to 34 and 2048 * width from 50 on.
+
+    Attributes:
+      depth: one of STAGES.
+      width: multiplies the number of channels of every layer; may be a fraction.
+      stem: one of STEMS.
+      dtype: of the activations and convolutions; parameters and statistics stay float32.
+    """
+
+    depth: int = 50
+    width: float = 1
+    stem: str = "imagenet"
+    dtype: jnp.dtype = jnp.float32
+
+    @property
+    def width_of_h(self) -> int:
+        """D."""
+        return round(64 * self.width) * 8 * (4 if STAGES[self.depth][1] else 1)
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        blocks, bottleneck = STAGES[self.depth]
+        size, stride, pool = STEMS[self.stem]
+        x = Conv(round(64 * self.width), size, stride, self.dtype, name="stem")(x)
+        x = nn.relu(batch_norm(train, self.dtype)(name="stem_norm")(x))
+        if pool:
+            x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        for stage, count in enumerate(blocks):
+            for block in range(count):
+                x = ResidualBlock(
+                    features=round(64 * self.width) * 2**stage,
+                    stride=2 if stage > 0 and block == 0 else 1,
+                    bottleneck=bottleneck,
+                    dtype=self.dtype,
+                    name=f"stage{stage + 1}_block{block + 1}",
+                )(x, train)
+        return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)

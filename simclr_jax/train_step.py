@@ -1,0 +1,83 @@
+"""One step of SimCLR: a pure function of the state and the global batch."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from simclr_jax.losses import cross_entropy, nt_xent
+from simclr_jax.train_state import Networks, TrainState
+
+
+def to_float(images):
+    """uint8 images to float32 in [0, 1]; float images pass. Not standardised further: the published
+    code feeds [0, 1], and BatchNorm follows."""
+    return images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images
+
+
+def make_train_step(
+    networks: Networks,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    temperature: float,
+    contrastive_loss: Callable = nt_xent,
+) -> Callable:
+    """Makes step(state, batch) -> (state, metrics), to be jitted over any mesh.
+
+    The batch is {"views": [B, 2, H, W, 3] uint8 or float in [0, 1], "label": int [B]}. Nothing in
+    the step knows about devices: over a sharded batch, BatchNorm's means and the loss's
+    similarities are still the whole batch's, and the compiler adds the communication.
+
+    Metrics are float32 scalars: loss (NT-Xent), those of the loss, grad_norm, learning_rate, and,
+    with a classifier, classifier_loss and classifier_accuracy (training views, all of the batch).
+    """
+
+    def compute_loss(params, batch_stats, batch):
+        views = batch["views"]
+        # [B, 2, ...] -> [2B, ...] with partners adjacent: a reshape, local on every device, where
+        # stacking view 0 on view 1 would move half the images between devices.
+        x = to_float(views.reshape(-1, *views.shape[2:]))
+        h, encoder_stats = networks.encoder.apply(
+            {"params": params["encoder"], "batch_stats": batch_stats["encoder"]},
+            x,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        outputs, head_stats = networks.head.apply(
+            {"params": params["head"], "batch_stats": batch_stats["head"]},
+            h,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        loss, metrics = contrastive_loss(outputs[-1], temperature)
+        metrics = {"loss": loss} | metrics
+        batch_stats = {
+            "encoder": encoder_stats["batch_stats"],
+            "head": head_stats.get("batch_stats", {}),
+        }
+        if networks.classifier is None:
+            return loss, (metrics, batch_stats)
+        # A probe that trains along: no gradient of it reaches the encoder.
+        logits = networks.classifier.apply(
+            {"params": params["classifier"]}, jax.lax.stop_gradient(h)
+        )
+        classifier_loss, accuracy = cross_entropy(logits, jnp.repeat(batch["label"], 2))
+        metrics |= {"classifier_loss": classifier_loss, "classifier_accuracy": accuracy}
+        return loss + classifier_loss, (metrics, batch_stats)
+
+    def step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        gradient = jax.grad(compute_loss, has_aux=True)
+        grads, (metrics, batch_stats) = gradient(state.params, state.batch_stats, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+        state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+        )
+        return state, metrics
+
+    return step

@@ -1,0 +1,81 @@
+"""The convolution and its gradients against loops in float64 and against XLA's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from simclr_jax.conv import conv2d, filter_gradient
+
+# images, size, channels in, out, filter size, stride. The last three are smaller than the filter.
+SHAPES = [
+    (6, 9, 3, 8, 3, 2),
+    (16, 7, 4, 6, 3, 1),
+    (16, 7, 4, 6, 1, 2),
+    (8, 14, 3, 5, 7, 2),
+    (5, 2, 4, 6, 3, 1),
+    (8, 4, 3, 5, 3, 2),
+    (3, 1, 2, 3, 3, 1),
+]
+
+
+def arguments(n, size, channels, filters, k, stride):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, size, size, channels)).astype(np.float32)
+    kernel = rng.normal(size=(k, k, channels, filters)).astype(np.float32)
+    pad = (k - 1) // 2
+    return x, kernel, (stride, stride), ((pad, pad), (pad, pad))
+
+
+def reference(x, kernel, strides, padding):
+    x = np.pad(np.asarray(x, np.float64), ((0, 0), *padding, (0, 0)))
+    h, w = kernel.shape[:2]
+    rows = range(0, x.shape[1] - h + 1, strides[0])
+    columns = range(0, x.shape[2] - w + 1, strides[1])
+    out = [[np.tensordot(x[:, r : r + h, c : c + w], kernel, 3) for c in columns] for r in rows]
+    return np.asarray(out).transpose(2, 0, 1, 3)
+
+
+def native(x, kernel, strides, padding):
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_equals_loops(shape):
+    x, kernel, strides, padding = arguments(*shape)
+    expected = reference(x, kernel, strides, padding)
+    np.testing.assert_allclose(conv2d(x, kernel, strides, padding), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_equal_xlas(shape):
+    x, kernel, strides, padding = arguments(*shape)
+
+    def gradients(convolve):
+        return jax.grad(lambda x, k: jnp.sum(jnp.sin(convolve(x, k, strides, padding))), (0, 1))(
+            x, kernel
+        )
+
+    for ours, theirs in zip(gradients(conv2d), gradients(native), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_filter_gradient_of_a_sharded_batch_moves_no_images():
+    """Over 8 devices the only communication is one sum of the filter's gradient."""
+    from simclr_jax.mesh import batch_sharded, make_mesh, replicated
+
+    mesh = make_mesh()
+    x, kernel, strides, padding = arguments(32, 8, 4, 6, 3, 1)
+    dy = np.ones((32, 8, 8, 6), np.float32)
+    run = jax.jit(
+        lambda x, dy: filter_gradient(x, dy, kernel.shape, strides, padding),
+        in_shardings=batch_sharded(mesh),
+        out_shardings=replicated(mesh),
+    )
+    program = run.lower(x, dy).compile().as_text()
+    assert "all-gather" not in program
+    assert "all-to-all" not in program
+    assert program.count(" all-reduce(") + program.count(" all-reduce-start(") == 1
+    expected = jax.vjp(lambda k: native(x, k, strides, padding), kernel)[1](dy)[0]
+    np.testing.assert_allclose(run(x, dy), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,100 @@
+"""LARS against the published code's trajectory; schedules and masks against their definitions."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from simclr_jax.optimizer import adapted, make_optimizer, scaled_learning_rate, warmup_cosine
+
+SETTINGS = {"weight_decay": 1e-4, "momentum": 0.9, "trust_coefficient": 0.001}
+
+
+def trajectory(optimizer, params, grads):
+    state, path = optimizer.init(params), []
+    for g in grads:
+        updates, state = optimizer.update(g, state, params)
+        params = optax.apply_updates(params, updates)
+        path.append(params)
+    return path
+
+
+def test_lars_follows_the_published_codes_trajectory(golden):
+    params = {"dense": {"kernel": golden["lars_w0"], "bias": golden["lars_b0"]}}
+    grads = [
+        {"dense": {"kernel": w, "bias": b}} for w, b in zip(golden["lars_gw"], golden["lars_gb"], strict=True)
+    ]
+    path = trajectory(make_optimizer("lars", 0.3, **SETTINGS), params, grads)
+    for step, reached in enumerate(path):
+        np.testing.assert_allclose(
+            reached["dense"]["kernel"], golden["lars_default_w"][step], rtol=1e-6, atol=1e-7
+        )
+        np.testing.assert_allclose(
+            reached["dense"]["bias"], golden["lars_default_b"][step], rtol=1e-6, atol=1e-7
+        )
+
+
+@pytest.mark.parametrize("other", ["nesterov", "popular"])
+def test_the_trajectory_tells_lars_variants_apart(golden, other):
+    assert not np.allclose(golden["lars_default_w"], golden[f"lars_{other}_w"], rtol=1e-5)
+
+
+def test_only_kernels_outside_the_classifier_are_adapted():
+    params = {
+        "encoder": {"stem": {"kernel": 1.0}, "stem_norm": {"scale": 1.0, "bias": 1.0}},
+        "head": {"dense1": {"kernel": 1.0}, "norm1": {"scale": 1.0}},
+        "classifier": {"dense": {"kernel": 1.0, "bias": 1.0}},
+    }
+    assert adapted(params) == {
+        "encoder": {"stem": {"kernel": True}, "stem_norm": {"scale": False, "bias": False}},
+        "head": {"dense1": {"kernel": True}, "norm1": {"scale": False}},
+        "classifier": {"dense": {"kernel": False, "bias": False}},
+    }
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_without_a_gradient_only_adapted_parameters_move(name):
+    params = {
+        "encoder": {"a": {"kernel": jnp.ones(3), "scale": jnp.ones(3)}},
+        "classifier": {"dense": {"kernel": jnp.ones(3)}},
+    }
+    zeros = {
+        "encoder": {"a": {"kernel": jnp.zeros(3), "scale": jnp.zeros(3)}},
+        "classifier": {"dense": {"kernel": jnp.zeros(3)}},
+    }
+    settings = SETTINGS | {"weight_decay": 0.1}
+    (after,) = trajectory(make_optimizer(name, 0.5, **settings), params, [zeros])
+    assert np.all(after["encoder"]["a"]["kernel"] < 1)
+    assert np.all(after["encoder"]["a"]["scale"] == 1)
+    assert np.all(after["classifier"]["dense"]["kernel"] == 1)
+
+
+def test_sgd_is_nesterov():
+    (first, second) = trajectory(
+        make_optimizer("sgd", 0.1, weight_decay=0.0, momentum=0.9, trust_coefficient=0.0),
+        {"kernel": jnp.zeros(())},
+        [{"kernel": jnp.ones(())}] * 2,
+    )
+    # velocity 1, then 1.9; Nesterov steps by lr * (g + 0.9 velocity).
+    np.testing.assert_allclose(first["kernel"], -0.19, rtol=1e-6)
+    np.testing.assert_allclose(second["kernel"], -0.19 - 0.271, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(10, 100), (0, 7), (3, 6), (1, 1)])
+def test_schedule_is_step_exact(warmup, total):
+    schedule = warmup_cosine(2.0, warmup, total)
+    for step in range(total + 1):
+        if step < warmup:
+            expected = 2.0 * step / warmup
+        else:
+            done = min(1.0, (step - warmup) / max(1, total - warmup))
+            expected = 1.0 + math.cos(math.pi * done)
+        np.testing.assert_allclose(schedule(step), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_learning_rate_scaling():
+    assert scaled_learning_rate(0.3, "linear", 4096) == pytest.approx(4.8)
+    assert scaled_learning_rate(0.075, "sqrt", 4096) == pytest.approx(4.8)
+    assert scaled_learning_rate(0.3, "none", 4096) == pytest.approx(0.3)
