@@ -26,6 +26,7 @@ setup(
         "orbax-checkpoint>=0.12",
         "rich>=14",
         "scikit-learn>=1.7",
+        "tensorboardX>=2.6.5",  # TensorBoard events without TensorFlow
         # The CPU build, where there is one: TensorFlow only feeds, it never computes on a GPU.
         'tensorflow-cpu>=2.21; platform_system == "Linux" and platform_machine == "x86_64"',
         'tensorflow>=2.21; platform_system != "Linux" or platform_machine != "x86_64"',

@@ -5,7 +5,7 @@ options lie beside it, so that a checkpoint folder can be copied anywhere and st
 """
 
 import pathlib
-from typing import Any
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -24,18 +24,19 @@ _HANDLERS = {
 class Checkpoints:
     """Saves asynchronously and restores; a context manager that waits for the last save."""
 
-    def __init__(
-        self,
-        workdir: str,
-        *,
-        every_steps: int = 1,
-        keep_last: int | None = None,
-        keep_every_steps: int = 0,
-    ):
+    def __init__(self, workdir: str, *, every_steps: int, keep_last: int, keep_every_steps: int):
+        """The checkpoints of a run.
+
+        Args:
+          workdir: of the run.
+          every_steps: a save is due at multiples of this.
+          keep_last: as many of the newest are kept,
+          keep_every_steps: and all at multiples of this, if above 0.
+        """
+        self._every_steps = every_steps
         self._manager = ocp.CheckpointManager(
             checkpoint_folder(workdir),
             options=ocp.CheckpointManagerOptions(
-                save_interval_steps=every_steps,
                 max_to_keep=keep_last,
                 keep_period=keep_every_steps or None,
                 cleanup_tmp_directories=True,
@@ -43,7 +44,7 @@ class Checkpoints:
             item_handlers={name: handler() for name, handler in _HANDLERS.items()},
         )
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:
@@ -53,10 +54,12 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, options: dict, *, last: bool = False) -> None:
-        """Saves if a save is due at `step`, or if it is the last. Returns once the arrays are copied."""
-        if self._manager.latest_step() == step:
-            return
+    def due(self, step: int) -> bool:
+        """Whether a save is due at `step`."""
+        return step % self._every_steps == 0
+
+    def save(self, step: int, state: TrainState, options: dict) -> None:
+        """Saves, and returns once the arrays are copied; the writing goes on."""
         encoder, trainer = _split(state)
         self._manager.save(
             step,
@@ -67,7 +70,7 @@ class Checkpoints:
                     _OPTIONS: ocp.args.JsonSave(options),
                 }
             ),
-            force=last,
+            force=True,
         )
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
@@ -90,6 +93,15 @@ def checkpoint_folder(workdir: str) -> pathlib.Path:
     return pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
 
 
+def saved_steps(path: str | pathlib.Path) -> list[int]:
+    """The steps of the checkpoints below a workdir or its checkpoints folder, ascending."""
+    root = pathlib.Path(path).expanduser().absolute()
+    folder = root / "checkpoints" if (root / "checkpoints").is_dir() else root
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+
 def find(path: str, step: int | None) -> pathlib.Path:
     """The folder of one checkpoint.
 
@@ -105,15 +117,16 @@ def find(path: str, step: int | None) -> pathlib.Path:
         raise UserError(f"no folder {path!r}: expected a workdir or a checkpoint folder")
     if (root / _ENCODER).is_dir():
         return root
-    folder = root / "checkpoints" if (root / "checkpoints").is_dir() else root
-    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    steps = saved_steps(root)
     if not steps:
-        raise UserError(f"no checkpoint in {path!r}: expected a workdir in which training has saved one")
-    if step is None:
-        return folder / str(steps[-1])
-    if step not in steps:
-        raise UserError(f"no checkpoint of step {step} in {path!r}: there are {', '.join(map(str, steps))}")
-    return folder / str(step)
+        raise UserError(
+            f"no checkpoint in {path!r}: expected a workdir in which training has saved one"
+        )
+    if step is not None and step not in steps:
+        there = ", ".join(map(str, steps))
+        raise UserError(f"no checkpoint of step {step} in {path!r}: there are {there}")
+    folder = root / "checkpoints" if (root / "checkpoints").is_dir() else root
+    return folder / str(steps[-1] if step is None else step)
 
 
 def read_options(checkpoint: pathlib.Path) -> dict:

@@ -28,7 +28,9 @@ def default() -> ConfigDict:
     c.data = ConfigDict()
     c.data.source = "tfds"  # "tfds", "folder", "arrays" (.npz) or "synthetic"
     c.data.name = ""  # of the TFDS data set
-    c.data.path = ""  # the TFDS data folder ("": TFDS's own), the folder of images, or the .npz file
+    c.data.path = (
+        ""  # the TFDS data folder ("": TFDS's own), the folder of images, or the .npz file
+    )
     c.data.test_path = ""  # folder of test images; "": a folder has no test split, so no probe
     c.data.train_split = "train"  # of the TFDS data set
     c.data.test_split = "test"  # of the TFDS data set; what every evaluation reports on
@@ -42,7 +44,9 @@ def default() -> ConfigDict:
     c.views.crop_area = (0.08, 1.0)  # share of the image's area, uniform
     c.views.crop_aspect = (3 / 4, 4 / 3)  # width / height, log-uniform
     c.views.flip = True  # left-right, with probability 0.5
-    c.views.color_strength = 1.0  # s: brightness, contrast, saturation 0.8 s, hue 0.2 s; 0.5 for CIFAR
+    c.views.color_strength = (
+        1.0  # s: brightness, contrast, saturation 0.8 s, hue 0.2 s; 0.5 for CIFAR
+    )
     c.views.jitter_probability = 0.8
     c.views.grey_probability = 0.2
     c.views.brightness = "additive"  # the paper's code; "multiplicative" is the later code's
@@ -52,7 +56,10 @@ def default() -> ConfigDict:
     c.model.depth = 50  # 10, 18, 34, 50, 101, 152 or 200 layers
     c.model.width = 1.0  # multiplies every layer's channels
     c.model.stem = "imagenet"  # "cifar" up to 32 px (appendix B.9); "strided" halves once, for CPUs
-    c.model.dtype = "float32"  # of convolutions; "bfloat16" on accelerators, statistics stay float32
+    c.model.dtype = (
+        "float32"  # of convolutions; "bfloat16" on accelerators, statistics stay float32
+    )
+    c.model.norm_momentum = 0.9  # of the running BatchNorm statistics, which evaluation uses
     c.model.head = "nonlinear"  # projection head: "none", "linear" or "nonlinear"
     c.model.head_layers = 2  # of a nonlinear head: 2 in the paper, 3 in SimCLR v2
     c.model.head_width = 128  # of the projection z
@@ -73,7 +80,9 @@ def default() -> ConfigDict:
     c.train.epochs = 100.0  # passes over the training split
     c.train.steps = 0  # above 0: overrides epochs
     c.train.log_every_steps = 50  # metrics are means over this many steps
-    c.train.online_classifier = True  # a linear classifier on h that trains along, where labels exist
+    c.train.online_classifier = (
+        True  # a linear classifier on h that trains along, where labels exist
+    )
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every_steps = 1000  # besides the last step
@@ -115,6 +124,7 @@ _RANGES = {
     "views.grey_probability": (0, 1),
     "views.blur_probability": (0, 1),
     "model.width": (1 / 64, 64),
+    "model.norm_momentum": (0, 1),
     "model.head_layers": (1, 16),
     "model.head_width": (1, 2**16),
     "loss.temperature": (1e-3, 1e3),
@@ -162,9 +172,12 @@ def read_file(spec: str) -> ConfigDict:
     """Runs `get_config(ARGUMENT)` of a configuration file "FILE.py[:ARGUMENT]"."""
     path, _, argument = spec.partition(":")
     if not pathlib.Path(path).is_file():
-        raise UserError(f"no configuration file {path!r}: expected --config=configs/NAME.py[:ARGUMENT]")
+        raise UserError(
+            f"no configuration file {path!r}: expected --config=configs/NAME.py[:ARGUMENT]"
+        )
     module_spec = importlib.util.spec_from_file_location("simclr_jax_config_file", path)
-    assert module_spec and module_spec.loader
+    assert module_spec is not None
+    assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
@@ -175,7 +188,7 @@ def read_file(spec: str) -> ConfigDict:
 
 
 def parse_argument(argument: str, **allowed: type) -> dict:
-    """"depth=50,width=2" to {"depth": 50, "width": 2.0}, for configuration files with an argument.
+    """The argument "depth=50,width=2" of a configuration file as {"depth": 50, "width": 2.0}.
 
     Args:
       argument: after the colon of --config=FILE.py:ARGUMENT; may be empty.
@@ -185,7 +198,9 @@ def parse_argument(argument: str, **allowed: type) -> dict:
     for item in filter(None, argument.split(",")):
         name, _, value = item.partition("=")
         if name not in allowed:
-            raise ValueError(f"unknown argument {item!r}: expected any of {', '.join(allowed)}, as NAME=VALUE")
+            raise ValueError(
+                f"unknown argument {item!r}: expected any of {', '.join(allowed)}, as NAME=VALUE"
+            )
         values[name] = allowed[name](value)
     return values
 
@@ -204,7 +219,9 @@ def from_dict(values: dict) -> ConfigDict:
     known = flatten(config)
     for name, value in flatten(ConfigDict(values)).items():
         if name not in known:
-            raise UserError(f"the saved configuration has the option {name!r}, which is not known here")
+            raise UserError(
+                f"the saved configuration has the option {name!r}, which is not known here"
+            )
         *groups, last = name.split(".")
         holder = config
         for group in groups:
@@ -223,7 +240,11 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
             raise UserError(f"unknown argument {flag!r}: options are given as --config.NAME=VALUE")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            near += [k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2] and k not in near]
+            near += [
+                k
+                for k in known
+                if k.rpartition(".")[2] == name.rpartition(".")[2] and k not in near
+            ]
             hint = f"; near names: {', '.join(near)}" if near else ""
             raise UserError(f"unknown option {name!r}{hint}")
     values, argv = flags.FlagValues(), ["simclr_jax", *overrides]
@@ -271,7 +292,7 @@ def validate(config: ConfigDict) -> None:
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict:
     """{"a.b": value} of a nested configuration."""
-    flat = {}
+    flat: dict = {}
     for name, value in config.items():
         if isinstance(value, ConfigDict):
             flat |= flatten(value, f"{prefix}{name}.")

@@ -83,7 +83,10 @@ def _patches(x, size, strides, padding):
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     # Along one axis: where each tap of the filter meets the image, for all output pixels.
     rows, columns = (
-        [slice(i, x.shape[axis] - size[axis - 1] + i + 1, strides[axis - 1]) for i in range(size[axis - 1])]
+        [
+            slice(i, x.shape[axis] - size[axis - 1] + i + 1, strides[axis - 1])
+            for i in range(size[axis - 1])
+        ]
         for axis in (1, 2)
     )
     return jnp.concatenate([x[:, r, c] for r in rows for c in columns], axis=-1)
@@ -91,7 +94,8 @@ def _patches(x, size, strides, padding):
 
 def filter_gradient(x, dy, kernel_shape, strides, padding):
     """d loss / d kernel [h, w, I, O] from x [N, H, W, I] and dy = d loss / d output [N, H', W', O]:
-    the patches' matrix, transposed, times dy, summed over blocks of images."""
+    the patches' matrix, transposed, times dy, summed over blocks of images.
+    """
     groups = math.gcd(len(x), _GROUPS)
     each = len(x) // groups
     # The largest power of two that divides `each` and fits the block.
@@ -103,7 +107,9 @@ def filter_gradient(x, dy, kernel_shape, strides, padding):
     def add_block(step, total):
         images = lax.dynamic_index_in_dim(x, step, axis=1, keepdims=False)
         gradient = lax.dynamic_index_in_dim(dy, step, axis=1, keepdims=False)
-        patches = _patches(images.reshape(-1, *images.shape[2:]), kernel_shape[:2], strides, padding)
+        patches = _patches(
+            images.reshape(-1, *images.shape[2:]), kernel_shape[:2], strides, padding
+        )
         patches = patches.reshape(groups, block * pixels, -1)
         return total + jnp.einsum("gpk,gpo->gko", patches, gradient)
 

@@ -20,12 +20,14 @@ class ProjectionHead(nn.Module):
       layers: of a nonlinear head: 2 in the paper, 3 in SimCLR v2.
       out_width: width of z (128 in the paper).
       dtype: of the matrix products.
+      norm_momentum: share of the old running BatchNorm statistics that a step keeps.
     """
 
     kind: str = "nonlinear"
     layers: int = 2
     out_width: int = 128
     dtype: jnp.dtype = jnp.float32
+    norm_momentum: float = 0.9
 
     @nn.compact
     def __call__(self, h, train: bool):
@@ -41,7 +43,8 @@ class ProjectionHead(nn.Module):
                 kernel_init=_kernel_init,
                 name=f"dense{layer + 1}",
             )(x)
-            x = batch_norm(train, jnp.float32)(use_bias=not last, name=f"norm{layer + 1}")(x)
+            norm = batch_norm(train, jnp.float32, self.norm_momentum)
+            x = norm(use_bias=not last, name=f"norm{layer + 1}")(x)
             outputs.append(x if last else nn.relu(x))
         return outputs
 

@@ -10,7 +10,11 @@ from simclr_jax.errors import UserError
 
 # mode: (module, function, what it does). Each function takes (config, workdir).
 MODES = {
-    "pretrain": ("train", "pretrain", "train the encoder; ends with a probe where the data have labels"),
+    "pretrain": (
+        "train",
+        "pretrain",
+        "train the encoder; ends with a probe where the data have labels",
+    ),
     "probe": ("evals.run", "probe", "linear probes of the newest checkpoint, and of the baselines"),
     "knn": ("evals.run", "knn", "nearest-neighbour accuracy of the newest checkpoint"),
 }
@@ -36,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE.py[:ARG]", help="default: that of the workdir")
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where everything is written")
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="where everything is written"
+    )
     modes = "; ".join(f"{name}: {text}" for name, (_, _, text) in MODES.items())
     parser.add_argument("--mode", choices=MODES, default="pretrain", help=modes)
     return parser

@@ -1,8 +1,10 @@
-"""Metrics to WORKDIR/metrics.jsonl and, where TensorFlow is installed, to TensorBoard events."""
+"""Metrics to WORKDIR/metrics.jsonl and, beside it, to TensorBoard events."""
 
-import importlib.util
 import json
 import pathlib
+from typing import Self
+
+from tensorboardX import SummaryWriter
 
 
 class MetricWriter:
@@ -23,30 +25,23 @@ class MetricWriter:
             kept = [line for line in whole if json.loads(line)["step"] <= resume_step]
         self._path.write_text("".join(line + "\n" for line in kept))
         self._file = self._path.open("a")
-        self._events = None
-        if importlib.util.find_spec("tensorflow"):
-            import tensorflow as tf
-
-            self._summary = tf.summary
-            self._events = tf.summary.create_file_writer(str(workdir))
+        # TensorBoard hides what earlier event files hold from purge_step on.
+        self._events = SummaryWriter(str(workdir), purge_step=resume_step + 1 if kept else None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes the values of this step; they reach the disk before it returns."""
         self._file.write(json.dumps({"step": step} | values) + "\n")
         self._file.flush()
-        if self._events is not None:
-            with self._events.as_default(step=step):
-                for name, value in values.items():
-                    self._summary.scalar(name, value)
-            self._events.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
 
-    def __enter__(self) -> "MetricWriter":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:
         self._file.close()
-        if self._events is not None:
-            self._events.close()
+        self._events.close()
 
 
 class NoWriter:
@@ -55,7 +50,7 @@ class NoWriter:
     def write(self, step: int, values: dict[str, float]) -> None:
         pass
 
-    def __enter__(self) -> "NoWriter":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:

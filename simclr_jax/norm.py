@@ -5,12 +5,11 @@ import functools
 from flax import linen as nn
 
 
-def batch_norm(train: bool, dtype, momentum: float = 0.9, epsilon: float = 1e-5):
+def batch_norm(train: bool, dtype, momentum: float, epsilon: float = 1e-5):
     """A factory of BatchNorm layers that share their settings.
 
     Statistics are taken over all axes but the last, in float32 whatever `dtype` is, and over the
-    global batch. Momentum and epsilon default to the published SimCLR code's for ImageNet
-    (`batch_norm_decay` 0.9, 1e-5).
+    global batch. Epsilon defaults to the published SimCLR code's.
 
     Args:
       train: use the batch's statistics and update the running ones; else use the running ones.

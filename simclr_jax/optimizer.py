@@ -30,7 +30,8 @@ def warmup_cosine(peak: float, warmup_steps: int, total_steps: int) -> optax.Sch
 def adapted(params):
     """True for the parameters that get weight decay and, under LARS, a trust ratio: the kernels of
     the encoder and the projection head. BatchNorm, biases and the online classifier get neither,
-    as in the published code."""
+    as in the published code.
+    """
 
     def is_adapted(path, _):
         names = [entry.key for entry in path]

@@ -52,25 +52,33 @@ class Conv(nn.Module):
 
 class ResidualBlock(nn.Module):
     """convolutions + shortcut, then ReLU. The last BatchNorm's scale starts at zero, so that the
-    block starts as its shortcut (Goyal et al. 2017, section 5.1)."""
+    block starts as its shortcut (Goyal et al. 2017, section 5.1).
+    """
 
     features: int
     stride: int
     bottleneck: bool
     dtype: jnp.dtype
+    norm_momentum: float
+    zero_init_residual: bool
 
     @nn.compact
     def __call__(self, x, train: bool):
-        norm = batch_norm(train, self.dtype)
+        norm = batch_norm(train, self.dtype, self.norm_momentum)
         if self.bottleneck:
-            layers = [(self.features, 1, 1), (self.features, 3, self.stride), (self.features * 4, 1, 1)]
+            layers = [
+                (self.features, 1, 1),
+                (self.features, 3, self.stride),
+                (self.features * 4, 1, 1),
+            ]
         else:
             layers = [(self.features, 3, self.stride), (self.features, 3, 1)]
+        initializers = {True: nn.initializers.zeros, False: nn.initializers.ones}
         y = x
         for i, (features, size, stride) in enumerate(layers):
             last = i == len(layers) - 1
             y = Conv(features, size, stride, self.dtype)(y)
-            y = norm(scale_init=nn.initializers.zeros if last else nn.initializers.ones)(y)
+            y = norm(scale_init=initializers[last and self.zero_init_residual])(y)
             y = y if last else nn.relu(y)
         if x.shape != y.shape:
             x = norm(name="shortcut_norm")(
@@ -89,12 +97,16 @@ class ResNet(nn.Module):
       width: multiplies the number of channels of every layer; may be a fraction.
       stem: one of STEMS.
       dtype: of the activations and convolutions; parameters and statistics stay float32.
+      norm_momentum: share of the old running BatchNorm statistics that a step keeps.
+      zero_init_residual: the last BatchNorm's scale of each block starts at zero.
     """
 
     depth: int = 50
     width: float = 1
     stem: str = "imagenet"
     dtype: jnp.dtype = jnp.float32
+    norm_momentum: float = 0.9
+    zero_init_residual: bool = True
 
     @property
     def width_of_h(self) -> int:
@@ -106,7 +118,7 @@ class ResNet(nn.Module):
         blocks, bottleneck = STAGES[self.depth]
         size, stride, pool = STEMS[self.stem]
         x = Conv(round(64 * self.width), size, stride, self.dtype, name="stem")(x)
-        x = nn.relu(batch_norm(train, self.dtype)(name="stem_norm")(x))
+        x = nn.relu(batch_norm(train, self.dtype, self.norm_momentum)(name="stem_norm")(x))
         if pool:
             x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
         for stage, count in enumerate(blocks):
@@ -116,6 +128,8 @@ class ResNet(nn.Module):
                     stride=2 if stage > 0 and block == 0 else 1,
                     bottleneck=bottleneck,
                     dtype=self.dtype,
+                    norm_momentum=self.norm_momentum,
+                    zero_init_residual=self.zero_init_residual,
                     name=f"stage{stage + 1}_block{block + 1}",
                 )(x, train)
         return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)

@@ -1,27 +1,28 @@
 """Pretraining: the run's set-up, in words, and its loop."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-import itertools
 import json
 import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from simclr_jax import assemble, config as config_lib
-from simclr_jax.checkpoint import Checkpoints, with_shardings
+from simclr_jax import assemble
+from simclr_jax import config as config_lib
+from simclr_jax.checkpoint import Checkpoints, saved_steps, with_shardings
 from simclr_jax.config import Plan
 from simclr_jax.console import Progress, say
-from simclr_jax.data.sources import Share, Split
+from simclr_jax.data.sources import Split
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import batch_sharded, check_divides, make_mesh, replicated, to_global
 from simclr_jax.metrics import MetricWriter, NoWriter
@@ -79,76 +80,99 @@ def pretrain(config: ConfigDict, workdir: str) -> None:
     record = write_record(config, plan, workdir)
     describe_run(config, plan, train, job.abstract_state, mesh)
 
-    options = config.checkpoint
-    with Checkpoints(
-        workdir,
-        every_steps=options.every_steps,
-        keep_last=options.keep_last,
-        keep_every_steps=options.keep_every_steps,
-    ) as checkpoints:
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(workdir, **config.checkpoint.to_dict()))
         start = checkpoints.latest_step or 0
         if start:
             state = checkpoints.restore(start, job.abstract_state)
             say(f"resumed from step {start}")
         else:
             state = job.init(jax.random.key(config.seed))
-        batches = (to_global(mesh, batch) for batch in host_batches(config, train, start))
+        batches = stack.enter_context(
+            contextlib.closing(assemble.training_batches(config, train, start))
+        )
+        writer: MetricWriter | NoWriter
         writer = MetricWriter(workdir, start) if jax.process_index() == 0 else NoWriter()
-        with writer, Progress(plan.steps, start) as progress:
-            log = Log(writer, progress, config.train.log_every_steps, config.data.batch_size, plan.steps)
-            for step, state in run_steps(job.step, state, batches, start, plan.steps, log):
-                checkpoints.save(step, state, record | {"step": step}, last=step == plan.steps)
+        log = Log(
+            stack.enter_context(writer),
+            stack.enter_context(Progress(plan.steps, start)),
+            every=config.train.log_every_steps,
+            batch_size=config.data.batch_size,
+            total=plan.steps,
+        )
+        for step in range(start + 1, plan.steps + 1):
+            state, metrics = job.step(state, to_global(mesh, next(batches)))
+            log.add(step, metrics)
+            last = step == plan.steps
+            if last or checkpoints.due(step):
+                log.drain()  # a state of which the loss is not finite is never saved
+                checkpoints.save(step, state, record | {"step": step})
     say(f"trained to step {plan.steps}: {workdir}/checkpoints, {workdir}/metrics.jsonl")
 
 
-def run_steps(
-    train_step: Callable, state: TrainState, batches: Iterable, start: int, total: int, log: "Log"
-) -> Iterator[tuple[int, TrainState]]:
-    """Yields (steps done, state) after each step; the state is gone once the next one is taken.
+class Log:
+    """Reads every step's metrics, stops on a non-finite one, and reports means when due.
 
     Metrics are read two steps late, when they are ready, so that the device never waits for them.
     """
-    pending: collections.deque[tuple[int, Any]] = collections.deque()
-    for step, batch in zip(range(start + 1, total + 1), batches, strict=False):
-        state, metrics = train_step(state, batch)
-        pending.append((step, metrics))
-        if len(pending) > _STEPS_AHEAD:
-            log.add(*pending.popleft())
-        yield step, state
-    for step, metrics in pending:
-        log.add(step, metrics)
 
-
-class Log:
-    """Collects every step's metrics, stops on a non-finite one, and reports means when due."""
-
-    def __init__(self, writer, progress: Progress, every: int, batch_size: int, total: int):
+    def __init__(
+        self,
+        writer: MetricWriter | NoWriter,
+        progress: Progress,
+        *,
+        every: int,
+        batch_size: int,
+        total: int,
+    ):
         self._writer, self._progress = writer, progress
         self._every, self._batch_size, self._total = every, batch_size, total
+        self._pending: collections.deque[tuple[int, Any]] = collections.deque()
         self._window: list[dict[str, float]] = []
-        self._since = time.monotonic()
+        self._timed = 0  # steps of the window that ended after `_since`
+        self._since: float | None = None  # the first step compiles, which is not timed
 
     def add(self, step: int, metrics: Any) -> None:
-        """Takes the metrics of `step`, waiting for them if need be."""
+        """Takes the metrics of `step`, still being computed."""
+        self._pending.append((step, metrics))
+        if len(self._pending) > _STEPS_AHEAD:
+            self._read(*self._pending.popleft())
+
+    def drain(self) -> None:
+        """Waits for all metrics taken so far."""
+        while self._pending:
+            self._read(*self._pending.popleft())
+
+    def _read(self, step: int, metrics: Any) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         check_finite(step, values)
         self._window.append(values)
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+        else:
+            self._timed += 1
         self._progress.advance(step)
         if step % self._every == 0 or step == self._total:
-            now = time.monotonic()
-            steps = len(self._window)
-            means = {name: sum(v[name] for v in self._window) / steps for name in values}
+            means = {
+                name: sum(v[name] for v in self._window) / len(self._window) for name in values
+            }
             # A schedule has a value at a step, not a mean over some.
             means["learning_rate"] = values["learning_rate"]
-            means["images_per_second"] = steps * self._batch_size / (now - self._since)
+            if self._timed:
+                means["images_per_second"] = self._timed * self._batch_size / (now - self._since)
             self._writer.write(step, means)
             self._progress.report(step, means)
-            self._window, self._since = [], now
+            self._window, self._timed, self._since = [], 0, now
 
 
 def check_finite(step: int, values: dict[str, float]) -> None:
     """Raises a UserError that names the step unless loss and gradient norm are finite."""
-    bad = [f"{name} {values[name]}" for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+    bad = [
+        f"{name} {values[name]}"
+        for name in ("loss", "grad_norm")
+        if not math.isfinite(values[name])
+    ]
     if bad:
         raise UserError(
             f"step {step}: {', '.join(bad)}, not finite. The last checkpoint is from before it: try a "
@@ -156,26 +180,13 @@ def check_finite(step: int, values: dict[str, float]) -> None:
         )
 
 
-def host_batches(config: ConfigDict, split: Split, start_step: int) -> Iterator[dict]:
-    """This process's batches of views from `start_step` on."""
-    # Imported here: this needs TensorFlow, which takes 10 s to import.
-    from simclr_jax.data.host_augment import Distortion
-    from simclr_jax.data.pipeline import training_batches
-
-    return training_batches(
-        split,
-        seed=config.seed,
-        batch_size=config.data.batch_size,
-        start_step=start_step,
-        share=Share(jax.process_index(), jax.process_count()),
-        size=config.data.image_size,
-        distortion=Distortion(**config.views.to_dict()),
-    )
-
-
 def check_workdir(config: ConfigDict, workdir: str) -> None:
-    """Raises a UserError if the workdir holds a run of another configuration, with what differs."""
-    if not (pathlib.Path(workdir) / "config.json").exists():
+    """Raises a UserError if the workdir holds a run of another configuration, with what differs.
+
+    A run that has saved nothing yet holds nothing to be lost.
+    """
+    saved = pathlib.Path(workdir) / "config.json"
+    if not saved.exists() or not saved_steps(workdir):
         return
     changed = config_lib.differences(config_lib.read_saved(workdir), config)
     if changed:
@@ -206,7 +217,9 @@ def write_record(config: ConfigDict, plan: Plan, workdir: str) -> dict:
     return record
 
 
-def describe_run(config: ConfigDict, plan: Plan, train: Split, state: TrainState, mesh: Mesh) -> None:
+def describe_run(
+    config: ConfigDict, plan: Plan, train: Split, state: TrainState, mesh: Mesh
+) -> None:
     """Says what the configuration comes to, before anything is computed."""
     batch, options = config.data.batch_size, config.optimizer
     how = {
@@ -219,8 +232,18 @@ def describe_run(config: ConfigDict, plan: Plan, train: Split, state: TrainState
     devices = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
     labels = f"{len(train.classes)} classes" if train.classes else "no labels"
     say(f"data        {train.count} images, {labels}; views of {config.data.image_size} px")
-    say(f"model       ResNet-{config.model.depth} x{config.model.width:g}, {f / 1e6:.2f} M parameters; head {g / 1e6:.2f} M")
-    say(f"batch       {batch} images, {2 * batch} views, {2 * batch - 2} negatives an anchor, tau {config.loss.temperature:g}")
-    say(f"steps       {plan.steps} ({plan.steps * batch / train.count:.1f} epochs), of which {plan.warmup_steps} warm-up")
-    say(f"optimizer   {options.name}, peak learning rate {plan.learning_rate:.4g} ({how}), weight decay {options.weight_decay:g}")
-    say(f"devices     {devices}; {jax.process_count()} process{'es' if jax.process_count() > 1 else ''}, {batch // mesh.size} images a device")
+    say(
+        f"model       ResNet-{config.model.depth} x{config.model.width:g}, {f / 1e6:.2f} M parameters; head {g / 1e6:.2f} M"
+    )
+    say(
+        f"batch       {batch} images, {2 * batch} views, {2 * batch - 2} negatives an anchor, tau {config.loss.temperature:g}"
+    )
+    say(
+        f"steps       {plan.steps} ({plan.steps * batch / train.count:.1f} epochs), of which {plan.warmup_steps} warm-up"
+    )
+    say(
+        f"optimizer   {options.name}, peak learning rate {plan.learning_rate:.4g} ({how}), weight decay {options.weight_decay:g}"
+    )
+    say(
+        f"devices     {devices}; {jax.process_count()} process{'es' if jax.process_count() > 1 else ''}, {batch // mesh.size} images a device"
+    )

@@ -37,7 +37,7 @@ class TrainState:
 def init_encoder(network: ResNet, image_size: int, key: jax.Array) -> dict:
     """{"params", "batch_stats"} of the encoder of `init_state` with the same key."""
     images = jnp.zeros((1, image_size, image_size, 3))
-    return network.init(jax.random.fold_in(key, 0), images, train=False)
+    return dict(network.init(jax.random.fold_in(key, 0), images, train=False))
 
 
 def init_state(

@@ -12,7 +12,8 @@ from simclr_jax.train_state import Networks, TrainState
 
 def to_float(images):
     """uint8 images to float32 in [0, 1]; float images pass. Not standardised further: the published
-    code feeds [0, 1], and BatchNorm follows."""
+    code feeds [0, 1], and BatchNorm follows.
+    """
     return images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images
 
 

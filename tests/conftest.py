@@ -7,13 +7,13 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
 
-import pathlib  # noqa: E402
+import pathlib
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import numpy as np
+import pytest
 
-from simclr_jax.data.sources import in_memory  # noqa: E402
+from simclr_jax.data.sources import in_memory
 
 
 @pytest.fixture(scope="session")

@@ -52,11 +52,18 @@ def test_crop_areas_are_uniform_and_aspects_log_uniform():
 
 @pytest.mark.parametrize(
     ("shape", "expected"),
-    [((1, 500), (0, 249, 1, 1)), ((500, 1), (249, 0, 1, 1)), ((1, 1), (0, 0, 1, 1)), ((60, 600), (0, 260, 60, 80))],
+    [
+        ((1, 500), (0, 249, 1, 1)),
+        ((500, 1), (249, 0, 1, 1)),
+        ((1, 1), (0, 0, 1, 1)),
+        ((60, 600), (0, 260, 60, 80)),
+    ],
 )
 def test_images_that_no_attempt_fits_are_cropped_at_their_centre(shape, expected):
     attempts, position = tf.fill([20], 0.999), tf.constant([0.9, 0.9])
-    window = ha.crop_window(tf.constant([*shape, 3]), attempts, position, (0.9, 1.0), (3 / 4, 4 / 3))
+    window = ha.crop_window(
+        tf.constant([*shape, 3]), attempts, position, (0.9, 1.0), (3 / 4, 4 / 3)
+    )
     found = tuple(int(v) for v in window)
     assert found[2:] == expected[2:]
     assert abs(found[0] - expected[0]) <= 1
@@ -75,7 +82,9 @@ def test_brightness_and_contrast():
 
     def jitter(**changed):
         factors = [changed.get(k, m) for k, m in zip("bcsh", middle, strict=True)]
-        return ha.color_jitter(x, factors, tf.range(4.0), 0.5, changed.get("kind", "additive")).numpy()
+        return ha.color_jitter(
+            x, factors, tf.range(4.0), 0.5, changed.get("kind", "additive")
+        ).numpy()
 
     np.testing.assert_allclose(jitter(), x, atol=2e-6)
     np.testing.assert_allclose(jitter(b=0.75), np.clip(x + 0.2, 0, 1), atol=2e-6)
@@ -128,13 +137,17 @@ def test_grey_is_bt601_luma():
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
 def test_blur_equals_scipys(sigma):
     x = image(60, 60) / 255
-    expected = scipy.ndimage.gaussian_filter(x, (sigma, sigma, 0), mode="constant", radius=(3, 3, 0))
+    expected = scipy.ndimage.gaussian_filter(
+        x, (sigma, sigma, 0), mode="constant", radius=(3, 3, 0)
+    )
     np.testing.assert_allclose(ha.blur(tf.constant(x, tf.float32), sigma), expected, atol=1e-5)
 
 
 def views(count, distortion, shape=(40, 30, 3), size=20, seed=7):
     x = tf.constant(image(*shape))
-    run = tf.function(lambda i: ha.two_views(x, seed, tf.constant(0, tf.int64), i, size, distortion))
+    run = tf.function(
+        lambda i: ha.two_views(x, seed, tf.constant(0, tf.int64), i, size, distortion)
+    )
     return np.stack([run(tf.constant(i, tf.int64)) for i in range(count)])
 
 
@@ -157,7 +170,12 @@ def test_views_are_a_function_of_seed_epoch_and_index():
 def test_each_step_happens_as_often_as_asked():
     """Of 600 views; an interval of 3.3 standard deviations, so 1 in 1000 seeds would fail."""
     whole = {"crop_area": (1.0, 1.0), "crop_aspect": (1.0, 1.0)}
-    off = whole | {"flip": False, "color_strength": 0.0, "grey_probability": 0.0, "blur_probability": 0.0}
+    off = whole | {
+        "flip": False,
+        "color_strength": 0.0,
+        "grey_probability": 0.0,
+        "blur_probability": 0.0,
+    }
     shape = (20, 20, 3)
     plain = image(*shape)
 
@@ -173,7 +191,9 @@ def test_each_step_happens_as_often_as_asked():
     assert share(lambda v: np.array_equal(v, plain[:, ::-1]), flip=True) == near(0.5)
     assert share(different, color_strength=1.0) == near(0.8)
     assert share(lambda v: np.ptp(v, axis=-1).max() == 0, grey_probability=0.2) == near(0.2)
-    assert share(different, blur_probability=0.5) == pytest.approx(0.5, abs=0.12)  # low sigma: no change
+    assert share(different, blur_probability=0.5) == pytest.approx(
+        0.5, abs=0.12
+    )  # low sigma: no change
 
 
 def test_one_channel_images_become_three():

@@ -111,7 +111,9 @@ def self_not_masked(z, tau):
 def test_the_oracle_rejects_broken_losses(broken):
     z = random_pairs()
     with pytest.raises(AssertionError):
-        np.testing.assert_allclose(broken(jnp.asarray(z), 0.5)[0], algorithm_1(z, 0.5)[0], rtol=1e-3)
+        np.testing.assert_allclose(
+            broken(jnp.asarray(z), 0.5)[0], algorithm_1(z, 0.5)[0], rtol=1e-3
+        )
 
 
 def test_cross_entropy_and_accuracy():

@@ -24,7 +24,8 @@ def trajectory(optimizer, params, grads):
 def test_lars_follows_the_published_codes_trajectory(golden):
     params = {"dense": {"kernel": golden["lars_w0"], "bias": golden["lars_b0"]}}
     grads = [
-        {"dense": {"kernel": w, "bias": b}} for w, b in zip(golden["lars_gw"], golden["lars_gb"], strict=True)
+        {"dense": {"kernel": w, "bias": b}}
+        for w, b in zip(golden["lars_gw"], golden["lars_gb"], strict=True)
     ]
     path = trajectory(make_optimizer("lars", 0.3, **SETTINGS), params, grads)
     for step, reached in enumerate(path):

@@ -35,7 +35,9 @@ def test_depth_200_has_its_blocks():
     assert convolutions == 3 * (3 + 24 + 36 + 3)  # 198 layers in blocks, with the stem and g: 200
 
 
-@pytest.mark.parametrize(("depth", "width", "expected"), [(18, 1, 512), (50, 1, 2048), (50, 2, 4096), (10, 0.25, 128)])
+@pytest.mark.parametrize(
+    ("depth", "width", "expected"), [(18, 1, 512), (50, 1, 2048), (50, 2, 4096), (10, 0.25, 128)]
+)
 def test_width_of_h(depth, width, expected):
     network = ResNet(depth, width)
     variables = abstract(network, 64)
@@ -73,7 +75,10 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_statistics_in_float32():
     images = jax.random.uniform(jax.random.key(1), (8, 16, 16, 3))
     variables = network.init(jax.random.key(0), images, train=False)
     h, updated = network.apply(
-        variables, images, train=True, mutable=["batch_stats", "intermediates"],
+        variables,
+        images,
+        train=True,
+        mutable=["batch_stats", "intermediates"],
         capture_intermediates=True,
     )
     assert updated["intermediates"]["stage2_block1"]["__call__"][0].dtype == jnp.bfloat16
@@ -89,7 +94,10 @@ def test_batch_norm_statistics_are_the_batches():
     images = jax.random.uniform(jax.random.key(1), (8, 8, 8, 3))
     variables = network.init(jax.random.key(0), images, train=False)
     _, updated = network.apply(
-        variables, images, train=True, mutable=["batch_stats", "intermediates"],
+        variables,
+        images,
+        train=True,
+        mutable=["batch_stats", "intermediates"],
         capture_intermediates=True,
     )
     stem = np.asarray(updated["intermediates"]["stem"]["__call__"][0], np.float64)

@@ -138,7 +138,8 @@ def crop_window(shape, attempts, position, area, aspect):
 
 def resize(image, size: int):
     """uint8 [H, W, C] to float32 [size, size, C] in [0, 1], bicubic, not antialiased: the
-    published code's `tf.image.resize`."""
+    published code's `tf.image.resize`.
+    """
     resized = tf.image.resize(image[tf.newaxis], [size, size], tf.image.ResizeMethod.BICUBIC)[0]
     resized = tf.ensure_shape(resized, [size, size, image.shape[-1]])
     return tf.clip_by_value(resized / 255.0, 0.0, 1.0)
@@ -209,7 +210,8 @@ def blur(x, sigma):
 
 def center_crop(image, size: int, proportion: float):
     """The evaluation view, uint8 [size, size, 3]: the largest centred square, of which the middle
-    `proportion` of each side is kept and resized."""
+    `proportion` of each side is kept and resized.
+    """
     height, width = tf.shape(image)[0], tf.shape(image)[1]
     short = tf.cast(tf.minimum(height, width), tf.float32)
     side = tf.maximum(1, tf.cast(tf.round(proportion * short), tf.int32))

@@ -1,6 +1,6 @@
 """The host pipeline: a split to batches of views, as numpy arrays, for this process."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ def training_batches(
     share: Share,
     size: int,
     distortion: Distortion,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray]]:
     """This process's part of the global batches from `start_step` on, without end.
 
     Args:
@@ -60,7 +60,7 @@ def training_batches(
 
 def evaluation_batches(
     split: Split, *, batch_size: int, share: Share, size: int, proportion: float
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray]]:
     """This process's share of the split, each image once, in order; the last batch may be short.
 
     Args:
@@ -81,7 +81,7 @@ def evaluation_batches(
     )
 
 
-def _run(dataset: Any) -> Iterator[dict[str, np.ndarray]]:
+def _run(dataset: Any) -> Generator[dict[str, np.ndarray]]:
     """Iterates the data set with prefetching, in order; what cannot be read is a UserError."""
     options = tf.data.Options()
     options.deterministic = True

@@ -50,18 +50,25 @@ class Split(Protocol):
       image_shape: (height, width, channels), None where it varies or is not known.
     """
 
-    count: int
-    classes: tuple[str, ...] | None
-    image_shape: tuple[int | None, int | None, int]
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def classes(self) -> tuple[str, ...] | None: ...
+
+    @property
+    def image_shape(self) -> tuple[int | None, int | None, int]: ...
 
     def training(self, seed: int, batch_size: int, start_step: int, share: Share) -> Any:
         """Endless tf.data.Dataset of {"image", "label", "index", "epoch"}: this process's share of
         the global batches from `start_step` on, a new shuffle each epoch. Nothing that was passed
-        over is decoded."""
+        over is decoded.
+        """
 
     def once(self, share: Share) -> Any:
         """tf.data.Dataset of {"image", "label"}: this process's share of the split, each image once
-        over all processes. Process p of P holds images p, p + P, ..."""
+        over all processes. Process p of P holds images p, p + P, ...
+        """
 
     def decode(self, image: Any) -> Any:
         """What "image" holds to uint8 [H, W, C], in the tf.data graph."""
@@ -96,7 +103,8 @@ class IndexedSplit:
 
     def _lookup(self):
         """index -> {"image", "label"}, in the graph. The arrays are captured once, not copied
-        into the graph's definition for each use."""
+        into the graph's definition for each use.
+        """
         import tensorflow as tf
 
         with tf.device("cpu"):
@@ -289,9 +297,7 @@ def folder(path: str, labels: bool) -> IndexedSplit:
     root = pathlib.Path(path).expanduser()
     if not root.is_dir():
         raise UserError(f"no folder {path!r}: expected a folder of images (data.path)")
-    files = sorted(
-        p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
-    )
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not files:
         raise UserError(f"no image below {path!r}: looked for {', '.join(IMAGE_SUFFIXES)}")
     paths = np.asarray([str(p) for p in files])
@@ -310,14 +316,17 @@ def folder(path: str, labels: bool) -> IndexedSplit:
 
 def arrays(path: str) -> Source:
     """An .npz file: train_images uint8 [N, H, W, 1 or 3] and, if there, train_labels int [N],
-    test_images, test_labels."""
+    test_images, test_labels.
+    """
     if not pathlib.Path(path).is_file():
         raise UserError(f"no file {path!r}: expected an .npz file (data.path)")
     with np.load(path, allow_pickle=False) as file:
         stored = {key: file[key] for key in file.files}
     known = {"train_images", "train_labels", "test_images", "test_labels"}
     if "train_images" not in stored or stored.keys() - known:
-        raise UserError(f"{path} holds {sorted(stored)}: expected train_images and any of {sorted(known)}")
+        raise UserError(
+            f"{path} holds {sorted(stored)}: expected train_images and any of {sorted(known)}"
+        )
     classes = None
     if "train_labels" in stored:
         classes = tuple(str(c) for c in range(int(stored["train_labels"].max()) + 1))
@@ -360,7 +369,9 @@ def _open_tfds(name: str, data_dir: str, train_split: str, test_split: str) -> S
     builder = _prepared_builder(name, data_dir)
     features = builder.info.features
     if not hasattr(features, "keys") or "image" not in features:
-        raise UserError(f"the TFDS data set {name!r} has no feature 'image': expected an image data set")
+        raise UserError(
+            f"the TFDS data set {name!r} has no feature 'image': expected an image data set"
+        )
     return Source(
         _tfds_split(builder, train_split), _tfds_split(builder, test_split) if test_split else None
     )
@@ -399,9 +410,15 @@ def _tfds_split(builder: Any, name: str) -> Split:
             f"the TFDS data set {builder.name!r} has no split {name!r}: it has {', '.join(splits)}"
         )
     features = builder.info.features
-    label = features["label"] if "label" in features else None
-    classes = tuple(label.names) if hasattr(label, "names") else None
-    shape = features["image"].shape
+    labelled = "label" in features and hasattr(features["label"], "names")
+    classes = tuple(features["label"].names) if labelled else None
+    image = features["image"]
+    shape = image.shape
+    if len(shape) != 3 or shape[-1] not in (1, 3) or np.dtype(image.np_dtype) != np.uint8:
+        raise UserError(
+            f"the images of {builder.name!r} are {np.dtype(image.np_dtype)} {list(shape)}: expected "
+            "uint8 [height, width, 1 or 3]"
+        )
     if None not in shape and int(np.prod(shape)) * splits[name].num_examples <= _IN_MEMORY_BYTES:
         import tensorflow_datasets as tfds
 

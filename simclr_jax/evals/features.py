@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,13 @@ from jax.sharding import Mesh
 
 from simclr_jax.mesh import replicated, to_global
 
-RAW_PIXELS = 32  # px; larger images are averaged down to this before they serve as raw-pixel features
+# Pixels: larger images are averaged down to this before they serve as raw-pixel features.
+RAW_PIXELS = 32
 
 
 def extract(
     forward: Callable,
+    variables: Any,
     batches: Iterable[dict],
     *,
     count: int,
@@ -28,7 +31,8 @@ def extract(
     which are dropped again, so that one program serves all and every process runs it equally often.
 
     Args:
-      forward: images uint8 [n, H, W, 3] to {kind: features [n, D]}, jit-able.
+      forward: (variables, images uint8 [n, H, W, 3]) to {kind: features [n, D]}, jit-able.
+      variables: what forward needs, on all devices of the mesh.
       batches: this process's part: {"image", "label"}, image i of it being image p + i P of the split.
       count: images of the split, over all processes.
       batch_size: of the global batch, a multiple of the number of devices.
@@ -42,7 +46,7 @@ def extract(
     local = batch_size // processes
     everywhere = replicated(mesh)
     run = jax.jit(
-        lambda batch: (forward(batch["image"]), batch["label"]),
+        lambda variables, batch: (forward(variables, batch["image"]), batch["label"]),
         out_shardings=(everywhere, everywhere),
     )
 
@@ -63,7 +67,9 @@ def extract(
             "image": np.concatenate([batch["image"], blank[n:]]),
             "label": np.concatenate([batch["label"], np.zeros(local - n, np.int32)]),
         }
-        parts.append(jax.tree.map(in_order, jax.device_get(run(to_global(mesh, filled)))))
+        parts.append(
+            jax.tree.map(in_order, jax.device_get(run(variables, to_global(mesh, filled))))
+        )
     return jax.tree.map(lambda *rows: np.concatenate(rows)[:count], *parts)
 
 
@@ -75,5 +81,7 @@ def raw_pixels(images, channels: int):
     """
     x = images[..., :channels].astype(jnp.float32) / 255.0
     if x.shape[1] > RAW_PIXELS:
-        x = jax.image.resize(x, (len(x), RAW_PIXELS, RAW_PIXELS, channels), "linear", antialias=True)
+        x = jax.image.resize(
+            x, (len(x), RAW_PIXELS, RAW_PIXELS, channels), "linear", antialias=True
+        )
     return x.reshape(len(x), -1)

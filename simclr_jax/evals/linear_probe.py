@@ -62,7 +62,8 @@ def accuracy(weights: dict, x, y):
 
 def scale(train: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
     """Centres all features by the mean of `train` and divides them by one number, so that the mean
-    square norm of `train` is 1: an l2 then means the same for features of any size."""
+    square norm of `train` is 1: an l2 then means the same for features of any size.
+    """
     mean = train.mean(axis=0)
     factor = 1 / np.sqrt(np.mean(np.sum((train - mean) ** 2, axis=1)) + 1e-12)
     return tuple((x - mean) * np.float32(factor) for x in (train, *others))
@@ -91,14 +92,22 @@ def probe_all_labels(
     """
     x, y = train
     part, held = split_validation(y, validation_fraction, seed)
-    weights = _fit_each_l2(x[part], y[part], jnp.asarray(l2), classes, max_iterations)
-    scores = jax.vmap(accuracy, in_axes=(0, None, None))(weights, x[held], y[held])
-    best = l2[int(jnp.argmax(scores))]
-    return float(accuracy(fit(x, y, best, classes, max_iterations), *test)), best
+    validation = x[held], y[held]
+    best, _ = _choose_l2(x[part], y[part], validation, l2, classes, max_iterations)
+    return float(accuracy(fit(x, y, l2[best], classes, max_iterations), *test)), l2[best]
 
 
 def probe_few_labels(
-    train: tuple, test: tuple, *, per_class, seeds, l2, validation_fraction, seed, classes, max_iterations
+    train: tuple,
+    test: tuple,
+    *,
+    per_class,
+    seeds,
+    l2,
+    validation_fraction,
+    seed,
+    classes,
+    max_iterations,
 ) -> list[float]:
     """Test accuracies with `per_class` labels of each class, one for each of `seeds` draws.
 
@@ -107,13 +116,19 @@ def probe_few_labels(
     x, y = train
     part, held = split_validation(y, validation_fraction, seed)
     picked = [part[few_labels(y[part], per_class, draw)] for draw in range(seeds)]
+    validation = x[held], y[held]
     accuracies = []
     for rows in picked:
-        weights = _fit_each_l2(x[rows], y[rows], jnp.asarray(l2), classes, max_iterations)
-        scores = jax.vmap(accuracy, in_axes=(0, None, None))(weights, x[held], y[held])
-        best = jax.tree.map(lambda w, i=int(jnp.argmax(scores)): w[i], weights)
-        accuracies.append(float(accuracy(best, *test)))
+        _, weights = _choose_l2(x[rows], y[rows], validation, l2, classes, max_iterations)
+        accuracies.append(float(accuracy(weights, *test)))
     return accuracies
+
+
+def _choose_l2(x, y, validation: tuple, l2, classes: int, max_iterations: int) -> tuple[int, dict]:
+    """The index of the l2 that does best on the validation part, and the weights fitted with it."""
+    weights = _fit_each_l2(x, y, jnp.asarray(l2), classes, max_iterations)
+    best = int(jnp.argmax(jax.vmap(accuracy, in_axes=(0, None, None))(weights, *validation)))
+    return best, jax.tree.map(lambda w: w[best], weights)
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "max_iterations"))

@@ -3,24 +3,27 @@
 A number without the other two says nothing: it may be the data that are easy.
 """
 
+import contextlib
+import functools
 import json
 import pathlib
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax.checkpoint import find, read_encoder, read_options, with_shardings
 from simclr_jax.console import say, show_table
-from simclr_jax.data.sources import Share, Split
+from simclr_jax.data.sources import Split
 from simclr_jax.errors import UserError
 from simclr_jax.evals.features import extract, raw_pixels
 from simclr_jax.evals.knn import knn_accuracy
 from simclr_jax.evals.linear_probe import probe_all_labels, probe_few_labels, scale
-from simclr_jax.mesh import make_mesh, replicated
+from simclr_jax.mesh import make_mesh, replicated, to_global
+from simclr_jax.resnet import ResNet
 from simclr_jax.train_state import init_encoder
 from simclr_jax.train_step import to_float
 
@@ -105,29 +108,33 @@ def _all_features(config: ConfigDict, workdir: str) -> Features:
             f"the data have no {lacking}, so there is nothing to evaluate on; see "
             "data.folder_labels, data.test_path and data.test_split"
         )
-    assert source.test is not None and source.train.classes
-    mesh = make_mesh()
-    # Imported here: this needs TensorFlow, which takes 10 s to import.
-    from simclr_jax.data.pipeline import evaluation_batches
-
-    # The global batch must divide over the devices: round it up.
-    batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
+    assert source.test is not None
+    assert source.train.classes
     checkpoint = find(workdir, None)
     step = read_options(checkpoint)["step"]
-    forward = _forward(config, checkpoint, source.train.image_shape[-1], mesh)
+    mesh = make_mesh()
+    # The global batch must divide over the devices: round it up.
+    batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
+    network = assemble.encoder(config)
+    variables = {
+        UNTRAINED: _untrained(config, network, source.train, batch_size, mesh),
+        ENCODER: _trained(config, network, checkpoint, mesh),
+    }
+
+    def forward(variables, images):
+        x = to_float(images)
+        return {
+            RAW_PIXELS: raw_pixels(images, source.train.image_shape[-1]),
+            UNTRAINED: network.apply(variables[UNTRAINED], x, train=False),
+            ENCODER: network.apply(variables[ENCODER], x, train=False),
+        }
 
     def features_of(split: Split, name: str):
         say(f"features of {split.count} {name} images, encoder of step {step}")
-        batches = evaluation_batches(
-            split,
-            batch_size=batch_size // jax.process_count(),
-            share=Share(jax.process_index(), jax.process_count()),
-            size=config.data.image_size,
-            proportion=config.data.eval_crop,
-        )
         return extract(
             forward,
-            batches,
+            variables,
+            assemble.evaluation_batches(config, split, batch_size),
             count=split.count,
             batch_size=batch_size,
             size=config.data.image_size,
@@ -139,25 +146,35 @@ def _all_features(config: ConfigDict, workdir: str) -> Features:
     return Features(train, train_labels, test, test_labels, len(source.train.classes), step)
 
 
-def _forward(config: ConfigDict, checkpoint: pathlib.Path, channels: int, mesh) -> Callable:
-    """images [n, H, W, 3] to {kind: features [n, D]} for the three kinds."""
-    network = assemble.encoder(config)
-    everywhere = replicated(mesh)
-    start = jax.jit(
-        lambda: init_encoder(network, config.data.image_size, jax.random.key(config.seed)),
-        out_shardings=everywhere,
-    )()
-    trained = read_encoder(checkpoint, with_shardings(start, everywhere))
+def _trained(config: ConfigDict, network: ResNet, checkpoint: pathlib.Path, mesh: Mesh) -> dict:
+    start = functools.partial(init_encoder, network, config.data.image_size)
+    abstract = jax.eval_shape(start, jax.random.key(0))
+    return read_encoder(checkpoint, with_shardings(abstract, replicated(mesh)))
 
-    def forward(images):
-        x = to_float(images)
-        return {
-            RAW_PIXELS: raw_pixels(images, channels),
-            UNTRAINED: network.apply(start, x, train=False),
-            ENCODER: network.apply(trained, x, train=False),
-        }
 
-    return forward
+def _untrained(
+    config: ConfigDict, network: ResNet, split: Split, batch_size: int, mesh: Mesh
+) -> dict:
+    """The encoder before training, made as good as an untrained one can be.
+
+    As initialised it would be a straw man: with the last BatchNorm scale of each block at zero it
+    sees through its strided 1x1 shortcuts only (at 16 px: one corner of the image). So here these
+    scales are one, and the running statistics are those of one batch of views.
+    """
+    size = config.data.image_size
+    network = network.clone(zero_init_residual=False, norm_momentum=0.0)
+    views = assemble.training_batches(config, split, 0, batch_size)
+    with contextlib.closing(views):
+        batch = to_global(mesh, {"image": next(views)["views"][:, 0]})
+
+    def calibrated(key, images):
+        variables = init_encoder(network, size, key)
+        _, seen = network.apply(variables, to_float(images), train=True, mutable=["batch_stats"])
+        return {"params": variables["params"], "batch_stats": seen["batch_stats"]}
+
+    return jax.jit(calibrated, out_shardings=replicated(mesh))(
+        jax.random.key(config.seed), batch["image"]
+    )
 
 
 def _row(kind: str, per_class: int | None, accuracies: list[float]) -> dict:
