@@ -28,9 +28,7 @@ def default() -> ConfigDict:
     c.data = ConfigDict()
     c.data.source = "tfds"  # "tfds", "folder", "arrays" (.npz) or "synthetic"
     c.data.name = ""  # of the TFDS data set
-    c.data.path = (
-        ""  # the TFDS data folder ("": TFDS's own), the folder of images, or the .npz file
-    )
+    c.data.path = ""  # TFDS's data folder ("": its own), the folder of images, or the .npz
     c.data.test_path = ""  # folder of test images; "": a folder has no test split, so no probe
     c.data.train_split = "train"  # of the TFDS data set
     c.data.test_split = "test"  # of the TFDS data set; what every evaluation reports on
@@ -44,11 +42,9 @@ def default() -> ConfigDict:
     c.views.crop_area = (0.08, 1.0)  # share of the image's area, uniform
     c.views.crop_aspect = (3 / 4, 4 / 3)  # width / height, log-uniform
     c.views.flip = True  # left-right, with probability 0.5
-    c.views.color_strength = (
-        1.0  # s: brightness, contrast, saturation 0.8 s, hue 0.2 s; 0.5 for CIFAR
-    )
-    c.views.jitter_probability = 0.8
-    c.views.grey_probability = 0.2
+    c.views.color_strength = 1.0  # s; 0.8 s for all but hue, 0.2 s. 0.5 for CIFAR
+    c.views.jitter_probability = 0.8  # of the whole jitter, in a random order of its four parts
+    c.views.grey_probability = 0.2  # of dropping all colour
     c.views.brightness = "additive"  # the paper's code; "multiplicative" is the later code's
     c.views.blur_probability = 0.5  # sigma in [0.1, 2] px, kernel size / 10; 0 for small images
 
@@ -56,9 +52,7 @@ def default() -> ConfigDict:
     c.model.depth = 50  # 10, 18, 34, 50, 101, 152 or 200 layers
     c.model.width = 1.0  # multiplies every layer's channels
     c.model.stem = "imagenet"  # "cifar" up to 32 px (appendix B.9); "strided" halves once, for CPUs
-    c.model.dtype = (
-        "float32"  # of convolutions; "bfloat16" on accelerators, statistics stay float32
-    )
+    c.model.dtype = "float32"  # of convolutions; "bfloat16" on accelerators
     c.model.norm_momentum = 0.9  # of the running BatchNorm statistics, which evaluation uses
     c.model.head = "nonlinear"  # projection head: "none", "linear" or "nonlinear"
     c.model.head_layers = 2  # of a nonlinear head: 2 in the paper, 3 in SimCLR v2
@@ -80,13 +74,11 @@ def default() -> ConfigDict:
     c.train.epochs = 100.0  # passes over the training split
     c.train.steps = 0  # above 0: overrides epochs
     c.train.log_every_steps = 50  # metrics are means over this many steps
-    c.train.online_classifier = (
-        True  # a linear classifier on h that trains along, where labels exist
-    )
+    c.train.online_classifier = True  # trains along on h, where labels exist
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every_steps = 1000  # besides the last step
-    c.checkpoint.keep_last = 3
+    c.checkpoint.keep_last = 3  # as many of the newest are kept
     c.checkpoint.keep_every_steps = 0  # above 0: multiples of this are kept for ever
 
     c.eval = ConfigDict()
@@ -98,7 +90,7 @@ def default() -> ConfigDict:
     c.eval.l2 = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # candidates for the probe
     c.eval.max_iterations = 200  # of L-BFGS
     c.eval.knn_k = 200  # neighbours, or as many as there are
-    c.eval.knn_temperature = 0.1
+    c.eval.knn_temperature = 0.1  # a neighbour of similarity s weighs exp(s / temperature)
     return c.lock()
 
 

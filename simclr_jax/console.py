@@ -1,6 +1,7 @@
 """What a run says to the person at the terminal. Processes other than the first say nothing."""
 
 import time
+from typing import Self
 
 import jax
 import rich.console
@@ -64,7 +65,7 @@ class Progress:
         left = elapsed / max(1, step - self._start) * (self._total - step)
         say(f"step {step}/{self._total}  {text}  left {duration(left)}")
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         if self._bar is not None:
             self._bar.start()
         return self
@@ -82,7 +83,9 @@ def describe(metrics: dict[str, float]) -> str:
     ]
     if "classifier_accuracy" in metrics:
         parts.append(f"online acc {metrics['classifier_accuracy']:.1%}")
-    parts += [f"lr {metrics['learning_rate']:.2g}", f"{metrics['images_per_second']:.0f} images/s"]
+    parts.append(f"lr {metrics['learning_rate']:.2g}")
+    if "images_per_second" in metrics:  # not before a second step has been timed
+        parts.append(f"{metrics['images_per_second']:.0f} images/s")
     return "  ".join(parts)
 
 

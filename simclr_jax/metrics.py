@@ -42,16 +42,3 @@ class MetricWriter:
     def __exit__(self, *_) -> None:
         self._file.close()
         self._events.close()
-
-
-class NoWriter:
-    """What the processes other than the first write to."""
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        pass
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_) -> None:
-        pass

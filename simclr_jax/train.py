@@ -25,7 +25,7 @@ from simclr_jax.console import Progress, say
 from simclr_jax.data.sources import Split
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import batch_sharded, check_divides, make_mesh, replicated, to_global
-from simclr_jax.metrics import MetricWriter, NoWriter
+from simclr_jax.metrics import MetricWriter
 from simclr_jax.train_state import TrainState, count_parameters, init_state
 from simclr_jax.train_step import make_train_step
 
@@ -91,10 +91,9 @@ def pretrain(config: ConfigDict, workdir: str) -> None:
         batches = stack.enter_context(
             contextlib.closing(assemble.training_batches(config, train, start))
         )
-        writer: MetricWriter | NoWriter
-        writer = MetricWriter(workdir, start) if jax.process_index() == 0 else NoWriter()
+        first = jax.process_index() == 0
         log = Log(
-            stack.enter_context(writer),
+            stack.enter_context(MetricWriter(workdir, start)) if first else None,
             stack.enter_context(Progress(plan.steps, start)),
             every=config.train.log_every_steps,
             batch_size=config.data.batch_size,
@@ -118,7 +117,7 @@ class Log:
 
     def __init__(
         self,
-        writer: MetricWriter | NoWriter,
+        writer: MetricWriter | None,
         progress: Progress,
         *,
         every: int,
@@ -161,7 +160,8 @@ class Log:
             means["learning_rate"] = values["learning_rate"]
             if self._timed:
                 means["images_per_second"] = self._timed * self._batch_size / (now - self._since)
-            self._writer.write(step, means)
+            if self._writer is not None:
+                self._writer.write(step, means)
             self._progress.report(step, means)
             self._window, self._timed, self._since = [], 0, now
 

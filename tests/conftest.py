@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from simclr_jax import config
 from simclr_jax.data.sources import in_memory
 
 
@@ -28,9 +29,45 @@ def devices(request):
     return jax.devices()[: request.param]
 
 
+def random_images(count, height=12, width=10, channels=3):
+    rng = np.random.default_rng(count)
+    return rng.integers(0, 256, (count, height, width, channels)).astype(np.uint8)
+
+
 @pytest.fixture
 def small_split():
     """37 random images of 12 x 10 px in three classes."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (37, 12, 10, 3)).astype(np.uint8)
-    return in_memory(images, np.arange(37) % 3, ("a", "b", "c"))
+    return in_memory(random_images(37), np.arange(37) % 3, ("a", "b", "c"))
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """The configuration of a run of seconds: 8 steps on 48 images of 12 px, in three classes."""
+    path = tmp_path / "images.npz"
+    np.savez(
+        path,
+        train_images=random_images(48, 12, 12),
+        train_labels=np.arange(48) % 3,
+        test_images=random_images(21, 12, 12),
+        test_labels=np.arange(21) % 3,
+    )
+    c = config.default()
+    c.data.source = "arrays"
+    c.data.path = str(path)
+    c.data.image_size = 12
+    c.data.batch_size = 16
+    c.data.eval_crop = 1.0
+    c.model.depth = 10
+    c.model.width = 0.125
+    c.model.stem = "strided"
+    c.model.head_width = 16
+    c.loss.temperature = 0.5
+    c.optimizer.warmup_epochs = 1.0
+    c.train.steps = 8
+    c.train.log_every_steps = 2
+    c.checkpoint.every_steps = 4
+    c.eval.batch_size = 16
+    c.eval.labels_per_class = (1,)
+    c.eval.label_fraction = 0.0
+    c.eval.seeds = 2
+    return c

@@ -1,0 +1,43 @@
+"""Which image comes when."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from simclr_jax.data.order import batch_positions, epoch_order
+
+
+def batches(count, batch_size, steps, start=0, rows=slice(None), seed=3):
+    return list(itertools.islice(batch_positions(seed, count, batch_size, start, rows), steps))
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 5), (10, 4), (7, 20), (1, 3)])
+def test_every_epoch_holds_every_image_once(count, batch_size):
+    steps = -(-5 * count // batch_size)
+    seen = np.concatenate([np.stack(b) for b in batches(count, batch_size, steps)], axis=1)
+    epochs, indices = seen[:, : 5 * count]
+    assert list(epochs) == sorted(epochs)
+    for epoch in range(5):
+        np.testing.assert_array_equal(np.sort(indices[epochs == epoch]), np.arange(count))
+
+
+def test_orders_differ_between_epochs_and_seeds():
+    orders = [epoch_order(seed, epoch, 100) for seed in (0, 1) for epoch in (0, 1)]
+    for one, other in itertools.combinations(orders, 2):
+        assert np.mean(one == other) < 0.1
+
+
+def test_starting_late_gives_what_came_then():
+    whole = batches(11, 4, 12)
+    for (e1, i1), (e2, i2) in zip(whole[7:], batches(11, 4, 5, start=7), strict=True):
+        np.testing.assert_array_equal(e1, e2)
+        np.testing.assert_array_equal(i1, i2)
+
+
+def test_the_processes_parts_make_up_the_global_batch():
+    whole = batches(11, 6, 5)
+    parts = [batches(11, 6, 5, rows=slice(3 * p, 3 * p + 3)) for p in range(2)]
+    for step, (epochs, indices) in enumerate(whole):
+        np.testing.assert_array_equal(epochs, np.concatenate([p[step][0] for p in parts]))
+        np.testing.assert_array_equal(indices, np.concatenate([p[step][1] for p in parts]))
