@@ -17,6 +17,13 @@ from simclr_jax import config
 from simclr_jax.data.sources import in_memory
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(tmp_path_factory):
+    """Programs that several tests share are compiled by the first."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Outputs of the published TF2 code."""

@@ -52,9 +52,10 @@ def training_batches(
         return {"views": views, "label": example["label"]}
 
     return _run(
+        split,
         split.training(seed, batch_size, start_step, share)
         .map(views_of, num_parallel_calls=tf.data.AUTOTUNE)
-        .batch(batch_size // share.count, drop_remainder=True)
+        .batch(batch_size // share.count, drop_remainder=True),
     )
 
 
@@ -77,12 +78,17 @@ def evaluation_batches(
         return {"image": image, "label": example["label"]}
 
     return _run(
-        split.once(share).map(image_of, num_parallel_calls=tf.data.AUTOTUNE).batch(batch_size)
+        split,
+        split.once(share).map(image_of, num_parallel_calls=tf.data.AUTOTUNE).batch(batch_size),
     )
 
 
-def _run(dataset: Any) -> Generator[dict[str, np.ndarray]]:
-    """Iterates the data set with prefetching, in order; what cannot be read is a UserError."""
+def _run(split: Split, dataset: Any) -> Generator[dict[str, np.ndarray]]:
+    """Iterates a data set made of `split`, with prefetching, in order.
+
+    Raises:
+      UserError: an image cannot be read; names all such images of the split.
+    """
     options = tf.data.Options()
     options.deterministic = True
     iterator = dataset.with_options(options).prefetch(_PREFETCH_BATCHES).as_numpy_iterator()
@@ -90,6 +96,12 @@ def _run(dataset: Any) -> Generator[dict[str, np.ndarray]]:
     unreadable = (tf.errors.InvalidArgumentError, tf.errors.NotFoundError, tf.errors.DataLossError)
     try:
         yield from iterator
-    except unreadable as e:
-        first_line = str(e.message).splitlines()[0]
-        raise UserError(f"an image could not be read: {first_line}") from e
+    except unreadable as error:
+        reason = str(error.message).splitlines()[0].rpartition("}} ")[2]
+        names = split.unreadable()
+        if names:
+            reason = f"such as {names[0]} ({reason})"
+        raise UserError(
+            f"{len(names) or 'some'} of {split.count} images cannot be read, {reason}: mend or "
+            "remove them"
+        ) from error

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import pathlib
+import zipfile
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -72,6 +73,9 @@ class Split(Protocol):
 
     def decode(self, image: Any) -> Any:
         """What "image" holds to uint8 [H, W, C], in the tf.data graph."""
+
+    def unreadable(self) -> list[str]:
+        """The names of all images that cannot be decoded, as far as images have names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +144,18 @@ class IndexedSplit:
             tf.io.decode_image(tf.io.read_file(image), channels=3, expand_animations=False),
             [None, None, 3],
         )
+
+    def unreadable(self) -> list[str]:
+        return [] if self.in_memory else [p for p in self.images if not self._is_readable(p)]
+
+    def _is_readable(self, path: str) -> bool:
+        import tensorflow as tf
+
+        try:
+            self.decode(tf.constant(path))
+        except tf.errors.OpError:
+            return False
+        return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +256,9 @@ class FilesSplit:
     def decode(self, image: Any) -> Any:
         return self.builder.info.features["image"].decode_example(image)
 
+    def unreadable(self) -> list[str]:
+        return []
+
 
 def _own_files(seed: int, epoch: int, lengths: np.ndarray, share: Share) -> np.ndarray:
     """This process's files of this epoch, in order."""
@@ -283,8 +302,9 @@ def open_source(
     if kind == "tfds":
         return _open_tfds(name, path, train_split, test_split)
     if kind == "folder":
-        test = folder(test_path, folder_labels) if test_path else None
-        return Source(folder(path, folder_labels), test)
+        train = folder(path, folder_labels)
+        test = folder(test_path, folder_labels, train.classes) if test_path else None
+        return Source(train, test)
     if kind == "arrays":
         return arrays(path)
     if kind == "synthetic":
@@ -292,8 +312,17 @@ def open_source(
     raise ValueError(f"unknown kind of source {kind!r}")
 
 
-def folder(path: str, labels: bool) -> IndexedSplit:
-    """Every image file below `path`, sorted by path; with `labels`, its first folder is its class."""
+def folder(path: str, labels: bool, classes: tuple[str, ...] | None = None) -> IndexedSplit:
+    """Every image file below `path`, sorted by path.
+
+    Args:
+      path: of the folder.
+      labels: the first folder below `path` is an image's class.
+      classes: their names, in order; None takes what is there, sorted.
+
+    Raises:
+      UserError: there is no folder, no image, an image in no class folder or in an unknown one.
+    """
     root = pathlib.Path(path).expanduser()
     if not root.is_dir():
         raise UserError(f"no folder {path!r}: expected a folder of images (data.path)")
@@ -303,15 +332,20 @@ def folder(path: str, labels: bool) -> IndexedSplit:
     paths = np.asarray([str(p) for p in files])
     if not labels:
         return IndexedSplit(paths, np.full(len(files), -1, np.int32))
-    owners = [p.relative_to(root).parts[0] for p in files]
     loose = [str(p) for p in files if p.parent == root]
     if loose:
         raise UserError(
             f"{len(loose)} images lie in no class folder, such as {loose[0]}: move them, or set "
             "data.folder_labels=False"
         )
-    classes, codes = np.unique(owners, return_inverse=True)
-    return IndexedSplit(paths, codes.astype(np.int32), tuple(classes.tolist()))
+    owners = [p.relative_to(root).parts[0] for p in files]
+    if classes is None:
+        classes = tuple(sorted(set(owners)))
+    unknown = sorted(set(owners).difference(classes))
+    if unknown:
+        raise UserError(f"{path!r} has the classes {', '.join(unknown)}, which training has not")
+    code = {name: i for i, name in enumerate(classes)}
+    return IndexedSplit(paths, np.asarray([code[o] for o in owners], np.int32), classes)
 
 
 def arrays(path: str) -> Source:
@@ -320,8 +354,13 @@ def arrays(path: str) -> Source:
     """
     if not pathlib.Path(path).is_file():
         raise UserError(f"no file {path!r}: expected an .npz file (data.path)")
-    with np.load(path, allow_pickle=False) as file:
-        stored = {key: file[key] for key in file.files}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            stored = {key: file[key] for key in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
+        raise UserError(
+            f"{path} cannot be read: {error}; expected an .npz file of arrays"
+        ) from error
     known = {"train_images", "train_labels", "test_images", "test_labels"}
     if "train_images" not in stored or stored.keys() - known:
         raise UserError(
@@ -344,6 +383,8 @@ def in_memory(images, labels=None, classes: tuple[str, ...] | None = None) -> In
         raise UserError(
             f"images are {images.dtype} {list(images.shape)}: expected uint8 [N, H, W, 1 or 3]"
         )
+    if len(images) == 0:
+        raise UserError("there are no images: expected at least one")
     if labels is None:
         labels, classes = np.full(len(images), -1), None
     if len(labels) != len(images):

@@ -1,0 +1,75 @@
+"""Checkpoints: what is kept, what comes back, and on which devices."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from simclr_jax import config as config_lib
+from simclr_jax.checkpoint import Checkpoints, find, read_encoder, read_options, saved_steps
+from simclr_jax.errors import UserError
+from simclr_jax.mesh import make_mesh
+from simclr_jax.train import make_job
+
+
+def job_on(config, devices):
+    return make_job(config, config_lib.plan(config, 48), 3, make_mesh(devices))
+
+
+def save(workdir, config, steps, **options):
+    job = job_on(config, jax.devices()[:2])
+    state = job.init(jax.random.key(0))
+    settings = {"every_steps": 2, "keep_last": 3, "keep_every_steps": 0} | options
+    with Checkpoints(str(workdir), **settings) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, state, {"config": config.to_dict(), "step": step})
+    return jax.device_get(state)
+
+
+def test_the_state_comes_back_on_any_number_of_devices(tmp_path, tiny, devices):
+    saved = save(tmp_path, tiny, [4])
+    job = job_on(tiny, devices)
+    with Checkpoints(str(tmp_path), **tiny.checkpoint.to_dict()) as checkpoints:
+        assert checkpoints.latest_step == 4
+        state = checkpoints.restore(4, job.abstract_state)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), saved)
+    for leaf in jax.tree.leaves(state):
+        assert set(leaf.sharding.device_set) == set(devices)
+
+
+def test_the_newest_and_the_multiples_are_kept(tmp_path, tiny):
+    save(tmp_path, tiny, range(2, 15, 2), keep_last=2, keep_every_steps=6)
+    assert saved_steps(tmp_path) == [6, 12, 14]
+
+
+def test_saves_are_due_at_multiples(tmp_path):
+    with Checkpoints(str(tmp_path), every_steps=3, keep_last=1, keep_every_steps=0) as checkpoints:
+        assert [s for s in range(1, 10) if checkpoints.due(s)] == [3, 6, 9]
+
+
+def test_the_encoder_is_read_without_the_rest(tmp_path, tiny):
+    saved = save(tmp_path, tiny, [2, 4])
+    folder = find(str(tmp_path), None)
+    assert folder.name == "4"
+    shutil.rmtree(folder / "trainer")  # the optimizer's state: not needed
+    expected = {"params": saved.params["encoder"], "batch_stats": saved.batch_stats["encoder"]}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)
+    jax.tree.map(np.testing.assert_array_equal, read_encoder(folder, abstract), expected)
+    assert read_options(folder)["step"] == 4
+
+
+def test_checkpoints_are_found_from_any_of_their_folders(tmp_path, tiny):
+    save(tmp_path, tiny, [2, 4])
+    copied = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / "checkpoints" / "2", copied)
+    assert find(str(tmp_path), 2) == tmp_path / "checkpoints" / "2"
+    assert find(str(tmp_path / "checkpoints"), None) == tmp_path / "checkpoints" / "4"
+    assert find(str(copied), None) == copied
+    with pytest.raises(UserError, match=r"no checkpoint of step 3 in .* there are 2, 4"):
+        find(str(tmp_path), 3)
+    with pytest.raises(UserError, match="no folder"):
+        find(str(tmp_path / "nowhere"), None)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no checkpoint in"):
+        find(str(tmp_path / "empty"), None)
