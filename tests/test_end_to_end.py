@@ -1,0 +1,181 @@
+"""The real commands, each in a process of its own."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def command(*arguments, devices=1, module="simclr_jax.main"):
+    """Runs `python -m simclr_jax.main ARGUMENTS` on CPU devices; returns the finished process."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": "",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+DIGITS = (
+    "--config=configs/digits.py",
+    "--config.train.steps=4",
+    "--config.train.log_every_steps=2",
+    "--config.checkpoint.every_steps=2",
+    "--config.eval.max_iterations=20",
+)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A short run of the digits configuration on one device, and what it said."""
+    workdir = tmp_path_factory.mktemp("digits")
+    return workdir, command(*DIGITS, f"--workdir={workdir}")
+
+
+def test_one_command_trains_and_probes(digits):
+    workdir, process = digits
+    assert process.returncode == 0, process.stderr
+    assert re.search(r"step 4/4  loss \d+\.\d+  contrastive acc", process.stdout)
+    assert "Linear probe, test accuracy" in process.stdout
+    rows = json.loads((workdir / "probe.json").read_text())["rows"]
+    # 1, 10, 1 % (of 1437 images: 1 a class) and all labels, for each kind of features.
+    assert {(r["features"], r["labels_per_class"]) for r in rows} == {
+        (kind, labels)
+        for kind in ("raw pixels", "untrained encoder", "encoder")
+        for labels in (1, 10, None)
+    }
+    raw = {r["labels_per_class"]: r["accuracy"] for r in rows if r["features"] == "raw pixels"}
+    # Few iterations, but raw digits are easy: near 63 %, 91 % and 96 %.
+    assert 0.5 < raw[1] < 0.75
+    assert raw[10] > 0.85
+    assert raw[None] > 0.9
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "4"]
+    assert [json.loads(s)["step"] for s in (workdir / "metrics.jsonl").open()] == [2, 4]
+
+
+def test_nothing_but_the_run_is_said(digits):
+    """No start-up chatter of the libraries."""
+    _, process = digits
+    assert process.stderr == ""
+
+
+def test_knn_needs_only_the_workdir(digits):
+    workdir, _ = digits
+    process = command("--mode=knn", f"--workdir={workdir}", devices=2)
+    assert process.returncode == 0, process.stderr
+    result = json.loads((workdir / "knn.json").read_text())
+    assert result["step"] == 4
+    assert [row["features"] for row in result["rows"]] == [
+        "raw pixels",
+        "untrained encoder",
+        "encoder",
+    ]
+    assert result["rows"][0]["accuracy"] > 0.9
+
+
+def test_another_process_restores_the_encoder_without_tensorflow(digits):
+    workdir, _ = digits
+    program = f"""
+import sys
+import numpy as np
+import simclr_jax
+encoder = simclr_jax.load_encoder({str(workdir)!r}, step=2)
+h = encoder(np.zeros((3, 16, 16, 3), np.uint8))
+assert h.shape == (3, encoder.width) and h.dtype == np.float32
+assert encoder.step == 2
+assert not [name for name in sys.modules if name.partition(".")[0] == "tensorflow"]
+print("restored")
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert process.stdout == "restored\n", process.stderr
+
+
+def test_training_and_its_parts_do_not_import_tensorflow():
+    program = """
+import sys
+import simclr_jax, simclr_jax.train, simclr_jax.evals.run, simclr_jax.data.sources, simclr_jax.main
+print([name for name in sys.modules if name.partition(".")[0] == "tensorflow"])
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert process.stdout == "[]\n", process.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--config=configs/digit.py",), "no configuration file"),
+        (("--config=configs/digits.py", "--config.data.batchsize=4"), "data.batch_size"),
+        (("--config=configs/digits.py", "--config.data.batch_size=9"), "over 2 devices"),
+        (("--config=configs/digits.py", "--config.data.name=digit"), "near names: digits"),
+        (("--config=configs/folder.py:/nowhere",), "no folder '/nowhere'"),
+        (("--mode=knn",), "config.json"),
+        (("--mode=probe", "--config=configs/digits.py"), "no checkpoint"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, says, tmp_path):
+    process = command(*arguments, f"--workdir={tmp_path}", devices=2)
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: ")
+    assert process.stderr.count("\n") == 1
+    assert says in process.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_configuration_is_refused_by_the_command(digits):
+    workdir, _ = digits
+    process = command(*DIGITS, "--config.seed=1", f"--workdir={workdir}")
+    assert process.returncode == 1
+    assert "seed: 0 -> 1" in process.stderr
+
+
+def test_a_folder_of_images_without_labels_trains(tmp_path):
+    import tensorflow as tf
+
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        image = rng.integers(0, 256, (20 + i, 30, 3)).astype(np.uint8)
+        (tmp_path / "photos" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        path = tmp_path / "photos" / str(i % 2) / f"{i}.jpg"
+        path.write_bytes(tf.io.encode_jpeg(image).numpy())
+    process = command(
+        f"--config=configs/folder.py:{tmp_path}/photos",
+        f"--workdir={tmp_path}/w",
+        "--config.data.image_size=24",
+        "--config.data.batch_size=4",
+        "--config.model.depth=10",
+        "--config.model.width=0.125",
+        "--config.model.dtype=float32",
+        "--config.train.steps=2",
+    )
+    assert process.returncode == 0, process.stderr
+    assert "8 images, no labels" in process.stdout
+    assert (tmp_path / "w" / "checkpoints" / "2").is_dir()
+    assert not (tmp_path / "w" / "probe.json").exists()
+
+
+def test_the_readmes_commands_are_the_ones_that_are_run():
+    """.ci/run takes its two commands out of the README, whole."""
+    readme = (ROOT / "README.md").read_text()
+    script = (ROOT / ".ci" / "run").read_text()
+    commands = re.findall(r"^pip install .*$", readme, re.MULTILINE)
+    assert len(commands) == 2
+    for line in commands:
+        assert line in script
