@@ -95,11 +95,15 @@ def checkpoint_folder(workdir: str) -> pathlib.Path:
 
 def saved_steps(path: str | pathlib.Path) -> list[int]:
     """The steps of the checkpoints below a workdir or its checkpoints folder, ascending."""
-    root = pathlib.Path(path).expanduser().absolute()
-    folder = root / "checkpoints" if (root / "checkpoints").is_dir() else root
+    folder = _folder(path)
     if not folder.is_dir():
         return []
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+
+def _folder(path: str | pathlib.Path) -> pathlib.Path:
+    root = pathlib.Path(path).expanduser().absolute()
+    return root if root.name == "checkpoints" else root / "checkpoints"
 
 
 def find(path: str, step: int | None) -> pathlib.Path:
@@ -116,6 +120,8 @@ def find(path: str, step: int | None) -> pathlib.Path:
     if not root.is_dir():
         raise UserError(f"no folder {path!r}: expected a workdir or a checkpoint folder")
     if (root / _ENCODER).is_dir():
+        if step is not None and step != (found := read_options(root)["step"]):
+            raise UserError(f"{path!r} is the checkpoint of step {found}, not of step {step}")
         return root
     steps = saved_steps(root)
     if not steps:
@@ -125,8 +131,7 @@ def find(path: str, step: int | None) -> pathlib.Path:
     if step is not None and step not in steps:
         there = ", ".join(map(str, steps))
         raise UserError(f"no checkpoint of step {step} in {path!r}: there are {there}")
-    folder = root / "checkpoints" if (root / "checkpoints").is_dir() else root
-    return folder / str(steps[-1] if step is None else step)
+    return _folder(path) / str(steps[-1] if step is None else step)
 
 
 def read_options(checkpoint: pathlib.Path) -> dict:

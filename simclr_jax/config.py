@@ -31,7 +31,7 @@ def default() -> ConfigDict:
     c.data.path = ""  # TFDS's data folder ("": its own), the folder of images, or the .npz
     c.data.test_path = ""  # folder of test images; "": a folder has no test split, so no probe
     c.data.train_split = "train"  # of the TFDS data set
-    c.data.test_split = "test"  # of the TFDS data set; what every evaluation reports on
+    c.data.test_split = "test"  # of the TFDS data set, for every evaluation; "": there is none
     c.data.folder_labels = False  # the first folder below data.path is the image's class
     c.data.image_size = 224  # px, height and width of a view
     c.data.batch_size = 4096  # B, images of the global batch: 2B views, 2B - 2 negatives an anchor
@@ -140,7 +140,14 @@ _RANGES = {
 }
 
 # Options that do not change what is learned: a run may go on with others.
-_MAY_CHANGE = ("train.log_every_steps", "checkpoint.", "eval.", "data.eval_crop", "data.test_")
+_MAY_CHANGE = (
+    "train.log_every_steps",
+    "checkpoint.",
+    "eval.",
+    "data.eval_crop",
+    "data.test_",
+    "data.path",
+)
 
 
 def load(spec: str | None, overrides: Sequence[str], workdir: str) -> ConfigDict:
@@ -163,7 +170,7 @@ def load(spec: str | None, overrides: Sequence[str], workdir: str) -> ConfigDict
 def read_file(spec: str) -> ConfigDict:
     """Runs `get_config(ARGUMENT)` of a configuration file "FILE.py[:ARGUMENT]"."""
     path, _, argument = spec.partition(":")
-    if not pathlib.Path(path).is_file():
+    if not pathlib.Path(path).is_file() or not path.endswith(".py"):
         raise UserError(
             f"no configuration file {path!r}: expected --config=configs/NAME.py[:ARGUMENT]"
         )
@@ -174,7 +181,16 @@ def read_file(spec: str) -> ConfigDict:
     try:
         module_spec.loader.exec_module(module)
         return module.get_config(argument)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        NameError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+    ) as error:
         message = " ".join(str(error.args[0] if error.args else error).split())
         raise UserError(f"{spec}: {message}") from error
 

@@ -41,7 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE.py[:ARG]", help="default: that of the workdir")
     parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="where everything is written"
+        "--workdir",
+        required=True,
+        metavar="DIR",
+        type=os.path.expanduser,
+        help="where everything is written",
     )
     modes = "; ".join(f"{name}: {text}" for name, (_, _, text) in MODES.items())
     parser.add_argument("--mode", choices=MODES, default="pretrain", help=modes)

@@ -11,7 +11,10 @@ DATA_AXIS = "data"
 
 def make_mesh(devices=None) -> Mesh:
     """All devices (of all processes) along the axis "data"."""
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        # A process's devices side by side: on some slices the ids of the hosts interleave, and
+        # the rows of a global array are said to come process after process.
+        devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
     return Mesh(np.asarray(devices), (DATA_AXIS,))
 
 

@@ -29,8 +29,8 @@ def warmup_cosine(peak: float, warmup_steps: int, total_steps: int) -> optax.Sch
 
 def adapted(params):
     """True for the parameters that get weight decay and, under LARS, a trust ratio: the kernels of
-    the encoder and the projection head. BatchNorm, biases and the online classifier get neither,
-    as in the published code.
+    the encoder and the projection head. BatchNorm, biases and the online classifier get neither.
+    The published code adapts the same ones, but decays the classifier's kernel too.
     """
 
     def is_adapted(path, _):

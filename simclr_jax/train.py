@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax import config as config_lib
-from simclr_jax.checkpoint import Checkpoints, saved_steps, with_shardings
+from simclr_jax.checkpoint import Checkpoints, find, read_options, saved_steps, with_shardings
 from simclr_jax.config import Plan
 from simclr_jax.console import Progress, say
 from simclr_jax.data.sources import Split
@@ -76,8 +76,9 @@ def pretrain(config: ConfigDict, workdir: str) -> None:
     check_workdir(config, workdir)
     train = assemble.source(config).train
     plan = config_lib.plan(config, train.count)
+    check_count(train.count, workdir)
     job = make_job(config, plan, len(train.classes) if train.classes else None, mesh)
-    record = write_record(config, plan, workdir)
+    record = write_record(config, plan, train.count, workdir)
     describe_run(config, plan, train, job.abstract_state, mesh)
 
     with contextlib.ExitStack() as stack:
@@ -104,7 +105,7 @@ def pretrain(config: ConfigDict, workdir: str) -> None:
             log.add(step, metrics)
             last = step == plan.steps
             if last or checkpoints.due(step):
-                log.drain()  # a state of which the loss is not finite is never saved
+                log.drain()  # nothing is saved after a loss that is not finite
                 checkpoints.save(step, state, record | {"step": step})
     say(f"trained to step {plan.steps}: {workdir}/checkpoints, {workdir}/metrics.jsonl")
 
@@ -175,8 +176,9 @@ def check_finite(step: int, values: dict[str, float]) -> None:
     ]
     if bad:
         raise UserError(
-            f"step {step}: {', '.join(bad)}, not finite. The last checkpoint is from before it: try a "
-            "lower optimizer.learning_rate, a longer warm-up or model.dtype=float32"
+            f"step {step}: {', '.join(bad)}, not finite. The last checkpoint is from before it; in "
+            "another --workdir, try a lower optimizer.learning_rate, a longer warm-up or "
+            "model.dtype=float32"
         )
 
 
@@ -185,10 +187,10 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
 
     A run that has saved nothing yet holds nothing to be lost.
     """
-    saved = pathlib.Path(workdir) / "config.json"
-    if not saved.exists() or not saved_steps(workdir):
+    if not saved_steps(workdir):
         return
-    changed = config_lib.differences(config_lib.read_saved(workdir), config)
+    saved = read_options(find(workdir, None))
+    changed = config_lib.differences(config_lib.from_dict(saved["config"]), config)
     if changed:
         raise UserError(
             f"{workdir} holds a run of another configuration ({'; '.join(changed)}): use another "
@@ -196,11 +198,24 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
         )
 
 
-def write_record(config: ConfigDict, plan: Plan, workdir: str) -> dict:
+def check_count(images: int, workdir: str) -> None:
+    """Raises a UserError if the run began on another number of training images."""
+    if not saved_steps(workdir):
+        return
+    before = read_options(find(workdir, None))["training_images"]
+    if before != images:
+        raise UserError(
+            f"{workdir} holds a run on {before} training images and there are {images} now, so it "
+            "cannot go on: restore the old data, or use another --workdir"
+        )
+
+
+def write_record(config: ConfigDict, plan: Plan, images: int, workdir: str) -> dict:
     """Writes WORKDIR/config.json, whole or not at all, and returns what it holds."""
     record = {
         "config": config.to_dict(),
         "plan": dataclasses.asdict(plan),
+        "training_images": images,
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "devices": [str(device) for device in jax.devices()],
         "processes": jax.process_count(),

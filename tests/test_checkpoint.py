@@ -66,6 +66,8 @@ def test_checkpoints_are_found_from_any_of_their_folders(tmp_path, tiny):
     assert find(str(tmp_path), 2) == tmp_path / "checkpoints" / "2"
     assert find(str(tmp_path / "checkpoints"), None) == tmp_path / "checkpoints" / "4"
     assert find(str(copied), None) == copied
+    with pytest.raises(UserError, match="of step 2, not of step 4"):
+        find(str(copied), 4)
     with pytest.raises(UserError, match=r"no checkpoint of step 3 in .* there are 2, 4"):
         find(str(tmp_path), 3)
     with pytest.raises(UserError, match="no folder"):

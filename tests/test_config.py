@@ -152,3 +152,11 @@ def test_steps_override_epochs_and_warmup_is_at_most_half():
     c.train.steps = 12
     assert config.plan(c, 100).steps == 12
     assert config.plan(c, 100).warmup_steps == 6
+
+
+def test_every_configuration_file_says_what_it_reaches_and_its_command():
+    for path in CONFIGS.glob("*.py"):
+        text = path.read_text()
+        assert f"python -m simclr_jax.main --config=configs/{path.name}" in text
+        assert "%" in text or path.name == "folder.py"
+        assert any(word in text for word in ("Hardware", "CPU", "GPU"))

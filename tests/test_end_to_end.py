@@ -106,7 +106,7 @@ print("restored")
     assert process.stdout == "restored\n", process.stderr
 
 
-def test_training_and_its_parts_do_not_import_tensorflow():
+def test_importing_training_and_its_parts_does_not_import_tensorflow():
     program = """
 import sys
 import simclr_jax, simclr_jax.train, simclr_jax.evals.run, simclr_jax.data.sources, simclr_jax.main
@@ -172,10 +172,12 @@ def test_a_folder_of_images_without_labels_trains(tmp_path):
 
 
 def test_the_readmes_commands_are_the_ones_that_are_run():
-    """.ci/run takes its two commands out of the README, whole."""
+    """.ci/run holds the README's two commands, whole, in order, the test command last."""
     readme = (ROOT / "README.md").read_text()
     script = (ROOT / ".ci" / "run").read_text()
     commands = re.findall(r"^pip install .*$", readme, re.MULTILINE)
     assert len(commands) == 2
-    for line in commands:
-        assert line in script
+    assert re.findall(r"^pip install (.*) \|\| exit 1$", script, re.MULTILINE) == [
+        line.removeprefix("pip install ") for line in commands
+    ]
+    assert script.rstrip().endswith(f"{commands[1]} || exit 1")

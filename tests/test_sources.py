@@ -201,8 +201,13 @@ def test_an_empty_folder_and_bad_arrays_are_refused(tmp_path):
         open_source("folder", path=str(tmp_path))
     with pytest.raises(UserError, match="expected uint8"):
         in_memory(np.zeros((3, 8, 8, 3), np.float32))
-    with pytest.raises(UserError, match="2 labels for 3 images"):
+    with pytest.raises(UserError, match="expected one integer each"):
         in_memory(np.zeros((3, 8, 8, 3), np.uint8), [0, 1], ("a", "b"))
+    with pytest.raises(UserError, match="expected one integer each"):
+        in_memory(np.zeros((3, 8, 8, 3), np.uint8), [[0], [1], [0]], ("a", "b"))
+    with pytest.raises(UserError, match="labels are 0 to 2: expected 0 to 1"):
+        in_memory(np.zeros((3, 8, 8, 3), np.uint8), [0, 1, 2], ("a", "b"))
+    assert in_memory(np.zeros((3, 8, 8, 3), np.uint8), [-1, -1, -1], ("a", "b")).classes is None
     with pytest.raises(UserError, match="no images"):
         in_memory(np.zeros((0, 8, 8, 3), np.uint8))
     np.savez(tmp_path / "x.npz", images=np.zeros((3, 8, 8, 3), np.uint8))

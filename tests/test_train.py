@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 from simclr_jax import assemble, train
 from simclr_jax.checkpoint import find, saved_steps
 from simclr_jax.console import Progress
+from simclr_jax.data.sources import open_source
 from simclr_jax.encoder import load_encoder
 from simclr_jax.errors import UserError
+from simclr_jax.evals import run
 from simclr_jax.metrics import MetricWriter
 
 
@@ -73,10 +76,21 @@ def test_another_configuration_is_refused_with_what_differs(tiny, tmp_path):
     with pytest.raises(UserError, match=r"loss\.temperature: 0\.5 -> 0\.1") as caught:
         train.pretrain(tiny, str(tmp_path / "w"))
     assert "checkpoint" not in str(caught.value)
+    with pytest.raises(UserError, match="leave --config out"):
+        run.probe(tiny, str(tmp_path / "w"))
     # Nothing was saved: nothing to protect.
     (tmp_path / "new").mkdir()
     (tmp_path / "w" / "config.json").rename(tmp_path / "new" / "config.json")
     train.check_workdir(tiny, str(tmp_path / "new"))
+
+
+def test_a_run_does_not_go_on_with_other_images(tiny, tmp_path):
+    tiny.train.steps = 4
+    train.pretrain(tiny, str(tmp_path / "w"))
+    np.savez(tiny.data.path, train_images=np.zeros((50, 12, 12, 3), np.uint8))
+    open_source.cache_clear()
+    with pytest.raises(UserError, match="on 48 training images and there are 50 now"):
+        train.pretrain(tiny, str(tmp_path / "w"))
 
 
 def test_the_record_holds_what_a_reader_needs(tiny, tmp_path):
@@ -85,6 +99,7 @@ def test_the_record_holds_what_a_reader_needs(tiny, tmp_path):
     record = json.loads((tmp_path / "w" / "config.json").read_text())
     assert record["config"]["loss"]["temperature"] == 0.5
     assert record["plan"] == {"steps": 4, "warmup_steps": 2, "learning_rate": 0.3 * 16 / 256}
+    assert record["training_images"] == 48
     assert record["versions"]["jax"] == jax.__version__
     assert len(record["devices"]) == 8
     assert list((tmp_path / "w").glob("events.out.tfevents.*"))
@@ -103,7 +118,7 @@ def test_a_workdir_that_cannot_be_written_is_refused(tiny, tmp_path):
         train.pretrain(tiny, str(tmp_path / "file"))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tiny, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_before_its_state_is_saved(tiny, tmp_path):
     """Each step multiplies the weights by up to 1e12, until they overflow; each step is saved."""
     tiny.optimizer.name, tiny.optimizer.scaling = "sgd", "none"
     tiny.optimizer.learning_rate = tiny.optimizer.weight_decay = 1e6
@@ -175,6 +190,7 @@ def test_what_a_configuration_comes_to_is_said(tiny, tmp_path, capsys):
     train.pretrain(tiny, str(tmp_path / "w"))
     said = capsys.readouterr().out
     assert "48 images, 3 classes; views of 12 px" in said
+    assert re.search(r"ResNet-10 x0\.125, 0\.08 M parameters; head 0\.00 M", said)
     assert "16 images, 32 views, 30 negatives an anchor, tau 0.5" in said
     assert "4 (1.3 epochs), of which 2 warm-up" in said
     assert "lars, peak learning rate 0.01875 (0.3 x 16 / 256), weight decay 1e-06" in said
@@ -183,7 +199,7 @@ def test_what_a_configuration_comes_to_is_said(tiny, tmp_path, capsys):
     assert f"trained to step 4: {tmp_path}/w/checkpoints" in said
 
 
-def test_any_number_of_devices_reads_the_encoder(tiny, tmp_path):
+def test_the_encoder_of_eight_devices_is_loaded_onto_one(tiny, tmp_path):
     tiny.train.steps = 4
     train.pretrain(tiny, str(tmp_path / "w"))
     encoder = load_encoder(tmp_path / "w")

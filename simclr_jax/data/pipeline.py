@@ -93,11 +93,16 @@ def _run(split: Split, dataset: Any) -> Generator[dict[str, np.ndarray]]:
     options.deterministic = True
     iterator = dataset.with_options(options).prefetch(_PREFETCH_BATCHES).as_numpy_iterator()
     # A local name: the generator may be closed when the interpreter has already cleared `tf`.
-    unreadable = (tf.errors.InvalidArgumentError, tf.errors.NotFoundError, tf.errors.DataLossError)
+    unreadable = (
+        tf.errors.InvalidArgumentError,
+        tf.errors.NotFoundError,
+        tf.errors.PermissionDeniedError,
+        tf.errors.DataLossError,
+    )
     try:
         yield from iterator
     except unreadable as error:
-        reason = str(error.message).splitlines()[0].rpartition("}} ")[2]
+        reason = " ".join(str(error.message).split()).rpartition("}} ")[2]
         names = split.unreadable()
         if names:
             reason = f"such as {names[0]} ({reason})"

@@ -2,12 +2,13 @@
 
 A split answers two questions with a tf.data.Dataset of raw examples, and says how to decode one:
 which examples come next in training, and which are all of them for evaluation. TensorFlow is
-imported where it is used, so that arrays in memory do not need it.
+imported where it is used, so that importing this module does not need it.
 """
 
 import dataclasses
 import difflib
 import functools
+import os
 import pathlib
 import zipfile
 from collections.abc import Iterator
@@ -326,7 +327,12 @@ def folder(path: str, labels: bool, classes: tuple[str, ...] | None = None) -> I
     root = pathlib.Path(path).expanduser()
     if not root.is_dir():
         raise UserError(f"no folder {path!r}: expected a folder of images (data.path)")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    files = sorted(
+        pathlib.Path(where) / name
+        for where, _, names in os.walk(root, followlinks=True)
+        for name in names
+        if name.lower().endswith(IMAGE_SUFFIXES)
+    )
     if not files:
         raise UserError(f"no image below {path!r}: looked for {', '.join(IMAGE_SUFFIXES)}")
     paths = np.asarray([str(p) for p in files])
@@ -352,6 +358,7 @@ def arrays(path: str) -> Source:
     """An .npz file: train_images uint8 [N, H, W, 1 or 3] and, if there, train_labels int [N],
     test_images, test_labels.
     """
+    path = os.path.expanduser(path)
     if not pathlib.Path(path).is_file():
         raise UserError(f"no file {path!r}: expected an .npz file (data.path)")
     try:
@@ -368,11 +375,15 @@ def arrays(path: str) -> Source:
         )
     classes = None
     if "train_labels" in stored:
-        classes = tuple(str(c) for c in range(int(stored["train_labels"].max()) + 1))
+        classes = tuple(str(c) for c in range(int(stored["train_labels"].max(initial=0)) + 1))
     train = in_memory(stored["train_images"], stored.get("train_labels"), classes)
     test = None
     if "test_images" in stored:
         test = in_memory(stored["test_images"], stored.get("test_labels"), classes)
+        if test.image_shape[-1] != train.image_shape[-1]:
+            raise UserError(
+                f"{path}: test images have another number of channels than training ones"
+            )
     return Source(train, test)
 
 
@@ -387,8 +398,18 @@ def in_memory(images, labels=None, classes: tuple[str, ...] | None = None) -> In
         raise UserError("there are no images: expected at least one")
     if labels is None:
         labels, classes = np.full(len(images), -1), None
-    if len(labels) != len(images):
-        raise UserError(f"{len(labels)} labels for {len(images)} images: expected one each")
+    labels = np.asarray(labels)
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(
+            f"labels are {labels.dtype} {list(labels.shape)} for {len(images)} images: expected one "
+            "integer each"
+        )
+    if np.all(labels == -1):  # TFDS's mark of an image without a label
+        classes = None
+    elif classes is not None and not 0 <= labels.min() <= labels.max() < len(classes):
+        raise UserError(
+            f"labels are {labels.min()} to {labels.max()}: expected 0 to {len(classes) - 1}"
+        )
     return IndexedSplit(images, np.asarray(labels, np.int32), classes)
 
 
@@ -438,7 +459,7 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
         except Exception as error:  # any of many network, checksum and disk errors
             raise UserError(
                 f"could not prepare the TFDS data set {name!r} in {where}: "
-                f"{type(error).__name__}: {str(error).splitlines()[0]}. Set data.path to a folder "
+                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}. Set data.path to a folder "
                 "where it is prepared already"
             ) from error
     return builder
@@ -448,7 +469,8 @@ def _tfds_split(builder: Any, name: str) -> Split:
     splits = builder.info.splits
     if name not in splits:
         raise UserError(
-            f"the TFDS data set {builder.name!r} has no split {name!r}: it has {', '.join(splits)}"
+            f"the TFDS data set {builder.name!r} has no split {name!r}: it has {', '.join(splits)}; "
+            "see data.train_split and data.test_split, which may be '' for none"
         )
     features = builder.info.features
     labelled = "label" in features and hasattr(features["label"], "names")
@@ -465,4 +487,7 @@ def _tfds_split(builder: Any, name: str) -> Split:
 
         data = tfds.as_numpy(builder.as_dataset(split=name, batch_size=-1))
         return in_memory(data["image"], data["label"] if classes else None, classes)
-    return FilesSplit(builder, name, classes)
+    split = FilesSplit(builder, name, classes)
+    if classes and int(next(iter(split.once(Share())))["label"]) < 0:
+        return FilesSplit(builder, name, None)  # such as the unlabelled split of stl10
+    return split

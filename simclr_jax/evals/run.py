@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax.checkpoint import find, read_encoder, read_options, with_shardings
+from simclr_jax.config import differences, from_dict
 from simclr_jax.console import say, show_table
 from simclr_jax.data.sources import Split
 from simclr_jax.errors import UserError
@@ -58,14 +59,16 @@ def probe(config: ConfigDict, workdir: str) -> dict:
         "classes": features.classes,
         "max_iterations": options.max_iterations,
     }
-    fraction = round(options.label_fraction * len(features.train_labels) / features.classes)
-    few = sorted({*options.labels_per_class, fraction} - {0})
+    few = set(options.labels_per_class)
+    if options.label_fraction > 0:
+        share = options.label_fraction * len(features.train_labels) / features.classes
+        few.add(max(1, round(share)))
     rows = []
     for kind in KINDS:
         x_train, x_test = scale(features.train[kind], features.test[kind])
         train, test = (x_train, features.train_labels), (x_test, features.test_labels)
-        for per_class in few:
-            say(f"probing {kind}, {per_class} labels a class")
+        for per_class in sorted(few):
+            say(f"probing {kind}, {per_class} label{'s' if per_class > 1 else ''} a class")
             accuracies = probe_few_labels(
                 train, test, per_class=per_class, seeds=options.seeds, **settings
             )
@@ -111,7 +114,13 @@ def _all_features(config: ConfigDict, workdir: str) -> Features:
     assert source.test is not None
     assert source.train.classes
     checkpoint = find(workdir, None)
-    step = read_options(checkpoint)["step"]
+    saved = read_options(checkpoint)
+    step = saved["step"]
+    changed = differences(from_dict(saved["config"]), config)
+    if changed:
+        raise UserError(
+            f"{checkpoint} is of another configuration ({'; '.join(changed)}): leave --config out"
+        )
     mesh = make_mesh()
     # The global batch must divide over the devices: round it up.
     batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
