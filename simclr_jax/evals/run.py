@@ -219,9 +219,7 @@ def _finish(result: dict, workdir: str, name: str, title: str) -> None:
         spread = f" ± {row['std']:.1%}" if row["seeds"] > 1 else ""
         column = row["labels_per_class"] or np.inf
         cells.setdefault(row["features"], {})[column] = f"{row['accuracy']:.1%}{spread}"
-    header = ["features"] + [
-        "all labels" if c == np.inf else f"{c} label{'s' if c > 1 else ''} a class" for c in columns
-    ]
+    header = ["labels a class"] + ["all" if c == np.inf else str(c) for c in columns]
     say()
     show_table(title, header, [[kind, *(by[c] for c in columns)] for kind, by in cells.items()])
     say(f"{result['test_images']} test images, step {result['step']}: {workdir}/{name}.json")
