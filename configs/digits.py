@@ -1,3 +1,21 @@
+"""SimCLR on scikit-learn's handwritten digits: 1,437 training images of 8 x 8 px, nothing to download.
+
+What it reaches, test accuracy of the linear probe, mean and spread over 5 draws of the labels.
+Measured 2026-11-24, seed 0, 2 CPU cores, 1 min 42 s from the command to the table:
+    labels a class           1                10              all
+    raw pixels         62.6 +- 8.9 %    90.8 +- 1.9 %       96.1 %
+    untrained encoder  29.9 +- 3.7 %    63.9 +- 4.3 %       84.4 %
+    encoder            79.1 +- 6.5 %    93.9 +- 0.9 %       98.1 %
+
+What was tried (seed 0, 1 label a class; a quarter-width ResNet-10 for 120 epochs unless said):
+    smaller batches, so 4 times the steps: batch 64 (above) 79.1 %, batch 256 71.3 %
+    batch 256: crops from 0.3 of the area, half width, 60 epochs 70.3 %; crops from 0.6,
+    tau 0.2, 100 epochs 64.3 %; crops from 0.3 with tau 1.0 65.9 %, without colour jitter 57.7 %;
+    colour strength 1.0 with aspect ratios from 1/2 to 2 67.4 %
+
+    python -m simclr_jax.main --config=configs/digits.py --workdir=/tmp/simclr_digits
+"""
+
 from simclr_jax import config
 
 

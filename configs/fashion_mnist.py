@@ -1,3 +1,25 @@
+"""SimCLR on Fashion-MNIST, with an encoder that learns the most in half an hour on 2 CPU cores.
+
+What it reaches, test accuracy of the linear probe, mean and spread over 5 draws of the labels.
+Measured 2026-11-24, seed 0, 2 CPU cores: 26.3 min of training beside other light work, at some 700
+images/s, then 2.0 min of probing, as --mode=probe:
+    labels a class           1               10               60              all
+    raw pixels         43.1 +- 4.0 %    70.3 +- 1.3 %    77.8 +- 0.3 %      84.2 %
+    untrained encoder  30.2 +- 2.9 %    53.9 +- 1.9 %    66.1 +- 0.4 %      74.6 %
+    encoder            52.3 +- 4.1 %    75.0 +- 1.3 %    81.4 +- 0.3 %      88.7 %
+
+What was tried (seed 0, 60 labels a class, some 150 s of training each; half-width ResNet-10, 350
+steps, crops from 0.2 of the area, colour strength 0.5, tau 0.2 unless said): 74.8 %
+    colour strength 1.0 72.8 %, none 71.9 %; crops from 0.08 74.3 %, from 0.4 75.8 %;
+    tau 0.1 74.2 %, 0.5 73.9 %; a quarter of the width for 900 steps 75.9 %
+The step alone does 690 images/s at half width, 1,250 at 3/8, 1,900 to 2,000 at a quarter; a
+quarter-width ResNet-18 does 900, and 260 with the stem that keeps all 28 px.
+
+TFDS downloads the data (30 MB) if --config.data.path is not a folder where they are prepared.
+
+    python -m simclr_jax.main --config=configs/fashion_mnist.py --workdir=/tmp/simclr_fashion_mnist
+"""
+
 from simclr_jax import config
 
 

@@ -71,7 +71,7 @@ def make_train_step(
         gradient = jax.grad(compute_loss, has_aux=True)
         grads, (metrics, batch_stats) = gradient(state.params, state.batch_stats, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         state = TrainState(
             step=state.step + 1,

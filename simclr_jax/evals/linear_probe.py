@@ -42,7 +42,7 @@ def fit(x, y, l2, classes: int, max_iterations: int) -> dict:
         updates, state = solver.update(
             grad, state, weights, value=value, grad=grad, value_fn=objective
         )
-        return optax.apply_updates(weights, updates), state, optax.global_norm(grad), iteration + 1
+        return optax.apply_updates(weights, updates), state, optax.tree.norm(grad), iteration + 1
 
     def unfinished(carry):
         *_, norm, iteration = carry
