@@ -1,6 +1,7 @@
 """What a run says to the person at the terminal. Processes other than the first say nothing."""
 
 import time
+from collections.abc import Iterable, Iterator
 from typing import Self
 
 import jax
@@ -38,6 +39,7 @@ class Progress:
     def __init__(self, total: int, start: int = 0):
         self._total, self._start = total, start
         self._began = time.monotonic()
+        self._text = ""
         self._bar = None
         if _console.is_terminal and jax.process_index() == 0:
             self._bar = rich.progress.Progress(
@@ -53,17 +55,23 @@ class Progress:
     def advance(self, step: int) -> None:
         """Moves the bar to `step`."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+            self._bar.update(self._task, completed=step, text=self._text)
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """Shows the newest metrics."""
-        text = describe(metrics)
+        self._text = describe(metrics)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
+            self.advance(step)
             return
         elapsed = time.monotonic() - self._began
         left = elapsed / max(1, step - self._start) * (self._total - step)
-        say(f"step {step}/{self._total}  {text}  left {duration(left)}")
+        say(f"step {step}/{self._total}  {self._text}  left {duration(left)}")
+
+    def track(self, items: Iterable) -> Iterator:
+        """Yields the items, each a step, and moves the bar with each."""
+        for step, item in enumerate(items, self._start + 1):
+            self.advance(step)  # before: who takes the last item may not ask for another
+            yield item
 
     def __enter__(self) -> Self:
         if self._bar is not None:

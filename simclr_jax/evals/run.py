@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble
 from simclr_jax.checkpoint import find, read_encoder, read_options, with_shardings
 from simclr_jax.config import differences, from_dict
-from simclr_jax.console import say, show_table
+from simclr_jax.console import Progress, say, show_table
 from simclr_jax.data.sources import Split
 from simclr_jax.errors import UserError
 from simclr_jax.evals.features import extract, raw_pixels
@@ -140,15 +140,16 @@ def _all_features(config: ConfigDict, workdir: str) -> Features:
 
     def features_of(split: Split, name: str):
         say(f"features of {split.count} {name} images, encoder of step {step}")
-        return extract(
-            forward,
-            variables,
-            assemble.evaluation_batches(config, split, batch_size),
-            count=split.count,
-            batch_size=batch_size,
-            size=config.data.image_size,
-            mesh=mesh,
-        )
+        with Progress(-(-split.count // batch_size)) as progress:
+            return extract(
+                forward,
+                variables,
+                progress.track(assemble.evaluation_batches(config, split, batch_size)),
+                count=split.count,
+                batch_size=batch_size,
+                size=config.data.image_size,
+                mesh=mesh,
+            )
 
     train, train_labels = features_of(source.train, "training")
     test, test_labels = features_of(source.test, "test")
