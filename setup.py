@@ -16,12 +16,12 @@ setup(
     package_data={"simclr_jax": ["py.typed"]},
     # Lower bounds are the oldest versions that the tests were run with.
     install_requires=[
-        "absl-py>=2.1",
+        "absl-py>=2.3",
         "flax>=0.12",
         "importlib_resources",  # tensorflow-datasets 4.9.10 imports it without declaring it
         "jax>=0.10",
         "ml_collections>=1.1",
-        "numpy>=2",
+        "numpy>=2.1",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "rich>=14",
@@ -35,6 +35,6 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
-        "dev": ["mypy>=1.18", "pytest>=8.4", "ruff>=0.14"],
+        "dev": ["mypy>=2.4", "pytest>=8.4", "ruff>=0.17"],
     },
 )
