@@ -88,7 +88,7 @@ class Checkpoints:
         return _join(restored[_ENCODER], restored[_TRAINER])
 
 
-def checkpoint_folder(workdir: str) -> pathlib.Path:
+def checkpoint_folder(workdir: str | pathlib.Path) -> pathlib.Path:
     """Where the checkpoints of a run lie, absolute."""
     return pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
 
@@ -102,8 +102,9 @@ def saved_steps(path: str | pathlib.Path) -> list[int]:
 
 
 def _folder(path: str | pathlib.Path) -> pathlib.Path:
-    root = pathlib.Path(path).expanduser().absolute()
-    return root if root.name == "checkpoints" else root / "checkpoints"
+    # A workdir may be called "checkpoints" itself: what lies inside decides.
+    inner = checkpoint_folder(path)
+    return inner.parent if inner.parent.name == inner.name and not inner.is_dir() else inner
 
 
 def find(path: str, step: int | None) -> pathlib.Path:

@@ -73,10 +73,10 @@ def pretrain(config: ConfigDict, workdir: str) -> None:
     """
     mesh = make_mesh()
     check_divides(config.data.batch_size, mesh)
-    check_workdir(config, workdir)
+    saved = check_workdir(config, workdir)
     train = assemble.source(config).train
     plan = config_lib.plan(config, train.count)
-    check_count(train.count, workdir)
+    check_count(train.count, saved, workdir)
     job = make_job(config, plan, len(train.classes) if train.classes else None, mesh)
     record = write_record(config, plan, train.count, workdir)
     describe_run(config, plan, train, job.abstract_state, mesh)
@@ -182,13 +182,15 @@ def check_finite(step: int, values: dict[str, float]) -> None:
         )
 
 
-def check_workdir(config: ConfigDict, workdir: str) -> None:
-    """Raises a UserError if the workdir holds a run of another configuration, with what differs.
+def check_workdir(config: ConfigDict, workdir: str) -> dict | None:
+    """What the workdir's newest checkpoint was saved with; None where nothing was saved yet, so
+    that nothing can be lost.
 
-    A run that has saved nothing yet holds nothing to be lost.
+    Raises:
+      UserError: it is of another configuration; says what differs.
     """
     if not saved_steps(workdir):
-        return
+        return None
     saved = read_options(find(workdir, None))
     changed = config_lib.differences(config_lib.from_dict(saved["config"]), config)
     if changed:
@@ -196,17 +198,15 @@ def check_workdir(config: ConfigDict, workdir: str) -> None:
             f"{workdir} holds a run of another configuration ({'; '.join(changed)}): use another "
             "--workdir, or the old values to go on with it"
         )
+    return saved
 
 
-def check_count(images: int, workdir: str) -> None:
-    """Raises a UserError if the run began on another number of training images."""
-    if not saved_steps(workdir):
-        return
-    before = read_options(find(workdir, None))["training_images"]
-    if before != images:
+def check_count(images: int, saved: dict | None, workdir: str) -> None:
+    """Raises a UserError if the saved run began on another number of training images."""
+    if saved is not None and saved["training_images"] != images:
         raise UserError(
-            f"{workdir} holds a run on {before} training images and there are {images} now, so it "
-            "cannot go on: restore the old data, or use another --workdir"
+            f"{workdir} holds a run on {saved['training_images']} training images and there are "
+            f"{images} now, so it cannot go on: restore the old data, or use another --workdir"
         )
 
 

@@ -59,6 +59,13 @@ def test_the_encoder_is_read_without_the_rest(tmp_path, tiny):
     assert read_options(folder)["step"] == 4
 
 
+def test_a_workdir_may_be_called_checkpoints(tmp_path, tiny):
+    workdir = tmp_path / "checkpoints"
+    save(workdir, tiny, [2])
+    assert saved_steps(workdir) == [2]
+    assert find(str(workdir), None) == workdir / "checkpoints" / "2"
+
+
 def test_checkpoints_are_found_from_any_of_their_folders(tmp_path, tiny):
     save(tmp_path, tiny, [2, 4])
     copied = tmp_path / "elsewhere"

@@ -17,6 +17,17 @@ def abstract(network, size=224):
     return jax.eval_shape(lambda: init_encoder(network, size, jax.random.key(0)))
 
 
+def train_and_look(network, variables, images):
+    """h in training mode, and {"batch_stats", "intermediates"}."""
+    return network.apply(
+        variables,
+        images,
+        train=True,
+        mutable=["batch_stats", "intermediates"],
+        capture_intermediates=True,
+    )
+
+
 @pytest.mark.parametrize("depth", TORCHVISION)
 def test_parameter_counts_equal_torchvisions(depth):
     assert count_parameters(abstract(ResNet(depth))["params"]) == TORCHVISION[depth]
@@ -74,13 +85,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_statistics_in_float32():
     network = ResNet(10, 0.25, "strided", jnp.bfloat16)
     images = jax.random.uniform(jax.random.key(1), (8, 16, 16, 3))
     variables = network.init(jax.random.key(0), images, train=False)
-    h, updated = network.apply(
-        variables,
-        images,
-        train=True,
-        mutable=["batch_stats", "intermediates"],
-        capture_intermediates=True,
-    )
+    h, updated = train_and_look(network, variables, images)
     assert updated["intermediates"]["stage2_block1"]["__call__"][0].dtype == jnp.bfloat16
     assert h.dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves(updated["batch_stats"])} == {jnp.dtype("float32")}
@@ -93,13 +98,7 @@ def test_batch_norm_statistics_are_the_batches():
     network = ResNet(10, 0.125, "cifar")
     images = jax.random.uniform(jax.random.key(1), (8, 8, 8, 3))
     variables = network.init(jax.random.key(0), images, train=False)
-    _, updated = network.apply(
-        variables,
-        images,
-        train=True,
-        mutable=["batch_stats", "intermediates"],
-        capture_intermediates=True,
-    )
+    _, updated = train_and_look(network, variables, images)
     stem = np.asarray(updated["intermediates"]["stem"]["__call__"][0], np.float64)
     running = updated["batch_stats"]["stem_norm"]
     np.testing.assert_allclose(running["mean"], 0.1 * stem.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
