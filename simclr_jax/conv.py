@@ -7,8 +7,8 @@ Measured on 2 cores with jaxlib 0.10.2, 512 images, in GFLOP/s:
   product.
 So on CPUs every filter gradient is the blocked product, and an image smaller than its filter is
 convolved by a product; the rest, and everything on accelerators, is XLA's own. The choice is made
-when the program is lowered, for the platform that it is lowered for, so that compiling ahead of time for a TPU on a
-CPU machine gets the TPU's program.
+when the program is lowered, for the platform that it is lowered for, so that compiling ahead of
+time for a TPU on a CPU machine gets the TPU's program.
 """
 
 import functools

@@ -26,7 +26,7 @@ class MetricWriter:
         self._path.write_text("".join(line + "\n" for line in kept))
         self._file = self._path.open("a")
         # TensorBoard hides what earlier event files hold from purge_step on.
-        self._events = SummaryWriter(str(workdir), purge_step=resume_step + 1 if kept else None)
+        self._events = SummaryWriter(str(workdir), purge_step=resume_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes the values of this step; they reach the disk before it returns."""
