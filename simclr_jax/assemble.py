@@ -1,15 +1,20 @@
 """The assembly line: the only place where options turn into data sets, networks and optimizers."""
 
-from collections.abc import Generator
+import functools
+from collections.abc import Callable, Generator
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simclr_jax.config import Plan
 from simclr_jax.data.sources import Share, Source, Split, open_source
+from simclr_jax.errors import UserError
 from simclr_jax.heads import LinearClassifier, ProjectionHead
+from simclr_jax.losses import nt_xent
+from simclr_jax.losses_chunked import nt_xent_chunked
 from simclr_jax.optimizer import make_optimizer, warmup_cosine
 from simclr_jax.resnet import ResNet
 from simclr_jax.train_state import Networks
@@ -71,28 +76,77 @@ def _share() -> Share:
     return Share(jax.process_index(), jax.process_count())
 
 
-def encoder(config: ConfigDict) -> ResNet:
-    """f."""
+def encoder(config: ConfigDict, norm_group: int = 0) -> ResNet:
+    """f. `norm_group`: see `ResNet`; evaluation has no use for it."""
     model = config.model
-    return ResNet(model.depth, model.width, model.stem, jnp.dtype(model.dtype), model.norm_momentum)
+    return ResNet(
+        model.depth,
+        model.width,
+        model.stem,
+        jnp.dtype(model.dtype),
+        model.norm_momentum,
+        norm_group,
+        remat=model.remat,
+    )
 
 
-def networks(config: ConfigDict, classes: int | None) -> Networks:
-    """f, g and, where there are `classes` and the option says so, the online classifier."""
+def networks(config: ConfigDict, classes: int | None, mesh: Mesh) -> Networks:
+    """f, g and, where there are `classes` and the option says so, the online classifier.
+
+    Raises:
+      UserError: the images do not divide into the groups of BatchNorm.
+    """
     model = config.model
+    norm_group = 2 * images_of_a_norm(config, mesh)
     return Networks(
-        encoder=encoder(config),
+        encoder=encoder(config, norm_group),
         head=ProjectionHead(
             model.head,
             model.head_layers,
             model.head_width,
             jnp.dtype(model.dtype),
             model.norm_momentum,
+            norm_group,
         ),
         classifier=LinearClassifier(classes)
         if classes and config.train.online_classifier
         else None,
     )
+
+
+def images_of_a_norm(config: ConfigDict, mesh: Mesh) -> int:
+    """How many images share BatchNorm statistics, both views of each.
+
+    Raises:
+      UserError: the images that a step sees at once do not divide into such groups.
+    """
+    at_once = config.data.batch_size // config.train.microbatches
+    group = {0: at_once, -1: at_once // mesh.size}.get(
+        config.model.norm_group, config.model.norm_group
+    )
+    if at_once % group:
+        raise UserError(
+            f"model.norm_group={group} does not divide the {at_once} images that are embedded "
+            "at once (data.batch_size / train.microbatches)"
+        )
+    return group
+
+
+# A device's share of the 2B x 2B similarities, bytes, above which they are computed in tiles. On
+# 2 CPU cores the two take the same time at 1 MB, and the tiles half of it from 4 MB on; on
+# accelerators this is where the tiles stop to matter beside a step of the encoder.
+_DENSE_BYTES = 2**24
+
+
+def contrastive_loss(config: ConfigDict, mesh: Mesh) -> tuple[str, Callable]:
+    """The implementation of NT-Xent, by name, and (z, temperature) to (loss, metrics)."""
+    share = 4 * (2 * config.data.batch_size) ** 2 // mesh.size
+    name = config.loss.implementation
+    if name == "auto":
+        name = "chunked" if share > _DENSE_BYTES else "dense"
+    if name == "dense":
+        return name, nt_xent
+    return name, functools.partial(nt_xent_chunked, mesh=mesh if mesh.size > 1 else None)
 
 
 def optimizer(

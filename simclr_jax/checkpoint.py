@@ -172,8 +172,15 @@ def _join(encoder: dict, trainer: dict) -> TrainState:
     )
 
 
-def with_shardings(abstract: Any, sharding: jax.sharding.Sharding) -> Any:
-    """A tree of shapes and dtypes, each with the sharding it is to be restored with."""
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+    """A tree of shapes and dtypes, each with the sharding it is to be restored with.
+
+    `shardings` is one for all, or a tree of them.
+    """
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, abstract)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract,
+        shardings,
     )

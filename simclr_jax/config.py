@@ -48,18 +48,25 @@ def default() -> ConfigDict:
     c.views.brightness = "additive"  # the paper's code; "multiplicative" is the later code's
     c.views.blur_probability = 0.5  # sigma in [0.1, 2] px, kernel size / 10; 0 for small images
 
+    # How the work is divided over the devices; the results do not depend on it.
+    c.mesh = ConfigDict()
+    c.mesh.fsdp = 1  # parameters and optimizer state are divided over this many devices
+
     c.model = ConfigDict()
     c.model.depth = 50  # 10, 18, 34, 50, 101, 152 or 200 layers
     c.model.width = 1.0  # multiplies every layer's channels
     c.model.stem = "imagenet"  # "cifar" up to 32 px (appendix B.9); "strided" halves once, for CPUs
     c.model.dtype = "float32"  # of convolutions; "bfloat16" on accelerators
     c.model.norm_momentum = 0.9  # of the running BatchNorm statistics, which evaluation uses
+    c.model.norm_group = 0  # images that share BatchNorm statistics; 0: all; -1: those of a device
+    c.model.remat = False  # compute blocks again in the backward pass: less memory, more time
     c.model.head = "nonlinear"  # projection head: "none", "linear" or "nonlinear"
     c.model.head_layers = 2  # of a nonlinear head: 2 in the paper, 3 in SimCLR v2
     c.model.head_width = 128  # of the projection z
 
     c.loss = ConfigDict()
     c.loss.temperature = 0.1  # tau; 0.5 for CIFAR (appendix B.9)
+    c.loss.implementation = "auto"  # "dense"; "chunked" in tiles; "auto" by the batch's size
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "lars"  # "lars", "sgd" (Nesterov) or "adamw"
@@ -74,6 +81,7 @@ def default() -> ConfigDict:
     c.train.epochs = 100.0  # passes over the training split
     c.train.steps = 0  # above 0: overrides epochs
     c.train.log_every_steps = 50  # metrics are means over this many steps
+    c.train.microbatches = 1  # above 1: the gradient of all of B with the memory of one of these
     c.train.online_classifier = True  # trains along on h, where labels exist
 
     c.checkpoint = ConfigDict()
@@ -101,6 +109,7 @@ CHOICES = {
     "model.stem": tuple(STEMS),
     "model.dtype": ("float32", "bfloat16"),
     "model.head": ("none", "linear", "nonlinear"),
+    "loss.implementation": ("auto", "dense", "chunked"),
     "optimizer.name": ("lars", "sgd", "adamw"),
     "optimizer.scaling": ("linear", "sqrt", "none"),
 }
@@ -115,6 +124,8 @@ _RANGES = {
     "views.jitter_probability": (0, 1),
     "views.grey_probability": (0, 1),
     "views.blur_probability": (0, 1),
+    "mesh.fsdp": (1, 2**20),
+    "model.norm_group": (-1, 2**24),
     "model.width": (1 / 64, 64),
     "model.norm_momentum": (0, 1),
     "model.head_layers": (1, 16),
@@ -126,6 +137,7 @@ _RANGES = {
     "optimizer.momentum": (0, 1),
     "train.epochs": (0, 1e9),
     "train.steps": (0, 2**31 - 1),
+    "train.microbatches": (1, 2**16),
     "train.log_every_steps": (1, 2**31 - 1),
     "checkpoint.every_steps": (1, 2**31 - 1),
     "checkpoint.keep_last": (1, 2**31 - 1),
@@ -139,9 +151,13 @@ _RANGES = {
     "eval.knn_temperature": (1e-3, 1e3),
 }
 
-# Options that do not change what is learned: a run may go on with others.
+# Options that do not change what is learned (some only the order of a sum): a run may go on with
+# others.
 _MAY_CHANGE = (
     "train.log_every_steps",
+    "mesh.",
+    "model.remat",
+    "loss.implementation",
     "checkpoint.",
     "eval.",
     "data.eval_crop",

@@ -21,6 +21,7 @@ class ProjectionHead(nn.Module):
       out_width: width of z (128 in the paper).
       dtype: of the matrix products.
       norm_momentum: share of the old running BatchNorm statistics that a step keeps.
+      norm_group: rows that share BatchNorm statistics, see `norm.BatchNorm`.
     """
 
     kind: str = "nonlinear"
@@ -28,6 +29,7 @@ class ProjectionHead(nn.Module):
     out_width: int = 128
     dtype: jnp.dtype = jnp.float32
     norm_momentum: float = 0.9
+    norm_group: int = 0
 
     @nn.compact
     def __call__(self, h, train: bool):
@@ -43,7 +45,7 @@ class ProjectionHead(nn.Module):
                 kernel_init=_kernel_init,
                 name=f"dense{layer + 1}",
             )(x)
-            norm = batch_norm(train, jnp.float32, self.norm_momentum)
+            norm = batch_norm(train, jnp.float32, self.norm_momentum, self.norm_group)
             x = norm(use_bias=not last, name=f"norm{layer + 1}")(x)
             outputs.append(x if last else nn.relu(x))
         return outputs

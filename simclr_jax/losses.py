@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 # Stands for minus infinity on the diagonal: its exponential is 0 in float32 at any temperature,
 # and unlike infinity it leaves 0 * x = 0 in the entropy.
-_MASKED = -1e9
+MASKED = -1e9
 
 
 def normalize(z):
@@ -38,7 +38,7 @@ def nt_xent(z, temperature):
     logits = jnp.matmul(z, z.T, precision=jax.lax.Precision.HIGHEST) / temperature
     row = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
     column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    logits = jnp.where(row == column, _MASKED, logits)
+    logits = jnp.where(row == column, MASKED, logits)
     log_normalizer = jax.nn.logsumexp(logits, axis=1)
     # A masked sum rather than a gather: element-wise, so local to every shard.
     positive = jnp.sum(jnp.where(column == row ^ 1, logits, 0.0), axis=1)

@@ -1,26 +1,92 @@
-"""BatchNorm, global over the batch: under `jit` over a sharded batch the mean is the batch's mean."""
+"""BatchNorm over the whole batch or over groups of it, written without a device in sight.
+
+Under `jit` over a sharded batch a mean over the batch is the mean over all devices. A group is a
+run of consecutive rows, and the two views of an image are neighbours (rows 2i and 2i + 1), so a
+group holds both views of its images. That is how the published code sees them too: a pair split
+between groups would be normalised by two sets of statistics, a difference between the two views
+that no encoder can undo. The price is the paper's own warning (section 2.2): where groups are
+small, sharing statistics marks the positive and makes the task easier. Hence the whole batch is
+the default.
+"""
 
 import functools
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 
-def batch_norm(train: bool, dtype, momentum: float, epsilon: float = 1e-5):
-    """A factory of BatchNorm layers that share their settings.
+def batch_norm(train: bool, dtype, momentum: float, group: int = 0, epsilon: float = 1e-5):
+    """A factory of `BatchNorm` layers that share their settings.
 
-    Statistics are taken over all axes but the last, in float32 whatever `dtype` is, and over the
-    global batch. Epsilon defaults to the published SimCLR code's.
-
-    Args:
-      train: use the batch's statistics and update the running ones; else use the running ones.
-      dtype: of the output.
-      momentum: share of the old running statistic kept at each step.
-      epsilon: added to the variance.
+    Epsilon defaults to the published SimCLR code's.
     """
     return functools.partial(
-        nn.BatchNorm,
-        use_running_average=not train,
-        momentum=momentum,
-        epsilon=epsilon,
-        dtype=dtype,
+        BatchNorm, train=train, dtype=dtype, momentum=momentum, group=group, epsilon=epsilon
     )
+
+
+class BatchNorm(nn.Module):
+    """Normalises x [N, ..., C] over all axes but the last (Ioffe and Szegedy 2015).
+
+    Statistics are float32 whatever `dtype` is.
+
+    Attributes:
+      train: use the batch's statistics and update the running ones; else use the running ones.
+      dtype: of the output.
+      momentum: share of the old running statistic kept at each step. With groups, the running
+        mean and variance follow the means of the groups' means and variances.
+      group: consecutive rows that share statistics; 0: all N. Must divide N.
+      epsilon: added to the variance.
+      use_bias: whether there is one.
+      scale_init: of the scale.
+    """
+
+    train: bool
+    dtype: jnp.dtype
+    momentum: float
+    group: int = 0
+    epsilon: float = 1e-5
+    use_bias: bool = True
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1:]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+        scale = self.param("scale", self.scale_init, channels, jnp.float32)
+        bias = (
+            self.param("bias", nn.initializers.zeros, channels, jnp.float32)[...]
+            if self.use_bias
+            else 0.0
+        )
+        shape = x.shape
+        if self.train:
+            # [N, ..., C] -> [groups, N / groups, ..., C]
+            x = x.reshape(-1, self.group or shape[0], *shape[1:])
+            mean, var = moments(x)
+            if not self.is_initializing():
+                for running, new in ((running_mean, mean), (running_var, var)):
+                    new = jnp.mean(new, axis=0)
+                    running.value = self.momentum * running.value + (1 - self.momentum) * new
+        else:
+            mean, var = running_mean.value, running_var.value
+        mean, var = (jnp.expand_dims(s, tuple(range(s.ndim - 1, x.ndim - 1))) for s in (mean, var))
+        y = (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
+        return y.astype(self.dtype).reshape(shape)
+
+
+def moments(x):
+    """Mean and variance [G, C], float32, of x [G, n, ..., C] over all axes but the first and last.
+
+    The variance is the mean squared distance from the mean, not E[x^2] - E[x]^2: at a mean of 1000
+    standard deviations the latter keeps no digit in float32 and may be negative.
+    """
+    x = x.astype(jnp.float32)
+    axes = tuple(range(1, x.ndim - 1))
+    mean = jnp.mean(x, axis=axes, keepdims=True)
+    # The variance's derivative by the mean is zero, as distances from the mean sum to zero:
+    # without it the two gradients need one sum over the devices, not two after one another.
+    var = jnp.mean(jnp.square(x - jax.lax.stop_gradient(mean)), axis=axes)
+    return mean.reshape(var.shape), var

@@ -60,11 +60,12 @@ class ResidualBlock(nn.Module):
     bottleneck: bool
     dtype: jnp.dtype
     norm_momentum: float
+    norm_group: int
     zero_init_residual: bool
 
     @nn.compact
     def __call__(self, x, train: bool):
-        norm = batch_norm(train, self.dtype, self.norm_momentum)
+        norm = batch_norm(train, self.dtype, self.norm_momentum, self.norm_group)
         if self.bottleneck:
             layers = [
                 (self.features, 1, 1),
@@ -98,7 +99,10 @@ class ResNet(nn.Module):
       stem: one of STEMS.
       dtype: of the activations and convolutions; parameters and statistics stay float32.
       norm_momentum: share of the old running BatchNorm statistics that a step keeps.
+      norm_group: rows that share BatchNorm statistics, see `norm.BatchNorm`.
       zero_init_residual: the last BatchNorm's scale of each block starts at zero.
+      remat: the backward pass computes each block again instead of keeping its activations: less
+        memory for one more forward pass.
     """
 
     depth: int = 50
@@ -106,7 +110,9 @@ class ResNet(nn.Module):
     stem: str = "imagenet"
     dtype: jnp.dtype = jnp.float32
     norm_momentum: float = 0.9
+    norm_group: int = 0
     zero_init_residual: bool = True
+    remat: bool = False
 
     @property
     def width_of_h(self) -> int:
@@ -118,17 +124,20 @@ class ResNet(nn.Module):
         blocks, bottleneck = STAGES[self.depth]
         size, stride, pool = STEMS[self.stem]
         x = Conv(round(64 * self.width), size, stride, self.dtype, name="stem")(x)
-        x = nn.relu(batch_norm(train, self.dtype, self.norm_momentum)(name="stem_norm")(x))
+        norm = batch_norm(train, self.dtype, self.norm_momentum, self.norm_group)
+        x = nn.relu(norm(name="stem_norm")(x))
         if pool:
             x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        block_type = nn.remat(ResidualBlock, static_argnums=(2,)) if self.remat else ResidualBlock
         for stage, count in enumerate(blocks):
             for block in range(count):
-                x = ResidualBlock(
+                x = block_type(
                     features=round(64 * self.width) * 2**stage,
                     stride=2 if stage > 0 and block == 0 else 1,
                     bottleneck=bottleneck,
                     dtype=self.dtype,
                     norm_momentum=self.norm_momentum,
+                    norm_group=self.norm_group,
                     zero_init_residual=self.zero_init_residual,
                     name=f"stage{stage + 1}_block{block + 1}",
                 )(x, train)

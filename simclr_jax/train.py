@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -24,7 +25,15 @@ from simclr_jax.config import Plan
 from simclr_jax.console import Progress, say
 from simclr_jax.data.sources import Split
 from simclr_jax.errors import UserError
-from simclr_jax.mesh import batch_sharded, check_divides, make_mesh, replicated, to_global
+from simclr_jax.mesh import (
+    FSDP,
+    batch_sharded,
+    check_divides,
+    make_mesh,
+    replicated,
+    state_shardings,
+    to_global,
+)
 from simclr_jax.metrics import MetricWriter
 from simclr_jax.train_state import TrainState, count_parameters, init_state
 from simclr_jax.train_step import make_train_step
@@ -46,21 +55,31 @@ class Job(NamedTuple):
 
 def make_job(config: ConfigDict, plan: Plan, classes: int | None, mesh: Mesh) -> Job:
     """Assembles the step of a configuration over a mesh. Nothing is computed yet."""
-    networks = assemble.networks(config, classes)
+    networks = assemble.networks(config, classes, mesh)
     optimizer, schedule = assemble.optimizer(config, plan)
-    everywhere = replicated(mesh)
+    _, contrastive_loss = assemble.contrastive_loss(config, mesh)
     init = functools.partial(init_state, networks, optimizer, config.data.image_size)
-    abstract = with_shardings(jax.eval_shape(init, jax.random.key(0)), everywhere)
-    step = make_train_step(networks, optimizer, schedule, config.loss.temperature)
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    lies, everywhere = state_shardings(mesh, abstract), replicated(mesh)
+    step = make_train_step(
+        networks,
+        optimizer,
+        schedule,
+        config.loss.temperature,
+        contrastive_loss,
+        config.train.microbatches,
+        # Said, as the compiler could also divide the convolutions by channels, and move images.
+        gather=lambda params: jax.lax.with_sharding_constraint(params, everywhere),
+    )
     return Job(
         step=jax.jit(
             step,
-            in_shardings=(everywhere, batch_sharded(mesh)),
-            out_shardings=(everywhere, everywhere),
+            in_shardings=(lies, batch_sharded(mesh)),
+            out_shardings=(lies, everywhere),
             donate_argnums=0,
         ),
-        init=jax.jit(init, out_shardings=everywhere),
-        abstract_state=abstract,
+        init=jax.jit(init, out_shardings=lies),
+        abstract_state=with_shardings(abstract, lies),
     )
 
 
@@ -71,8 +90,8 @@ def pretrain(config: ConfigDict, workdir: str) -> None:
       UserError: the batch does not divide, the data are not there, the workdir holds a run of
         another configuration, or the loss or the gradient is not finite.
     """
-    mesh = make_mesh()
-    check_divides(config.data.batch_size, mesh)
+    mesh = make_mesh(fsdp=config.mesh.fsdp)
+    check_divides(config.data.batch_size, mesh, config.train.microbatches)
     saved = check_workdir(config, workdir)
     train = assemble.source(config).train
     plan = config_lib.plan(config, train.count)
@@ -106,6 +125,7 @@ def pretrain(config: ConfigDict, workdir: str) -> None:
             last = step == plan.steps
             if last or checkpoints.due(step):
                 log.drain()  # nothing is saved after a loss that is not finite
+                check_state(step, state)
                 checkpoints.save(step, state, record | {"step": step})
     say(f"trained to step {plan.steps}: {workdir}/checkpoints, {workdir}/metrics.jsonl")
 
@@ -175,11 +195,27 @@ def check_finite(step: int, values: dict[str, float]) -> None:
         if not math.isfinite(values[name])
     ]
     if bad:
-        raise UserError(
-            f"step {step}: {', '.join(bad)}, not finite. The last checkpoint is from before it; in "
-            "another --workdir, try a lower optimizer.learning_rate, a longer warm-up or "
-            "model.dtype=float32"
-        )
+        raise not_finite(step, ", ".join(bad))
+
+
+def check_state(step: int, state: TrainState) -> None:
+    """Raises a UserError if the state after `step` holds a number that is not finite: an update may
+    overflow, or a BatchNorm statistic, that no loss has seen yet.
+    """
+    if not _all_finite(state):
+        raise not_finite(step, "the updated state")
+
+
+@jax.jit
+def _all_finite(tree) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+def not_finite(step: int, what: str) -> UserError:
+    return UserError(
+        f"step {step}: {what}, not finite. The last checkpoint is from before it; in another "
+        "--workdir, try a lower optimizer.learning_rate, a longer warm-up or model.dtype=float32"
+    )
 
 
 def check_workdir(config: ConfigDict, workdir: str) -> dict | None:
@@ -253,12 +289,24 @@ def describe_run(
     say(
         f"batch       {batch} images, {2 * batch} views, {2 * batch - 2} negatives an anchor, tau {config.loss.temperature:g}"
     )
+    name, _ = assemble.contrastive_loss(config, mesh)
+    chosen = " for this size" if config.loss.implementation == "auto" else ""
+    say(f"loss        NT-Xent, {name}{chosen}; BatchNorm over {norm_of(config, mesh)}")
     say(
         f"steps       {plan.steps} ({plan.steps * batch / train.count:.1f} epochs), of which {plan.warmup_steps} warm-up"
     )
     say(
         f"optimizer   {options.name}, peak learning rate {plan.learning_rate:.4g} ({how}), weight decay {options.weight_decay:g}"
     )
+    microbatches, shards = config.train.microbatches, mesh.shape[FSDP]
     say(
         f"devices     {devices}; {jax.process_count()} process{'es' if jax.process_count() > 1 else ''}, {batch // mesh.size} images a device"
+        + (f" in {microbatches} microbatches" if microbatches > 1 else "")
+        + (f"; parameters divided over {shards}" if shards > 1 else "")
     )
+
+
+def norm_of(config: ConfigDict, mesh: Mesh) -> str:
+    """What BatchNorm takes its statistics over, in words."""
+    images = assemble.images_of_a_norm(config, mesh)
+    return "the batch" if images == config.data.batch_size else f"groups of {images} images"

@@ -1,11 +1,13 @@
 """One step of SimCLR: a pure function of the state and the global batch."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from simclr_jax.gradients import Embedding, cached_gradient, whole_gradient
 from simclr_jax.losses import cross_entropy, nt_xent
 from simclr_jax.train_state import Networks, TrainState
 
@@ -23,6 +25,8 @@ def make_train_step(
     schedule: optax.Schedule,
     temperature: float,
     contrastive_loss: Callable = nt_xent,
+    microbatches: int = 1,
+    gather: Callable = lambda params: params,
 ) -> Callable:
     """Makes step(state, batch) -> (state, metrics), to be jitted over any mesh.
 
@@ -30,11 +34,20 @@ def make_train_step(
     the step knows about devices: over a sharded batch, BatchNorm's means and the loss's
     similarities are still the whole batch's, and the compiler adds the communication.
 
+    Args:
+      networks: f, g and the online classifier.
+      optimizer, schedule: the optimizer, and the learning rate it follows, for the metrics.
+      temperature: tau.
+      contrastive_loss: `losses.nt_xent` or one of its contract.
+      microbatches: above 1, the gradient is computed by `gradients.cached_gradient`. BatchNorm
+        then takes its statistics over a microbatch, and the running statistics follow their mean.
+      gather: makes sharded parameters whole before they are used.
+
     Metrics are float32 scalars: loss (NT-Xent), those of the loss, grad_norm, learning_rate, and,
     with a classifier, classifier_loss and classifier_accuracy (training views, all of the batch).
     """
 
-    def compute_loss(params, batch_stats, batch):
+    def embed(batch_stats, params, batch) -> Embedding:
         views = batch["views"]
         # [B, 2, ...] -> [2B, ...] with partners adjacent: a reshape, local on every device, where
         # stacking view 0 on view 1 would move half the images between devices.
@@ -51,26 +64,35 @@ def make_train_step(
             train=True,
             mutable=["batch_stats"],
         )
-        loss, metrics = contrastive_loss(outputs[-1], temperature)
-        metrics = {"loss": loss} | metrics
         batch_stats = {
             "encoder": encoder_stats["batch_stats"],
             "head": head_stats.get("batch_stats", {}),
         }
         if networks.classifier is None:
-            return loss, (metrics, batch_stats)
+            return Embedding(outputs[-1], jnp.zeros(()), ({}, batch_stats))
         # A probe that trains along: no gradient of it reaches the encoder.
         logits = networks.classifier.apply(
             {"params": params["classifier"]}, jax.lax.stop_gradient(h)
         )
         classifier_loss, accuracy = cross_entropy(logits, jnp.repeat(batch["label"], 2))
-        metrics |= {"classifier_loss": classifier_loss, "classifier_accuracy": accuracy}
-        return loss + classifier_loss, (metrics, batch_stats)
+        metrics = {"classifier_loss": classifier_loss, "classifier_accuracy": accuracy}
+        return Embedding(outputs[-1], classifier_loss, (metrics, batch_stats))
+
+    gradient = (
+        whole_gradient
+        if microbatches == 1
+        else functools.partial(cached_gradient, microbatches=microbatches)
+    )
 
     def step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        gradient = jax.grad(compute_loss, has_aux=True)
-        grads, (metrics, batch_stats) = gradient(state.params, state.batch_stats, batch)
+        grads, (loss, metrics, (classifier_metrics, batch_stats)) = gradient(
+            functools.partial(embed, state.batch_stats),
+            lambda z: contrastive_loss(z, temperature),
+            gather(state.params),
+            batch,
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = {"loss": loss} | metrics | classifier_metrics
         metrics["grad_norm"] = optax.tree.norm(grads)
         metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         state = TrainState(
