@@ -5,7 +5,10 @@ import importlib
 import os
 import sys
 
+import jax
+
 from simclr_jax import config as config_lib
+from simclr_jax import processes
 from simclr_jax.errors import UserError
 
 # mode: (module, function, what it does). Each function takes (config, workdir).
@@ -24,6 +27,7 @@ def main(argv: list[str]) -> None:
     """Runs one mode. Raises UserError for what the user can mend."""
     args, overrides = _parser().parse_known_args(argv)
     config = config_lib.load(args.config, overrides, args.workdir)
+    processes.start(args.coordinator, args.processes, args.process)
     module, function, _ = MODES[args.mode]
     getattr(importlib.import_module(f"simclr_jax.{module}"), function)(config, args.workdir)
     if args.mode == "pretrain":
@@ -49,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     modes = "; ".join(f"{name}: {text}" for name, (_, _, text) in MODES.items())
     parser.add_argument("--mode", choices=MODES, default="pretrain", help=modes)
+    several = parser.add_argument_group(
+        "several processes", "found out on Cloud TPU VMs and under SLURM; elsewhere all three"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
     return parser
 
 
@@ -59,7 +69,11 @@ def run() -> None:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, jax.errors.JaxRuntimeError) as error:
+        if jax.distributed.is_initialized():
+            processes.end(error)
+        if not isinstance(error, UserError):
+            raise
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)

@@ -1,0 +1,86 @@
+"""Several processes as one run: start-up, on TPU pods and under SLURM without being told."""
+
+import glob
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import NoReturn
+
+import jax
+
+from simclr_jax.errors import UserError
+
+# Seconds without a sign of life after which a process counts as dead and the others end too. JAX's
+# default is 100; signs are sent by a thread of their own, also while a step compiles.
+HEARTBEAT_SECONDS = 30
+
+# Seconds a process that is done waits for the others before it gives them up.
+_SHUTDOWN_SECONDS = 120
+
+
+def start(coordinator: str | None, count: int | None, index: int | None) -> None:
+    """Joins the processes of this run, if there are several. Call it before anything uses a device.
+
+    Args:
+      coordinator: "HOST:PORT" of process 0; None: found out, on a Cloud TPU VM and under SLURM.
+      count: of processes, with `coordinator`.
+      index: of this one, from 0, with `coordinator`.
+
+    Raises:
+      UserError: only some of the three are given, or the others cannot be reached.
+    """
+    given = [x is not None for x in (coordinator, count, index)]
+    if any(given) and not all(given):
+        raise UserError("--coordinator, --processes and --process go together: give all or none")
+    if not any(given) and not is_one_of_many(os.environ, _has_tpu()):
+        return
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            index,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"cannot join the processes of this run: {' '.join(str(error).split())}"
+        ) from error
+
+
+def is_one_of_many(environment: Mapping[str, str], has_tpu: bool) -> bool:
+    """Whether this process may be one of several that JAX can find by itself."""
+    if environment.get("JAX_PLATFORMS", "tpu") != "cpu" and has_tpu:
+        return True  # its metadata say how many hosts there are, be it one
+    # Of a step that srun started; a batch script's own process is of none.
+    return "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1
+
+
+def _has_tpu() -> bool:
+    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+    return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def end(error: Exception) -> NoReturn:
+    """Reports an error of this process, and ends it so that the others end too, in bounded time.
+
+    Where another process is gone, the error here is only that a step failed. JAX finds out who it
+    was when its heartbeat is overdue, and then names it and ends every process: wait for that.
+    """
+    reason = " ".join(str(error).split())[:300]
+    me = f"error: process {jax.process_index()} of {jax.process_count()}: "
+    if isinstance(error, UserError):
+        seconds = 2.0  # all processes may have the same to say: let them
+        print(me + reason, file=sys.stderr, flush=True)
+    else:
+        seconds = 1.5 * HEARTBEAT_SECONDS
+        print(
+            f"{me}the step failed ({reason}). If another process ended, its number follows within "
+            f"{HEARTBEAT_SECONDS} s. The same command goes on from the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+    time.sleep(seconds)
+    os._exit(1)  # an orderly exit would wait for the others, who wait for this one
