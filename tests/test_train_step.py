@@ -1,4 +1,4 @@
-"""One step: equal on any number of devices, and what its parts may and may not touch."""
+"""What one step and its parts may and may not touch; test_device_invariance.py has the numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -36,22 +36,6 @@ def steps(config, devices, count=3):
 def one_device(tiny):
     tiny.optimizer.warmup_epochs = 0.0
     return steps(tiny, jax.devices()[:1])
-
-
-def test_steps_are_equal_on_any_number_of_devices(tiny, devices, one_device):
-    for (state, metrics), (expected, expected_metrics) in zip(
-        steps(tiny, devices)[1:], one_device[1:], strict=True
-    ):
-        for name, value in expected_metrics.items():
-            np.testing.assert_allclose(metrics[name], value, rtol=2e-5, err_msg=name)
-        # Sums in another order: 1e-5 of the largest value of each array.
-        jax.tree.map(
-            lambda x, y: np.testing.assert_allclose(
-                x, y, rtol=1e-4, atol=1e-5 * max(1e-3, np.abs(y).max())
-            ),
-            state,
-            expected,
-        )
 
 
 def test_a_step_changes_every_parameter_and_statistic(one_device):
