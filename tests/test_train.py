@@ -44,7 +44,17 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr(assemble, "training_batches", dying)
 
 
-def test_a_resumed_run_is_bit_for_bit_the_run_that_was_never_stopped(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"train.microbatches": 2, "mesh.fsdp": 2, "loss.implementation": "chunked"},
+    ],
+)
+def test_a_resumed_run_is_bit_for_bit_the_run_that_was_never_stopped(
+    tiny, tmp_path, monkeypatch, options
+):
+    tiny.update_from_flattened_dict(options)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train.pretrain(tiny, str(whole))
     assert saved_steps(whole) == [4, 8]

@@ -1,0 +1,216 @@
+"""Several processes are one run: the same numbers, one set of files, and an end when one dies."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from simclr_jax import load_encoder, main, processes
+from simclr_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# The digits recipe, short. Adam divides what is only rounding by itself; LARS does not.
+DIGITS = (
+    "--config=configs/digits.py",
+    "--config.optimizer.name=lars",
+    "--config.optimizer.learning_rate=0.3",
+    "--config.train.steps=6",
+    "--config.train.log_every_steps=2",
+    "--config.checkpoint.every_steps=3",
+    "--config.eval.labels_per_class=(10,)",
+    "--config.eval.label_fraction=0",
+    "--config.eval.seeds=1",
+    "--config.eval.l2=(1e-4,1e-2)",
+    "--config.eval.max_iterations=100",
+)
+
+
+def environment(devices, cache):
+    return os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+
+
+def command(count, *arguments):
+    if count == 1:
+        return [sys.executable, "-m", "simclr_jax.main", *arguments]
+    return ["launch/local.sh", str(count), "--", *arguments]
+
+
+def run(count, devices, cache, *arguments):
+    """The finished run of `count` processes with `devices` each."""
+    return subprocess.run(
+        command(count, *arguments),
+        cwd=ROOT,
+        env=environment(devices, cache),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, cache):
+    """1 process with 4 devices."""
+    workdir = tmp_path_factory.mktemp("one")
+    return workdir, run(1, 4, cache, *DIGITS, f"--workdir={workdir}")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, cache):
+    """2 processes with 2 devices each."""
+    workdir = tmp_path_factory.mktemp("two")
+    return workdir, run(2, 2, cache, *DIGITS, f"--workdir={workdir}")
+
+
+def assert_same_parameters(workdir, other, step):
+    """To 1e-4 of the largest of each array, after some steps of sums in another order."""
+    found, expected = (load_encoder(w, step=step).variables for w in (workdir, other))
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(
+            x,
+            y,
+            rtol=0,
+            atol=1e-4 * max(1e-2, np.abs(y).max()),
+            err_msg=jax.tree_util.keystr(path),
+        )
+
+
+def test_two_processes_train_and_evaluate_as_one_does(one, two):
+    (workdir_1, process_1), (workdir_2, process_2) = one, two
+    assert process_1.returncode == 0, process_1.stderr
+    assert process_2.returncode == 0, process_2.stderr
+    assert_same_parameters(workdir_2, workdir_1, step=3)
+    assert_same_parameters(workdir_2, workdir_1, step=6)
+    losses = [
+        [json.loads(line)["loss"] for line in (w / "metrics.jsonl").open()]
+        for w in (workdir_1, workdir_2)
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    rows = [json.loads((w / "probe.json").read_text())["rows"] for w in (workdir_1, workdir_2)]
+    for expected, found in zip(*rows, strict=True):
+        # One of the 360 test images may lie on a border.
+        assert abs(found["accuracy"] - expected["accuracy"]) <= 1 / 360 + 1e-9, expected
+
+
+def test_two_processes_leave_one_set_of_files_and_say_things_once(two):
+    workdir, process = two
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["3", "6"]
+    assert [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").open()] == [2, 4, 6]
+    assert len(list(workdir.glob("events.out.tfevents.*"))) == 1
+    assert len(re.findall(r"^step 6/6 ", process.stdout, re.MULTILINE)) == 1
+    assert "2 processes, 16 images a device" in process.stdout
+    assert json.loads((workdir / "config.json").read_text())["processes"] == 2
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_checkpoint_of_one_is_resumed_by_two_and_the_other_way_round(
+    one, two, count, cache, tmp_path
+):
+    """Steps 4 to 6 again, from step 3 of the other."""
+    source = one[0] if count == 2 else two[0]
+    shutil.copytree(source, tmp_path / "w")
+    shutil.rmtree(tmp_path / "w/checkpoints/6")
+    process = run(count, 4 // count, cache, *DIGITS, f"--workdir={tmp_path}/w")
+    assert process.returncode == 0, process.stderr
+    assert "resumed from step 3" in process.stdout
+    assert_same_parameters(tmp_path / "w", one[0], step=6)
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_when_a_process_dies_the_others_end_with_an_error_that_names_it(cache, tmp_path, dies):
+    with (tmp_path / "log").open("w") as log:
+        launched = subprocess.Popen(
+            command(2, *DIGITS, "--config.train.steps=100000", f"--workdir={tmp_path}/w"),
+            cwd=ROOT,
+            env=environment(1, cache),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        said = (tmp_path / "log").read_text
+        deadline = time.monotonic() + 200
+        while "step 4/" not in said():
+            assert launched.poll() is None, said()
+            assert time.monotonic() < deadline, said()
+            time.sleep(0.2)
+        children = pathlib.Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text()
+        victim = next(
+            int(pid)
+            for pid in children.split()
+            if f"--process={dies}" in pathlib.Path(f"/proc/{pid}/cmdline").read_text()
+        )
+        os.kill(victim, signal.SIGKILL)
+        assert launched.wait(timeout=2 * processes.HEARTBEAT_SECONDS) == 128 + signal.SIGKILL
+    assert f"error: process {dies} of 2 ended with status 137" in said()
+    if dies == 1:
+        # Said by the process that lives, without the script: as on a cluster.
+        assert re.search(r"tasks are unhealthy \(stopped sending heartbeats\):\n1\n", said())
+    else:
+        assert "process 1 of 2: the step failed" in said() or "leader" in said()
+
+
+def test_an_error_of_all_processes_ends_all(cache, tmp_path):
+    process = run(2, 1, cache, *DIGITS, "--config.data.batch_size=9", f"--workdir={tmp_path}/w")
+    assert process.returncode == 1
+    assert "data.batch_size=9 does not divide over 2 devices (2 processes)" in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "has_tpu", "expected"),
+    [
+        ({}, False, False),
+        ({}, True, True),
+        ({"JAX_PLATFORMS": "cpu"}, True, False),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "node[1-2]"}, False, True),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node1"}, False, False),
+        ({"SLURM_NTASKS": "8", "SLURM_NODELIST": "node[1-2]"}, False, False),  # not under srun
+    ],
+)
+def test_clusters_are_recognised(environment, has_tpu, expected):
+    assert processes.is_one_of_many(environment, has_tpu) == expected
+
+
+def test_under_slurm_jax_is_left_to_find_the_others(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append(a))
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
+    processes.start(None, None, None)
+    processes.start("host:1234", 2, 1)
+    assert calls == [(None, None, None), ("host:1234", 2, 1)]
+
+
+def test_flags_go_together(tmp_path):
+    with pytest.raises(UserError, match="go together"):
+        main.main(
+            ["--config=configs/digits.py", f"--workdir={tmp_path}", "--coordinator=localhost:1"]
+        )
+
+
+@pytest.mark.parametrize("arguments", [(), ("2",), ("0", "--", "--help"), ("2", "--help", "x")])
+def test_local_sh_says_how_it_is_used(arguments):
+    process = subprocess.run(
+        ["launch/local.sh", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 2
+    assert process.stderr.startswith("usage: launch/local.sh N -- ARGS")
