@@ -11,7 +11,8 @@ from simclr_jax import config as config_lib
 from simclr_jax import processes
 from simclr_jax.errors import UserError
 
-# mode: (module, function, what it does). Each function takes (config, workdir).
+# mode: (module, function, what it does). Each function takes (config, workdir), compile's also the
+# topology.
 MODES = {
     "pretrain": (
         "train",
@@ -20,16 +21,26 @@ MODES = {
     ),
     "probe": ("evals.run", "probe", "linear probes of the newest checkpoint, and of the baselines"),
     "knn": ("evals.run", "knn", "nearest-neighbour accuracy of the newest checkpoint"),
+    "compile": ("aot", "report", "compile the train step for a TPU slice that need not be there"),
 }
 
 
 def main(argv: list[str]) -> None:
     """Runs one mode. Raises UserError for what the user can mend."""
     args, overrides = _parser().parse_known_args(argv)
+    compiles = args.mode == "compile"
+    if compiles != (args.topology is not None):
+        raise UserError("--mode=compile and --topology=KIND:SHAPE go together")
+    if not (args.workdir or (compiles and args.config)):
+        raise UserError("no --workdir: expected the folder where everything is written")
     config = config_lib.load(args.config, overrides, args.workdir)
-    processes.start(args.coordinator, args.processes, args.process)
     module, function, _ = MODES[args.mode]
-    getattr(importlib.import_module(f"simclr_jax.{module}"), function)(config, args.workdir)
+    run_mode = getattr(importlib.import_module(f"simclr_jax.{module}"), function)
+    if compiles:
+        run_mode(config, args.workdir, args.topology)
+        return
+    processes.start(args.coordinator, args.processes, args.process)
+    run_mode(config, args.workdir)
     if args.mode == "pretrain":
         evals = importlib.import_module("simclr_jax.evals.run")
         if evals.can_evaluate(config):
@@ -46,13 +57,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE.py[:ARG]", help="default: that of the workdir")
     parser.add_argument(
         "--workdir",
-        required=True,
         metavar="DIR",
         type=os.path.expanduser,
-        help="where everything is written",
+        help="where everything is written; needed by all modes but compile",
     )
     modes = "; ".join(f"{name}: {text}" for name, (_, _, text) in MODES.items())
     parser.add_argument("--mode", choices=MODES, default="pretrain", help=modes)
+    parser.add_argument(
+        "--topology", metavar="KIND:SHAPE", help="of --mode=compile, such as v5e:16x16"
+    )
     several = parser.add_argument_group(
         "several processes", "found out on Cloud TPU VMs and under SLURM; elsewhere all three"
     )
