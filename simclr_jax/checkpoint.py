@@ -4,11 +4,11 @@ The encoder lies in an item of its own, so that reading it never reads the optim
 options lie beside it, so that a checkpoint folder can be copied anywhere and still be loaded.
 """
 
-import pathlib
 from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from simclr_jax.errors import UserError
 from simclr_jax.train_state import TrainState
@@ -88,12 +88,18 @@ class Checkpoints:
         return _join(restored[_ENCODER], restored[_TRAINER])
 
 
-def checkpoint_folder(workdir: str | pathlib.Path) -> pathlib.Path:
+def checkpoint_folder(workdir: epath.PathLike) -> epath.Path:
     """Where the checkpoints of a run lie, absolute."""
-    return pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
+    return _absolute(workdir) / "checkpoints"
 
 
-def saved_steps(path: str | pathlib.Path) -> list[int]:
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """A local folder, absolute, or a bucket's, "gs://BUCKET/FOLDER", as it is."""
+    path = epath.Path(path).expanduser()
+    return path if "://" in str(path) else path.absolute()
+
+
+def saved_steps(path: epath.PathLike) -> list[int]:
     """The steps of the checkpoints below a workdir or its checkpoints folder, ascending."""
     folder = _folder(path)
     if not folder.is_dir():
@@ -101,13 +107,13 @@ def saved_steps(path: str | pathlib.Path) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 
-def _folder(path: str | pathlib.Path) -> pathlib.Path:
+def _folder(path: epath.PathLike) -> epath.Path:
     # A workdir may be called "checkpoints" itself: what lies inside decides.
     inner = checkpoint_folder(path)
     return inner.parent if inner.parent.name == inner.name and not inner.is_dir() else inner
 
 
-def find(path: str, step: int | None) -> pathlib.Path:
+def find(path: str, step: int | None) -> epath.Path:
     """The folder of one checkpoint.
 
     Args:
@@ -117,7 +123,7 @@ def find(path: str, step: int | None) -> pathlib.Path:
     Raises:
       UserError: there is none; says what is there.
     """
-    root = pathlib.Path(path).expanduser().absolute()
+    root = _absolute(path)
     if not root.is_dir():
         raise UserError(f"no folder {path!r}: expected a workdir or a checkpoint folder")
     if (root / _ENCODER).is_dir():
@@ -135,17 +141,17 @@ def find(path: str, step: int | None) -> pathlib.Path:
     return _folder(path) / str(steps[-1] if step is None else step)
 
 
-def read_options(checkpoint: pathlib.Path) -> dict:
+def read_options(checkpoint: epath.Path) -> dict:
     """What was saved beside the arrays: {"step", "config", ...}."""
     return _read(checkpoint, _OPTIONS, ocp.args.JsonRestore())
 
 
-def read_encoder(checkpoint: pathlib.Path, abstract: dict) -> dict:
+def read_encoder(checkpoint: epath.Path, abstract: dict) -> dict:
     """{"params", "batch_stats"} of the encoder alone, laid out as the abstract tree says."""
     return _read(checkpoint, _ENCODER, ocp.args.StandardRestore(abstract))
 
 
-def _read(checkpoint: pathlib.Path, item: str, args: Any) -> Any:
+def _read(checkpoint: epath.Path, item: str, args: Any) -> Any:
     handlers = ocp.CompositeCheckpointHandler(**{item: _HANDLERS[item]()})
     with ocp.Checkpointer(handlers) as checkpointer:
         return checkpointer.restore(checkpoint, args=ocp.args.Composite(**{item: args}))[item]

@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Sequence
 
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from simclr_jax.errors import UserError
@@ -231,8 +232,8 @@ def parse_argument(argument: str, **allowed: type) -> dict:
 
 def read_saved(workdir: str) -> ConfigDict:
     """The configuration in WORKDIR/config.json, over the defaults."""
-    path = pathlib.Path(workdir) / "config.json"
-    if not path.is_file():
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
         raise UserError(f"no {path}: name the run's --workdir, or give a --config")
     return from_dict(json.loads(path.read_text())["config"])
 

@@ -1,9 +1,9 @@
 """Metrics to WORKDIR/metrics.jsonl and, beside it, to TensorBoard events."""
 
 import json
-import pathlib
 from typing import Self
 
+from etils import epath
 from tensorboardX import SummaryWriter
 
 
@@ -18,27 +18,33 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: str, resume_step: int = 0):
-        self._path = pathlib.Path(workdir) / "metrics.jsonl"
-        kept = []
+        self._path = epath.Path(workdir) / "metrics.jsonl"
+        self._lines: list[str] = []
         if self._path.exists():
             whole = [line for line in self._path.read_text().split("\n")[:-1] if line]
-            kept = [line for line in whole if json.loads(line)["step"] <= resume_step]
-        self._path.write_text("".join(line + "\n" for line in kept))
-        self._file = self._path.open("a")
+            self._lines = [line for line in whole if json.loads(line)["step"] <= resume_step]
+        self._write_all()
         # TensorBoard hides what earlier event files hold from purge_step on.
         self._events = SummaryWriter(str(workdir), purge_step=resume_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes the values of this step; they reach the disk before it returns."""
-        self._file.write(json.dumps({"step": step} | values) + "\n")
-        self._file.flush()
+        """Writes the values of this step; they are stored before it returns."""
+        line = json.dumps({"step": step} | values)
+        self._lines.append(line)
+        if "://" in str(self._path):
+            self._write_all()  # objects of a bucket cannot grow
+        else:
+            with self._path.open("a") as file:
+                file.write(line + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         self._events.flush()
+
+    def _write_all(self) -> None:
+        self._path.write_text("".join(line + "\n" for line in self._lines))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
         self._events.close()

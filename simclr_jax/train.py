@@ -7,14 +7,13 @@ import functools
 import importlib.metadata
 import json
 import math
-import os
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -257,12 +256,12 @@ def write_record(config: ConfigDict, plan: Plan, images: int, workdir: str) -> d
         "processes": jax.process_count(),
     }
     if jax.process_index() == 0:
-        path = pathlib.Path(workdir) / "config.json"
+        path = epath.Path(workdir) / "config.json"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             scratch = path.with_suffix(".json.new")
             scratch.write_text(json.dumps(record, indent=2) + "\n")
-            os.replace(scratch, path)
+            scratch.replace(path)
         except OSError as error:
             raise UserError(f"cannot write into --workdir {workdir!r}: {error.strerror}") from error
     return record

@@ -6,11 +6,11 @@ A number without the other two says nothing: it may be the data that are easy.
 import contextlib
 import functools
 import json
-import pathlib
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -156,7 +156,7 @@ def _all_features(config: ConfigDict, workdir: str) -> Features:
     return Features(train, train_labels, test, test_labels, len(source.train.classes), step)
 
 
-def _trained(config: ConfigDict, network: ResNet, checkpoint: pathlib.Path, mesh: Mesh) -> dict:
+def _trained(config: ConfigDict, network: ResNet, checkpoint: epath.Path, mesh: Mesh) -> dict:
     start = functools.partial(init_encoder, network, config.data.image_size)
     abstract = jax.eval_shape(start, jax.random.key(0))
     return read_encoder(checkpoint, with_shardings(abstract, replicated(mesh)))
@@ -209,7 +209,7 @@ def _result(config: ConfigDict, features: Features, rows: list[dict]) -> dict:
 
 def _finish(result: dict, workdir: str, name: str, title: str) -> None:
     if jax.process_index() == 0:
-        path = pathlib.Path(workdir) / f"{name}.json"
+        path = epath.Path(workdir) / f"{name}.json"
         try:
             path.write_text(json.dumps(result, indent=2) + "\n")
         except OSError as error:

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# A run on several GPU nodes under SLURM, one process a GPU.
+#
+#     launch/slurm.sh --nodes=N --gpus=G [--dry_run] [SBATCH OPTIONS] -- ARGS of python -m simclr_jax.main
+#
+# G is the number of GPUs of a node. Outside of an allocation it submits itself with sbatch; inside
+# (the submitted job, or salloc) it starts the processes with srun. The processes find each other by
+# SLURM's variables. A job that is preempted or whose node fails is put back into the queue and goes
+# on from the newest checkpoint. `python` must be that of the environment simclr_jax is installed in.
+set -euo pipefail
+
+usage() {
+  echo "usage: launch/slurm.sh --nodes=N --gpus=G [--dry_run] [SBATCH OPTIONS] -- ARGS of python -m simclr_jax.main" >&2
+  exit 2
+}
+
+do_it() {
+  if [[ -n $dry_run ]]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+nodes='' gpus='' dry_run='' options=()
+while (($#)) && [[ $1 != -- ]]; do
+  case $1 in
+    --nodes=*) nodes=${1#*=} ;;
+    --gpus=*) gpus=${1#*=} ;;
+    --dry_run) dry_run=yes ;;
+    *) options+=("$1") ;;
+  esac
+  shift
+done
+[[ $nodes =~ ^[1-9][0-9]*$ && $gpus =~ ^[1-9][0-9]*$ && ${1:-} == -- ]] || usage
+shift
+(($#)) || usage
+
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+  cd "$(dirname "${BASH_SOURCE[0]}")/.."
+  do_it sbatch --job-name=simclr --nodes="$nodes" --ntasks-per-node="$gpus" \
+    --gpus-per-node="$gpus" --requeue --open-mode=append --chdir="$PWD" "${options[@]}" \
+    launch/slurm.sh --nodes="$nodes" --gpus="$gpus" -- "$@"
+  exit
+fi
+
+# SLURM runs a copy of this script: the repository is where the job was told to be.
+# shellcheck source=launch/xla_flags.sh
+source launch/xla_flags.sh gpu
+# --kill-on-bad-exit: SLURM, too, ends all processes when one fails.
+do_it srun --nodes="$nodes" --ntasks-per-node="$gpus" --gpus-per-node="$gpus" \
+  --kill-on-bad-exit=1 python -m simclr_jax.main "$@"

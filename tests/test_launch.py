@@ -1,0 +1,304 @@
+"""The launch scripts against stand-ins of gcloud, sbatch and srun that note how they are called."""
+
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# Notes its name and arguments, one shell-quoted line a call; `describe` answers with the next of
+# STATES, and keeps to the last.
+STUB = r"""#!/usr/bin/env bash
+{ printf '%q ' "$(basename "$0")" "$@"; echo; } >> "$CALLS"
+if [[ " $* " == *" describe "* ]]; then
+  [[ -s $STATES ]] || exit 1
+  head -n 1 "$STATES"
+  (( $(wc -l < "$STATES") < 2 )) || sed -i 1d "$STATES"
+fi
+exit "${STUB_STATUS:-0}"
+"""
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    """run(*arguments, states=(...), **environment) -> (finished process, calls)."""
+    for name in ("gcloud", "sbatch", "srun"):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(STUB)
+        path.chmod(0o755)
+
+    def run(*arguments, states=(), **environment):
+        (tmp_path / "calls").write_text("")
+        (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
+        process = subprocess.run(
+            arguments,
+            cwd=ROOT,
+            env=os.environ
+            | {
+                "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+                "CALLS": str(tmp_path / "calls"),
+                "STATES": str(tmp_path / "states"),
+                "POLL_SECONDS": "0.01",
+            }
+            | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        calls = [shlex.split(line) for line in (tmp_path / "calls").read_text().splitlines()]
+        return process, calls
+
+    return run
+
+
+TPUS = ["gcloud", "compute", "tpus"]
+ZONE = "--zone=us-west4-a"
+
+
+def test_create_requests_a_spot_slice(cloud):
+    process, calls = cloud(
+        "launch/tpu_vm.sh", "create", "pod", "--type=v5litepod-64", "--spot", ZONE
+    )
+    assert process.returncode == 0, process.stderr
+    assert calls == [
+        [
+            *TPUS,
+            "queued-resources",
+            "create",
+            "pod",
+            "--node-id=pod",
+            "--accelerator-type=v5litepod-64",
+            "--runtime-version=v2-alpha-tpuv5-lite",
+            "--spot",
+            ZONE,
+        ]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "version"),
+    [
+        ("v3-32", "tpu-ubuntu2204-base"),
+        ("v4-64", "tpu-ubuntu2204-base"),
+        ("v5p-64", "v2-alpha-tpuv5"),
+        ("v6e-64", "v2-alpha-tpuv6e"),
+    ],
+)
+def test_create_on_demand_knows_the_software_of_a_slice(cloud, kind, version):
+    _, (call,) = cloud("launch/tpu_vm.sh", "create", "pod", f"--type={kind}")
+    assert f"--runtime-version={version}" in call
+    assert "--spot" not in call
+    assert not [part for part in call if part.startswith("--zone")]
+
+
+def test_setup_waits_then_copies_the_commit_and_installs_it_on_all_hosts(cloud):
+    states = ("WAITING_FOR_RESOURCES", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
+    process, calls = cloud("launch/tpu_vm.sh", "setup", "pod", ZONE, states=states)
+    assert process.returncode == 0, process.stderr
+    assert len(re.findall("pod is WAITING_FOR_RESOURCES", process.stdout)) == 1
+    *asked, copied, installed = calls
+    assert [call[3:6] for call in asked] == [["queued-resources", "describe", "pod"]] * 4
+    assert copied[3:] == ["tpu-vm", "scp", "/tmp/simclr_jax.tar.gz", "pod:", "--worker=all", ZONE]
+    assert installed[3:7] == ["tpu-vm", "ssh", "pod", "--worker=all"]
+    assert "uv pip install -e '.[tpu]'" in installed[7]
+
+
+def test_setup_does_not_wait_for_a_slice_that_will_not_come(cloud):
+    process, calls = cloud("launch/tpu_vm.sh", "setup", "pod", states=("PROVISIONING", "FAILED"))
+    assert process.returncode == 2
+    assert "the slice pod is FAILED: use resume" in process.stderr
+    assert len(calls) == 2
+
+
+RUN = ("--config=configs/imagenet.py", "--workdir=gs://b/run 1")
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A host's home folder after setup, with a stand-in for its Python."""
+    home = tmp_path / "home"
+    (home / "simclr_jax/.venv/bin").mkdir(parents=True, exist_ok=True)
+    (home / "simclr_jax/launch").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "launch/xla_flags.sh", home / "simclr_jax/launch")
+    python = home / "simclr_jax/.venv/bin/python"
+    python.write_text(
+        '#!/usr/bin/env bash\nprintf "%s\\n" "$@" "$LIBTPU_INIT_ARGS"; exec sleep "${RUNS:-0}"\n'
+    )
+    python.chmod(0o755)
+    return home
+
+
+def run_on_a_host(command, home):
+    """Runs what would be sent to a host."""
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=home,
+        env=os.environ | {"HOME": str(home), "RUNS": "20"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_run_starts_the_run_on_all_hosts_and_leaves_it_running(cloud, home):
+    process, (call,) = cloud("launch/tpu_vm.sh", "run", "pod", ZONE, "--", *RUN)
+    assert process.returncode == 0, process.stderr
+    assert call[3:7] == ["tpu-vm", "ssh", "pod", "--worker=all"]
+    command = call[7].removeprefix("--command=")
+    started = run_on_a_host(command, home)
+    assert started.returncode == 0, started.stderr
+    # A second one beside it is refused.
+    again = run_on_a_host(command, home)
+    assert again.returncode == 1
+    assert "a run is under way here" in again.stderr
+    said = (home / "simclr.log").read_text().splitlines()
+    assert said[:5] == ["-u", "-m", "simclr_jax.main", *RUN]
+    assert "--xla_tpu_overlap_compute_collective_tc=true" in said[5]
+    subprocess.run(["kill", (home / "simclr.pid").read_text().strip()], check=True)
+
+
+def test_run_needs_a_workdir_that_all_hosts_see(cloud):
+    process, calls = cloud(
+        "launch/tpu_vm.sh", "run", "pod", "--", "--config=configs/imagenet.py", "--workdir=/tmp/w"
+    )
+    assert process.returncode == 2
+    assert "--workdir=gs://BUCKET/FOLDER" in process.stderr
+    assert calls == []
+
+
+def test_logs_and_delete(cloud):
+    _, (followed,) = cloud("launch/tpu_vm.sh", "logs", "pod", "--host=3")
+    assert followed[3:] == [
+        *("tpu-vm", "ssh", "pod", "--worker=3"),
+        "--command=tail -n 100 -F ~/simclr.log",
+    ]
+    _, (deleted,) = cloud("launch/tpu_vm.sh", "delete", "pod", ZONE)
+    assert deleted[3:] == ["queued-resources", "delete", "pod", "--force", "--quiet", ZONE]
+
+
+RESUME = ("launch/tpu_vm.sh", "resume", "pod", "--type=v5litepod-64", "--spot", "--", *RUN)
+
+
+def verbs(calls):
+    return [call[4] for call in calls]
+
+
+def test_resume_requests_a_preempted_slice_anew(cloud):
+    process, calls = cloud(*RESUME, states=("SUSPENDED", "PROVISIONING", "ACTIVE"))
+    assert process.returncode == 0, process.stderr
+    assert verbs(calls) == [
+        *("describe", "delete", "create", "describe", "describe", "scp", "ssh", "ssh"),
+    ]
+    assert "run\\ 1" in calls[-1][7]
+
+
+def test_resume_only_starts_the_run_where_the_slice_is_there(cloud):
+    process, calls = cloud(*RESUME, states=("ACTIVE",))
+    assert process.returncode == 0, process.stderr
+    assert verbs(calls) == ["describe", "ssh"]
+
+
+def test_dry_run_prints_commands_that_can_be_pasted_and_runs_none(cloud):
+    process, calls = cloud(*RESUME[:5], "--dry_run", *RESUME[5:])
+    assert process.returncode == 0, process.stderr
+    assert calls == []
+    printed = [shlex.split(line) for line in process.stdout.splitlines() if line[0] != "#"]
+    assert [line[4] for line in printed if line[0] == "gcloud"] == [
+        *("delete", "create", "scp", "ssh", "ssh"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("create", "pod"), "need --type"),
+        (("create", "pod", "--type=v9-8"), "no --version is known"),
+        (("create", "Pod;rm"), "the slice's name comes second"),
+        (("create", "pod", "--typ=v4-8"), "unknown option --typ=v4-8"),
+        (("run", "pod"), "need the run's arguments"),
+        (("start", "pod"), "Actions:"),
+        ((), "Actions:"),
+    ],
+)
+def test_mistakes_with_tpu_vm(cloud, arguments, says):
+    process, calls = cloud("launch/tpu_vm.sh", *arguments)
+    assert process.returncode == 2
+    assert says in process.stderr
+    assert calls == []
+
+
+def test_a_failure_of_gcloud_is_not_hidden(cloud):
+    process, _ = cloud("launch/tpu_vm.sh", "delete", "pod", STUB_STATUS="3")
+    assert process.returncode == 3
+
+
+SLURM = ("launch/slurm.sh", "--nodes=2", "--gpus=8")
+ARGS = ("--config=configs/imagenet.py", "--workdir=/shared/a b")
+
+
+def test_slurm_submits_itself_and_then_starts_a_process_a_gpu(cloud):
+    process, (submitted,) = cloud(*SLURM, "--time=1:00:00", "--", *ARGS)
+    assert process.returncode == 0, process.stderr
+    assert submitted[0] == "sbatch"
+    assert {"--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--requeue"} <= set(submitted)
+    assert f"--chdir={ROOT}" in submitted
+    assert "--time=1:00:00" in submitted
+    job = submitted[submitted.index("launch/slurm.sh") :]
+    process, (started,) = cloud(*job, SLURM_JOB_ID="7")
+    assert process.returncode == 0, process.stderr
+    assert started == [
+        *("srun", "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8"),
+        *("--kill-on-bad-exit=1", "python", "-m", "simclr_jax.main", *ARGS),
+    ]
+
+
+def test_slurm_dry_run(cloud):
+    process, calls = cloud(*SLURM, "--dry_run", "--", *ARGS)
+    assert calls == []
+    assert shlex.split(process.stdout)[0] == "sbatch"
+    process, calls = cloud(*SLURM, "--dry_run", "--", *ARGS, SLURM_JOB_ID="7")
+    assert calls == []
+    assert shlex.split(process.stdout)[0] == "srun"
+
+
+@pytest.mark.parametrize("arguments", [(), ("--nodes=2", "--", "x"), ("--nodes=2", "--gpus=8")])
+def test_slurm_says_how_it_is_used(cloud, arguments):
+    process, calls = cloud("launch/slurm.sh", *arguments)
+    assert process.returncode == 2
+    assert process.stderr.startswith("usage: launch/slurm.sh")
+    assert calls == []
+
+
+def test_what_the_user_has_set_wins_over_our_flags():
+    said = subprocess.run(
+        ["bash", "-c", "source launch/xla_flags.sh gpu && echo $XLA_FLAGS"],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": "--mine=1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.split() == ["--xla_gpu_enable_latency_hiding_scheduler=true", "--mine=1"]
+
+
+def test_shellcheck_is_clean():
+    scripts = sorted(str(path) for path in (ROOT / "launch").glob("*.sh"))
+    assert len(scripts) == 4
+    process = subprocess.run(
+        ["shellcheck", "--external-sources", *scripts],
+        cwd=ROOT,
+        env=os.environ | {"PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout

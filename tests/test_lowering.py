@@ -1,0 +1,230 @@
+"""What the compiler makes of the step for TPU slices that are not there (needs the `tpu` extra)."""
+
+import importlib.util
+import json
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from simclr_jax import aot, config, main, train_step
+from simclr_jax.errors import UserError
+from simclr_jax.mesh import make_mesh
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="compiling for TPUs needs libtpu: pip install -e '.[tpu]'",
+)
+
+TOPOLOGY = "v5e:2x2"
+BATCH = 72  # 18 images a chip; 2B = 144 is no other size in the program
+
+
+@pytest.fixture
+def small():
+    """A small model in bfloat16 on images of 32 px."""
+    c = config.default()
+    c.data.name = "digits"
+    c.data.image_size = 32
+    c.data.batch_size = BATCH
+    c.model.depth = 10
+    c.model.width = 0.25
+    c.model.stem = "strided"
+    c.model.dtype = "bfloat16"
+    return c
+
+
+@pytest.fixture(autouse=True)
+def the_cache_of_the_other_tests():
+    before = jax.config.jax_enable_compilation_cache
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
+def compiled(config):
+    _, devices = aot.slice_of(TOPOLOGY)
+    mesh = make_mesh(devices, config.mesh.fsdp)
+    program = aot.compile_step(config, mesh, TOPOLOGY)
+    return program, aot.collectives(program.as_text(), mesh.size)
+
+
+def all_reduced(program):
+    """The shapes that each all-reduce of arrays of two and more axes sums: gradients, not the
+    vectors of BatchNorm.
+    """
+    found = re.findall(r"= (.*?) all-reduce(?:-start)?\(", program.as_text())
+    return [shapes for shapes in found if re.search(r"\[\d+,\d+", shapes)]
+
+
+@needs_libtpu
+def test_the_dense_step_gathers_the_projections_once_and_moves_nothing_else(small):
+    program, found = compiled(small)
+    assert found.keys() == {"all-gather", "all-reduce"}  # no all-to-all, no collective-permute
+    assert found["all-gather"]["count"] == 1
+    assert found["all-gather"]["bytes"] == 2 * BATCH * small.model.head_width * 4
+    text = program.as_text()
+    assert f"f32[{2 * BATCH // 4},{2 * BATCH}]" in text  # a chip's share of the similarities
+    assert f"[{2 * BATCH},{2 * BATCH}]" not in text
+    # The gradients of 14 kernels and the classifier in two sums, that of the projections in one.
+    assert len(all_reduced(program)) <= 3
+
+
+@needs_libtpu
+def test_the_step_in_tiles_gathers_projections_and_normalisers(small):
+    small.loss.implementation = "chunked"
+    program, found = compiled(small)
+    assert found.keys() == {"all-gather", "all-reduce"}
+    # The normalisers, one number an anchor, may become an all-reduce.
+    assert found["all-gather"]["count"] <= 2
+    assert found["all-gather"]["bytes"] <= 2 * BATCH * (small.model.head_width + 1) * 4
+    assert f"[{2 * BATCH},{2 * BATCH}]" not in program.as_text()
+
+
+@needs_libtpu
+def test_sharded_parameters_are_gathered_and_need_less_memory(small):
+    whole, _ = compiled(small)
+    small.mesh.fsdp = 4
+    program, found = compiled(small)
+    # Kernels are gathered, one by one, in bfloat16; their gradients may be scattered in steps. No
+    # images move: a chip's would be 110 kB.
+    assert "all-to-all" not in found
+    assert found["all-gather"]["count"] > 10
+    assert found.get("collective-permute", {"bytes": 0})["bytes"] < 20e3
+    ratio = (
+        program.memory_analysis().argument_size_in_bytes
+        / whole.memory_analysis().argument_size_in_bytes
+    )
+    assert ratio < 0.7  # of the images, which are the same, and a quarter of the parameters
+
+
+@needs_libtpu
+def test_microbatches_are_found_on_their_own_devices(small):
+    small.train.microbatches = 2
+    small.data.batch_size = 80  # 20 a chip
+    _, found = compiled(small)
+    assert not {"all-to-all", "collective-permute"} & found.keys()
+    # Projections once; their gradient may come back by a second gather. Never images.
+    assert found["all-gather"]["bytes"] <= 4 * 160 * small.model.head_width * 4
+
+
+@needs_libtpu
+def test_a_step_that_stacks_view_on_view_is_told_by_its_collectives(small, monkeypatch):
+    """What the reshape in the step avoids."""
+    views_stacked = lambda x: jnp.concatenate([x[0::2], x[1::2]])  # noqa: E731
+    original = train_step.to_float
+    monkeypatch.setattr(train_step, "to_float", lambda x: views_stacked(original(x)))
+    _, found = compiled(small)
+    assert {"all-to-all", "collective-permute"} & found.keys()
+
+
+@needs_libtpu
+def test_the_report_is_a_table_and_json(small, tmp_path, capsys):
+    result = aot.report(small, str(tmp_path / "w"), TOPOLOGY)
+    said = capsys.readouterr().out
+    assert "compiled for 4 devices of v5e:2x2 (TPU v5 lite)" in said
+    assert "(bound, not measured)" in said
+    assert json.loads(said.splitlines()[-1]) == result
+    assert json.loads((tmp_path / "w/compile.json").read_text()) == result
+    assert result["memory_total"] == sum(result["memory"].values()) < result["memory_limit"]
+    assert result["views_per_second_bound"] == pytest.approx(
+        2 * BATCH / max(result["bounds"].values())
+    )
+    # 2 x 2 x (2 multiplications and additions of the forward pass), thrice with the backward
+    # pass, of some 6.5 M multiplications a view at 32 px.
+    assert 2e7 < result["flops_per_view"] < 8e7
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "devices"),
+    [("v3:4x4", 32), ("v4:2x2x4", 16), ("v5e:16x16", 256), ("v5p:2x2x2", 8), ("v6e:2x4", 8)],
+)
+def test_slices_have_the_devices_that_jax_sees_there(topology, devices):
+    assert len(aot.slice_of(topology)[1]) == devices
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--topology=v9:2x2",), "of a kind out of v3, v4, v5e, v5p, v6e"),
+        (("--topology=v5e",), "expected KIND:SHAPE"),
+        (("--topology=v5e:3x5",), "not divisible"),
+        (("--topology=v5e:4x4", "--config.mesh.fsdp=3"), "mesh.fsdp=3 does not divide 16 devices"),
+        (("--topology=v5e:4x4", "--config.data.batch_size=100"), "does not divide over 16 devices"),
+        ((), "go together"),
+    ],
+)
+@needs_libtpu
+def test_mistakes_with_slices(arguments, says):
+    with pytest.raises(UserError, match=says):
+        main.main(["--mode=compile", "--config=configs/imagenet.py", *arguments])
+
+
+def test_other_modes_need_a_workdir():
+    with pytest.raises(UserError, match="no --workdir"):
+        main.main(["--config=configs/digits.py"])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.58G of 15.75G hbm. ...",
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (20.58G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_a_step_that_does_not_fit_is_said_with_by_how_much_and_what_to_try(message):
+    said = str(aot.too_large("v5e:4x4", message))
+    assert "it needs 20.58 GiB of 15.75 GiB, 4.83 GiB too much: try" in said
+    assert "model.remat=True" in said
+    assert "\n" not in said
+
+
+PROGRAM = """
+  %all-reduce.1 = (f32[16]{0:T(128)}, bf16[3,3,8,8]{3,2,1,0}) all-reduce(%a, %b), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %all-gather.9 = f32[128,128]{1,0:T(8,128)} all-gather(%p), channel_id=2, replica_groups=[2,2]<=[4], dimensions={0}
+  %all-gather.11 = f32[128,128]{1,0:T(8,128)S(1)} all-gather(%p), channel_id=2, replica_groups=[2,2]<=[4], dimensions={0}
+  %ags = (f32[2,8]{1,0}, f32[4,8]{1,0}) all-gather-start(%q), channel_id=3, replica_groups=[2,2]<=[4], dimensions={0}
+  %cps = (bf16[3,4]{1,0}, bf16[3,4]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%r), channel_id=4, source_target_pairs={{0,1}}
+  %fusion.1 = f32[8]{0} fusion(%all-reduce.1), kind=kLoop
+"""
+
+
+def test_collectives_are_counted_by_channel_and_weighed():
+    found = aot.collectives(PROGRAM, 4)
+    reduced, gathered = 16 * 4 + 9 * 64 * 2, 128 * 128 * 4 + 4 * 8 * 4
+    assert found == {
+        "all-gather": {"count": 2, "bytes": gathered, "sent": gathered / 2},
+        "all-reduce": {"count": 1, "bytes": reduced, "sent": reduced * 1.5},
+        "collective-permute": {"count": 1, "bytes": 24, "sent": 24},
+    }
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "batch"), [("v5e:4x4", 1024), ("v3:4x4", 4096)])
+def test_resnet_50_fits(topology, batch):
+    """The paper's batch of 4096 on the 32 cores it ran on, and 64 images a chip of a small slice."""
+    c = config.read_file("configs/imagenet.py")
+    c.data.batch_size = batch
+    result = aot.report(c, None, topology)
+    assert result["memory_total"] < result["memory_limit"]
+    assert result["collectives"].keys() == {"all-gather", "all-reduce"}
+    assert result["collectives"]["all-gather"]["count"] == 1
+    assert result["collectives"]["all-reduce"]["count"] < 110  # two a BatchNorm, and the gradients
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_resnet_50_with_too_many_images_is_refused():
+    c = config.read_file("configs/imagenet.py")
+    c.data.batch_size = 8192
+    with pytest.raises(UserError, match=r"GiB of 15\.75 GiB, .* GiB too much"):
+        aot.report(c, None, "v5e:4x4")
+
+
+def test_the_programs_of_these_tests_are_for_no_device_of_this_machine():
+    assert jax.default_backend() == "cpu"
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
