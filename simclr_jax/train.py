@@ -233,6 +233,12 @@ def check_workdir(config: ConfigDict, workdir: str) -> dict | None:
             f"{workdir} holds a run of another configuration ({'; '.join(changed)}): use another "
             "--workdir, or the old values to go on with it"
         )
+    if config.model.norm_group < 0 and len(saved["devices"]) != jax.device_count():
+        raise UserError(
+            f"{workdir} holds a run with BatchNorm per device on {len(saved['devices'])} devices, "
+            f"and there are {jax.device_count()} now: use as many, or model.norm_group=IMAGES in "
+            "another --workdir"
+        )
     return saved
 
 

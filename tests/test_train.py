@@ -93,6 +93,15 @@ def test_another_configuration_is_refused_with_what_differs(tiny, tmp_path):
     train.check_workdir(tiny, str(tmp_path / "new"))
 
 
+def test_batchnorm_per_device_does_not_go_on_on_other_devices(tiny, tmp_path, monkeypatch):
+    tiny.train.steps, tiny.model.norm_group = 4, -1
+    train.pretrain(tiny, str(tmp_path / "w"))
+    train.check_workdir(tiny, str(tmp_path / "w"))
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    with pytest.raises(UserError, match="per device on 8 devices, and there are 4 now"):
+        train.check_workdir(tiny, str(tmp_path / "w"))
+
+
 def test_a_run_does_not_go_on_with_other_images(tiny, tmp_path):
     tiny.train.steps = 4
     train.pretrain(tiny, str(tmp_path / "w"))
@@ -206,6 +215,7 @@ def test_what_a_configuration_comes_to_is_said(tiny, tmp_path, capsys):
     assert "4 (1.3 epochs), of which 2 warm-up" in said
     assert "lars, peak learning rate 0.01875 (0.3 x 16 / 256), weight decay 1e-06" in said
     assert "8 x cpu; 1 process, 2 images a device" in said
+    assert "NT-Xent, dense for this size; BatchNorm over the batch" in said
     assert "step 4/4  loss" in said
     assert f"trained to step 4: {tmp_path}/w/checkpoints" in said
 
