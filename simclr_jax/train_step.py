@@ -41,7 +41,7 @@ def make_train_step(
       contrastive_loss: `losses.nt_xent` or one of its contract.
       microbatches: above 1, the gradient is computed by `gradients.cached_gradient`. BatchNorm
         then takes its statistics over a microbatch, and the running statistics follow their mean.
-      gather: makes sharded parameters whole before they are used.
+      gather: makes a sharded tree like the parameters whole on every device.
 
     Metrics are float32 scalars: loss (NT-Xent), those of the loss, grad_norm, learning_rate, and,
     with a classifier, classifier_loss and classifier_accuracy (training views, all of the batch).
@@ -91,6 +91,9 @@ def make_train_step(
             gather(state.params),
             batch,
         )
+        # Whole before the optimizer takes its shard of them: left to itself, the TPU compiler
+        # computes the gradients of divided kernels in windows, with three times the memory.
+        grads = gather(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {"loss": loss} | metrics | classifier_metrics
         metrics["grad_norm"] = optax.tree.norm(grads)

@@ -87,11 +87,9 @@ def test_sharded_parameters_are_gathered_and_need_less_memory(small):
     whole, _ = compiled(small)
     small.mesh.fsdp = 4
     program, found = compiled(small)
-    # Kernels are gathered, one by one, in bfloat16; their gradients may be scattered in steps. No
-    # images move: a chip's would be 110 kB.
-    assert "all-to-all" not in found
+    # Kernels are gathered, one by one, in bfloat16.
+    assert found.keys() == {"all-gather", "all-reduce"}
     assert found["all-gather"]["count"] > 10
-    assert found.get("collective-permute", {"bytes": 0})["bytes"] < 20e3
     ratio = (
         program.memory_analysis().argument_size_in_bytes
         / whole.memory_analysis().argument_size_in_bytes
