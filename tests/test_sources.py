@@ -1,5 +1,7 @@
 """Every kind of source: what it holds, in which order, shared by processes, and what it refuses."""
 
+import itertools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -225,3 +227,43 @@ def test_synthetic_images_have_classes():
     source = open_source("synthetic", seed=1)
     assert source.train.count == 4 * source.test.count
     assert len(source.train.classes) == 10
+
+
+def test_entering_late_reads_one_window_in_vain_at_most(files, monkeypatch):
+    monkeypatch.setattr(sources, "_WINDOW", 1)  # each file a window of its own
+    lengths = np.asarray(files._info.shard_lengths)
+    read = used = 0
+    for _, members, order in itertools.islice(sources._windows(5, lengths, Share(), 35), 3):
+        read, used = read + lengths[members].sum(), used + len(order)
+    assert 0 < read - used < lengths.max()
+    whole = stream(files, steps=9)
+    np.testing.assert_array_equal(np.sort(whole[:60, 1]), np.arange(60))
+    np.testing.assert_array_equal(stream(files, 6, start=3), whole[30:])
+
+
+def test_a_broken_image_is_replaced_by_the_next_whole_one(small_split):
+    broken = frozenset({3, 4, 36})
+    plain = stream(small_split, steps=8)
+    examples = small_split.training(5, 10, 0, Share(), broken).take(80)
+    seen = np.array([[int(x[k]) for k in ("epoch", "index", "label")] for x in examples])
+    stand_in = {3: 5, 4: 5, 36: 0}
+    np.testing.assert_array_equal(seen[:, 1], [stand_in.get(i, i) for i in plain[:, 1]])
+    labels = [int(x["label"]) for x in small_split.once(Share(0, 2), start=1, broken=broken)]
+    expected = [sources.BROKEN if i in broken else i % 3 for i in range(2, 37, 2)]
+    assert labels == expected
+
+
+def test_fingerprints_tell_contents_apart(small_split, files, tmp_path):
+    other = in_memory(small_split.images[::-1], small_split.labels, small_split.classes)
+    relabelled = in_memory(small_split.images, small_split.labels[::-1], small_split.classes)
+    same = in_memory(small_split.images.copy(), small_split.labels, small_split.classes)
+    prints = [s.fingerprint() for s in (small_split, other, relabelled, files)]
+    assert len(set(prints)) == 4
+    assert same.fingerprint() == prints[0]
+    for place in ("one", "two"):
+        for i in range(3):
+            write(tmp_path / place / f"{i}.png", random_images(i + 1)[0])
+    one, two = (sources.folder(str(tmp_path / p), labels=False) for p in ("one", "two"))
+    assert one.fingerprint() == two.fingerprint()
+    write(tmp_path / "two/1.png", random_images(1, 30, 30)[0])
+    assert sources.folder(str(tmp_path / "two"), False).fingerprint() != one.fingerprint()

@@ -8,10 +8,11 @@ imported where it is used, so that importing this module does not need it.
 import dataclasses
 import difflib
 import functools
+import hashlib
 import os
 import pathlib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,10 +26,13 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")  # what tf.io.decode_
 # and nothing is decoded twice.
 _IN_MEMORY_BYTES = 2**30
 
-# The stretch of raw examples within which a stream from files is shuffled, besides the order of
-# the files themselves. 16k JPEGs of ImageNet are 1.8 GB.
-_SHUFFLE_BUFFER = 16 * 1024
+# A stream from files is shuffled by windows: as many whole files as hold this many raw examples,
+# in the epoch's order of the files, and within them any order. 8k JPEGs of ImageNet are 0.9 GB, of
+# which two windows are held. To start anywhere, no more than one window is read in vain.
+_WINDOW = 8 * 1024
 _FILES_AT_ONCE = 16
+
+BROKEN = -2  # stands for the label of an image that cannot be read; -1 is an image without a label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,9 @@ class Share:
     def rows(self, batch_size: int) -> slice:
         part = batch_size // self.count
         return slice(self.index * part, (self.index + 1) * part)
+
+
+_NONE: Set[int] = frozenset()
 
 
 class Split(Protocol):
@@ -61,22 +68,31 @@ class Split(Protocol):
     @property
     def image_shape(self) -> tuple[int | None, int | None, int]: ...
 
-    def training(self, seed: int, batch_size: int, start_step: int, share: Share) -> Any:
+    def training(
+        self, seed: int, batch_size: int, start_step: int, share: Share, broken: Set[int] = _NONE
+    ) -> Any:
         """Endless tf.data.Dataset of {"image", "label", "index", "epoch"}: this process's share of
         the global batches from `start_step` on, a new shuffle each epoch. Nothing that was passed
-        over is decoded.
+        over is decoded. In place of a broken image stands the next one that is not.
         """
 
-    def once(self, share: Share) -> Any:
+    def once(self, share: Share, start: int = 0, broken: Set[int] = _NONE) -> Any:
         """tf.data.Dataset of {"image", "label"}: this process's share of the split, each image once
-        over all processes. Process p of P holds images p, p + P, ...
+        over all processes. Process p of P holds images p, p + P, ..., of which the first `start`
+        are passed over. In place of a broken image stands another, with the label BROKEN.
         """
 
     def decode(self, image: Any) -> Any:
         """What "image" holds to uint8 [H, W, C], in the tf.data graph."""
 
-    def unreadable(self) -> list[str]:
-        """The names of all images that cannot be decoded, as far as images have names."""
+    def name_of(self, index: int) -> str:
+        """What a person calls an image."""
+
+    def problem(self, index: int) -> str | None:
+        """Why the image cannot be read, or None if it can."""
+
+    def fingerprint(self) -> str:
+        """Equal for splits of equal content, wherever they lie."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +132,29 @@ class IndexedSplit:
             images, labels = tf.constant(self.images), tf.constant(self.labels)
         return lambda index: {"image": tf.gather(images, index), "label": tf.gather(labels, index)}
 
-    def training(self, seed: int, batch_size: int, start_step: int, share: Share) -> Any:
+    def _stand_ins(self, broken: Set[int]) -> np.ndarray:
+        """[N]: each image itself, or if it is broken the next one that is not."""
+        stand_in = np.arange(self.count)
+        if broken:
+            whole = np.setdiff1d(stand_in, list(broken))
+            bad = np.sort(list(broken))
+            stand_in[bad] = whole[np.searchsorted(whole, bad) % len(whole)]
+        return stand_in
+
+    def training(
+        self, seed: int, batch_size: int, start_step: int, share: Share, broken: Set[int] = _NONE
+    ) -> Any:
         import tensorflow as tf
 
-        lookup = self._lookup()
+        lookup, stand_in = self._lookup(), self._stand_ins(broken)
         rows = share.rows(batch_size)
+
+        def entries():
+            for epochs, indices in batch_positions(seed, self.count, batch_size, start_step, rows):
+                yield epochs, stand_in[indices]
+
         positions = tf.data.Dataset.from_generator(
-            lambda: batch_positions(seed, self.count, batch_size, start_step, rows),
+            entries,
             output_signature=(tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.int64)),
         ).unbatch()
         return positions.map(
@@ -130,10 +162,20 @@ class IndexedSplit:
             num_parallel_calls=tf.data.AUTOTUNE,
         )
 
-    def once(self, share: Share) -> Any:
+    def once(self, share: Share, start: int = 0, broken: Set[int] = _NONE) -> Any:
         import tensorflow as tf
 
-        return tf.data.Dataset.range(share.index, self.count, share.count).map(self._lookup())
+        lookup = self._lookup()
+        mine = np.arange(share.index, self.count, share.count)[start:]
+        entries = tf.data.Dataset.from_tensor_slices(
+            (self._stand_ins(broken)[mine], np.isin(mine, list(broken)))
+        )
+
+        def example(index, is_broken):
+            found = lookup(index)
+            return found | {"label": tf.where(is_broken, BROKEN, found["label"])}
+
+        return entries.map(example)
 
     def decode(self, image: Any) -> Any:
         if self.in_memory:
@@ -146,26 +188,40 @@ class IndexedSplit:
             [None, None, 3],
         )
 
-    def unreadable(self) -> list[str]:
-        return [] if self.in_memory else [p for p in self.images if not self._is_readable(p)]
+    def name_of(self, index: int) -> str:
+        return f"image {index}" if self.in_memory else str(self.images[index])
 
-    def _is_readable(self, path: str) -> bool:
+    def problem(self, index: int) -> str | None:
+        if self.in_memory:
+            return None
         import tensorflow as tf
 
         try:
-            self.decode(tf.constant(path))
-        except tf.errors.OpError:
-            return False
-        return True
+            self.decode(tf.constant(self.images[index]))
+        except tf.errors.OpError as error:
+            return " ".join(str(error.message).split()).rpartition("}} ")[2]
+        return None
+
+    def fingerprint(self) -> str:
+        digest = hashlib.blake2b(self.labels.tobytes(), digest_size=16)
+        if self.in_memory:
+            digest.update(str(self.images.shape).encode())
+            digest.update(np.ascontiguousarray(self.images).data)
+        else:
+            # Names below the folder they share, and sizes: reading all would take too long.
+            root = os.path.commonpath([os.path.dirname(path) for path in self.images])
+            for path in self.images:
+                digest.update(f"{path[len(root) :]} {os.stat(path).st_size}\n".encode())
+        return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class FilesSplit:
     """A TFDS split that is too large for memory, read from its record files.
 
-    The order of an epoch is a shuffle of the files, 16 read at once, and a shuffle buffer of
-    16,384 examples. Each process reads its own part of each epoch's files, so here, unlike with
-    an `IndexedSplit`, the content of a global batch does depend on the number of processes.
+    The order of an epoch is a shuffle of the files, and a shuffle of the examples of some files at
+    a time. Each process reads its own part of each epoch's files, so here, unlike with an
+    `IndexedSplit`, the content of a global batch does depend on the number of processes.
 
     Attributes:
       builder: the TFDS builder, prepared, with TFRecord files.
@@ -199,7 +255,9 @@ class FilesSplit:
         label = tf.cast(example["label"], tf.int32) if self.classes else tf.constant(-1)
         return {"image": example["image"], "label": label}
 
-    def training(self, seed: int, batch_size: int, start_step: int, share: Share) -> Any:
+    def training(
+        self, seed: int, batch_size: int, start_step: int, share: Share, broken: Set[int] = _NONE
+    ) -> Any:
         import tensorflow as tf
 
         lengths = np.asarray(self._info.shard_lengths)
@@ -210,55 +268,95 @@ class FilesSplit:
             )
         paths = np.asarray([str(p) for p in self._info.filepaths])
         first_index = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        # What this process has consumed before start_step: whole epochs, then a part of one.
-        skip, first_epoch = start_step * (batch_size // share.count), 0
-        while skip >= (epoch_count := lengths[_own_files(seed, first_epoch, lengths, share)].sum()):
-            skip, first_epoch = skip - epoch_count, first_epoch + 1
+        passed = start_step * (batch_size // share.count)
 
-        def epochs() -> Iterator[tuple]:
-            epoch = first_epoch
-            while True:
-                files = _own_files(seed, epoch, lengths, share)
-                yield paths[files], first_index[files], epoch
-                epoch += 1
+        def entries() -> Iterator[tuple]:
+            for epoch, files, order in _windows(seed, lengths, share, passed):
+                yield paths[files], first_index[files], order, epoch
 
         def records(path, first):
             return tf.data.TFRecordDataset(path).enumerate(first)
 
-        def one_epoch(paths, first_indices, epoch):
+        def window(paths, first_indices, order, epoch):
             files = tf.data.Dataset.from_tensor_slices((paths, first_indices))
-            examples = files.interleave(
+            whole = files.interleave(
                 records, _FILES_AT_ONCE, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
-            ).shuffle(_SHUFFLE_BUFFER, seed=seed * 2**32 + epoch)
-            return examples.map(lambda index, record: (record, index, epoch))
+            ).batch(_WINDOW + tf.reduce_max(lengths))
+            return whole.map(
+                lambda index, record: (
+                    tf.gather(record, order),
+                    tf.gather(index, order),
+                    tf.fill(tf.shape(order), epoch),
+                )
+            )
 
         stream = tf.data.Dataset.from_generator(
-            epochs,
+            entries,
             output_signature=(
                 tf.TensorSpec([None], tf.string),
                 tf.TensorSpec([None], tf.int64),
+                tf.TensorSpec([None], tf.int64),
                 tf.TensorSpec([], tf.int64),
             ),
-        ).flat_map(one_epoch)
-        return stream.skip(skip).map(
+        )
+        # The next window is read while this one is used.
+        examples = stream.flat_map(window).prefetch(1).unbatch()
+        return examples.map(
             lambda record, index, epoch: self._parse(record) | {"index": index, "epoch": epoch},
             num_parallel_calls=tf.data.AUTOTUNE,
         )
 
-    def once(self, share: Share) -> Any:
+    def once(self, share: Share, start: int = 0, broken: Set[int] = _NONE) -> Any:
         import tensorflow as tf
 
         return (
             tf.data.TFRecordDataset([str(p) for p in self._info.filepaths])
             .shard(share.count, share.index)
+            .skip(start)
             .map(self._parse, num_parallel_calls=tf.data.AUTOTUNE)
         )
 
     def decode(self, image: Any) -> Any:
         return self.builder.info.features["image"].decode_example(image)
 
-    def unreadable(self) -> list[str]:
-        return []
+    def name_of(self, index: int) -> str:
+        return f"{self.builder.name}/{self.name}, example {index}"
+
+    def problem(self, index: int) -> str | None:
+        return None  # TFDS has checked what it wrote
+
+    def fingerprint(self) -> str:
+        lengths = ",".join(map(str, self._info.shard_lengths))
+        return f"{self.builder.info.full_name}/{self.name}:{lengths}"
+
+
+def _windows(
+    seed: int, lengths: np.ndarray, share: Share, passed: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yields (epoch, files [k], order [n]) of this process's windows, without end: which of the
+    examples of these files come, in which order. Of the first window only what is left after
+    `passed` examples; what lies before it is not read.
+
+    Args:
+      seed: of the run.
+      lengths: examples of each file.
+      share: this process's part of the files.
+      passed: examples that this process has used.
+    """
+    epoch = 0
+    while True:
+        files = _own_files(seed, epoch, lengths, share)
+        # The window of a file: how many full windows lie before it.
+        number = (np.cumsum(lengths[files]) - lengths[files]) // _WINDOW
+        for i in np.unique(number):
+            members = files[number == i]
+            n = int(lengths[members].sum())
+            if passed < n:
+                order = np.random.default_rng([seed, epoch, int(i)]).permutation(n)
+                yield epoch, members, order[passed:]
+                passed = n
+            passed -= n
+        epoch += 1
 
 
 def _own_files(seed: int, epoch: int, lengths: np.ndarray, share: Share) -> np.ndarray:
