@@ -6,10 +6,12 @@ from collections.abc import Callable, Generator
 import jax
 import jax.numpy as jnp
 import optax
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simclr_jax.config import Plan
+from simclr_jax.data.broken import Broken
 from simclr_jax.data.sources import Share, Source, Split, open_source
 from simclr_jax.errors import UserError
 from simclr_jax.heads import LinearClassifier, ProjectionHead
@@ -36,7 +38,11 @@ def source(config: ConfigDict) -> Source:
 
 
 def training_batches(
-    config: ConfigDict, split: Split, start_step: int, batch_size: int | None = None
+    config: ConfigDict,
+    split: Split,
+    start_step: int,
+    broken: Broken,
+    batch_size: int | None = None,
 ) -> Generator[dict]:
     """This process's part of the batches of views from `start_step` on; close it when done.
 
@@ -53,10 +59,13 @@ def training_batches(
         share=_share(),
         size=config.data.image_size,
         distortion=host_augment.Distortion(**config.views.to_dict()),
+        broken=broken,
     )
 
 
-def evaluation_batches(config: ConfigDict, split: Split, batch_size: int) -> Generator[dict]:
+def evaluation_batches(
+    config: ConfigDict, split: Split, batch_size: int, broken: Broken
+) -> Generator[dict]:
     """This process's share of the split, each image once, `batch_size` images of all processes at
     a time.
     """
@@ -69,7 +78,15 @@ def evaluation_batches(config: ConfigDict, split: Split, batch_size: int) -> Gen
         share=share,
         size=config.data.image_size,
         proportion=config.data.eval_crop,
+        broken=broken,
     )
+
+
+def broken_images(config: ConfigDict, split: Split, workdir: str, test: bool = False) -> Broken:
+    """Where the images of a split that this process cannot read are noted, in the workdir."""
+    process = f"_process_{index}" if (index := jax.process_index()) else ""
+    report = epath.Path(workdir) / f"broken_images{'_test' if test else ''}{process}.jsonl"
+    return Broken(split, config.data.max_broken, report)
 
 
 def _share() -> Share:

@@ -4,12 +4,15 @@ The encoder lies in an item of its own, so that reading it never reads the optim
 options lie beside it, so that a checkpoint folder can be copied anywhere and still be loaded.
 """
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
+from simclr_jax.console import say
 from simclr_jax.errors import UserError
 from simclr_jax.train_state import TrainState
 
@@ -33,6 +36,7 @@ class Checkpoints:
           keep_last: as many of the newest are kept,
           keep_every_steps: and all at multiples of this, if above 0.
         """
+        self._workdir = workdir
         self._every_steps = every_steps
         self._manager = ocp.CheckpointManager(
             checkpoint_folder(workdir),
@@ -47,34 +51,100 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_) -> None:
-        self._manager.close()
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self._manager.close()
+        except Exception as error:
+            if kind is None:  # else that error says more
+                raise self._failure(None, error) from error
 
-    @property
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+    def check(self, step: int) -> None:
+        """Raises a UserError if a save that was under way at `step` has failed."""
+        self._guard(step, self._manager.check_for_errors)
+
+    def wait(self, step: int) -> None:
+        """Waits until all is written. Raises a UserError if that fails."""
+        self._guard(step, self._manager.wait_until_finished)
+
+    def _guard(self, step: int, action: Callable) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever a storage may raise
+            raise self._failure(step, error) from error
+
+    def _failure(self, step: int | None, error: Exception) -> UserError:
+        whole = saved_steps(self._workdir)
+        newest = f"the newest whole one is of step {whole[-1]}" if whole else "there is none yet"
+        reason = " ".join(str(error).split())[:300]
+        when = f"step {step}: " if step is not None else ""
+        return UserError(
+            f"{when}a checkpoint could not be written to {self._workdir} ({reason}); {newest}. "
+            "Mend this, then the same command goes on from there"
+        )
 
     def due(self, step: int) -> bool:
         """Whether a save is due at `step`."""
         return step % self._every_steps == 0
 
     def save(self, step: int, state: TrainState, options: dict) -> None:
-        """Saves, and returns once the arrays are copied; the writing goes on."""
-        encoder, trainer = _split(state)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                **{
-                    _ENCODER: ocp.args.StandardSave(encoder),
-                    _TRAINER: ocp.args.StandardSave(trainer),
-                    _OPTIONS: ocp.args.JsonSave(options),
-                }
-            ),
-            force=True,
-        )
+        """Saves, and returns once the arrays are copied; the writing goes on.
 
-    def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state of `step`, laid out over devices as the abstract state says."""
+        Raises:
+          UserError: this or the last one cannot be written.
+        """
+        encoder, trainer = _split(state)
+        arguments = ocp.args.Composite(
+            **{
+                _ENCODER: ocp.args.StandardSave(encoder),
+                _TRAINER: ocp.args.StandardSave(trainer),
+                _OPTIONS: ocp.args.JsonSave(options),
+            }
+        )
+        self._guard(step, lambda: self._manager.save(step, args=arguments, force=True))
+
+    def restore_newest(self, abstract: TrainState) -> tuple[TrainState | None, dict]:
+        """The newest state that can be read, laid out over devices as the abstract state says, and
+        the options saved with it; (None, those of step 0) where nothing was saved.
+
+        A checkpoint that cannot be read is set aside as WORKDIR/broken_checkpoints/STEP, and the
+        one before it is taken.
+
+        Raises:
+          UserError: there are checkpoints, and none can be read.
+        """
+        reasons = []
+        for step in reversed(saved_steps(self._workdir)):
+            try:
+                state, options = self._restore(step, abstract)
+            except Exception as error:  # whatever a damaged file may lead to
+                reasons.append(f"step {step}: {' '.join(str(error).split())[:200]}")
+                continue
+            for reason in reasons:
+                say(f"cannot read the checkpoint of {reason}")
+            self._set_aside([s for s in saved_steps(self._workdir) if s > step])
+            return state, options
+        if reasons:
+            raise UserError(
+                f"no checkpoint in {self._workdir} can be read ({'; '.join(reasons)}): use another "
+                "--workdir to begin anew"
+            )
+        return None, {"step": 0, "window": []}
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            aside = checkpoint_folder(self._workdir).parent / "broken_checkpoints"
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                target = aside / str(step)
+                while target.exists():
+                    target = target.with_name(f"{target.name}_again")
+                (checkpoint_folder(self._workdir) / str(step)).rename(target)
+        multihost_utils.sync_global_devices("broken checkpoints are set aside")
+        self._manager.reload()
+
+    def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
         encoder, trainer = _split(abstract)
         restored = self._manager.restore(
             step,
@@ -82,10 +152,11 @@ class Checkpoints:
                 **{
                     _ENCODER: ocp.args.StandardRestore(encoder),
                     _TRAINER: ocp.args.StandardRestore(trainer),
+                    _OPTIONS: ocp.args.JsonRestore(),
                 }
             ),
         )
-        return _join(restored[_ENCODER], restored[_TRAINER])
+        return _join(restored[_ENCODER], restored[_TRAINER]), restored[_OPTIONS]
 
 
 def checkpoint_folder(workdir: epath.PathLike) -> epath.Path:

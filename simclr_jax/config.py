@@ -36,6 +36,7 @@ def default() -> ConfigDict:
     c.data.folder_labels = False  # the first folder below data.path is the image's class
     c.data.image_size = 224  # px, height and width of a view
     c.data.batch_size = 4096  # B, images of the global batch: 2B views, 2B - 2 negatives an anchor
+    c.data.max_broken = 0.05  # share of a folder's images that may be unreadable; they are skipped
     c.data.eval_crop = 0.875  # share of the centred square kept in evaluation; 1.0 for small images
 
     # How the two views of an image differ (paper, appendix A).
@@ -83,6 +84,7 @@ def default() -> ConfigDict:
     c.train.steps = 0  # above 0: overrides epochs
     c.train.log_every_steps = 50  # metrics are means over this many steps
     c.train.microbatches = 1  # above 1: the gradient of all of B with the memory of one of these
+    c.train.skip_not_finite = False  # skip, and count, steps whose loss or gradient is not finite
     c.train.online_classifier = True  # trains along on h, where labels exist
 
     c.checkpoint = ConfigDict()
@@ -121,6 +123,7 @@ _RANGES = {
     "data.image_size": (4, 4096),
     "data.batch_size": (2, 2**24),
     "data.eval_crop": (0.01, 1),
+    "data.max_broken": (0, 1),
     "views.color_strength": (0, 2),
     "views.jitter_probability": (0, 1),
     "views.grey_probability": (0, 1),
@@ -162,6 +165,7 @@ _MAY_CHANGE = (
     "checkpoint.",
     "eval.",
     "data.eval_crop",
+    "data.max_broken",
     "data.test_",
     "data.path",
 )
@@ -326,13 +330,16 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict:
     return flat
 
 
-def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """The options that change what is learned and differ, as "name: old -> new"."""
+def differences(old: ConfigDict, new: ConfigDict, may_change: Sequence[str] = ()) -> list[str]:
+    """The options that change what is learned and differ, as "name: old -> new".
+
+    `may_change`: beginnings of more names that are let through.
+    """
     before, after = flatten(old), flatten(new)
     return [
         f"{name}: {before[name]} -> {after[name]}"
         for name in after
-        if before[name] != after[name] and not name.startswith(_MAY_CHANGE)
+        if before[name] != after[name] and not name.startswith((*_MAY_CHANGE, *may_change))
     ]
 
 

@@ -85,10 +85,12 @@ class Progress:
 
 def describe(metrics: dict[str, float]) -> str:
     """The few metrics that a person watches, in one line."""
-    parts = [
-        f"loss {metrics['loss']:.3f}",
-        f"contrastive acc {metrics['contrastive_top1']:.1%}",
-    ]
+    parts = []
+    if "loss" in metrics:  # else every step was skipped
+        parts.append(f"loss {metrics['loss']:.3f}")
+        parts.append(f"contrastive acc {metrics['contrastive_top1']:.1%}")
+    if metrics.get("skipped_steps"):
+        parts.append(f"{metrics['skipped_steps']} steps skipped")
     if "classifier_accuracy" in metrics:
         parts.append(f"online acc {metrics['classifier_accuracy']:.1%}")
     parts.append(f"lr {metrics['learning_rate']:.2g}")

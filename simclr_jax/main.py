@@ -40,8 +40,9 @@ def main(argv: list[str]) -> None:
         run_mode(config, args.workdir, args.topology)
         return
     processes.start(args.coordinator, args.processes, args.process)
-    run_mode(config, args.workdir)
-    if args.mode == "pretrain":
+    if args.mode != "pretrain":
+        run_mode(config, args.workdir)
+    elif run_mode(config, args.workdir, args.extend):
         evals = importlib.import_module("simclr_jax.evals.run")
         if evals.can_evaluate(config):
             evals.probe(config, args.workdir)
@@ -65,6 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode", choices=MODES, default="pretrain", help=modes)
     parser.add_argument(
         "--topology", metavar="KIND:SHAPE", help="of --mode=compile, such as v5e:16x16"
+    )
+    parser.add_argument(
+        "--extend",
+        action="store_true",
+        help="let a run go on with another train.epochs or train.steps than it was begun with",
     )
     several = parser.add_argument_group(
         "several processes", "found out on Cloud TPU VMs and under SLURM; elsewhere all three"

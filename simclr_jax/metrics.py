@@ -6,6 +6,8 @@ from typing import Self
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from simclr_jax.errors import UserError
+
 
 class MetricWriter:
     """Appends one JSON object a line, {"step": int, "name": value, ...}; a context manager.
@@ -28,7 +30,20 @@ class MetricWriter:
         self._events = SummaryWriter(str(workdir), purge_step=resume_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes the values of this step; they are stored before it returns."""
+        """Writes the values of this step; they are stored before it returns.
+
+        Raises:
+          UserError: they cannot be.
+        """
+        try:
+            self._write(step, values)
+        except OSError as error:
+            raise UserError(
+                f"step {step}: cannot write {self._path}: {error.strerror}. Mend this, then the "
+                "same command goes on from the newest checkpoint"
+            ) from error
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
         line = json.dumps({"step": step} | values)
         self._lines.append(line)
         if "://" in str(self._path):

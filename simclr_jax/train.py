@@ -2,28 +2,22 @@
 
 import collections
 import contextlib
-import dataclasses
 import functools
-import importlib.metadata
-import json
-import math
-import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax import config as config_lib
-from simclr_jax.checkpoint import Checkpoints, find, read_options, saved_steps, with_shardings
+from simclr_jax.checkpoint import Checkpoints, with_shardings
 from simclr_jax.config import Plan
 from simclr_jax.console import Progress, say
 from simclr_jax.data.sources import Split
-from simclr_jax.errors import UserError
+from simclr_jax.log import Log, not_finite
 from simclr_jax.mesh import (
     FSDP,
     batch_sharded,
@@ -34,14 +28,10 @@ from simclr_jax.mesh import (
     to_global,
 )
 from simclr_jax.metrics import MetricWriter
+from simclr_jax.record import check_data, check_workdir, write_record
+from simclr_jax.stopping import Stop
 from simclr_jax.train_state import TrainState, count_parameters, init_state
 from simclr_jax.train_step import make_train_step
-
-# Steps that may be under way before the loop waits for the oldest: the device always has the next
-# one queued, and no more than this many batches lie in its memory.
-_STEPS_AHEAD = 2
-
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class Job(NamedTuple):
@@ -69,6 +59,7 @@ def make_job(config: ConfigDict, plan: Plan, classes: int | None, mesh: Mesh) ->
         config.train.microbatches,
         # Said, as the compiler could also divide the convolutions by channels, and move images.
         gather=lambda params: jax.lax.with_sharding_constraint(params, everywhere),
+        skip_not_finite=config.train.skip_not_finite,
     )
     return Job(
         step=jax.jit(
@@ -82,119 +73,77 @@ def make_job(config: ConfigDict, plan: Plan, classes: int | None, mesh: Mesh) ->
     )
 
 
-def pretrain(config: ConfigDict, workdir: str) -> None:
+def pretrain(config: ConfigDict, workdir: str, extend: bool = False) -> bool:
     """Trains the encoder from the workdir's newest checkpoint, or from the start, to the end.
+
+    On SIGTERM or SIGINT it finishes the step, saves, and returns; on all processes at one step.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      extend: the run may have another length than it was begun with.
+
+    Returns:
+      Whether it came to the end.
 
     Raises:
       UserError: the batch does not divide, the data are not there, the workdir holds a run of
-        another configuration, or the loss or the gradient is not finite.
+        another configuration, too many images cannot be read, the loss or the gradient is not
+        finite, or a checkpoint cannot be read or written.
     """
     mesh = make_mesh(fsdp=config.mesh.fsdp)
     check_divides(config.data.batch_size, mesh, config.train.microbatches)
-    saved = check_workdir(config, workdir)
+    saved = check_workdir(config, workdir, extend)
     train = assemble.source(config).train
     plan = config_lib.plan(config, train.count)
-    check_count(train.count, saved, workdir)
+    fingerprint = train.fingerprint()
+    check_data(train, fingerprint, saved, workdir)
     job = make_job(config, plan, len(train.classes) if train.classes else None, mesh)
-    record = write_record(config, plan, train.count, workdir)
+    record = write_record(config, plan, train, fingerprint, workdir)
     describe_run(config, plan, train, job.abstract_state, mesh)
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir, **config.checkpoint.to_dict()))
-        start = checkpoints.latest_step or 0
-        if start:
-            state = checkpoints.restore(start, job.abstract_state)
-            say(f"resumed from step {start}")
-        else:
+        state, options = checkpoints.restore_newest(job.abstract_state)
+        start = options["step"]
+        if state is None:
             state = job.init(jax.random.key(config.seed))
+        else:
+            say(f"resumed from step {start}")
+        broken = assemble.broken_images(config, train, workdir)
         batches = stack.enter_context(
-            contextlib.closing(assemble.training_batches(config, train, start))
+            contextlib.closing(assemble.training_batches(config, train, start, broken))
         )
         first = jax.process_index() == 0
         log = Log(
+            workdir,
             stack.enter_context(MetricWriter(workdir, start)) if first else None,
             stack.enter_context(Progress(plan.steps, start)),
             every=config.train.log_every_steps,
             batch_size=config.data.batch_size,
             total=plan.steps,
+            window=options["window"],
         )
+        stop = stack.enter_context(Stop(mesh))
         for step in range(start + 1, plan.steps + 1):
-            state, metrics = job.step(state, to_global(mesh, next(batches)))
-            log.add(step, metrics)
-            last = step == plan.steps
-            if last or checkpoints.due(step):
+            batch = next(batches)
+            images = {name: batch.pop(name) for name in ("epoch", "index")}
+            state, metrics = job.step(state, to_global(mesh, batch))
+            log.add(step, metrics, images)
+            stopping = stop.now() and step < plan.steps
+            checkpoints.check(step)
+            if stopping or step == plan.steps or checkpoints.due(step):
                 log.drain()  # nothing is saved after a loss that is not finite
                 check_state(step, state)
-                checkpoints.save(step, state, record | {"step": step})
+                checkpoints.save(step, state, record | {"step": step, "window": log.window})
+            if stopping:
+                checkpoints.wait(step)
+                say(f"stopped after step {step}, which is saved: the same command goes on from it")
+                return False
+    if broken.indices:
+        say(f"skipped    {len(broken.indices)} images that cannot be read, see {broken.report}")
     say(f"trained to step {plan.steps}: {workdir}/checkpoints, {workdir}/metrics.jsonl")
-
-
-class Log:
-    """Reads every step's metrics, stops on a non-finite one, and reports means when due.
-
-    Metrics are read two steps late, when they are ready, so that the device never waits for them.
-    """
-
-    def __init__(
-        self,
-        writer: MetricWriter | None,
-        progress: Progress,
-        *,
-        every: int,
-        batch_size: int,
-        total: int,
-    ):
-        self._writer, self._progress = writer, progress
-        self._every, self._batch_size, self._total = every, batch_size, total
-        self._pending: collections.deque[tuple[int, Any]] = collections.deque()
-        self._window: list[dict[str, float]] = []
-        self._timed = 0  # steps of the window that ended after `_since`
-        self._since: float | None = None  # the first step compiles, which is not timed
-
-    def add(self, step: int, metrics: Any) -> None:
-        """Takes the metrics of `step`, still being computed."""
-        self._pending.append((step, metrics))
-        if len(self._pending) > _STEPS_AHEAD:
-            self._read(*self._pending.popleft())
-
-    def drain(self) -> None:
-        """Waits for all metrics taken so far."""
-        while self._pending:
-            self._read(*self._pending.popleft())
-
-    def _read(self, step: int, metrics: Any) -> None:
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        check_finite(step, values)
-        self._window.append(values)
-        now = time.monotonic()
-        if self._since is None:
-            self._since = now
-        else:
-            self._timed += 1
-        self._progress.advance(step)
-        if step % self._every == 0 or step == self._total:
-            means = {
-                name: sum(v[name] for v in self._window) / len(self._window) for name in values
-            }
-            # A schedule has a value at a step, not a mean over some.
-            means["learning_rate"] = values["learning_rate"]
-            if self._timed:
-                means["images_per_second"] = self._timed * self._batch_size / (now - self._since)
-            if self._writer is not None:
-                self._writer.write(step, means)
-            self._progress.report(step, means)
-            self._window, self._timed, self._since = [], 0, now
-
-
-def check_finite(step: int, values: dict[str, float]) -> None:
-    """Raises a UserError that names the step unless loss and gradient norm are finite."""
-    bad = [
-        f"{name} {values[name]}"
-        for name in ("loss", "grad_norm")
-        if not math.isfinite(values[name])
-    ]
-    if bad:
-        raise not_finite(step, ", ".join(bad))
+    return True
 
 
 def check_state(step: int, state: TrainState) -> None:
@@ -202,75 +151,12 @@ def check_state(step: int, state: TrainState) -> None:
     overflow, or a BatchNorm statistic, that no loss has seen yet.
     """
     if not _all_finite(state):
-        raise not_finite(step, "the updated state")
+        raise not_finite(step, "the updated state is")
 
 
 @jax.jit
 def _all_finite(tree) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
-
-
-def not_finite(step: int, what: str) -> UserError:
-    return UserError(
-        f"step {step}: {what}, not finite. The last checkpoint is from before it; in another "
-        "--workdir, try a lower optimizer.learning_rate, a longer warm-up or model.dtype=float32"
-    )
-
-
-def check_workdir(config: ConfigDict, workdir: str) -> dict | None:
-    """What the workdir's newest checkpoint was saved with; None where nothing was saved yet, so
-    that nothing can be lost.
-
-    Raises:
-      UserError: it is of another configuration; says what differs.
-    """
-    if not saved_steps(workdir):
-        return None
-    saved = read_options(find(workdir, None))
-    changed = config_lib.differences(config_lib.from_dict(saved["config"]), config)
-    if changed:
-        raise UserError(
-            f"{workdir} holds a run of another configuration ({'; '.join(changed)}): use another "
-            "--workdir, or the old values to go on with it"
-        )
-    if config.model.norm_group < 0 and len(saved["devices"]) != jax.device_count():
-        raise UserError(
-            f"{workdir} holds a run with BatchNorm per device on {len(saved['devices'])} devices, "
-            f"and there are {jax.device_count()} now: use as many, or model.norm_group=IMAGES in "
-            "another --workdir"
-        )
-    return saved
-
-
-def check_count(images: int, saved: dict | None, workdir: str) -> None:
-    """Raises a UserError if the saved run began on another number of training images."""
-    if saved is not None and saved["training_images"] != images:
-        raise UserError(
-            f"{workdir} holds a run on {saved['training_images']} training images and there are "
-            f"{images} now, so it cannot go on: restore the old data, or use another --workdir"
-        )
-
-
-def write_record(config: ConfigDict, plan: Plan, images: int, workdir: str) -> dict:
-    """Writes WORKDIR/config.json, whole or not at all, and returns what it holds."""
-    record = {
-        "config": config.to_dict(),
-        "plan": dataclasses.asdict(plan),
-        "training_images": images,
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "devices": [str(device) for device in jax.devices()],
-        "processes": jax.process_count(),
-    }
-    if jax.process_index() == 0:
-        path = epath.Path(workdir) / "config.json"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_suffix(".json.new")
-            scratch.write_text(json.dumps(record, indent=2) + "\n")
-            scratch.replace(path)
-        except OSError as error:
-            raise UserError(f"cannot write into --workdir {workdir!r}: {error.strerror}") from error
-    return record
 
 
 def describe_run(

@@ -1,5 +1,6 @@
 """One step of SimCLR: a pure function of the state and the global batch."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -27,6 +28,7 @@ def make_train_step(
     contrastive_loss: Callable = nt_xent,
     microbatches: int = 1,
     gather: Callable = lambda params: params,
+    skip_not_finite: bool = False,
 ) -> Callable:
     """Makes step(state, batch) -> (state, metrics), to be jitted over any mesh.
 
@@ -41,10 +43,12 @@ def make_train_step(
       contrastive_loss: `losses.nt_xent` or one of its contract.
       microbatches: above 1, the gradient is computed by `gradients.cached_gradient`. BatchNorm
         then takes its statistics over a microbatch, and the running statistics follow their mean.
+      skip_not_finite: a step whose loss or gradient is not finite changes nothing but its number.
       gather: makes a sharded tree like the parameters whole on every device.
 
     Metrics are float32 scalars: loss (NT-Xent), those of the loss, grad_norm, learning_rate, and,
-    with a classifier, classifier_loss and classifier_accuracy (training views, all of the batch).
+    with a classifier, classifier_loss and classifier_accuracy (training views, all of the batch);
+    with `skip_not_finite`, skipped_steps, 0 or 1.
     """
 
     def embed(batch_stats, params, batch) -> Embedding:
@@ -98,12 +102,17 @@ def make_train_step(
         metrics = {"loss": loss} | metrics | classifier_metrics
         metrics["grad_norm"] = optax.tree.norm(grads)
         metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
-        state = TrainState(
+        new_state = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             batch_stats=batch_stats,
             opt_state=opt_state,
         )
-        return state, metrics
+        if skip_not_finite:
+            finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+            metrics["skipped_steps"] = 1.0 - finite
+            kept = dataclasses.replace(state, step=new_state.step)
+            new_state = jax.tree.map(functools.partial(jnp.where, finite), new_state, kept)
+        return new_state, metrics
 
     return step

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from simclr_jax.data.broken import Broken
 from simclr_jax.data.host_augment import Distortion
 from simclr_jax.data.pipeline import evaluation_batches, training_batches
 from simclr_jax.data.sources import IndexedSplit, Share
@@ -12,7 +13,8 @@ from simclr_jax.errors import UserError
 
 
 def batches(split, steps, start=0, share=Share(), **changed):
-    options = {"seed": 1, "batch_size": 8, "size": 8, "distortion": Distortion()} | changed
+    options = {"seed": 1, "batch_size": 8, "size": 8, "distortion": Distortion()}
+    options |= {"broken": Broken(split, 1.0)} | changed
     stream = training_batches(split, start_step=start, share=share, **options)
     taken = list(itertools.islice(stream, steps))
     stream.close()
@@ -45,7 +47,12 @@ def test_an_image_has_other_views_in_another_epoch(small_split):
 def test_evaluation_gives_every_image_once_in_order(small_split, batch_size):
     found = list(
         evaluation_batches(
-            small_split, batch_size=batch_size, share=Share(), size=10, proportion=1.0
+            small_split,
+            batch_size=batch_size,
+            share=Share(),
+            size=10,
+            proportion=1.0,
+            broken=Broken(small_split, 0.0),
         )
     )
     images = np.concatenate([b["image"] for b in found])
@@ -59,6 +66,6 @@ def test_an_unreadable_image_is_named(tmp_path):
     path = tmp_path / "broken.png"
     path.write_text("no image")
     split = IndexedSplit(np.array([str(path)]), np.array([-1], np.int32))
-    with pytest.raises(UserError, match=r"broken\.png") as caught:
-        batches(split, 1)
+    with pytest.raises(UserError, match=r"1 of 1 images .* broken\.png") as caught:
+        batches(split, 1, broken=Broken(split, 0.5))
     assert "\n" not in str(caught.value)

@@ -7,13 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from simclr_jax import assemble, train
+from simclr_jax import assemble, record, train
 from simclr_jax.checkpoint import find, saved_steps
 from simclr_jax.console import Progress
+from simclr_jax.data.order import batch_positions
 from simclr_jax.data.sources import open_source
 from simclr_jax.encoder import load_encoder
 from simclr_jax.errors import UserError
 from simclr_jax.evals import run
+from simclr_jax.log import Log
 from simclr_jax.metrics import MetricWriter
 
 
@@ -35,8 +37,8 @@ def stop_at(monkeypatch, step):
     """Lets a run die when it asks for the batch of `step`."""
     original = assemble.training_batches
 
-    def dying(config, split, start_step, *args):
-        for i, batch in enumerate(original(config, split, start_step, *args), start_step + 1):
+    def dying(config, split, start_step, broken):
+        for i, batch in enumerate(original(config, split, start_step, broken), start_step + 1):
             if i == step:
                 raise Stopped
             yield batch
@@ -55,10 +57,11 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_was_never_stopped(
     tiny, tmp_path, monkeypatch, options
 ):
     tiny.update_from_flattened_dict(options)
+    tiny.train.log_every_steps = 3  # the checkpoint of step 4 lies within a window
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train.pretrain(tiny, str(whole))
     assert saved_steps(whole) == [4, 8]
-    assert [line["step"] for line in metrics_of(whole)] == [2, 4, 6, 8]
+    assert [line["step"] for line in metrics_of(whole)] == [3, 6, 8]
 
     with monkeypatch.context() as patched:
         stop_at(patched, 7)
@@ -85,21 +88,23 @@ def test_another_configuration_is_refused_with_what_differs(tiny, tmp_path):
     with pytest.raises(UserError, match=r"loss\.temperature: 0\.5 -> 0\.1") as caught:
         train.pretrain(tiny, str(tmp_path / "w"))
     assert "checkpoint" not in str(caught.value)
-    with pytest.raises(UserError, match="leave --config out"):
+    tiny.model.head_width = 8
+    with pytest.raises(UserError, match=r"head_width: 16 -> 8.*leave --config out") as caught:
         run.probe(tiny, str(tmp_path / "w"))
+    assert "temperature" not in str(caught.value)  # what was learned with it is in the weights
     # Nothing was saved: nothing to protect.
     (tmp_path / "new").mkdir()
     (tmp_path / "w" / "config.json").rename(tmp_path / "new" / "config.json")
-    train.check_workdir(tiny, str(tmp_path / "new"))
+    record.check_workdir(tiny, str(tmp_path / "new"))
 
 
 def test_batchnorm_per_device_does_not_go_on_on_other_devices(tiny, tmp_path, monkeypatch):
     tiny.train.steps, tiny.model.norm_group = 4, -1
     train.pretrain(tiny, str(tmp_path / "w"))
-    train.check_workdir(tiny, str(tmp_path / "w"))
+    record.check_workdir(tiny, str(tmp_path / "w"))
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     with pytest.raises(UserError, match="per device on 8 devices, and there are 4 now"):
-        train.check_workdir(tiny, str(tmp_path / "w"))
+        record.check_workdir(tiny, str(tmp_path / "w"))
 
 
 def test_a_run_does_not_go_on_with_other_images(tiny, tmp_path):
@@ -109,6 +114,24 @@ def test_a_run_does_not_go_on_with_other_images(tiny, tmp_path):
     open_source.cache_clear()
     with pytest.raises(UserError, match="on 48 training images and there are 50 now"):
         train.pretrain(tiny, str(tmp_path / "w"))
+    np.savez(tiny.data.path, train_images=np.zeros((48, 12, 12, 3), np.uint8))
+    open_source.cache_clear()
+    with pytest.raises(UserError, match="holds a run on other images"):
+        train.pretrain(tiny, str(tmp_path / "w"))
+
+
+def test_a_run_gets_another_length_only_when_told_so(tiny, tmp_path):
+    tiny.train.steps = 4
+    train.pretrain(tiny, str(tmp_path / "w"))
+    tiny.train.steps = 6
+    with pytest.raises(UserError, match=r"train\.steps: 4 -> 6.* or --extend"):
+        train.pretrain(tiny, str(tmp_path / "w"))
+    assert train.pretrain(tiny, str(tmp_path / "w"), extend=True)
+    assert saved_steps(tmp_path / "w") == [4, 6]
+    tiny.loss.temperature = 0.1
+    with pytest.raises(UserError, match=r"temperature: 0\.5 -> 0\.1") as caught:
+        train.pretrain(tiny, str(tmp_path / "w"), extend=True)
+    assert "--extend" not in str(caught.value)
 
 
 def test_the_record_holds_what_a_reader_needs(tiny, tmp_path):
@@ -168,9 +191,9 @@ def scalars(step, **changed):
 
 def test_the_log_writes_means_of_the_steps_since_the_last_line():
     recorder = Recorder()
-    log = train.Log(recorder, Progress(5), every=2, batch_size=8, total=5)
+    log = Log("", recorder, Progress(5), every=2, batch_size=8, total=5, window=[])
     for step in range(1, 6):
-        log.add(step, scalars(step))
+        log.add(step, scalars(step), {})
     assert [step for step, _ in recorder.written] == [2]  # read two steps late
     log.drain()
     assert [step for step, _ in recorder.written] == [2, 4, 5]
@@ -180,12 +203,62 @@ def test_the_log_writes_means_of_the_steps_since_the_last_line():
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
-def test_the_log_names_the_step_that_is_not_finite(name):
-    log = train.Log(None, Progress(5), every=1, batch_size=8, total=5)
-    log.add(1, scalars(1))
-    log.add(2, scalars(2, **{name: np.nan}))
-    with pytest.raises(UserError, match=f"step 2: {name} nan"):
+def test_the_log_names_the_step_that_is_not_finite_and_its_images(name, tmp_path):
+    log = Log(str(tmp_path), None, Progress(5), every=1, batch_size=8, total=5, window=[])
+    images = {"epoch": np.array([0, 1]), "index": np.array([47, 3])}
+    log.add(1, scalars(1), images)
+    log.add(2, scalars(2, **{name: np.nan}), images)
+    with pytest.raises(UserError, match=f"step 2: {name} nan, not finite.*not_finite_step_2.json"):
         log.drain()
+    named = json.loads((tmp_path / "not_finite_step_2.json").read_text())
+    assert named["step"] == 2
+    assert named["index"] == [47, 3]
+    assert named[name] == "nan"
+
+
+def test_skipped_steps_are_counted_and_leave_the_means_alone(tmp_path):
+    recorder = Recorder()
+    log = Log(str(tmp_path), recorder, Progress(40), every=4, batch_size=8, total=40, window=[])
+    for step in range(1, 5):
+        bad = {"loss": np.inf, "skipped_steps": 1.0} if step == 2 else {"skipped_steps": 0.0}
+        log.add(step, scalars(step, **bad), {})
+    log.drain()
+    ((_, values),) = recorder.written
+    assert values["loss"] == pytest.approx((1 + 3 + 4) / 3)
+    assert values["skipped_steps"] == 1
+    for step in range(5, 20):
+        log.add(step, scalars(step, loss=np.nan, skipped_steps=1.0), {})
+        if step == 16:
+            break
+    with pytest.raises(UserError, match="step 15: loss nan, the 11th in a row, not finite"):
+        log.drain()
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_step_that_is_not_finite_can_be_skipped(tiny, tmp_path, monkeypatch, skip):
+    """The batch of step 3 holds an infinite pixel."""
+    original = assemble.training_batches
+
+    def poisoned(config, split, start_step, broken):
+        for i, batch in enumerate(original(config, split, start_step, broken), start_step + 1):
+            views = batch["views"].astype(np.float32) / 255
+            views[0, 0, 0, 0, 0] = np.inf if i == 3 else views[0, 0, 0, 0, 0]
+            yield batch | {"views": views}
+
+    monkeypatch.setattr(assemble, "training_batches", poisoned)
+    tiny.train.steps, tiny.train.skip_not_finite = 4, skip
+    if not skip:
+        with pytest.raises(UserError, match=r"step 3: .*not finite"):
+            train.pretrain(tiny, str(tmp_path / "w"))
+    else:
+        train.pretrain(tiny, str(tmp_path / "w"))
+        assert [line["skipped_steps"] for line in metrics_of(tmp_path / "w")] == [0, 1]
+        for leaf in jax.tree.leaves(variables_of(tmp_path / "w")):
+            assert np.all(np.isfinite(leaf))
+    named = json.loads((tmp_path / "w/not_finite_step_3.json").read_text())
+    epoch, index = next(batch_positions(0, 48, 16, 2, slice(None)))
+    assert named["epoch"] == list(epoch)
+    assert named["index"] == list(index)
 
 
 def test_metrics_past_the_restored_step_are_dropped(tmp_path):

@@ -1,11 +1,11 @@
 """The host pipeline: a split to batches of views, as numpy arrays, for this process."""
 
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable, Generator
 
 import numpy as np
 import tensorflow as tf
 
+from simclr_jax.data.broken import Broken
 from simclr_jax.data.host_augment import Distortion, center_crop, two_views
 from simclr_jax.data.sources import Share, Split
 from simclr_jax.errors import UserError
@@ -24,6 +24,7 @@ def training_batches(
     share: Share,
     size: int,
     distortion: Distortion,
+    broken: Broken,
 ) -> Generator[dict[str, np.ndarray]]:
     """This process's part of the global batches from `start_step` on, without end.
 
@@ -35,10 +36,24 @@ def training_batches(
       share: this process's part.
       size: height and width of a view, pixels.
       distortion: how strongly the two views of an image differ.
+      broken: the images that cannot be read; more are noted there when they are met. In the place
+        of each stands the next whole one, so what comes is still a function of the seed.
 
     Yields:
-      {"views": uint8 [B / P, 2, size, size, 3], "label": int32 [B / P], -1 where there is none}
+      {"views": uint8 [B / P, 2, size, size, 3], "label": int32 [B / P], -1 where there is none,
+       "epoch", "index": int64 [B / P], which images they are}
     """
+
+    def dataset(passed):
+        return (
+            split.training(seed, batch_size, start_step + passed, share, broken.indices)
+            .map(views_of, num_parallel_calls=tf.data.AUTOTUNE)
+            .batch(batch_size // share.count, drop_remainder=True)
+        )
+
+    def indices(passed):
+        entries = split.entries(seed, batch_size, start_step + passed, share, broken.indices)
+        return next(entries)[1]
 
     def views_of(example):
         views = two_views(
@@ -49,18 +64,14 @@ def training_batches(
             size,
             distortion,
         )
-        return {"views": views, "label": example["label"]}
+        kept = {name: example[name] for name in ("label", "epoch", "index")}
+        return {"views": views} | kept
 
-    return _run(
-        split,
-        split.training(seed, batch_size, start_step, share)
-        .map(views_of, num_parallel_calls=tf.data.AUTOTUNE)
-        .batch(batch_size // share.count, drop_remainder=True),
-    )
+    return _run(split, dataset, indices, broken)
 
 
 def evaluation_batches(
-    split: Split, *, batch_size: int, share: Share, size: int, proportion: float
+    split: Split, *, batch_size: int, share: Share, size: int, proportion: float, broken: Broken
 ) -> Generator[dict[str, np.ndarray]]:
     """This process's share of the split, each image once, in order; the last batch may be short.
 
@@ -68,45 +79,65 @@ def evaluation_batches(
       batch_size: of this process.
       size: height and width of an image, pixels.
       proportion: of the centred square that is kept, in (0, 1].
+      broken: the images that cannot be read; more are noted there when they are met. Another image
+        stands in the place of each, labelled `sources.BROKEN`.
 
     Yields:
       {"image": uint8 [n, size, size, 3], "label": int32 [n]}
     """
 
+    def dataset(passed):
+        return (
+            split.once(share, passed * batch_size, broken.indices)
+            .map(image_of, num_parallel_calls=tf.data.AUTOTUNE)
+            .batch(batch_size)
+        )
+
+    def indices(passed):
+        first = share.index + passed * batch_size * share.count
+        return range(first, split.count, share.count)[:batch_size]
+
     def image_of(example):
         image = center_crop(split.decode(example["image"]), size, proportion)
         return {"image": image, "label": example["label"]}
 
-    return _run(
-        split,
-        split.once(share).map(image_of, num_parallel_calls=tf.data.AUTOTUNE).batch(batch_size),
-    )
+    return _run(split, dataset, indices, broken)
 
 
-def _run(split: Split, dataset: Any) -> Generator[dict[str, np.ndarray]]:
-    """Iterates a data set made of `split`, with prefetching, in order.
+def _run(
+    split: Split, dataset: Callable, indices: Callable, broken: Broken
+) -> Generator[dict[str, np.ndarray]]:
+    """Iterates `dataset(0)`, with prefetching, in order. Where an image cannot be read, notes those
+    of that batch and goes on with `dataset(batches so far)`, made anew without them.
+
+    Args:
+      split: of the images.
+      dataset: batches passed to a tf.data.Dataset of those that follow.
+      indices: batches passed to the images of the next batch.
+      broken: where they are noted.
 
     Raises:
-      UserError: an image cannot be read; names all such images of the split.
+      UserError: too many images cannot be read, or something else than an image.
     """
     options = tf.data.Options()
     options.deterministic = True
-    iterator = dataset.with_options(options).prefetch(_PREFETCH_BATCHES).as_numpy_iterator()
     # A local name: the generator may be closed when the interpreter has already cleared `tf`.
     unreadable = (
         tf.errors.InvalidArgumentError,
         tf.errors.NotFoundError,
         tf.errors.PermissionDeniedError,
         tf.errors.DataLossError,
+        tf.errors.ResourceExhaustedError,
     )
-    try:
-        yield from iterator
-    except unreadable as error:
-        reason = " ".join(str(error.message).split()).rpartition("}} ")[2]
-        names = split.unreadable()
-        if names:
-            reason = f"such as {names[0]} ({reason})"
-        raise UserError(
-            f"{len(names) or 'some'} of {split.count} images cannot be read, {reason}: mend or "
-            "remove them"
-        ) from error
+    passed = 0
+    while True:
+        batches = dataset(passed).with_options(options).prefetch(_PREFETCH_BATCHES)
+        try:
+            for batch in batches.as_numpy_iterator():
+                yield batch
+                passed += 1
+            return
+        except unreadable as error:
+            reason = " ".join(str(error.message).split()).rpartition("}} ")[2]
+            if not broken.find(indices(passed)):
+                raise UserError(f"the images cannot be read: {reason}") from error

@@ -76,6 +76,11 @@ class Split(Protocol):
         over is decoded. In place of a broken image stands the next one that is not.
         """
 
+    def entries(
+        self, seed: int, batch_size: int, start_step: int, share: Share, broken: Set[int] = _NONE
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(epochs, indices) of the batches of `training`, where that is known without reading."""
+
     def once(self, share: Share, start: int = 0, broken: Set[int] = _NONE) -> Any:
         """tf.data.Dataset of {"image", "label"}: this process's share of the split, each image once
         over all processes. Process p of P holds images p, p + P, ..., of which the first `start`
@@ -146,21 +151,22 @@ class IndexedSplit:
     ) -> Any:
         import tensorflow as tf
 
-        lookup, stand_in = self._lookup(), self._stand_ins(broken)
-        rows = share.rows(batch_size)
-
-        def entries():
-            for epochs, indices in batch_positions(seed, self.count, batch_size, start_step, rows):
-                yield epochs, stand_in[indices]
-
+        lookup = self._lookup()
         positions = tf.data.Dataset.from_generator(
-            entries,
+            lambda: self.entries(seed, batch_size, start_step, share, broken),
             output_signature=(tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.int64)),
         ).unbatch()
         return positions.map(
             lambda epoch, index: lookup(index) | {"index": index, "epoch": epoch},
             num_parallel_calls=tf.data.AUTOTUNE,
         )
+
+    def entries(
+        self, seed: int, batch_size: int, start_step: int, share: Share, broken: Set[int] = _NONE
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        stand_in, rows = self._stand_ins(broken), share.rows(batch_size)
+        for epochs, indices in batch_positions(seed, self.count, batch_size, start_step, rows):
+            yield epochs, stand_in[indices]
 
     def once(self, share: Share, start: int = 0, broken: Set[int] = _NONE) -> Any:
         import tensorflow as tf
@@ -315,6 +321,11 @@ class FilesSplit:
             .skip(start)
             .map(self._parse, num_parallel_calls=tf.data.AUTOTUNE)
         )
+
+    def entries(
+        self, seed: int, batch_size: int, start_step: int, share: Share, broken: Set[int] = _NONE
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return iter([(np.empty(0, np.int64), np.empty(0, np.int64))])  # known only by reading
 
     def decode(self, image: Any) -> Any:
         return self.builder.info.features["image"].decode_example(image)

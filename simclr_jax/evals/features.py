@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from simclr_jax.data.sources import BROKEN
 from simclr_jax.mesh import replicated, to_global
 
 # Pixels: larger images are averaged down to this before they serve as raw-pixel features.
@@ -40,7 +41,7 @@ def extract(
       mesh: of all devices.
 
     Returns:
-      {kind: features float32 [count, D]}, labels int32 [count].
+      {kind: features float32 [count, D]}, labels int32 [count]; less the images that are broken.
     """
     processes = jax.process_count()
     local = batch_size // processes
@@ -70,7 +71,9 @@ def extract(
         parts.append(
             jax.tree.map(in_order, jax.device_get(run(variables, to_global(mesh, filled))))
         )
-    return jax.tree.map(lambda *rows: np.concatenate(rows)[:count], *parts)
+    features, labels = jax.tree.map(lambda *rows: np.concatenate(rows)[:count], *parts)
+    whole = labels != BROKEN
+    return jax.tree.map(lambda rows: rows[whole], features), labels[whole]
 
 
 def raw_pixels(images, channels: int):

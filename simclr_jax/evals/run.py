@@ -116,7 +116,8 @@ def _all_features(config: ConfigDict, workdir: str) -> Features:
     checkpoint = find(workdir, None)
     saved = read_options(checkpoint)
     step = saved["step"]
-    changed = differences(from_dict(saved["config"]), config)
+    # How it was trained does not matter to what it is; --extend may have changed it since.
+    changed = differences(from_dict(saved["config"]), config, ("train.", "optimizer.", "loss."))
     if changed:
         raise UserError(
             f"{checkpoint} is of another configuration ({'; '.join(changed)}): leave --config out"
@@ -126,7 +127,7 @@ def _all_features(config: ConfigDict, workdir: str) -> Features:
     batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
     network = assemble.encoder(config)
     variables = {
-        UNTRAINED: _untrained(config, network, source.train, batch_size, mesh),
+        UNTRAINED: _untrained(config, network, source.train, workdir, batch_size, mesh),
         ENCODER: _trained(config, network, checkpoint, mesh),
     }
 
@@ -139,12 +140,13 @@ def _all_features(config: ConfigDict, workdir: str) -> Features:
         }
 
     def features_of(split: Split, name: str):
+        broken = assemble.broken_images(config, split, workdir, test=split is source.test)
         say(f"features of {split.count} {name} images, encoder of step {step}")
         with Progress(-(-split.count // batch_size)) as progress:
             return extract(
                 forward,
                 variables,
-                progress.track(assemble.evaluation_batches(config, split, batch_size)),
+                progress.track(assemble.evaluation_batches(config, split, batch_size, broken)),
                 count=split.count,
                 batch_size=batch_size,
                 size=config.data.image_size,
@@ -163,7 +165,7 @@ def _trained(config: ConfigDict, network: ResNet, checkpoint: epath.Path, mesh: 
 
 
 def _untrained(
-    config: ConfigDict, network: ResNet, split: Split, batch_size: int, mesh: Mesh
+    config: ConfigDict, network: ResNet, split: Split, workdir: str, batch_size: int, mesh: Mesh
 ) -> dict:
     """The encoder before training, made as good as an untrained one can be.
 
@@ -173,7 +175,8 @@ def _untrained(
     """
     size = config.data.image_size
     network = network.clone(zero_init_residual=False, norm_momentum=0.0)
-    views = assemble.training_batches(config, split, 0, batch_size)
+    broken = assemble.broken_images(config, split, workdir)
+    views = assemble.training_batches(config, split, 0, broken, batch_size)
     with contextlib.closing(views):
         batch = to_global(mesh, {"image": next(views)["views"][:, 0]})
 

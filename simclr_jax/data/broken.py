@@ -1,0 +1,68 @@
+"""Images that cannot be read: skipped, counted, and named in a report in the workdir."""
+
+import json
+from collections.abc import Iterable
+
+from etils import epath
+
+from simclr_jax.console import say
+from simclr_jax.data.sources import Split
+from simclr_jax.errors import UserError
+
+_SAID = 5  # as many are named on the terminal, the rest only in the report
+
+
+class Broken:
+    """The broken images of a split, as far as they have been met.
+
+    Attributes:
+      indices: of the images in the split.
+      report: the file that names them.
+    """
+
+    def __init__(self, split: Split, limit: float, report: epath.Path | None = None):
+        """Reads an earlier report and keeps of it what is still broken.
+
+        Args:
+          split: the images.
+          limit: the share of the images that may be broken.
+          report: a file of one JSON object a line, {"index", "image", "problem"}; None: none.
+        """
+        self._split, self._limit, self.report = split, limit, report
+        self.indices: set[int] = set()
+        self._lines: list[str] = []
+        if report is not None and report.exists():
+            known = [json.loads(line)["index"] for line in report.read_text().splitlines()]
+            self._note([i for i in known if i < split.count], say_it=False)
+
+    def find(self, indices: Iterable[int]) -> bool:
+        """Tries to read these images and notes those that cannot be. Returns whether there are any.
+
+        Raises:
+          UserError: they are more than the limit allows; with examples.
+        """
+        before = len(self.indices)
+        self._note([i for i in indices if i not in self.indices], say_it=True)
+        if len(self.indices) > self._limit * self._split.count:
+            names = ", ".join(self._split.name_of(i) for i in sorted(self.indices)[:3])
+            raise UserError(
+                f"{len(self.indices)} of {self._split.count} images cannot be read, more than the "
+                f"share of {self._limit:g} that data.max_broken allows, such as {names}: mend or "
+                "remove them, or raise it"
+            )
+        return len(self.indices) > before
+
+    def _note(self, indices: Iterable[int], say_it: bool) -> None:
+        for index in sorted(set(map(int, indices))):
+            problem = self._split.problem(index)
+            if problem is None:
+                continue
+            self.indices.add(index)
+            name = self._split.name_of(index)
+            self._lines.append(json.dumps({"index": index, "image": name, "problem": problem}))
+            if say_it and len(self.indices) <= _SAID:
+                say(f"skipped    {name}: {problem}")
+                if len(self.indices) == _SAID:
+                    say("skipped    ... more of them are named in the report only")
+        if self.report is not None and self._lines:
+            self.report.write_text("".join(f"{line}\n" for line in self._lines))

@@ -1,0 +1,54 @@
+"""SIGTERM and SIGINT as a wish to stop after a step, which all processes follow at the same step."""
+
+import collections
+import os
+import signal
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from simclr_jax.mesh import replicated, to_global
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+# Steps after which the processes' wishes are read, so that no step waits for them.
+_STEPS_LATE = 2
+
+
+class Stop:
+    """Takes note of the first signal; a second one acts as if this were not here.
+
+    A context manager, of the main thread.
+    """
+
+    def __init__(self, mesh: Mesh):
+        """`mesh`: of all devices, over which the processes agree."""
+        self._mesh = mesh
+        self._wished = False
+        self._pending: collections.deque[jax.Array] = collections.deque()
+        self._any = jax.jit(jnp.any, out_shardings=replicated(mesh))
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        if self._wished:
+            self.__exit__()
+            os.kill(os.getpid(), number)
+        self._wished = True
+
+    def now(self) -> bool:
+        """Whether to stop after this step: the same on all processes. Call it once a step."""
+        if jax.process_count() == 1:
+            return self._wished
+        mine = np.full(jax.local_device_count(), self._wished)
+        self._pending.append(self._any(to_global(self._mesh, mine)))
+        return len(self._pending) > _STEPS_LATE and bool(self._pending.popleft())
