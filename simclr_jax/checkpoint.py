@@ -4,6 +4,7 @@ The encoder lies in an item of its own, so that reading it never reads the optim
 options lie beside it, so that a checkpoint folder can be copied anywhere and still be loaded.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -75,10 +76,9 @@ class Checkpoints:
     def _failure(self, step: int | None, error: Exception) -> UserError:
         whole = saved_steps(self._workdir)
         newest = f"the newest whole one is of step {whole[-1]}" if whole else "there is none yet"
-        reason = " ".join(str(error).split())[:300]
         when = f"step {step}: " if step is not None else ""
         return UserError(
-            f"{when}a checkpoint could not be written to {self._workdir} ({reason}); {newest}. "
+            f"{when}a checkpoint could not be written to {self._workdir} ({_reason(error)}); {newest}. "
             "Mend this, then the same command goes on from there"
         )
 
@@ -117,7 +117,7 @@ class Checkpoints:
             try:
                 state, options = self._restore(step, abstract)
             except Exception as error:  # whatever a damaged file may lead to
-                reasons.append(f"step {step}: {' '.join(str(error).split())[:200]}")
+                reasons.append(f"step {step}: {_reason(error)}")
                 continue
             for reason in reasons:
                 say(f"cannot read the checkpoint of {reason}")
@@ -224,8 +224,21 @@ def read_encoder(checkpoint: epath.Path, abstract: dict) -> dict:
 
 def _read(checkpoint: epath.Path, item: str, args: Any) -> Any:
     handlers = ocp.CompositeCheckpointHandler(**{item: _HANDLERS[item]()})
-    with ocp.Checkpointer(handlers) as checkpointer:
-        return checkpointer.restore(checkpoint, args=ocp.args.Composite(**{item: args}))[item]
+    try:
+        with ocp.Checkpointer(handlers) as checkpointer:
+            return checkpointer.restore(checkpoint, args=ocp.args.Composite(**{item: args}))[item]
+    except Exception as error:  # whatever a damaged file may lead to
+        raise UserError(
+            f"{checkpoint} cannot be read ({_reason(error)}): use an older checkpoint, or run the "
+            "training command again, which sets it aside"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """A storage library's account of pages in a few words."""
+    text = " ".join(str(error).split())
+    known = re.search(r"No space left on device|Disk quota exceeded|Read-only file system", text)
+    return known[0] if known else text[:200]
 
 
 def _split(state: TrainState) -> tuple[dict, dict]:

@@ -1,5 +1,6 @@
 """Metrics to WORKDIR/metrics.jsonl and, beside it, to TensorBoard events."""
 
+import contextlib
 import json
 from typing import Self
 
@@ -62,4 +63,5 @@ class MetricWriter:
         return self
 
     def __exit__(self, *_) -> None:
-        self._events.close()
+        with contextlib.suppress(OSError):  # what matters is in the metrics, and has been said
+            self._events.close()

@@ -32,9 +32,9 @@ def check_workdir(config: ConfigDict, workdir: str, extend: bool = False) -> dic
     Raises:
       UserError: it is of another configuration; says what differs.
     """
-    if not saved_steps(workdir):
+    saved = _newest_options(workdir)
+    if saved is None:
         return None
-    saved = read_options(find(workdir, None))
     old = config_lib.from_dict(saved["config"])
     changed = config_lib.differences(old, config, _LENGTH if extend else ())
     if changed:
@@ -52,6 +52,15 @@ def check_workdir(config: ConfigDict, workdir: str, extend: bool = False) -> dic
             "another --workdir"
         )
     return saved
+
+
+def _newest_options(workdir: str) -> dict | None:
+    for step in reversed(saved_steps(workdir)):
+        try:
+            return read_options(find(workdir, step))
+        except UserError:  # damaged: what restores the state says so
+            continue
+    return None
 
 
 def check_data(train: Split, fingerprint: str, saved: dict | None, workdir: str) -> None:

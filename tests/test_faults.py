@@ -71,13 +71,13 @@ def test_a_full_disk_stops_the_run_at_the_step_and_costs_no_checkpoint(
     kept = saved_steps(where / "w")
     assert kept
     assert f"the newest whole one is of step {kept[-1]}" in said
-    assert said.startswith(f"step {kept[-1] + 1}: ") or said.startswith(f"step {kept[-1] + 2}: ")
+    assert said.startswith((f"step {kept[-1] + 1}: ", f"step {kept[-1] + 2}: "))
     disk("size=1g")
     train.pretrain(tiny, str(where / "w"))
     assert_same_run(where / "w", whole)
 
 
-def test_a_full_disk_under_the_metrics_is_said(tiny, disk):
+def test_a_full_disk_under_the_metrics_is_said(tiny, disk, monkeypatch):
     where = disk("size=1m")
     tiny.checkpoint.every_steps = 100
     (where / "w").mkdir()
@@ -89,10 +89,10 @@ def test_a_full_disk_under_the_metrics_is_said(tiny, disk):
                 (where / "ballast").write_bytes(bytes(2**20)[: shutil.disk_usage(where).free])
             yield batch
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="cannot write"):
-        patch.setattr(assemble, "training_batches", filling)
-        # Lines until the page that the file already has is full.
-        tiny.train.log_every_steps, tiny.train.steps = 1, 60
+    monkeypatch.setattr(assemble, "training_batches", filling)
+    # Lines until the page that the file already has is full.
+    tiny.train.log_every_steps, tiny.train.steps = 1, 60
+    with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: No space left on device"):
         train.pretrain(tiny, str(where / "w"))
 
 
@@ -143,7 +143,7 @@ def test_a_workdir_on_a_read_only_disk_is_refused_before_anything_is_computed(ti
     where = disk("size=10m")
     (where / "w").mkdir()
     disk("ro")
-    with pytest.raises(UserError, match="cannot write into --workdir .*: Read-only file system"):
+    with pytest.raises(UserError, match=r"cannot write into --workdir .*: Read-only file system"):
         train.pretrain(tiny, str(where / "w"))
 
 
@@ -153,7 +153,8 @@ def test_a_workdir_that_is_removed_stops_the_run(tiny, tmp_path, monkeypatch):
     def removing(*args):
         for i, batch in enumerate(original(*args)):
             if i == 4:
-                shutil.rmtree(tmp_path / "w")
+                while (tmp_path / "w").exists():  # a save may be writing into it
+                    shutil.rmtree(tmp_path / "w", ignore_errors=True)
             yield batch
 
     monkeypatch.setattr(assemble, "training_batches", removing)

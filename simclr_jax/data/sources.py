@@ -20,7 +20,8 @@ import numpy as np
 from simclr_jax.data.order import batch_positions, epoch_order
 from simclr_jax.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")  # what tf.io.decode_image reads
+# What tf.io.decode_image reads, by content: a wrong suffix of these does no harm.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 
 # A TFDS split of images of one shape is held in memory up to this size: any order is then free,
 # and nothing is decoded twice.
@@ -188,11 +189,12 @@ class IndexedSplit:
             return image
         import tensorflow as tf
 
+        from simclr_jax.data import header
+
+        data = header.checked(tf.io.read_file(image))
         # channels=3 turns grey into three and drops alpha; GIFs give their first frame.
-        return tf.ensure_shape(
-            tf.io.decode_image(tf.io.read_file(image), channels=3, expand_animations=False),
-            [None, None, 3],
-        )
+        decoded = tf.io.decode_image(data, channels=3, expand_animations=False)
+        return tf.ensure_shape(decoded, [None, None, 3])
 
     def name_of(self, index: int) -> str:
         return f"image {index}" if self.in_memory else str(self.images[index])

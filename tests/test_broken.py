@@ -1,0 +1,202 @@
+"""Images as they lie about on disks: read as Pillow reads them, or skipped, counted and named."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import random_images
+from PIL import Image
+
+from simclr_jax import train
+from simclr_jax.data import header
+from simclr_jax.data.broken import Broken
+from simclr_jax.data.host_augment import Distortion
+from simclr_jax.data.pipeline import evaluation_batches, training_batches
+from simclr_jax.data.sources import BROKEN, Share, folder
+from simclr_jax.errors import UserError
+
+
+def smooth(height=24, width=20):
+    """An image that JPEG keeps well."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([9 * y, 9 * x, 4 * (x + y)], axis=-1).astype(np.uint8)
+
+
+def good_images(where):
+    """{file: what it shows, uint8 [H, W, 3]}, read back by Pillow."""
+    image = Image.fromarray(smooth())
+    alpha = image.copy()
+    alpha.putalpha(128)
+    frames = [Image.fromarray(np.full((9, 9, 3), 80 * i, np.uint8)) for i in (1, 2)]
+    sixteen = (np.arange(24 * 20, dtype=np.uint16).reshape(24, 20) * 100).astype(np.uint16)
+    saved = {
+        "colour.jpg": image,
+        "cmyk.jpg": image.convert("CMYK"),
+        "grey.jpg": image.convert("L"),
+        "colour.png": image,
+        "palette.png": image.convert("P", palette=Image.Palette.ADAPTIVE),
+        "alpha.png": alpha,
+        "one_bit.png": image.convert("1"),
+        "sixteen_bit.png": Image.fromarray(sixteen),
+        "colour.bmp": image,
+        "colour.webp": image,
+        "one_pixel.png": image.crop((3, 3, 4, 4)),
+        "narrow.png": Image.fromarray(random_images(1, 20000, 1)[0]),
+        "WRONG_SUFFIX.png": image,
+    }
+    for name, picture in saved.items():
+        options = {"quality": 95} if name.endswith((".jpg", ".webp")) else {}
+        kind = {"WRONG_SUFFIX.png": "jpeg"}.get(name)
+        picture.save(where / name, format=kind, **options)
+    frames[0].save(where / "animated.gif", save_all=True, append_images=frames[1:])
+    shown = {}
+    for name in [*saved, "animated.gif"]:
+        picture = Image.open(where / name)
+        if name == "sixteen_bit.png":
+            grey = (np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8)
+            shown[name] = np.repeat(grey[:, :, None], 3, axis=2)
+        elif name == "alpha.png":
+            shown[name] = np.asarray(picture)[:, :, :3]
+        else:
+            shown[name] = np.asarray(picture.convert("RGB"))
+    return shown
+
+
+def broken_images(where):
+    """Files that no one can read, or should."""
+    Image.fromarray(random_images(1, 60, 60)[0]).save(where / "whole.jpg")
+    data = (where / "whole.jpg").read_bytes()
+    (where / "whole.jpg").unlink()
+    (where / "truncated.jpg").write_bytes(data[: len(data) // 2])
+    (where / "empty.png").write_bytes(b"")
+    (where / "text.jpg").write_text("not an image")
+    # 49 kB that would be 1.2 GB once read.
+    Image.new("1", (20000, 20000)).save(where / "bomb.png")
+    return {"truncated.jpg", "empty.png", "text.jpg", "bomb.png"}
+
+
+def test_every_format_and_layout_is_read_as_pillow_reads_it(tmp_path):
+    shown = good_images(tmp_path)
+    split = folder(str(tmp_path), labels=False)
+    assert split.count == len(shown)
+    for path in split.images:
+        name = path.rpartition("/")[2]
+        found = split.decode(tf.constant(path)).numpy()
+        assert found.shape == shown[name].shape, name
+        assert header.pixels(tf.io.read_file(path)) == found.shape[0] * found.shape[1], name
+        # Two decoders may differ in how they enlarge the halved colour planes of a JPEG.
+        difference = np.abs(found.astype(int) - shown[name]).max()
+        assert difference <= (8 if name.endswith((".jpg", ".webp", "SUFFIX.png")) else 0), name
+
+
+@pytest.mark.parametrize("options", [{"lossless": True}, {"quality": 80}, {"exif": b"Exif"}])
+def test_the_three_kinds_of_webp_say_their_size(tmp_path, options):
+    Image.fromarray(smooth(33, 21)).save(tmp_path / "x.webp", **options)
+    assert header.pixels(tf.io.read_file(str(tmp_path / "x.webp"))) == 33 * 21
+
+
+def test_a_header_that_is_cut_off_has_no_size():
+    for data in (b"", b"\x89PNG", b"GIF", b"RIFF", b"BM"):
+        assert header.pixels(tf.constant(data)) == 0
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """(split, names of its broken images): 14 good images, 20 more, and 4 broken ones."""
+    where = tmp_path / "photos"
+    where.mkdir()
+    good_images(where)
+    for i in range(20):
+        Image.fromarray(random_images(1, 20, 20 + i)[0]).save(where / f"x{i:02}.png")
+    names = broken_images(where)
+    return folder(str(where), labels=False), names
+
+
+def batches(split, broken, steps, start=0, share=Share()):
+    stream = training_batches(
+        split,
+        seed=1,
+        batch_size=8,
+        start_step=start,
+        share=share,
+        size=16,
+        distortion=Distortion(),
+        broken=broken,
+    )
+    taken = list(itertools.islice(stream, steps))
+    stream.close()
+    return taken
+
+
+def report(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_broken_images_are_skipped_counted_and_named(mixed, tmp_path, capsys):
+    split, names = mixed
+    broken = Broken(split, 0.2, tmp_path / "broken.jsonl")
+    whole = batches(split, broken, 12)  # two epochs of 38 images
+    bad = {i for i in range(38) if split.name_of(i).rpartition("/")[2] in names}
+    assert broken.indices == bad
+    named = {line["image"].rpartition("/")[2]: line["problem"] for line in report(broken.report)}
+    assert named.keys() == names
+    assert all(named.values())
+    assert len([s for s in capsys.readouterr().out.splitlines() if s.startswith("skipped")]) == 4
+    seen = np.concatenate([batch["index"] for batch in whole])
+    assert set(seen) == set(range(38)) - bad
+
+
+def test_what_comes_does_not_depend_on_when_a_broken_image_is_met(mixed, tmp_path):
+    """Bit for bit: met at different times, known from the report, entered late, on 2 processes."""
+    split, _ = mixed
+    whole = batches(split, Broken(split, 0.2, tmp_path / "broken.jsonl"), 10)
+    known = batches(split, Broken(split, 0.2, tmp_path / "broken.jsonl"), 10)
+    late = batches(split, Broken(split, 0.2), 4, start=6)
+    halves = [batches(split, Broken(split, 0.2), 10, share=Share(p, 2)) for p in range(2)]
+    for i in range(10):
+        np.testing.assert_array_equal(known[i]["views"], whole[i]["views"])
+        both = np.concatenate([half[i]["views"] for half in halves])
+        np.testing.assert_array_equal(both, whole[i]["views"])
+        if i >= 6:
+            np.testing.assert_array_equal(late[i - 6]["views"], whole[i]["views"])
+
+
+def test_a_mended_image_is_taken_again(mixed, tmp_path):
+    split, _ = mixed
+    batches(split, Broken(split, 0.2, tmp_path / "broken.jsonl"), 5)
+    index = next(i for i in range(38) if split.name_of(i).endswith("text.jpg"))
+    Image.fromarray(smooth()).save(split.name_of(index))
+    again = Broken(split, 0.2, tmp_path / "broken.jsonl")
+    assert len(again.indices) == 3
+    assert index not in again.indices
+
+
+@pytest.mark.parametrize("share", [Share(), Share(1, 2)])
+def test_evaluation_leaves_broken_images_out(mixed, share):
+    split, names = mixed
+    broken = Broken(split, 0.2)
+    found = list(
+        evaluation_batches(split, batch_size=5, share=share, size=8, proportion=1.0, broken=broken)
+    )
+    labels = np.concatenate([batch["label"] for batch in found])
+    mine = range(share.index, 38, share.count)
+    expected = [split.name_of(i).rpartition("/")[2] in names for i in mine]
+    np.testing.assert_array_equal(labels == BROKEN, expected)
+
+
+def test_too_many_broken_images_stop_the_run_with_examples(mixed):
+    split, _ = mixed
+    with pytest.raises(UserError, match=r"of 38 images cannot be read, .*max_broken.*such as /"):
+        batches(split, Broken(split, 0.02), 12)
+
+
+def test_a_run_on_such_a_folder(mixed, tiny, tmp_path, capsys):
+    tiny.data.source, tiny.data.path = "folder", str(tmp_path / "photos")
+    tiny.data.max_broken = 0.2
+    train.pretrain(tiny, str(tmp_path / "w"))
+    assert "skipped    4 images that cannot be read, see" in capsys.readouterr().out
+    assert {
+        line["image"].rpartition("/")[2] for line in report(tmp_path / "w/broken_images.jsonl")
+    } == mixed[1]
