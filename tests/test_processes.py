@@ -123,6 +123,7 @@ def test_two_processes_leave_one_set_of_files_and_say_things_once(two):
     assert json.loads((workdir / "config.json").read_text())["processes"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_checkpoint_of_one_is_resumed_by_two_and_the_other_way_round(
     one, two, count, cache, tmp_path
@@ -137,7 +138,7 @@ def test_the_checkpoint_of_one_is_resumed_by_two_and_the_other_way_round(
     assert_same_parameters(tmp_path / "w", one[0], step=6)
 
 
-@pytest.mark.parametrize("dies", [0, 1])
+@pytest.mark.parametrize("dies", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_when_a_process_dies_the_others_end_with_an_error_that_names_it(cache, tmp_path, dies):
     with (tmp_path / "log").open("w") as log:
         launched = subprocess.Popen(

@@ -111,12 +111,15 @@ def assert_same_run(workdir, whole):
     assert metrics_of(workdir) == metrics_of(whole)
 
 
+@pytest.mark.slow
 def test_two_runs_are_bit_for_bit_the_same(cache, images, whole, tmp_path):
     finish(*start(cache, images, tmp_path / "w"))
     assert_same_run(tmp_path / "w", whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_lets_the_step_finish_and_saves(cache, images, whole, tmp_path, number):
     process, log = start(cache, images, tmp_path / "w")
     wait_for("step 14/", process, log)
@@ -132,6 +135,7 @@ def test_a_signal_lets_the_step_finish_and_saves(cache, images, whole, tmp_path,
     assert_same_run(tmp_path / "w", whole)
 
 
+@pytest.mark.slow
 def test_all_processes_stop_at_the_same_step(cache, images, tmp_path):
     """The launcher passes the signal on to both; they would hang if they disagreed."""
     process, log = start(cache, images, tmp_path / "w", processes=2)
@@ -175,6 +179,7 @@ def test_killed_at_20_random_moments(cache, images, whole, tmp_path):
         done += 4
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_save(cache, images, whole, tmp_path):
     """What a save leaves that never came to its end is not taken for a checkpoint."""
     process, log = start(cache, images, tmp_path / "w")

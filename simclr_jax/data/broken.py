@@ -43,10 +43,11 @@ class Broken:
         """
         before = len(self.indices)
         self._note([i for i in indices if i not in self.indices], say_it=True)
-        if len(self.indices) > self._limit * self._split.count:
+        count = self._split.count
+        if len(self.indices) > self._limit * count or len(self.indices) == count:
             names = ", ".join(self._split.name_of(i) for i in sorted(self.indices)[:3])
             raise UserError(
-                f"{len(self.indices)} of {self._split.count} images cannot be read, more than the "
+                f"{len(self.indices)} of {count} images cannot be read, more than the "
                 f"share of {self._limit:g} that data.max_broken allows, such as {names}: mend or "
                 "remove them, or raise it"
             )

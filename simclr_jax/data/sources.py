@@ -207,7 +207,8 @@ class IndexedSplit:
         try:
             self.decode(tf.constant(self.images[index]))
         except tf.errors.OpError as error:
-            return " ".join(str(error.message).split()).rpartition("}} ")[2]
+            reason = " ".join(str(error.message).split()).rpartition("}} ")[2]
+            return reason.partition(" [Op:")[0]
         return None
 
     def fingerprint(self) -> str:
