@@ -6,6 +6,7 @@ not a measurement: a real step takes longer.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -13,7 +14,8 @@ import json
 import math
 import os
 import re
-import resource
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -62,6 +64,8 @@ CHIPS = {
 
 # The classes of the online classifier, as the data are not opened: ImageNet's.
 _CLASSES = 1000
+
+_STACK_BYTES = 2**31  # of addresses; memory is taken as it is used
 
 _TOO_LARGE = (
     "try a smaller data.batch_size, model.remat=True, train.microbatches=2, mesh.fsdp=8, or a "
@@ -125,9 +129,6 @@ def slice_of(topology: str) -> tuple[Chip, list]:
         "TPU_MIN_LOG_LEVEL": "3",
     }.items():
         os.environ.setdefault(name, value)
-    # The compiler for v6e recurses deeper than the usual 8 MiB, and then dies of it.
-    _, most = resource.getrlimit(resource.RLIMIT_STACK)
-    resource.setrlimit(resource.RLIMIT_STACK, (most, most))
     from jax.experimental import topologies
 
     chip = CHIPS[kind]
@@ -144,12 +145,25 @@ def compile_step(config: ConfigDict, mesh: Mesh, topology: str) -> Any:
     unlabelled = config.data.source == "folder" and not config.data.folder_labels
     job = make_job(config, config_lib.plan(config, count), None if unlabelled else _CLASSES, mesh)
     step: Any = job.step  # jitted
+    lowered = step.lower(job.abstract_state, abstract_batch(config, mesh))
     try:
-        return step.lower(job.abstract_state, abstract_batch(config, mesh)).compile()
+        return _with_deep_stack(lowered.compile)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise too_large(topology, str(error)) from error
+
+
+def _with_deep_stack(function: Callable) -> Any:
+    """The result of `function`, run where calls may nest deeper than on a usual stack of 8 MiB: the
+    compiler for v6e recurses through the whole program, and dies when the stack ends.
+    """
+    before = threading.stack_size(_STACK_BYTES)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as executor:
+            return executor.submit(function).result()
+    finally:
+        threading.stack_size(before)
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict:
