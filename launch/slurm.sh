@@ -46,8 +46,9 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
 fi
 
 # SLURM runs a copy of this script: the repository is where the job was told to be.
+[[ -e launch/xla_flags.sh ]] || cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/xla_flags.sh
 source launch/xla_flags.sh gpu
 # --kill-on-bad-exit: SLURM, too, ends all processes when one fails.
 do_it srun --nodes="$nodes" --ntasks-per-node="$gpus" --gpus-per-node="$gpus" \
-  --kill-on-bad-exit=1 python -m simclr_jax.main "$@"
+  ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 python -m simclr_jax.main "$@"

@@ -125,7 +125,12 @@ resume() {
       return
       ;;
     MISSING) ;;
-    *) delete ;; # a spot slice that was taken away is not restarted, but requested anew
+    SUSPENDING | SUSPENDED | FAILED) delete ;; # what was taken away is requested anew
+    *) # still in the queue: keep the place
+      setup
+      run
+      return
+      ;;
   esac
   create
   setup

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
@@ -112,16 +113,23 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and none can be read.
         """
-        reasons = []
+        reasons, failed = [], []
         for step in reversed(saved_steps(self._workdir)):
+            state: TrainState | None = None
+            options: dict = {}
+            reason = "another process cannot read it"
             try:
                 state, options = self._restore(step, abstract)
             except Exception as error:  # whatever a damaged file may lead to
-                reasons.append(f"step {step}: {_reason(error)}")
+                reason = _reason(error)
+            # A step is taken by all processes or by none.
+            if not np.all(multihost_utils.process_allgather(np.array(state is not None))):
+                reasons.append(f"step {step}: {reason}")
+                failed.append(step)
                 continue
             for reason in reasons:
                 say(f"cannot read the checkpoint of {reason}")
-            self._set_aside([s for s in saved_steps(self._workdir) if s > step])
+            self._set_aside(failed)
             return state, options
         if reasons:
             raise UserError(
@@ -175,7 +183,12 @@ def saved_steps(path: epath.PathLike) -> list[int]:
     folder = _folder(path)
     if not folder.is_dir():
         return []
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and _is_whole(p))
+
+
+def _is_whole(checkpoint: epath.Path) -> bool:
+    # A local folder gets its number when it is whole; in a bucket, which cannot rename, orbax marks it.
+    return "://" not in str(checkpoint) or ocp.utils.is_checkpoint_finalized(checkpoint)
 
 
 def _folder(path: epath.PathLike) -> epath.Path:

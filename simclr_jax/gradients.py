@@ -72,7 +72,7 @@ def cached_gradient(embed: Callable, loss: Callable, params, batch, microbatches
 
         def carried_back(params):
             embedding = embed(params, part)
-            return jnp.vdot(embedding.z, dz) + embedding.loss / microbatches, embedding.aux
+            return jnp.sum(embedding.z * dz) + embedding.loss / microbatches, embedding.aux
 
         gradient, aux = jax.grad(carried_back, has_aux=True)(params)
         return jax.tree.map(jnp.add, total, gradient), aux

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 
 import jax
 
@@ -88,8 +89,10 @@ def run() -> None:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         main(sys.argv[1:])
-    except (UserError, jax.errors.JaxRuntimeError) as error:
+    except Exception as error:
         if jax.distributed.is_initialized():
+            if not isinstance(error, UserError | jax.errors.JaxRuntimeError):
+                traceback.print_exc()
             processes.end(error)
         if not isinstance(error, UserError):
             raise

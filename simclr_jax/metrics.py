@@ -23,10 +23,11 @@ class MetricWriter:
     def __init__(self, workdir: str, resume_step: int = 0):
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._lines: list[str] = []
-        if self._path.exists():
-            whole = [line for line in self._path.read_text().split("\n")[:-1] if line]
-            self._lines = [line for line in whole if json.loads(line)["step"] <= resume_step]
-        self._write_all()
+        before = self._path.read_text() if self._path.exists() else ""
+        whole = [line for line in before.split("\n")[:-1] if line]
+        self._lines = [line for line in whole if json.loads(line)["step"] <= resume_step]
+        if "".join(line + "\n" for line in self._lines) != before:
+            self._write_all()
         # TensorBoard hides what earlier event files hold from purge_step on.
         self._events = SummaryWriter(str(workdir), purge_step=resume_step + 1)
 

@@ -36,6 +36,8 @@ def start(coordinator: str | None, count: int | None, index: int | None) -> None
         raise UserError("--coordinator, --processes and --process go together: give all or none")
     if not any(given) and not is_one_of_many(os.environ, _has_tpu()):
         return
+    # SIGTERM is ours, see stopping.py; JAX's own service would swallow it until then.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -69,7 +71,7 @@ def end(error: Exception) -> NoReturn:
     Where another process is gone, the error here is only that a step failed. JAX finds out who it
     was when its heartbeat is overdue, and then names it and ends every process: wait for that.
     """
-    reason = " ".join(str(error).split())[:300]
+    reason = " ".join(str(error).split())
     me = f"error: process {jax.process_index()} of {jax.process_count()}: "
     if isinstance(error, UserError):
         seconds = 2.0  # all processes may have the same to say: let them
@@ -77,7 +79,7 @@ def end(error: Exception) -> NoReturn:
     else:
         seconds = 1.5 * HEARTBEAT_SECONDS
         print(
-            f"{me}the step failed ({reason}). If another process ended, its number follows within "
+            f"{me}the step failed ({reason[:300]}). If another process ended, its number follows within "
             f"{HEARTBEAT_SECONDS} s. The same command goes on from the newest checkpoint",
             file=sys.stderr,
             flush=True,

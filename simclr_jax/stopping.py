@@ -3,6 +3,7 @@
 import collections
 import os
 import signal
+import time
 from typing import Self
 
 import jax
@@ -18,8 +19,12 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _STEPS_LATE = 2
 
 
+# A terminal's Ctrl-C and a launcher that passes it on are one wish, not two.
+_SAME_WISH_SECONDS = 2.0
+
+
 class Stop:
-    """Takes note of the first signal; a second one acts as if this were not here.
+    """Takes note of the first signal; one more, seconds later, acts as if this were not here.
 
     A context manager, of the main thread.
     """
@@ -27,7 +32,7 @@ class Stop:
     def __init__(self, mesh: Mesh):
         """`mesh`: of all devices, over which the processes agree."""
         self._mesh = mesh
-        self._wished = False
+        self._wished, self._since = False, 0.0
         self._pending: collections.deque[jax.Array] = collections.deque()
         self._any = jax.jit(jnp.any, out_shardings=replicated(mesh))
 
@@ -40,10 +45,11 @@ class Stop:
             signal.signal(number, handler)
 
     def _note(self, number: int, _) -> None:
-        if self._wished:
+        if not self._wished:
+            self._wished, self._since = True, time.monotonic()
+        elif time.monotonic() - self._since > _SAME_WISH_SECONDS:
             self.__exit__()
             os.kill(os.getpid(), number)
-        self._wished = True
 
     def now(self) -> bool:
         """Whether to stop after this step: the same on all processes. Call it once a step."""

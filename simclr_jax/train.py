@@ -17,6 +17,7 @@ from simclr_jax.checkpoint import Checkpoints, with_shardings
 from simclr_jax.config import Plan
 from simclr_jax.console import Progress, say
 from simclr_jax.data.sources import Split
+from simclr_jax.errors import UserError
 from simclr_jax.log import Log, not_finite
 from simclr_jax.mesh import (
     FSDP,
@@ -110,6 +111,8 @@ def pretrain(config: ConfigDict, workdir: str, extend: bool = False) -> bool:
             state = job.init(jax.random.key(config.seed))
         else:
             say(f"resumed from step {start}")
+        if start > plan.steps:
+            raise UserError(f"{workdir} is at step {start} already, of {plan.steps} now asked for")
         broken = assemble.broken_images(config, train, workdir)
         batches = stack.enter_context(
             contextlib.closing(assemble.training_batches(config, train, start, broken))
@@ -135,9 +138,10 @@ def pretrain(config: ConfigDict, workdir: str, extend: bool = False) -> bool:
             if stopping or step == plan.steps or checkpoints.due(step):
                 log.drain()  # nothing is saved after a loss that is not finite
                 check_state(step, state)
-                checkpoints.save(step, state, record | {"step": step, "window": log.window})
+                checkpoints.save(step, state, record | {"step": step, "window": list(log.window)})
+            if stopping or step == plan.steps:
+                checkpoints.wait(step)  # here, where a signal does not cut it off
             if stopping:
-                checkpoints.wait(step)
                 say(f"stopped after step {step}, which is saved: the same command goes on from it")
                 return False
     if broken.indices:

@@ -173,7 +173,7 @@ def test_a_mended_image_is_taken_again(mixed, tmp_path):
     assert index not in again.indices
 
 
-@pytest.mark.parametrize("share", [Share(), Share(1, 2)])
+@pytest.mark.parametrize("share", [Share(), Share(0, 2), Share(1, 2)])
 def test_evaluation_leaves_broken_images_out(mixed, share):
     split, names = mixed
     broken = Broken(split, 0.2)

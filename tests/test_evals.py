@@ -166,7 +166,9 @@ def test_the_untrained_encoder_is_not_a_straw_man(tiny, tmp_path):
     from simclr_jax import assemble
 
     network = assemble.encoder(tiny)
-    variables = run._untrained(tiny, network, assemble.source(tiny).train, 48, make_mesh())
+    variables = run._untrained(
+        tiny, network, assemble.source(tiny).train, str(tmp_path), 48, make_mesh()
+    )
     scales = [
         leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"])

@@ -45,7 +45,9 @@ def worst(found, expected):
     )
 
 
-@pytest.mark.parametrize("microbatches", [2, 3, 12])
+@pytest.mark.parametrize(
+    "microbatches", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 12))]
+)
 def test_the_gradient_is_the_whole_batchs(microbatches):
     embed, params, batch = setup()
     expected, told = jax.jit(lambda p: whole_gradient(embed, loss, p, batch))(params)

@@ -201,6 +201,13 @@ def test_resume_requests_a_preempted_slice_anew(cloud):
     assert "run\\ 1" in calls[-1][7]
 
 
+def test_resume_keeps_the_place_in_the_queue(cloud):
+    process, calls = cloud(*RESUME, states=("WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"))
+    assert process.returncode == 0, process.stderr
+    assert "delete" not in verbs(calls)
+    assert "create" not in verbs(calls)
+
+
 def test_resume_only_starts_the_run_where_the_slice_is_there(cloud):
     process, calls = cloud(*RESUME, states=("ACTIVE",))
     assert process.returncode == 0, process.stderr

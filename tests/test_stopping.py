@@ -124,6 +124,7 @@ def test_a_signal_lets_the_step_finish_and_saves(cache, images, whole, tmp_path,
     process, log = start(cache, images, tmp_path / "w")
     wait_for("step 14/", process, log)
     process.send_signal(number)
+    process.send_signal(number)  # as from a terminal and a launcher
     began = time.monotonic()
     said = finish(process, log)
     assert time.monotonic() - began < 30

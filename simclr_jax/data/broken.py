@@ -32,8 +32,9 @@ class Broken:
         self.indices: set[int] = set()
         self._lines: list[str] = []
         if report is not None and report.exists():
-            known = [json.loads(line)["index"] for line in report.read_text().splitlines()]
-            self._note([i for i in known if i < split.count], say_it=False)
+            known = [_index_of(line) for line in report.read_text().splitlines()]
+            self._note([i for i in known if i is not None and i < split.count], say_it=False)
+            self._check()
 
     def find(self, indices: Iterable[int]) -> bool:
         """Tries to read these images and notes those that cannot be. Returns whether there are any.
@@ -43,6 +44,10 @@ class Broken:
         """
         before = len(self.indices)
         self._note([i for i in indices if i not in self.indices], say_it=True)
+        self._check()
+        return len(self.indices) > before
+
+    def _check(self) -> None:
         count = self._split.count
         if len(self.indices) > self._limit * count or len(self.indices) == count:
             names = ", ".join(self._split.name_of(i) for i in sorted(self.indices)[:3])
@@ -51,7 +56,6 @@ class Broken:
                 f"share of {self._limit:g} that data.max_broken allows, such as {names}: mend or "
                 "remove them, or raise it"
             )
-        return len(self.indices) > before
 
     def _note(self, indices: Iterable[int], say_it: bool) -> None:
         for index in sorted(set(map(int, indices))):
@@ -67,3 +71,10 @@ class Broken:
                     say("skipped    ... more of them are named in the report only")
         if self.report is not None and self._lines:
             self.report.write_text("".join(f"{line}\n" for line in self._lines))
+
+
+def _index_of(line: str) -> int | None:
+    try:
+        return json.loads(line)["index"]
+    except ValueError:  # cut off when the run was killed
+        return None

@@ -88,6 +88,9 @@ class Split(Protocol):
         are passed over. In place of a broken image stands another, with the label BROKEN.
         """
 
+    def stand_ins(self, broken: Set[int]) -> np.ndarray:
+        """[N]: each image itself, or if it is broken the next one that is not."""
+
     def decode(self, image: Any) -> Any:
         """What "image" holds to uint8 [H, W, C], in the tf.data graph."""
 
@@ -138,8 +141,7 @@ class IndexedSplit:
             images, labels = tf.constant(self.images), tf.constant(self.labels)
         return lambda index: {"image": tf.gather(images, index), "label": tf.gather(labels, index)}
 
-    def _stand_ins(self, broken: Set[int]) -> np.ndarray:
-        """[N]: each image itself, or if it is broken the next one that is not."""
+    def stand_ins(self, broken: Set[int]) -> np.ndarray:
         stand_in = np.arange(self.count)
         if broken:
             whole = np.setdiff1d(stand_in, list(broken))
@@ -165,7 +167,7 @@ class IndexedSplit:
     def entries(
         self, seed: int, batch_size: int, start_step: int, share: Share, broken: Set[int] = _NONE
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        stand_in, rows = self._stand_ins(broken), share.rows(batch_size)
+        stand_in, rows = self.stand_ins(broken), share.rows(batch_size)
         for epochs, indices in batch_positions(seed, self.count, batch_size, start_step, rows):
             yield epochs, stand_in[indices]
 
@@ -175,7 +177,7 @@ class IndexedSplit:
         lookup = self._lookup()
         mine = np.arange(share.index, self.count, share.count)[start:]
         entries = tf.data.Dataset.from_tensor_slices(
-            (self._stand_ins(broken)[mine], np.isin(mine, list(broken)))
+            (self.stand_ins(broken)[mine], np.isin(mine, list(broken)))
         )
 
         def example(index, is_broken):
@@ -220,7 +222,8 @@ class IndexedSplit:
             # Names below the folder they share, and sizes: reading all would take too long.
             root = os.path.commonpath([os.path.dirname(path) for path in self.images])
             for path in self.images:
-                digest.update(f"{path[len(root) :]} {os.stat(path).st_size}\n".encode())
+                size = os.stat(path).st_size if os.path.exists(path) else -1
+                digest.update(os.fsencode(path[len(root) :]) + f" {size}\n".encode())
         return digest.hexdigest()
 
 
@@ -329,6 +332,9 @@ class FilesSplit:
         self, seed: int, batch_size: int, start_step: int, share: Share, broken: Set[int] = _NONE
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         return iter([(np.empty(0, np.int64), np.empty(0, np.int64))])  # known only by reading
+
+    def stand_ins(self, broken: Set[int]) -> np.ndarray:
+        return np.arange(self.count)
 
     def decode(self, image: Any) -> Any:
         return self.builder.info.features["image"].decode_example(image)
