@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -167,11 +168,13 @@ def test_slices_have_the_devices_that_jax_sees_there(topology, devices):
         (("--topology=v5e:3x5",), "not divisible"),
         (("--topology=v5e:4x4", "--config.mesh.fsdp=3"), "mesh.fsdp=3 does not divide 16 devices"),
         (("--topology=v5e:4x4", "--config.data.batch_size=100"), "does not divide over 16 devices"),
+        (("--topology=v6e:8x8",), "run `ulimit -s unlimited` first"),
         ((), "go together"),
     ],
 )
 @needs_libtpu
-def test_mistakes_with_slices(arguments, says):
+def test_mistakes_with_slices(arguments, says, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (2**23, 2**23))
     with pytest.raises(UserError, match=says):
         main.main(["--mode=compile", "--config=configs/imagenet.py", *arguments])
 
