@@ -16,6 +16,13 @@ import pytest
 from simclr_jax import config
 from simclr_jax.data.sources import in_memory
 
+# Minutes each: begun first, so that the workers end together.
+_LONGEST = ("test_processes.py", "test_train.py", "test_stopping.py", "test_end_to_end.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):

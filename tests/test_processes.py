@@ -138,7 +138,8 @@ def test_the_checkpoint_of_one_is_resumed_by_two_and_the_other_way_round(
     assert_same_parameters(tmp_path / "w", one[0], step=6)
 
 
-@pytest.mark.parametrize("dies", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [1, 0])
 def test_when_a_process_dies_the_others_end_with_an_error_that_names_it(cache, tmp_path, dies):
     with (tmp_path / "log").open("w") as log:
         launched = subprocess.Popen(

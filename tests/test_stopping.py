@@ -166,6 +166,7 @@ def kill_at_random(cache, images, workdir, whole, kills, seed):
     assert_same_run(workdir, whole)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(cache, images, whole, tmp_path):
     kill_at_random(cache, images, tmp_path / "w", whole, kills=3, seed=0)
 
@@ -180,7 +181,6 @@ def test_killed_at_20_random_moments(cache, images, whole, tmp_path):
         done += 4
 
 
-@pytest.mark.slow
 def test_killed_in_the_middle_of_a_save(cache, images, whole, tmp_path):
     """What a save leaves that never came to its end is not taken for a checkpoint."""
     process, log = start(cache, images, tmp_path / "w")
