@@ -9,18 +9,13 @@
 # on from the newest checkpoint. `python` must be that of the environment simclr_jax is installed in.
 set -euo pipefail
 
+# Inside a job SLURM runs a copy of this script: the repository is where the job was told to be.
+[[ -n ${SLURM_JOB_ID:-} && -e launch/do_it.sh ]] || cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/do_it.sh
+
 usage() {
   echo "usage: launch/slurm.sh --nodes=N --gpus=G [--dry_run] [SBATCH OPTIONS] -- ARGS of python -m simclr_jax.main" >&2
   exit 2
-}
-
-do_it() {
-  if [[ -n $dry_run ]]; then
-    printf '%q ' "$@"
-    echo
-  else
-    "$@"
-  fi
 }
 
 nodes='' gpus='' dry_run='' options=()
@@ -38,15 +33,12 @@ shift
 (($#)) || usage
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
-  cd "$(dirname "${BASH_SOURCE[0]}")/.."
   do_it sbatch --job-name=simclr --nodes="$nodes" --ntasks-per-node="$gpus" \
     --gpus-per-node="$gpus" --requeue --open-mode=append --chdir="$PWD" "${options[@]}" \
     launch/slurm.sh --nodes="$nodes" --gpus="$gpus" -- "$@"
   exit
 fi
 
-# SLURM runs a copy of this script: the repository is where the job was told to be.
-[[ -e launch/xla_flags.sh ]] || cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/xla_flags.sh
 source launch/xla_flags.sh gpu
 # --kill-on-bad-exit: SLURM, too, ends all processes when one fails.

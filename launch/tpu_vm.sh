@@ -19,6 +19,7 @@
 #     --dry_run            print the commands instead of running them
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/do_it.sh
 
 fail() {
   echo "error: $1" >&2
@@ -28,16 +29,6 @@ fail() {
 usage() {
   sed -n '2,/^set -euo/{/^set/d;s/^# \{0,1\}//;p}' launch/tpu_vm.sh >&2
   exit 2
-}
-
-# do_it COMMAND ...: runs it, or prints it so that it can be pasted.
-do_it() {
-  if [[ -n $dry_run ]]; then
-    printf '%q ' "$@"
-    echo
-  else
-    "$@"
-  fi
 }
 
 gcloud_tpus() {

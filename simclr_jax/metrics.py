@@ -22,7 +22,6 @@ class MetricWriter:
 
     def __init__(self, workdir: str, resume_step: int = 0):
         self._path = epath.Path(workdir) / "metrics.jsonl"
-        self._lines: list[str] = []
         before = self._path.read_text() if self._path.exists() else ""
         whole = [line for line in before.split("\n")[:-1] if line]
         self._lines = [line for line in whole if json.loads(line)["step"] <= resume_step]

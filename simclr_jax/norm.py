@@ -57,7 +57,7 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
         scale = self.param("scale", self.scale_init, channels, jnp.float32)
         bias = (
-            self.param("bias", nn.initializers.zeros, channels, jnp.float32)[...]
+            self.param("bias", nn.initializers.zeros, channels, jnp.float32)
             if self.use_bias
             else 0.0
         )

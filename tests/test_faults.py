@@ -4,20 +4,13 @@ import os
 import shutil
 import subprocess
 
-import jax
-import numpy as np
 import pytest
-from test_train import metrics_of, variables_of
+from test_train import assert_same_run
 
 from simclr_jax import assemble, train
 from simclr_jax.checkpoint import saved_steps
 from simclr_jax.encoder import load_encoder
 from simclr_jax.errors import UserError
-
-
-def assert_same_run(workdir, whole):
-    jax.tree.map(np.testing.assert_array_equal, variables_of(workdir), variables_of(whole))
-    assert metrics_of(workdir) == metrics_of(whole)
 
 
 @pytest.fixture

@@ -299,7 +299,7 @@ def test_what_the_user_has_set_wins_over_our_flags():
 
 def test_shellcheck_is_clean():
     scripts = sorted(str(path) for path in (ROOT / "launch").glob("*.sh"))
-    assert len(scripts) == 4
+    assert len(scripts) == 5
     process = subprocess.run(
         ["shellcheck", "--external-sources", *scripts],
         cwd=ROOT,

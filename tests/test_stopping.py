@@ -10,12 +10,10 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
-from test_train import metrics_of
+from test_train import assert_same_run
 
-from simclr_jax import load_encoder
 from simclr_jax.checkpoint import saved_steps
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -99,16 +97,6 @@ def whole(cache, images, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole") / "w"
     finish(*start(cache, images, workdir))
     return workdir
-
-
-def assert_same_run(workdir, whole):
-    """Bit for bit the same parameters and metrics."""
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        load_encoder(workdir).variables,
-        load_encoder(whole).variables,
-    )
-    assert metrics_of(workdir) == metrics_of(whole)
 
 
 @pytest.mark.slow

@@ -29,6 +29,12 @@ def variables_of(workdir):
     return load_encoder(workdir).variables
 
 
+def assert_same_run(workdir, whole):
+    """Bit for bit the same parameters and metrics."""
+    jax.tree.map(np.testing.assert_array_equal, variables_of(workdir), variables_of(whole))
+    assert metrics_of(workdir) == metrics_of(whole)
+
+
 class Stopped(Exception):
     pass
 
@@ -69,8 +75,7 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_was_never_stopped(
             train.pretrain(tiny, str(broken))
     assert saved_steps(broken) == [4]
     train.pretrain(tiny, str(broken))
-    jax.tree.map(np.testing.assert_array_equal, variables_of(broken), variables_of(whole))
-    assert metrics_of(broken) == metrics_of(whole)
+    assert_same_run(broken, whole)
 
 
 def test_a_finished_run_is_left_as_it_is(tiny, tmp_path):

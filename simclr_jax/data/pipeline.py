@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from simclr_jax.data.broken import Broken
 from simclr_jax.data.host_augment import Distortion, center_crop, two_views
-from simclr_jax.data.sources import Share, Split
+from simclr_jax.data.sources import Share, Split, reason_of
 from simclr_jax.errors import UserError
 
 tf.config.set_visible_devices([], "GPU")  # the accelerators belong to JAX
@@ -139,6 +139,5 @@ def _run(
                 passed += 1
             return
         except unreadable as error:
-            reason = " ".join(str(error.message).split()).rpartition("}} ")[2]
             if not broken.find(indices(passed)):
-                raise UserError(f"the images cannot be read: {reason}") from error
+                raise UserError(f"the images cannot be read: {reason_of(error)}") from error

@@ -209,8 +209,7 @@ class IndexedSplit:
         try:
             self.decode(tf.constant(self.images[index]))
         except tf.errors.OpError as error:
-            reason = " ".join(str(error.message).split()).rpartition("}} ")[2]
-            return reason.partition(" [Op:")[0]
+            return reason_of(error)
         return None
 
     def fingerprint(self) -> str:
@@ -377,6 +376,12 @@ def _windows(
                 passed = n
             passed -= n
         epoch += 1
+
+
+def reason_of(error: Any) -> str:
+    """What a TensorFlow error says, without which node of which graph says it."""
+    text = " ".join(str(error.message).split())
+    return text.rpartition("}} ")[2].partition(" [Op:")[0]
 
 
 def _own_files(seed: int, epoch: int, lengths: np.ndarray, share: Share) -> np.ndarray:
