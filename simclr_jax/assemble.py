@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from simclr_jax.config import Plan
 from simclr_jax.data.broken import Broken
+from simclr_jax.data.distortion import Distortion
 from simclr_jax.data.sources import Share, Source, Split, open_source
 from simclr_jax.errors import UserError
 from simclr_jax.heads import LinearClassifier, ProjectionHead
@@ -49,7 +50,7 @@ def training_batches(
     `batch_size` of the global batch defaults to the configuration's.
     """
     # Imported here: this needs TensorFlow, which takes 10 s to import.
-    from simclr_jax.data import host_augment, pipeline
+    from simclr_jax.data import pipeline
 
     return pipeline.training_batches(
         split,
@@ -58,7 +59,7 @@ def training_batches(
         start_step=start_step,
         share=_share(),
         size=config.data.image_size,
-        distortion=host_augment.Distortion(**config.views.to_dict()),
+        distortion=Distortion(**config.views.to_dict()),
         broken=broken,
     )
 

@@ -12,7 +12,7 @@ from PIL import Image
 from simclr_jax import train
 from simclr_jax.data import header
 from simclr_jax.data.broken import Broken
-from simclr_jax.data.host_augment import Distortion
+from simclr_jax.data.distortion import Distortion
 from simclr_jax.data.pipeline import evaluation_batches, training_batches
 from simclr_jax.data.sources import BROKEN, Share, folder
 from simclr_jax.errors import UserError

@@ -6,8 +6,9 @@ import numpy as np
 import tensorflow as tf
 
 from simclr_jax.data.broken import Broken
-from simclr_jax.data.host_augment import Distortion, center_crop, two_views
-from simclr_jax.data.sources import Share, Split, reason_of
+from simclr_jax.data.distortion import Distortion
+from simclr_jax.data.host_augment import SMALL, center_crop, draw, of_each, two_views
+from simclr_jax.data.sources import IndexedSplit, Share, Split, reason_of
 from simclr_jax.errors import UserError
 
 tf.config.set_visible_devices([], "GPU")  # the accelerators belong to JAX
@@ -43,10 +44,18 @@ def training_batches(
       {"views": uint8 [B / P, 2, size, size, 3], "label": int32 [B / P], -1 where there is none,
        "epoch", "index": int64 [B / P], which images they are}
     """
+    make = two_views
 
     def dataset(passed):
+        where = seed, batch_size, start_step + passed, share, broken.indices
+        if (
+            isinstance(split, IndexedSplit)
+            and split.in_memory
+            and max(split.images.shape[1:3]) <= SMALL
+        ):
+            return split.whole_batches(*where).map(views_of_each, tf.data.AUTOTUNE)
         return (
-            split.training(seed, batch_size, start_step + passed, share, broken.indices)
+            split.training(*where)
             .map(views_of, num_parallel_calls=tf.data.AUTOTUNE)
             .batch(batch_size // share.count, drop_remainder=True)
         )
@@ -56,14 +65,18 @@ def training_batches(
         return next(entries)[1]
 
     def views_of(example):
-        views = two_views(
-            split.decode(example["image"]),
-            seed,
-            example["epoch"],
-            example["index"],
-            size,
-            distortion,
+        draws = draw(seed, example["epoch"], example["index"])
+        return finished(
+            example, make(split.decode(example["image"]), draws, size, distortion), draws
         )
+
+    def views_of_each(examples):
+        views, draws = of_each(
+            examples["image"], seed, examples["epoch"], examples["index"], make, size, distortion
+        )
+        return finished(examples, views, draws)
+
+    def finished(example, views, draws):
         kept = {name: example[name] for name in ("label", "epoch", "index")}
         return {"views": views} | kept
 

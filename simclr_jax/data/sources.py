@@ -132,8 +132,8 @@ class IndexedSplit:
         return self.images.dtype == np.uint8
 
     def _lookup(self):
-        """index -> {"image", "label"}, in the graph. The arrays are captured once, not copied
-        into the graph's definition for each use.
+        """index, or indices -> {"image", "label"}, in the graph. The arrays are captured once, not
+        copied into the graph's definition for each use.
         """
         import tensorflow as tf
 
@@ -152,13 +152,22 @@ class IndexedSplit:
     def training(
         self, seed: int, batch_size: int, start_step: int, share: Share, broken: Set[int] = _NONE
     ) -> Any:
+        return self.whole_batches(seed, batch_size, start_step, share, broken).unbatch()
+
+    def whole_batches(
+        self, seed: int, batch_size: int, start_step: int, share: Share, broken: Set[int] = _NONE
+    ) -> Any:
+        """The examples of `training`, this process's share of a global batch at a time."""
         import tensorflow as tf
 
         lookup = self._lookup()
         positions = tf.data.Dataset.from_generator(
             lambda: self.entries(seed, batch_size, start_step, share, broken),
-            output_signature=(tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.int64)),
-        ).unbatch()
+            output_signature=(
+                tf.TensorSpec([batch_size // share.count], tf.int64),
+                tf.TensorSpec([batch_size // share.count], tf.int64),
+            ),
+        )
         return positions.map(
             lambda epoch, index: lookup(index) | {"index": index, "epoch": epoch},
             num_parallel_calls=tf.data.AUTOTUNE,
