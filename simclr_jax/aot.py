@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from simclr_jax import config as config_lib
 from simclr_jax.console import say, show_table
+from simclr_jax.data.distortion import DRAWS_OF_A_VIEW
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import FSDP, batch_sharded, check_divides, make_mesh
 from simclr_jax.train import make_job
@@ -157,10 +158,18 @@ def compile_step(config: ConfigDict, mesh: Mesh, topology: str) -> Any:
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict:
     """Shapes and shardings of a global batch of views."""
     batch, size = config.data.batch_size, config.data.image_size
+    if config.data.placement == "device":
+        raise UserError(
+            "data.placement=device holds the images in the step, and compiling does not open them: "
+            "use data.color_on=device, and add the size of the data to the memory of a device"
+        )
+    shapes: dict = {"views": ((batch, 2, size, size, 3), np.uint8), "label": ((batch,), np.int32)}
+    if config.data.color_on == "device":
+        shapes["draws"] = (batch, 2, DRAWS_OF_A_VIEW), np.float32
     sharding = batch_sharded(mesh)
     return {
-        "views": jax.ShapeDtypeStruct((batch, 2, size, size, 3), np.uint8, sharding=sharding),
-        "label": jax.ShapeDtypeStruct((batch,), np.int32, sharding=sharding),
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, (shape, dtype) in shapes.items()
     }
 
 

@@ -1,16 +1,18 @@
 """The assembly line: the only place where options turn into data sets, networks and optimizers."""
 
 import functools
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simclr_jax.config import Plan
+from simclr_jax.data import device_augment, resident
 from simclr_jax.data.broken import Broken
 from simclr_jax.data.distortion import Distortion
 from simclr_jax.data.sources import Share, Source, Split, open_source
@@ -18,9 +20,11 @@ from simclr_jax.errors import UserError
 from simclr_jax.heads import LinearClassifier, ProjectionHead
 from simclr_jax.losses import nt_xent
 from simclr_jax.losses_chunked import nt_xent_chunked
+from simclr_jax.mesh import replicated, to_global
 from simclr_jax.optimizer import make_optimizer, warmup_cosine
 from simclr_jax.resnet import ResNet
 from simclr_jax.train_state import Networks
+from simclr_jax.train_step import to_float
 
 
 def source(config: ConfigDict) -> Source:
@@ -49,38 +53,91 @@ def training_batches(
 
     `batch_size` of the global batch defaults to the configuration's.
     """
+    where = {
+        "seed": config.seed,
+        "batch_size": batch_size or config.data.batch_size,
+        "start_step": start_step,
+        "share": _share(),
+    }
+    if config.data.placement == "device":
+        return resident.training_batches(split, **where)
     # Imported here: this needs TensorFlow, which takes 10 s to import.
     from simclr_jax.data import pipeline
 
     return pipeline.training_batches(
         split,
-        seed=config.seed,
-        batch_size=batch_size or config.data.batch_size,
-        start_step=start_step,
-        share=_share(),
+        **where,
         size=config.data.image_size,
-        distortion=Distortion(**config.views.to_dict()),
+        distortion=_distortion(config),
         broken=broken,
+        color=config.data.color_on == "host",
     )
+
+
+def feed(config: ConfigDict, split: Split, mesh: Mesh) -> Callable[[dict], dict]:
+    """What turns this process's part of a batch of `training_batches` into the global batch that
+    `fetch` and `views` of `view_functions` take.
+    """
+    if config.data.placement == "host":
+        names = ["views", "label"] + ["draws"] * (config.data.color_on == "device")
+        return lambda batch: to_global(mesh, {name: batch[name] for name in names})
+    placed = resident.place(split, replicated(mesh))
+
+    def which(batch: dict) -> dict:
+        own = {name: batch[name].astype(np.int32) for name in ("epoch", "index")}
+        return to_global(mesh, own) | placed
+
+    return which
+
+
+def view_functions(config: ConfigDict) -> tuple[Callable, Callable]:
+    """What of the views is left to the device, jit-able.
+
+    Returns:
+      fetch: a global batch to one whose every array is [B, ...]: {"views", "label", ...};
+      views: such a batch, or a part of it, to float32 [b, 2, H, W, 3] in [0, 1].
+    """
+    distortion = _distortion(config)
+
+    def fetch(batch: dict) -> dict:
+        if config.data.placement == "host":
+            return batch
+        epochs, indices = batch["epoch"], batch["index"]
+        crops, draws = device_augment.views_of(
+            batch["images"], config.seed, epochs, indices, config.data.image_size, distortion
+        )
+        return {"views": crops, "draws": draws, "label": batch["labels"][indices]}
+
+    def views(batch: dict) -> jax.Array:
+        if "draws" not in batch:
+            return to_float(batch["views"])
+        return device_augment.recolor(batch["views"], batch["draws"], distortion)
+
+    return fetch, views
+
+
+def _distortion(config: ConfigDict) -> Distortion:
+    return Distortion(**config.views.to_dict())
 
 
 def evaluation_batches(
     config: ConfigDict, split: Split, batch_size: int, broken: Broken
-) -> Generator[dict]:
+) -> Iterator[dict]:
     """This process's share of the split, each image once, `batch_size` images of all processes at
     a time.
     """
+    share = _share()
+    options = {
+        "batch_size": batch_size // share.count,
+        "share": share,
+        "size": config.data.image_size,
+        "proportion": config.data.eval_crop,
+    }
+    if config.data.placement == "device":
+        return resident.evaluation_batches(split, **options)
     from simclr_jax.data import pipeline
 
-    share = _share()
-    return pipeline.evaluation_batches(
-        split,
-        batch_size=batch_size // share.count,
-        share=share,
-        size=config.data.image_size,
-        proportion=config.data.eval_crop,
-        broken=broken,
-    )
+    return pipeline.evaluation_batches(split, **options, broken=broken)
 
 
 def broken_images(config: ConfigDict, split: Split, workdir: str, test: bool = False) -> Broken:

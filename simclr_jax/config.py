@@ -36,6 +36,8 @@ def default() -> ConfigDict:
     c.data.folder_labels = False  # the first folder below data.path is the image's class
     c.data.image_size = 224  # px, height and width of a view
     c.data.batch_size = 4096  # B, images of the global batch: 2B views, 2B - 2 negatives an anchor
+    c.data.color_on = "host"  # "device": the host only decodes, crops and resizes; same views
+    c.data.placement = "host"  # "device": all images lie in its memory, and all is done there
     c.data.max_broken = 0.05  # share of a folder's images that may be unreadable; they are skipped
     c.data.eval_crop = 0.875  # share of the centred square kept in evaluation; 1.0 for small images
 
@@ -107,6 +109,8 @@ def default() -> ConfigDict:
 
 CHOICES = {
     "data.source": ("tfds", "folder", "arrays", "synthetic"),
+    "data.color_on": ("host", "device"),
+    "data.placement": ("host", "device"),
     "views.brightness": ("additive", "multiplicative"),
     "model.depth": tuple(STAGES),
     "model.stem": tuple(STEMS),

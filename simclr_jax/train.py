@@ -21,12 +21,10 @@ from simclr_jax.errors import UserError
 from simclr_jax.log import Log, not_finite
 from simclr_jax.mesh import (
     FSDP,
-    batch_sharded,
     check_divides,
     make_mesh,
     replicated,
     state_shardings,
-    to_global,
 )
 from simclr_jax.metrics import MetricWriter
 from simclr_jax.record import check_data, check_workdir, write_record
@@ -51,6 +49,7 @@ def make_job(config: ConfigDict, plan: Plan, classes: int | None, mesh: Mesh) ->
     init = functools.partial(init_state, networks, optimizer, config.data.image_size)
     abstract = jax.eval_shape(init, jax.random.key(0))
     lies, everywhere = state_shardings(mesh, abstract), replicated(mesh)
+    fetch, make_views = assemble.view_functions(config)
     step = make_train_step(
         networks,
         optimizer,
@@ -61,11 +60,13 @@ def make_job(config: ConfigDict, plan: Plan, classes: int | None, mesh: Mesh) ->
         # Said, as the compiler could also divide the convolutions by channels, and move images.
         gather=lambda params: jax.lax.with_sharding_constraint(params, everywhere),
         skip_not_finite=config.train.skip_not_finite,
+        fetch=fetch,
+        make_views=make_views,
     )
     return Job(
         step=jax.jit(
             step,
-            in_shardings=(lies, batch_sharded(mesh)),
+            in_shardings=(lies, None),  # of the batch: as it comes
             out_shardings=(lies, everywhere),
             donate_argnums=0,
         ),
@@ -117,6 +118,7 @@ def pretrain(config: ConfigDict, workdir: str, extend: bool = False) -> bool:
         batches = stack.enter_context(
             contextlib.closing(assemble.training_batches(config, train, start, broken))
         )
+        feed = assemble.feed(config, train, mesh)
         first = jax.process_index() == 0
         log = Log(
             workdir,
@@ -130,9 +132,8 @@ def pretrain(config: ConfigDict, workdir: str, extend: bool = False) -> bool:
         stop = stack.enter_context(Stop(mesh))
         for step in range(start + 1, plan.steps + 1):
             batch = next(batches)
-            images = {name: batch.pop(name) for name in ("epoch", "index")}
-            state, metrics = job.step(state, to_global(mesh, batch))
-            log.add(step, metrics, images)
+            state, metrics = job.step(state, feed(batch))
+            log.add(step, metrics, {name: batch[name] for name in ("epoch", "index")})
             stopping = stop.now() and step < plan.steps
             checkpoints.check(step)
             if stopping or step == plan.steps or checkpoints.due(step):

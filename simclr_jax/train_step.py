@@ -29,11 +29,13 @@ def make_train_step(
     microbatches: int = 1,
     gather: Callable = lambda params: params,
     skip_not_finite: bool = False,
+    fetch: Callable = lambda batch: batch,
+    make_views: Callable = lambda batch: to_float(batch["views"]),
 ) -> Callable:
     """Makes step(state, batch) -> (state, metrics), to be jitted over any mesh.
 
-    The batch is {"views": [B, 2, H, W, 3] uint8 or float in [0, 1], "label": int [B]}. Nothing in
-    the step knows about devices: over a sharded batch, BatchNorm's means and the loss's
+    The batch is {"views": [B, 2, H, W, 3] uint8 or float in [0, 1], "label": int [B]}, or whatever
+    `fetch` and `make_views` take. Nothing in the step knows about devices: over a sharded batch, BatchNorm's means and the loss's
     similarities are still the whole batch's, and the compiler adds the communication.
 
     Args:
@@ -44,6 +46,8 @@ def make_train_step(
       microbatches: above 1, the gradient is computed by `gradients.cached_gradient`. BatchNorm
         then takes its statistics over a microbatch, and the running statistics follow their mean.
       skip_not_finite: a step whose loss or gradient is not finite changes nothing but its number.
+      fetch: the batch to one whose every array is [B, ...], "label" among them.
+      make_views: what `fetch` gives, or a microbatch of it, to float views [b, 2, H, W, 3].
       gather: makes a sharded tree like the parameters whole on every device.
 
     Metrics are float32 scalars: loss (NT-Xent), those of the loss, grad_norm, learning_rate, and,
@@ -52,10 +56,10 @@ def make_train_step(
     """
 
     def embed(batch_stats, params, batch) -> Embedding:
-        views = batch["views"]
+        views = make_views(batch)
         # [B, 2, ...] -> [2B, ...] with partners adjacent: a reshape, local on every device, where
         # stacking view 0 on view 1 would move half the images between devices.
-        x = to_float(views.reshape(-1, *views.shape[2:]))
+        x = views.reshape(-1, *views.shape[2:])
         h, encoder_stats = networks.encoder.apply(
             {"params": params["encoder"], "batch_stats": batch_stats["encoder"]},
             x,
@@ -93,7 +97,7 @@ def make_train_step(
             functools.partial(embed, state.batch_stats),
             lambda z: contrastive_loss(z, temperature),
             gather(state.params),
-            batch,
+            fetch(batch),
         )
         # Whole before the optimizer takes its shard of them: left to itself, the TPU compiler
         # computes the gradients of divided kernels in windows, with three times the memory.

@@ -57,6 +57,8 @@ def stop_at(monkeypatch, step):
     [
         {},
         {"train.microbatches": 2, "mesh.fsdp": 2, "loss.implementation": "chunked"},
+        {"data.color_on": "device", "train.microbatches": 2},
+        {"data.placement": "device"},
     ],
 )
 def test_a_resumed_run_is_bit_for_bit_the_run_that_was_never_stopped(

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from simclr_jax.data.broken import Broken
 from simclr_jax.data.distortion import Distortion
-from simclr_jax.data.host_augment import SMALL, center_crop, draw, of_each, two_views
+from simclr_jax.data.host_augment import SMALL, center_crop, draw, of_each, two_crops, two_views
 from simclr_jax.data.sources import IndexedSplit, Share, Split, reason_of
 from simclr_jax.errors import UserError
 
@@ -26,6 +26,7 @@ def training_batches(
     size: int,
     distortion: Distortion,
     broken: Broken,
+    color: bool = True,
 ) -> Generator[dict[str, np.ndarray]]:
     """This process's part of the global batches from `start_step` on, without end.
 
@@ -39,12 +40,14 @@ def training_batches(
       distortion: how strongly the two views of an image differ.
       broken: the images that cannot be read; more are noted there when they are met. In the place
         of each stands the next whole one, so what comes is still a function of the seed.
+      color: make whole views; else only their crops, of as many channels as the images have.
 
     Yields:
       {"views": uint8 [B / P, 2, size, size, 3], "label": int32 [B / P], -1 where there is none,
-       "epoch", "index": int64 [B / P], which images they are}
+       "epoch", "index": int64 [B / P], which images they are}; without color also
+       {"draws": float32 [B / P, 2, DRAWS_OF_A_VIEW]}, which decide the rest
     """
-    make = two_views
+    make = two_views if color else two_crops
 
     def dataset(passed):
         where = seed, batch_size, start_step + passed, share, broken.indices
@@ -78,7 +81,7 @@ def training_batches(
 
     def finished(example, views, draws):
         kept = {name: example[name] for name in ("label", "epoch", "index")}
-        return {"views": views} | kept
+        return {"views": views} | kept | ({} if color else {"draws": draws})
 
     return _run(split, dataset, indices, broken)
 

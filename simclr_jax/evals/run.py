@@ -23,7 +23,7 @@ from simclr_jax.errors import UserError
 from simclr_jax.evals.features import extract, raw_pixels
 from simclr_jax.evals.knn import knn_accuracy
 from simclr_jax.evals.linear_probe import probe_all_labels, probe_few_labels, scale
-from simclr_jax.mesh import make_mesh, replicated, to_global
+from simclr_jax.mesh import make_mesh, replicated
 from simclr_jax.resnet import ResNet
 from simclr_jax.train_state import init_encoder
 from simclr_jax.train_step import to_float
@@ -176,18 +176,18 @@ def _untrained(
     size = config.data.image_size
     network = network.clone(zero_init_residual=False, norm_momentum=0.0)
     broken = assemble.broken_images(config, split, workdir)
-    views = assemble.training_batches(config, split, 0, broken, batch_size)
-    with contextlib.closing(views):
-        batch = to_global(mesh, {"image": next(views)["views"][:, 0]})
+    batches = assemble.training_batches(config, split, 0, broken, batch_size)
+    with contextlib.closing(batches):
+        batch = assemble.feed(config, split, mesh)(next(batches))
+    fetch, make_views = assemble.view_functions(config)
 
-    def calibrated(key, images):
+    def calibrated(key, batch):
         variables = init_encoder(network, size, key)
-        _, seen = network.apply(variables, to_float(images), train=True, mutable=["batch_stats"])
+        first = make_views(fetch(batch))[:, 0]
+        _, seen = network.apply(variables, first, train=True, mutable=["batch_stats"])
         return {"params": variables["params"], "batch_stats": seen["batch_stats"]}
 
-    return jax.jit(calibrated, out_shardings=replicated(mesh))(
-        jax.random.key(config.seed), batch["image"]
-    )
+    return jax.jit(calibrated, out_shardings=replicated(mesh))(jax.random.key(config.seed), batch)
 
 
 def _row(kind: str, per_class: int | None, accuracies: list[float]) -> dict:
