@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Callable
 
 import jax
 
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> None:
     if compiles:
         run_mode(config, args.workdir, args.topology)
         return
+    keep_compiled_programs()
     processes.start(args.coordinator, args.processes, args.process)
     if args.mode != "pretrain":
         run_mode(config, args.workdir)
@@ -82,13 +84,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run() -> None:
-    """`main` for the shell: one line and exit status 1 for a user's mistake, 130 for Ctrl-C."""
+def keep_compiled_programs() -> None:
+    """Programs are compiled once for each machine and version, not once for each run."""
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(root, "simclr_jax"))
+
+
+def shell(command: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """A command for the shell: one line and exit status 1 for a user's mistake, 130 for Ctrl-C."""
     # No start-up chatter of TensorFlow, and its plain kernels: the same numbers on every CPU.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
-        main(sys.argv[1:])
+        command(arguments)
     except Exception as error:
         if jax.distributed.is_initialized():
             if not isinstance(error, UserError | jax.errors.JaxRuntimeError):
@@ -100,6 +109,11 @@ def run() -> None:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+def run() -> None:
+    """`main` for the shell."""
+    shell(main, sys.argv[1:])
 
 
 if __name__ == "__main__":
