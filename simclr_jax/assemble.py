@@ -151,8 +151,8 @@ def _share() -> Share:
     return Share(jax.process_index(), jax.process_count())
 
 
-def encoder(config: ConfigDict, norm_group: int = 0) -> ResNet:
-    """f. `norm_group`: see `ResNet`; evaluation has no use for it."""
+def encoder(config: ConfigDict, norm_group: int = 0, parts: int = 1) -> ResNet:
+    """f. `norm_group` and `parts`: see `ResNet`; evaluation has no use for them."""
     model = config.model
     return ResNet(
         model.depth,
@@ -162,6 +162,7 @@ def encoder(config: ConfigDict, norm_group: int = 0) -> ResNet:
         model.norm_momentum,
         norm_group,
         remat=model.remat,
+        parts=parts,
     )
 
 
@@ -174,7 +175,7 @@ def networks(config: ConfigDict, classes: int | None, mesh: Mesh) -> Networks:
     model = config.model
     norm_group = 2 * images_of_a_norm(config, mesh)
     return Networks(
-        encoder=encoder(config, norm_group),
+        encoder=encoder(config, norm_group, mesh.size),
         head=ProjectionHead(
             model.head,
             model.head_layers,

@@ -201,7 +201,7 @@ def _supervised(config: ConfigDict, mesh: Mesh) -> tuple:
     from simclr_jax.heads import LinearClassifier
     from simclr_jax.train_state import init_encoder
 
-    encoder, classifier = assemble.encoder(config), LinearClassifier(_CLASSES)
+    encoder, classifier = assemble.encoder(config, parts=mesh.size), LinearClassifier(_CLASSES)
     optimizer, _ = assemble.optimizer(config, config_lib.plan(config, 10**6))
     everywhere = replicated(mesh)
 

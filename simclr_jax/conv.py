@@ -1,14 +1,17 @@
-"""2-D convolution with two of XLA:CPU's slow spots replaced by matrix products.
+"""2-D convolution as matrix products on CPUs, where XLA's own leave half of the machine idle.
 
-Measured on 2 cores with jaxlib 0.10.2, 512 images, in GFLOP/s:
-- the filter gradient of a 3x3 convolution: 10-22 by XLA for 14x14x64, 14x14x32 and 28x28x16, where
-  the blocked product below does 50-75, 74 and 20;
-- an image smaller than the filter (the last stage of a ResNet on 28 px): 2 by XLA, 126-170 as a
-  product.
-So on CPUs every filter gradient is the blocked product, and an image smaller than its filter is
-convolved by a product; the rest, and everything on accelerators, is XLA's own. The choice is made
-when the program is lowered, for the platform that it is lowered for, so that compiling ahead of
-time for a TPU on a CPU machine gets the TPU's program.
+Measured on 2 cores with jaxlib 0.10.2, 256 images, 3x3 filters, in GFLOP/s (a large product: 320):
+
+| px, channels | forward, XLA | in blocks | filter gradient, XLA | in blocks |
+| 32, 64 | 131 | 250 | 50 | 172 |
+| 16, 128 | 264 | 309 | 61 | 244 |
+| 8, 256 | 388 | | 197 | 310 |
+| 4, 512 | 384 | | 252 | 342 |
+
+and an image smaller than the filter: 2 by XLA, 126-170 as one product. A block is as many images as
+stay in cache with their patches. The choice is made when the program is lowered, for the platform
+that it is lowered for, so that compiling ahead of time for a TPU on a CPU machine gets the TPU's
+program; accelerators use XLA's own convolutions throughout.
 """
 
 import functools
@@ -20,15 +23,15 @@ from jax import lax
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
-# The blocked filter gradient walks the batch in steps that take a few images from each of this many
-# groups of consecutive images: a batch sharded over 1, 2, 4 or 8 devices is then walked by all of
-# them at once. A block holds about this many output pixels a group, so that it stays in cache.
-_GROUPS = 8
-_BLOCK_PIXELS = 512
+# Output pixels of a block, at least: of more than two images where they are small.
+_BLOCK_PIXELS = {"forward": 2048, "filter gradient": 512}
+
+# From this many pixels a side on a forward pass in blocks is the faster one.
+_BLOCKS_FROM = 12
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def conv2d(x, kernel, strides, padding):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def conv2d(x, kernel, strides, padding, parts=1):
     """Convolves x [N, H, W, I] with kernel [h, w, I, O] to [N, H', W', O].
 
     Args:
@@ -36,34 +39,49 @@ def conv2d(x, kernel, strides, padding):
       kernel: filters, in x's dtype.
       strides: (vertical, horizontal), a tuple of ints.
       padding: ((top, bottom), (left, right)), a tuple of ints, in pixels.
+      parts: of how many equal runs of images x consists that lie on different devices. Blocks are
+        walked in all of them at once, so that no image is moved; changes nothing but rounding.
     """
     native = functools.partial(_convolve, strides=strides, padding=padding)
-    if not _smaller_than_filter(x, kernel):
-        return native(x, kernel)
-    product = functools.partial(_convolve_by_product, strides=strides, padding=padding)
-    return lax.platform_dependent(x, kernel, cpu=product, default=native)
+    return _on_cpu(_fastest(x, kernel, strides, padding, parts), native, x, kernel)
 
 
-def _forward(x, kernel, strides, padding):
-    return conv2d(x, kernel, strides, padding), (x, kernel)
+def _forward(x, kernel, strides, padding, parts):
+    return conv2d(x, kernel, strides, padding, parts), (x, kernel)
 
 
-def _backward(strides, padding, saved, dy):
+def _backward(strides, padding, parts, saved, dy):
     x, kernel = saved
 
     def native(x, kernel, dy):
         return jax.vjp(lambda x, k: _convolve(x, k, strides, padding), x, kernel)[1](dy)
 
-    def product(x, kernel, dy):
-        small = _smaller_than_filter(x, kernel) or _smaller_than_filter(dy, kernel)
-        convolve = _convolve_by_product if small else _convolve
-        (dx,) = jax.vjp(lambda x: convolve(x, kernel, strides, padding), x)[1](dy)
-        return dx, filter_gradient(x, dy, kernel.shape, strides, padding)
+    def products(x, kernel, dy):
+        return (
+            _input_gradient(x, kernel, dy, strides, padding, parts),
+            filter_gradient(x, dy, kernel.shape, strides, padding, parts),
+        )
 
-    return lax.platform_dependent(x, kernel, dy, cpu=product, default=native)
+    return _on_cpu(products, native, x, kernel, dy)
 
 
 conv2d.defvjp(_forward, _backward)
+
+
+def _on_cpu(on_cpu, elsewhere, *arrays):
+    if on_cpu is elsewhere:
+        return elsewhere(*arrays)
+    return lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)
+
+
+def _fastest(x, kernel, strides, padding, parts):
+    """(x, kernel) to the convolution, in the way that is the fastest on a CPU."""
+    if _smaller_than_filter(x, kernel):
+        return functools.partial(_convolve_by_product, strides=strides, padding=padding)
+    large = strides == (1, 1) and kernel.shape[0] > 1 and x.shape[1] >= _BLOCKS_FROM
+    if large and x.dtype == jnp.float32:
+        return functools.partial(_convolve_in_blocks, padding=padding, parts=parts)
+    return functools.partial(_convolve, strides=strides, padding=padding)
 
 
 def _convolve(x, kernel, strides, padding):
@@ -73,6 +91,38 @@ def _convolve(x, kernel, strides, padding):
 def _convolve_by_product(x, kernel, strides, padding):
     patches = _patches(x, kernel.shape[:2], strides, padding)
     return patches @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _convolve_in_blocks(x, kernel, padding, parts):
+    height, width = (
+        x.shape[axis + 1] + sum(padding[axis]) - kernel.shape[axis] + 1 for axis in (0, 1)
+    )
+    blocks = _blocks(x, height * width, parts, _BLOCK_PIXELS["forward"])
+
+    def convolve(block):  # [parts, images, H, W, I]
+        images = block.reshape(-1, *block.shape[2:])
+        y = _convolve_by_product(images, kernel, (1, 1), padding)
+        return y.reshape(*block.shape[:2], *y.shape[1:])
+
+    # [steps, parts, images, ...] to [parts, steps, images, ...] to [N, ...]
+    y = lax.map(convolve, jnp.swapaxes(blocks, 0, 1))
+    return jnp.swapaxes(y, 0, 1).reshape(len(x), height, width, kernel.shape[-1])
+
+
+def _input_gradient(x, kernel, dy, strides, padding, parts):
+    size = kernel.shape[:2]
+    if strides == (1, 1) and not _smaller_than_filter(x, kernel):
+        # The gradient by the input is a convolution of dy with the filters turned around.
+        turned = kernel[::-1, ::-1].swapaxes(2, 3)
+        around = tuple(
+            (n - 1 - before, n - 1 - after)
+            for n, (before, after) in zip(size, padding, strict=True)
+        )
+        if min(min(pair) for pair in around) >= 0:
+            return _fastest(dy, turned, strides, around, parts)(dy, turned)
+    small = _smaller_than_filter(x, kernel) or _smaller_than_filter(dy, kernel)
+    convolve = _convolve_by_product if small else _convolve
+    return jax.vjp(lambda x: convolve(x, kernel, strides, padding), x)[1](dy)[0]
 
 
 def _smaller_than_filter(image, kernel) -> bool:
@@ -93,30 +143,38 @@ def _patches(x, size, strides, padding):
     return jnp.concatenate([x[:, r, c] for r in rows for c in columns], axis=-1)
 
 
-def filter_gradient(x, dy, kernel_shape, strides, padding):
+def _blocks(x, pixels: int, parts: int, least: int):
+    """[N, ...] to [parts, steps, images of a block, ...], of `pixels` output pixels an image."""
+    parts = math.gcd(len(x), parts)
+    each = len(x) // parts
+    # The largest power of two that divides `each` and holds no more than asked for.
+    block = math.gcd(each, 2 ** int(math.log2(max(2, least // pixels))))
+    return x.reshape(parts, each // block, block, *x.shape[1:])
+
+
+def filter_gradient(x, dy, kernel_shape, strides, padding, parts=1):
     """d loss / d kernel [h, w, I, O] from x [N, H, W, I] and dy = d loss / d output [N, H', W', O]:
     the patches' matrix, transposed, times dy, summed over blocks of images.
     """
-    groups = math.gcd(len(x), _GROUPS)
-    each = len(x) // groups
-    # The largest power of two that divides `each` and fits the block.
     pixels = dy.shape[1] * dy.shape[2]
-    block = math.gcd(each, 2 ** int(math.log2(max(1, _BLOCK_PIXELS // pixels))))
-    x = x.reshape(groups, each // block, block, *x.shape[1:])
-    dy = dy.reshape(groups, each // block, block * pixels, dy.shape[-1])
+    x, dy = (_blocks(a, pixels, parts, _BLOCK_PIXELS["filter gradient"]) for a in (x, dy))
+    parts, steps = x.shape[:2]
 
     def add_block(step, total):
-        images = lax.dynamic_index_in_dim(x, step, axis=1, keepdims=False)
-        gradient = lax.dynamic_index_in_dim(dy, step, axis=1, keepdims=False)
+        images, gradient = (lax.dynamic_index_in_dim(a, step, 1, keepdims=False) for a in (x, dy))
         patches = _patches(
             images.reshape(-1, *images.shape[2:]), kernel_shape[:2], strides, padding
         )
-        patches = patches.reshape(groups, block * pixels, -1)
+        patches = patches.reshape(parts, -1, patches.shape[-1])
+        gradient = gradient.reshape(parts, -1, gradient.shape[-1])
+        if parts == 1:  # not a batched product of one: that is twice as slow
+            return total + jnp.matmul(patches[0].T, gradient[0], preferred_element_type=jnp.float32)
         return total + jnp.einsum(
             "gpk,gpo->gko", patches, gradient, preferred_element_type=jnp.float32
         )
 
     taps = math.prod(kernel_shape[:3])
-    total = jnp.zeros((groups, taps, kernel_shape[3]), jnp.float32)
-    total = lax.fori_loop(0, each // block, add_block, total)
-    return jnp.sum(total, axis=0).reshape(kernel_shape).astype(x.dtype)
+    total = jnp.zeros((parts, taps, kernel_shape[3])[1 if parts == 1 else 0 :], jnp.float32)
+    total = lax.fori_loop(0, steps, add_block, total)
+    total = total if parts == 1 else jnp.sum(total, axis=0)
+    return total.reshape(kernel_shape).astype(x.dtype)

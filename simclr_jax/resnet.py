@@ -35,6 +35,7 @@ class Conv(nn.Module):
     size: int
     stride: int = 1
     dtype: jnp.dtype = jnp.float32
+    parts: int = 1
 
     @nn.compact
     def __call__(self, x):
@@ -47,6 +48,7 @@ class Conv(nn.Module):
             kernel.astype(self.dtype),
             (self.stride, self.stride),
             ((pad, pad), (pad, pad)),
+            self.parts,
         )
 
 
@@ -62,6 +64,7 @@ class ResidualBlock(nn.Module):
     norm_momentum: float
     norm_group: int
     zero_init_residual: bool
+    parts: int
 
     @nn.compact
     def __call__(self, x, train: bool):
@@ -78,12 +81,12 @@ class ResidualBlock(nn.Module):
         y = x
         for i, (features, size, stride) in enumerate(layers):
             last = i == len(layers) - 1
-            y = Conv(features, size, stride, self.dtype)(y)
+            y = Conv(features, size, stride, self.dtype, self.parts)(y)
             y = norm(scale_init=initializers[last and self.zero_init_residual])(y)
             y = y if last else nn.relu(y)
         if x.shape != y.shape:
             x = norm(name="shortcut_norm")(
-                Conv(y.shape[-1], 1, self.stride, self.dtype, name="shortcut")(x)
+                Conv(y.shape[-1], 1, self.stride, self.dtype, self.parts, name="shortcut")(x)
             )
         return nn.relu(x + y)
 
@@ -103,6 +106,8 @@ class ResNet(nn.Module):
       zero_init_residual: the last BatchNorm's scale of each block starts at zero.
       remat: the backward pass computes each block again instead of keeping its activations: less
         memory for one more forward pass.
+      parts: of how many equal runs of images a batch consists that lie on different devices, see
+        `conv.conv2d`.
     """
 
     depth: int = 50
@@ -113,6 +118,7 @@ class ResNet(nn.Module):
     norm_group: int = 0
     zero_init_residual: bool = True
     remat: bool = False
+    parts: int = 1
 
     @property
     def width_of_h(self) -> int:
@@ -123,7 +129,7 @@ class ResNet(nn.Module):
     def __call__(self, x, train: bool):
         blocks, bottleneck = STAGES[self.depth]
         size, stride, pool = STEMS[self.stem]
-        x = Conv(round(64 * self.width), size, stride, self.dtype, name="stem")(x)
+        x = Conv(round(64 * self.width), size, stride, self.dtype, self.parts, name="stem")(x)
         norm = batch_norm(train, self.dtype, self.norm_momentum, self.norm_group)
         x = nn.relu(norm(name="stem_norm")(x))
         if pool:
@@ -139,6 +145,7 @@ class ResNet(nn.Module):
                     norm_momentum=self.norm_momentum,
                     norm_group=self.norm_group,
                     zero_init_residual=self.zero_init_residual,
+                    parts=self.parts,
                     name=f"stage{stage + 1}_block{block + 1}",
                 )(x, train)
         return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)

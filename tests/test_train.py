@@ -56,8 +56,12 @@ def stop_at(monkeypatch, step):
     "options",
     [
         {},
-        {"train.microbatches": 2, "mesh.fsdp": 2, "loss.implementation": "chunked"},
-        {"data.color_on": "device", "train.microbatches": 2},
+        {
+            "data.color_on": "device",
+            "train.microbatches": 2,
+            "mesh.fsdp": 2,
+            "loss.implementation": "chunked",
+        },
         {"data.placement": "device"},
     ],
 )

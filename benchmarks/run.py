@@ -1,0 +1,318 @@
+"""Ours beside others, in turns: `python benchmarks/run.py input|loss|step`.
+
+Each turn is a process of its own, so that no library's threads are in another's way. The median of
+the turns, and the ratio of the medians, go to a table and to benchmarks/results/.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import io
+import json
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+HERE = pathlib.Path(__file__).parent
+_BATCH = 64
+_MOST_MEMORY = 20 * 2**30  # bytes, of a process that measures a loss
+_PACKAGES = (
+    "jax",
+    "tensorflow-cpu",
+    "torch",
+    "torchvision",
+    "lightly",
+    "pytorch-metric-learning",
+    "numpy",
+)
+LOSS_PAIRS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+LOSS_WIDTH = 128
+
+
+def jpegs(count: int = 128) -> list[bytes]:
+    """500 x 375 px, some 80 KB each: windows of the two photographs that scikit-learn ships."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(0)
+    photographs = [Image.fromarray(array) for array in load_sample_images().images]
+    found = []
+    for i in range(count):
+        width = int(rng.integers(400, 561))
+        height = width * 3 // 4
+        left, top = rng.integers(0, 640 - width + 1), rng.integers(0, 427 - height + 1)
+        window = photographs[i % 2].crop((left, top, left + width, top + height))
+        buffer = io.BytesIO()
+        window.resize((500, 375), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=96)
+        found.append(buffer.getvalue())
+    return found
+
+
+def small_images():
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, 256, (10000, 32, 32, 3)).astype(np.uint8)
+
+
+def our_batches(images, size: int, distortion: dict, color: bool, batch_size: int):
+    """Sizes of the batches of the host pipeline, of JPEGs or of arrays."""
+    import numpy as np
+
+    from simclr_jax.data.broken import Broken
+    from simclr_jax.data.distortion import Distortion
+    from simclr_jax.data.pipeline import training_batches
+    from simclr_jax.data.sources import IndexedSplit, Share, in_memory
+
+    class Encoded(IndexedSplit):
+        """The files of a folder, but for the reading of the disk."""
+
+        def _lookup(self):
+            import tensorflow as tf
+
+            encoded, labels = tf.constant(list(self.images)), tf.constant(self.labels)
+            return lambda index: {
+                "image": tf.gather(encoded, index),
+                "label": tf.gather(labels, index),
+            }
+
+        def decode(self, image):
+            import tensorflow as tf
+
+            decoded = tf.io.decode_image(image, channels=3, expand_animations=False)
+            return tf.ensure_shape(decoded, [None, None, 3])
+
+    if isinstance(images, list):
+        split = Encoded(np.array(images, object), np.full(len(images), -1, np.int32))
+    else:
+        split = in_memory(images)
+    batches = training_batches(
+        split,
+        seed=0,
+        batch_size=batch_size,
+        start_step=0,
+        share=Share(),
+        size=size,
+        distortion=Distortion(**distortion),
+        broken=Broken(split, 1.0),
+        color=color,
+    )
+    for batch in batches:
+        yield len(batch["views"])
+
+
+def decoded(images: list[bytes]):
+    """JPEG to pixels and nothing else: the floor."""
+    import tensorflow as tf
+
+    dataset = (
+        tf.data.Dataset.from_tensor_slices(images)
+        .repeat()
+        .map(lambda data: tf.io.decode_jpeg(data, 3)[0, 0], tf.data.AUTOTUNE)
+        .batch(_BATCH)
+    )
+    for batch in dataset.as_numpy_iterator():
+        yield len(batch)
+
+
+def _inputs() -> dict:
+    import peers
+
+    weak = {"color_strength": 0.5, "blur_probability": 0.0}
+    return {
+        "224 px, JPEG decoding alone": lambda: decoded(jpegs()),
+        "224 px with blur, simclr_jax": lambda: our_batches(jpegs(), 224, {}, True, _BATCH),
+        "224 px with blur, lightly": lambda: peers.lightly_batches(jpegs(), 0.5, _BATCH),
+        "224 px with blur, tf.image": lambda: peers.tf_image_batches(
+            jpegs(), 224, 0.5, 1.0, _BATCH
+        ),
+        "224 px without blur, simclr_jax": lambda: our_batches(
+            jpegs(), 224, {"blur_probability": 0.0}, True, _BATCH
+        ),
+        "224 px without blur, lightly": lambda: peers.lightly_batches(jpegs(), 0.0, _BATCH),
+        "224 px without blur, tf.image": lambda: peers.tf_image_batches(
+            jpegs(), 224, 0.0, 1.0, _BATCH
+        ),
+        "224 px, color on the device, simclr_jax": lambda: our_batches(
+            jpegs(), 224, {}, False, _BATCH
+        ),
+        "32 px, simclr_jax": lambda: our_batches(small_images(), 32, weak, True, 512),
+        "32 px, tf.image": lambda: peers.tf_image_batches(small_images(), 32, 0.0, 0.5, 512),
+    }
+
+
+def images_per_second(batches, seconds: float = 8.0) -> float:
+    for _ in range(6):  # compiling, filling buffers
+        next(batches)
+    count, began = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - began) < seconds:
+        count += next(batches)
+    return count / elapsed
+
+
+def _our_loss(name: str, pairs: int):
+    import jax
+    import jax.numpy as jnp
+
+    from simclr_jax.losses import nt_xent
+    from simclr_jax.losses_chunked import nt_xent_chunked
+
+    def plain(z, temperature):
+        z = z / jnp.linalg.norm(z, axis=1, keepdims=True)
+        similarities = jnp.where(jnp.eye(len(z), dtype=bool), -jnp.inf, z @ z.T / temperature)
+        partner = jnp.arange(len(z)) ^ 1
+        log_p = jax.nn.log_softmax(similarities)
+        return -jnp.mean(jnp.take_along_axis(log_p, partner[:, None], 1)), None
+
+    loss = {"dense": nt_xent, "chunked": nt_xent_chunked, "plain matrix": plain}[name]
+    gradient = jax.jit(jax.value_and_grad(lambda z: loss(z, 0.1), has_aux=True))
+    z = jax.random.normal(jax.random.key(0), (2 * pairs, LOSS_WIDTH))
+    return lambda: jax.block_until_ready(gradient(z))
+
+
+def _losses() -> dict:
+    import peers
+
+    found = {}
+    for pairs in LOSS_PAIRS:
+        for name in ("chunked", "dense", "plain matrix"):
+            found[
+                f"{pairs} pairs, simclr_jax {name}".replace("simclr_jax plain", "jitted plain")
+            ] = lambda name=name, pairs=pairs: _our_loss(name, pairs)
+        for name in ("lightly", "pytorch-metric-learning"):
+            found[f"{pairs} pairs, {name}"] = lambda name=name, pairs=pairs: peers.torch_losses(
+                name, pairs, LOSS_WIDTH
+            )
+    return found
+
+
+def seconds_each(run, seconds: float = 4.0) -> float:
+    run()
+    times: list[float] = []
+    began = time.perf_counter()
+    while not times or time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _our_step():
+    import jax
+
+    from simclr_jax import bench, config
+    from simclr_jax.mesh import make_mesh
+
+    c = config.read_file(str(HERE.parent / "configs/cifar10.py"))
+    c = config.override(c, ["--config.model.depth=18", "--config.data.batch_size=128"])
+    step, init, batch = bench._simclr(c, make_mesh())
+    held = [init(jax.random.key(0))]
+
+    def run():
+        held[0], metrics = step(held[0], batch)
+        jax.block_until_ready(metrics)
+
+    return run
+
+
+def _steps() -> dict:
+    import peers
+
+    return {
+        "ResNet-18, 32 px, batch 128, float32, simclr_jax": _our_step,
+        "ResNet-18, 32 px, batch 128, float32, PyTorch compiled": lambda: peers.torch_step(128),
+    }
+
+
+KINDS = {"input": _inputs, "loss": _losses, "step": _steps}
+
+
+def _peak_memory() -> int:
+    """Of this process, bytes; not getrusage, whose maximum begins at that of the parent."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def one_turn(kind: str, name: str) -> dict:
+    """Measures one thing in this process."""
+    if kind == "loss":  # an error, before the machine has to kill something
+        resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
+    thing = KINDS[kind]()[name]()
+    if kind == "input":
+        return {"images_per_second": images_per_second(thing)}
+    return {"seconds": seconds_each(thing), "peak_memory_bytes": _peak_memory()}
+
+
+def main() -> None:
+    """Runs all turns of a kind; `--one` is a turn's own process."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--only", default="", help="names that contain this")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds a turn may take")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(one_turn(args.kind, args.one)))
+        return
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    names = [name for name in KINDS[args.kind]() if args.only in name]
+    turns: dict[str, list] = {name: [] for name in names}
+    failed: dict[str, str] = {}
+    for turn in range(args.turns):
+        for name in names:
+            if name in failed:
+                continue
+            command = [sys.executable, __file__, args.kind, "--one", name]
+            try:
+                result = subprocess.run(
+                    command, env=environment, capture_output=True, text=True, timeout=args.timeout
+                )
+            except subprocess.TimeoutExpired:
+                failed[name] = f"took more than {args.timeout:g} s"
+                continue
+            if result.returncode:
+                last = (result.stderr.strip().splitlines() or [f"exit {result.returncode}"])[-1]
+                failed[name] = "out of memory" if result.returncode == -9 else last[:200]
+                continue
+            turns[name].append(json.loads(result.stdout.splitlines()[-1]))
+            print(f"turn {turn + 1}, {name}: {turns[name][-1]}", flush=True)
+    rows = [
+        {"name": name}
+        | {key: statistics.median(turn[key] for turn in done) for key in (done[0] if done else ())}
+        | ({"failed": failed[name]} if name in failed else {})
+        for name, done in turns.items()
+    ]
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    result = {
+        "kind": args.kind,
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {_cpu()}",
+        "versions": versions,
+        "turns": args.turns,
+        "rows": rows,
+    }
+    path = HERE / "results" / f"{args.kind}-{result['date']}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    for row in rows:
+        print(row)
+    print(f"written to {path}")
+
+
+def _cpu() -> str:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    return next((x.split(": ")[1] for x in lines if x.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The benchmark command: what it reports is what it did, and it is refused what it cannot do."""
+
+import json
+
+import jax
+import pytest
+
+from simclr_jax import bench
+from simclr_jax.errors import UserError
+
+
+@pytest.fixture
+def measured(tiny, tmp_path):
+    """(what, more arguments) to the JSON that the command writes for the tiny configuration."""
+    path = tmp_path / "tiny.py"
+    path.write_text(
+        "from simclr_jax.config import from_dict\n"
+        f"def get_config(_): return from_dict({tiny.to_dict()!r})\n"
+    )
+
+    def run(what, *more):
+        output = tmp_path / f"{what}.json"
+        bench.main([what, f"--config={path}", "--seconds=0.5", f"--output={output}", *more])
+        return json.loads(output.read_text())
+
+    return run
+
+
+@pytest.mark.parametrize("placement", ["host", "device"])
+def test_a_step_is_measured_beside_a_supervised_one(measured, placement, capsys):
+    result = measured("step", f"--config.data.placement={placement}")
+    simclr, supervised = result["rows"]
+    for row in (simclr, supervised):
+        assert row["steps"] > 0
+        assert row["views_per_second_per_device"] * jax.device_count() == pytest.approx(
+            row["views_per_second"]
+        )
+        assert row["flops_per_second_per_device"] > 0
+        assert row["peak_memory_bytes"] > 0
+    assert simclr["views_per_second"] == pytest.approx(2 * simclr["images_per_second"])
+    assert simclr["share_of_supervised"] == pytest.approx(
+        simclr["views_per_second"] / supervised["views_per_second"]
+    )
+    assert result["versions"]["jax"] == jax.__version__
+    assert "of supervised" in capsys.readouterr().out
+
+
+def test_input_and_a_whole_run_are_measured(measured):
+    (row,) = measured("input")["rows"]
+    assert row["views_per_second"] == pytest.approx(2 * row["images_per_second"])
+    (row,) = measured("e2e", "--config.data.color_on=device")["rows"]
+    assert 0 < row["share_waiting_for_input"] < 1
+    assert row["steps"] > 0
+
+
+def test_losses_are_measured_by_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "_LOSS_PAIRS", (16, 32))
+    bench.main(["loss", "--seconds=0.1", f"--output={tmp_path / 'loss.json'}"])
+    rows = json.loads((tmp_path / "loss.json").read_text())["rows"]
+    assert {(row["of"], row["pairs"]) for row in rows} == {
+        (f"NT-Xent, {name}", pairs) for name in ("dense", "chunked") for pairs in (16, 32)
+    }
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(UserError, match="needs a --config"):
+        bench.main(["step"])
+    with pytest.raises(UserError, match="takes no configuration"):
+        bench.main(["loss", "--config.seed=1"])
