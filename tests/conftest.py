@@ -68,6 +68,7 @@ def tiny(tmp_path):
     c = config.default()
     c.data.source = "arrays"
     c.data.path = str(path)
+    c.data.placement = "device"  # no TensorFlow to import, no views for it to compile
     c.data.image_size = 12
     c.data.batch_size = 16
     c.data.eval_crop = 1.0

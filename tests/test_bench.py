@@ -26,7 +26,7 @@ def measured(tiny, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("placement", ["host", "device"])
+@pytest.mark.parametrize("placement", [pytest.param("host", marks=pytest.mark.slow), "device"])
 def test_a_step_is_measured_beside_a_supervised_one(measured, placement, capsys):
     result = measured("step", f"--config.data.placement={placement}")
     simclr, supervised = result["rows"]
@@ -46,9 +46,9 @@ def test_a_step_is_measured_beside_a_supervised_one(measured, placement, capsys)
 
 
 def test_input_and_a_whole_run_are_measured(measured):
-    (row,) = measured("input")["rows"]
+    (row,) = measured("input", "--config.data.placement=host")["rows"]
     assert row["views_per_second"] == pytest.approx(2 * row["images_per_second"])
-    (row,) = measured("e2e", "--config.data.color_on=device")["rows"]
+    (row,) = measured("e2e")["rows"]
     assert 0 < row["share_waiting_for_input"] < 1
     assert row["steps"] > 0
 

@@ -194,6 +194,7 @@ def test_too_many_broken_images_stop_the_run_with_examples(mixed):
 
 def test_a_run_on_such_a_folder(mixed, tiny, tmp_path, capsys):
     tiny.data.source, tiny.data.path = "folder", str(tmp_path / "photos")
+    tiny.data.placement = "host"
     tiny.data.max_broken = 0.2
     train.pretrain(tiny, str(tmp_path / "w"))
     assert "skipped    4 images that cannot be read, see" in capsys.readouterr().out

@@ -10,6 +10,9 @@ import sys
 import numpy as np
 import pytest
 
+from simclr_jax.errors import UserError
+from simclr_jax.main import main
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -123,19 +126,33 @@ print([name for name in sys.modules if name.partition(".")[0] == "tensorflow"])
     [
         (("--config=configs/digit.py",), "no configuration file"),
         (("--config=configs/digits.py", "--config.data.batchsize=4"), "data.batch_size"),
-        (("--config=configs/digits.py", "--config.data.batch_size=9"), "over 2 devices"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, says, tmp_path):
+    process = command(*arguments, f"--workdir={tmp_path}")
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: ")
+    assert process.stderr.count("\n") == 1
+    assert says in process.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--config=configs/digits.py", "--config.data.batch_size=9"), "over 8 devices"),
         (("--config=configs/digits.py", "--config.data.name=digit"), "near names: digits"),
         (("--config=configs/folder.py:/nowhere",), "no folder '/nowhere'"),
         (("--mode=knn",), "config.json"),
         (("--mode=probe", "--config=configs/digits.py"), "no checkpoint"),
     ],
 )
-def test_mistakes_end_in_one_line(arguments, says, tmp_path):
-    process = command(*arguments, f"--workdir={tmp_path}", devices=2)
-    assert process.returncode == 1
-    assert process.stderr.startswith("error: ")
-    assert process.stderr.count("\n") == 1
-    assert says in process.stderr
+def test_mistakes_leave_nothing_behind(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError) as caught:
+        main([*arguments, f"--workdir={tmp_path}"])
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -181,3 +198,34 @@ def test_the_readmes_commands_are_the_ones_that_are_run():
         line.removeprefix("pip install ") for line in commands
     ]
     assert script.rstrip().endswith(f"{commands[1]} || exit 1")
+
+
+CACHED = """
+import jax
+from simclr_jax.main import keep_compiled_programs
+
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+keep_compiled_programs()
+jax.jit(lambda x: x * 2 + 1)(1.0)
+print("/jax/compilation_cache/cache_hits" in hits)
+"""
+
+
+def test_what_one_run_compiled_the_next_one_reads(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    environment["XDG_CACHE_HOME"] = str(tmp_path)
+    seen = [
+        subprocess.run(
+            [sys.executable, "-c", CACHED],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout.strip()
+        for _ in range(2)
+    ]
+    assert seen == ["False", "True"]
+    assert list((tmp_path / "simclr_jax").iterdir())

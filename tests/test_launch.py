@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -160,7 +161,10 @@ def test_run_starts_the_run_on_all_hosts_and_leaves_it_running(cloud, home):
     again = run_on_a_host(command, home)
     assert again.returncode == 1
     assert "a run is under way here" in again.stderr
-    said = (home / "simclr.log").read_text().splitlines()
+    deadline = time.monotonic() + 30
+    while len(said := (home / "simclr.log").read_text().splitlines()) < 6:  # it starts behind us
+        assert time.monotonic() < deadline, said
+        time.sleep(0.1)
     assert said[:5] == ["-u", "-m", "simclr_jax.main", *RUN]
     assert "--xla_tpu_overlap_compute_collective_tc=true" in said[5]
     subprocess.run(["kill", (home / "simclr.pid").read_text().strip()], check=True)

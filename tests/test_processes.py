@@ -82,7 +82,10 @@ def two(tmp_path_factory, cache):
 
 
 def assert_same_parameters(workdir, other, step):
-    """To 1e-4 of the largest of each array, after some steps of sums in another order."""
+    """To 2e-5 of the largest of each array at step 3, where sums in another order made 7e-6, and to
+    2e-3 at step 6: a rounding that moves one activation across zero is followed by 5.6e-4.
+    """
+    tolerance = {3: 2e-5, 6: 2e-3}[step]
     found, expected = (load_encoder(w, step=step).variables for w in (workdir, other))
     for (path, x), y in zip(
         jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
@@ -91,7 +94,7 @@ def assert_same_parameters(workdir, other, step):
             x,
             y,
             rtol=0,
-            atol=1e-4 * max(1e-2, np.abs(y).max()),
+            atol=tolerance * max(1e-2, np.abs(y).max()),
             err_msg=jax.tree_util.keystr(path),
         )
 

@@ -55,14 +55,18 @@ def stop_at(monkeypatch, step):
 @pytest.mark.parametrize(
     "options",
     [
+        {"data.placement": "host"},
+        pytest.param(
+            {
+                "data.placement": "host",
+                "data.color_on": "device",
+                "train.microbatches": 2,
+                "mesh.fsdp": 2,
+                "loss.implementation": "chunked",
+            },
+            marks=pytest.mark.slow,
+        ),
         {},
-        {
-            "data.color_on": "device",
-            "train.microbatches": 2,
-            "mesh.fsdp": 2,
-            "loss.implementation": "chunked",
-        },
-        {"data.placement": "device"},
     ],
 )
 def test_a_resumed_run_is_bit_for_bit_the_run_that_was_never_stopped(
@@ -109,6 +113,7 @@ def test_another_configuration_is_refused_with_what_differs(tiny, tmp_path):
     record.check_workdir(tiny, str(tmp_path / "new"))
 
 
+@pytest.mark.slow
 def test_batchnorm_per_device_does_not_go_on_on_other_devices(tiny, tmp_path, monkeypatch):
     tiny.train.steps, tiny.model.norm_group = 4, -1
     train.pretrain(tiny, str(tmp_path / "w"))
@@ -257,6 +262,7 @@ def test_a_step_that_is_not_finite_can_be_skipped(tiny, tmp_path, monkeypatch, s
             yield batch | {"views": views}
 
     monkeypatch.setattr(assemble, "training_batches", poisoned)
+    tiny.data.placement = "host"  # where views can be poisoned
     tiny.train.steps, tiny.train.skip_not_finite = 4, skip
     if not skip:
         with pytest.raises(UserError, match=r"step 3: .*not finite"):
