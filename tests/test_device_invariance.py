@@ -88,6 +88,13 @@ def check(found, expected):
 
 
 @pytest.fixture
+def tiny(tiny):
+    """Its steps take batches of views that are made here."""
+    tiny.data.placement = "host"
+    return tiny
+
+
+@pytest.fixture
 def lars(tiny):
     tiny.optimizer.warmup_epochs = 0.0  # so that the first step moves
     tiny.optimizer.weight_decay = 1e-4

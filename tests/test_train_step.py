@@ -33,6 +33,13 @@ def steps(config, devices, count=3):
 
 
 @pytest.fixture
+def tiny(tiny):
+    """Its steps take batches of views that are made here."""
+    tiny.data.placement = "host"
+    return tiny
+
+
+@pytest.fixture
 def one_device(tiny):
     tiny.optimizer.warmup_epochs = 0.0
     return steps(tiny, jax.devices()[:1])
