@@ -152,7 +152,7 @@ def _share() -> Share:
 
 
 def encoder(config: ConfigDict, norm_group: int = 0, parts: int = 1) -> ResNet:
-    """f. `norm_group` and `parts`: see `ResNet`; evaluation has no use for them."""
+    """f. `norm_group`, for which evaluation has no use, and `parts`: see `ResNet`."""
     model = config.model
     return ResNet(
         model.depth,

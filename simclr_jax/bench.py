@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -28,11 +29,14 @@ from simclr_jax.console import duration, say, show_table
 from simclr_jax.data.broken import Broken
 from simclr_jax.data.sources import in_memory
 from simclr_jax.errors import UserError
+from simclr_jax.heads import LinearClassifier
 from simclr_jax.losses import cross_entropy, nt_xent
 from simclr_jax.losses_chunked import nt_xent_chunked
 from simclr_jax.main import keep_compiled_programs
 from simclr_jax.mesh import batch_sharded, check_divides, make_mesh, replicated
 from simclr_jax.train import make_job
+from simclr_jax.train_state import init_encoder
+from simclr_jax.train_step import to_float
 
 # Peak bfloat16 operations a second by what a device calls itself. GPUs: NVIDIA's data sheets of the
 # SXM cards, dense, without sparsity.
@@ -198,9 +202,6 @@ def _laid_out(whole: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 
 def _supervised(config: ConfigDict, mesh: Mesh) -> tuple:
     """The step of the same encoder with a linear classifier on 2B images, one view each."""
-    from simclr_jax.heads import LinearClassifier
-    from simclr_jax.train_state import init_encoder
-
     encoder, classifier = assemble.encoder(config, parts=mesh.size), LinearClassifier(_CLASSES)
     optimizer, _ = assemble.optimizer(config, config_lib.plan(config, 10**6))
     everywhere = replicated(mesh)
@@ -215,7 +216,7 @@ def _supervised(config: ConfigDict, mesh: Mesh) -> tuple:
         params, stats, opt_state = state
 
         def objective(params):
-            x = batch["images"].astype(jnp.float32) / 255.0
+            x = to_float(batch["images"])
             h, seen = encoder.apply(
                 {"params": params["encoder"], "batch_stats": stats},
                 x,
@@ -228,7 +229,7 @@ def _supervised(config: ConfigDict, mesh: Mesh) -> tuple:
 
         (loss, (accuracy, stats)), grads = jax.value_and_grad(objective, has_aux=True)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        params = jax.tree.map(jnp.add, params, updates)
+        params = optax.apply_updates(params, updates)
         return (params, stats, opt_state), {"loss": loss, "accuracy": accuracy}
 
     rng = np.random.default_rng(0)

@@ -167,14 +167,12 @@ def filter_gradient(x, dy, kernel_shape, strides, padding, parts=1):
         )
         patches = patches.reshape(parts, -1, patches.shape[-1])
         gradient = gradient.reshape(parts, -1, gradient.shape[-1])
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         if parts == 1:  # not a batched product of one: that is twice as slow
-            return total + jnp.matmul(patches[0].T, gradient[0], preferred_element_type=jnp.float32)
-        return total + jnp.einsum(
-            "gpk,gpo->gko", patches, gradient, preferred_element_type=jnp.float32
-        )
+            return total + product("pk,po->ko", patches[0], gradient[0])
+        return total + product("gpk,gpo->gko", patches, gradient)
 
     taps = math.prod(kernel_shape[:3])
-    total = jnp.zeros((parts, taps, kernel_shape[3])[1 if parts == 1 else 0 :], jnp.float32)
+    total = jnp.zeros((parts, taps, kernel_shape[3]), jnp.float32)
     total = lax.fori_loop(0, steps, add_block, total)
-    total = total if parts == 1 else jnp.sum(total, axis=0)
-    return total.reshape(kernel_shape).astype(x.dtype)
+    return jnp.sum(total, axis=0).reshape(kernel_shape).astype(x.dtype)

@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def keep_compiled_programs() -> None:
     """Programs are compiled once for each machine and version, not once for each run."""
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(root, "simclr_jax"))
 

@@ -125,7 +125,7 @@ def _all_features(config: ConfigDict, workdir: str) -> Features:
     mesh = make_mesh()
     # The global batch must divide over the devices: round it up.
     batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
-    network = assemble.encoder(config)
+    network = assemble.encoder(config, parts=mesh.size)
     variables = {
         UNTRAINED: _untrained(config, network, source.train, workdir, batch_size, mesh),
         ENCODER: _trained(config, network, checkpoint, mesh),
