@@ -26,6 +26,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "rich>=14",
+        "safetensors>=0.5",
         "scikit-learn>=1.7",
         "tensorboardX>=2.6.5",  # TensorBoard events without TensorFlow
         # The CPU build, where there is one: TensorFlow only feeds, it never computes on a GPU.

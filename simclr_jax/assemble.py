@@ -163,6 +163,7 @@ def encoder(config: ConfigDict, norm_group: int = 0, parts: int = 1) -> ResNet:
         norm_group,
         remat=model.remat,
         parts=parts,
+        pool_padding=model.pool_padding,
     )
 
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from simclr_jax.errors import UserError
 from simclr_jax.optimizer import scaled_learning_rate
-from simclr_jax.resnet import STAGES, STEMS
+from simclr_jax.resnet import POOL_PADDINGS, STAGES, STEMS
 
 
 def default() -> ConfigDict:
@@ -60,6 +60,7 @@ def default() -> ConfigDict:
     c.model.depth = 50  # 10, 18, 34, 50, 101, 152 or 200 layers
     c.model.width = 1.0  # multiplies every layer's channels
     c.model.stem = "imagenet"  # "cifar" up to 32 px (appendix B.9); "strided" halves once, for CPUs
+    c.model.pool_padding = "same"  # of the stem, the published code's; "symmetric": torchvision's
     c.model.dtype = "float32"  # of convolutions; "bfloat16" on accelerators
     c.model.norm_momentum = 0.9  # of the running BatchNorm statistics, which evaluation uses
     c.model.norm_group = 0  # images that share BatchNorm statistics; 0: all; -1: those of a device
@@ -114,6 +115,7 @@ CHOICES = {
     "views.brightness": ("additive", "multiplicative"),
     "model.depth": tuple(STAGES),
     "model.stem": tuple(STEMS),
+    "model.pool_padding": tuple(POOL_PADDINGS),
     "model.dtype": ("float32", "bfloat16"),
     "model.head": ("none", "linear", "nonlinear"),
     "loss.implementation": ("auto", "dense", "chunked"),

@@ -18,6 +18,7 @@ import functools
 import math
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import lax
 
@@ -78,6 +79,8 @@ def _fastest(x, kernel, strides, padding, parts):
     """(x, kernel) to the convolution, in the way that is the fastest on a CPU."""
     if _smaller_than_filter(x, kernel):
         return functools.partial(_convolve_by_product, strides=strides, padding=padding)
+    if jax.export.is_symbolic_dim(x.shape[0]):  # blocks of how many? exported for any number
+        return functools.partial(_convolve, strides=strides, padding=padding)
     large = strides == (1, 1) and kernel.shape[0] > 1 and x.shape[1] >= _BLOCKS_FROM
     if large and x.dtype == jnp.float32:
         return functools.partial(_convolve_in_blocks, padding=padding, parts=parts)

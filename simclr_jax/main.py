@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
@@ -13,42 +14,75 @@ from simclr_jax import config as config_lib
 from simclr_jax import processes
 from simclr_jax.errors import UserError
 
-# mode: (module, function, what it does). Each function takes (config, workdir), compile's also the
-# topology.
+
+class Mode(NamedTuple):
+    """A function of (config, workdir) and of the flags it needs and takes besides, by name."""
+
+    module: str
+    function: str
+    text: str
+    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+
+
 MODES = {
-    "pretrain": (
+    "pretrain": Mode(
         "train",
         "pretrain",
         "train the encoder; ends with a probe where the data have labels",
+        takes=("extend",),
     ),
-    "probe": ("evals.run", "probe", "linear probes of the newest checkpoint, and of the baselines"),
-    "knn": ("evals.run", "knn", "nearest-neighbour accuracy of the newest checkpoint"),
-    "compile": ("aot", "report", "compile the train step for a TPU slice that need not be there"),
+    "probe": Mode(
+        "evals.run", "probe", "linear probes of the newest checkpoint, and of the baselines"
+    ),
+    "knn": Mode("evals.run", "knn", "nearest-neighbour accuracy of the newest checkpoint"),
+    "export": Mode(
+        "export", "export", "the encoder for other programs", needs=("format",), takes=("output",)
+    ),
+    "compile": Mode(
+        "aot",
+        "report",
+        "compile the train step for a TPU slice that need not be there",
+        needs=("topology",),
+    ),
 }
 
 
 def main(argv: list[str]) -> None:
     """Runs one mode. Raises UserError for what the user can mend."""
     args, overrides = _parser().parse_known_args(argv)
-    compiles = args.mode == "compile"
-    if compiles != (args.topology is not None):
-        raise UserError("--mode=compile and --topology=KIND:SHAPE go together")
-    if not (args.workdir or (compiles and args.config)):
+    mode = MODES[args.mode]
+    flags = _flags_of(args)
+    if not (args.workdir or (args.mode == "compile" and args.config)):
         raise UserError("no --workdir: expected the folder where everything is written")
+    if args.mode != "compile":
+        keep_compiled_programs()
+        # Before the configuration, which may ask what devices there are.
+        processes.start(args.coordinator, args.processes, args.process)
     config = config_lib.load(args.config, overrides, args.workdir)
-    module, function, _ = MODES[args.mode]
-    run_mode = getattr(importlib.import_module(f"simclr_jax.{module}"), function)
-    if compiles:
-        run_mode(config, args.workdir, args.topology)
-        return
-    keep_compiled_programs()
-    processes.start(args.coordinator, args.processes, args.process)
-    if args.mode != "pretrain":
-        run_mode(config, args.workdir)
-    elif run_mode(config, args.workdir, args.extend):
+    run_mode = getattr(importlib.import_module(f"simclr_jax.{mode.module}"), mode.function)
+    finished = run_mode(config, args.workdir, **flags)
+    if args.mode == "pretrain" and finished:
         evals = importlib.import_module("simclr_jax.evals.run")
         if evals.can_evaluate(config):
             evals.probe(config, args.workdir)
+
+
+def _flags_of(args: argparse.Namespace) -> dict:
+    """The flags that the mode needs and takes. Raises a UserError if one is lacking or too many."""
+    mode = MODES[args.mode]
+    known = {flag for other in MODES.values() for flag in (*other.needs, *other.takes)}
+    given = {flag: getattr(args, flag) for flag in sorted(known) if getattr(args, flag)}
+    for flag in mode.needs:
+        if flag not in given:
+            raise UserError(f"--mode={args.mode} and --{flag} go together: give both")
+    for flag in given:
+        if flag not in (*mode.needs, *mode.takes):
+            owners = [name for name, other in MODES.items() if flag in (*other.needs, *other.takes)]
+            raise UserError(
+                f"--{flag} is not of --mode={args.mode}: it is of {', '.join(owners)}"
+            )
+    return given
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,10 +102,16 @@ def _parser() -> argparse.ArgumentParser:
         type=os.path.expanduser,
         help="where everything is written; needed by all modes but compile",
     )
-    modes = "; ".join(f"{name}: {text}" for name, (_, _, text) in MODES.items())
+    modes = "; ".join(f"{name}: {mode.text}" for name, mode in MODES.items())
     parser.add_argument("--mode", choices=MODES, default="pretrain", help=modes)
     parser.add_argument(
         "--topology", metavar="KIND:SHAPE", help="of --mode=compile, such as v5e:16x16"
+    )
+    parser.add_argument(
+        "--format", choices=("safetensors", "stablehlo", "savedmodel"), help="of --mode=export"
+    )
+    parser.add_argument(
+        "--output", metavar="PATH", help="of --mode=export: the file; default: in the workdir"
     )
     parser.add_argument(
         "--extend",

@@ -25,6 +25,11 @@ STAGES = {
 # paper's appendix B.9 for 32 px; "strided" halves the resolution once, for small images on CPUs.
 STEMS = {"imagenet": (7, 2, True), "cifar": (3, 1, False), "strided": (3, 2, False)}
 
+# Padding (before, after) of the max-pool of the stem, pixels. "same": TensorFlow's SAME, of the published
+# SimCLR code: (0, 1) on the even sizes that follow the strided convolution. "symmetric": (1, 1), of
+# the residual networks of He et al. in Caffe and of torchvision.
+POOL_PADDINGS = {"same": "SAME", "symmetric": ((1, 1), (1, 1))}
+
 _kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
@@ -100,6 +105,7 @@ class ResNet(nn.Module):
       depth: one of STAGES.
       width: multiplies the number of channels of every layer; may be a fraction.
       stem: one of STEMS.
+      pool_padding: of the stem's max-pool, where it has one: one of POOL_PADDINGS.
       dtype: of the activations and convolutions; parameters and statistics stay float32.
       norm_momentum: share of the old running BatchNorm statistics that a step keeps.
       norm_group: rows that share BatchNorm statistics, see `norm.BatchNorm`.
@@ -119,6 +125,7 @@ class ResNet(nn.Module):
     zero_init_residual: bool = True
     remat: bool = False
     parts: int = 1
+    pool_padding: str = "same"
 
     @property
     def width_of_h(self) -> int:
@@ -133,7 +140,7 @@ class ResNet(nn.Module):
         norm = batch_norm(train, self.dtype, self.norm_momentum, self.norm_group)
         x = nn.relu(norm(name="stem_norm")(x))
         if pool:
-            x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+            x = nn.max_pool(x, (3, 3), (2, 2), POOL_PADDINGS[self.pool_padding])
         block_type = nn.remat(ResidualBlock, static_argnums=(2,)) if self.remat else ResidualBlock
         for stage, count in enumerate(blocks):
             for block in range(count):

@@ -13,8 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from simclr_jax import config
+from simclr_jax import config, train
+from simclr_jax.checkpoint import Checkpoints
 from simclr_jax.data.sources import in_memory
+from simclr_jax.mesh import make_mesh
 
 # Minutes each: begun first, so that the workers end together.
 _LONGEST = ("test_processes.py", "test_train.py", "test_stopping.py", "test_end_to_end.py")
@@ -86,3 +88,27 @@ def tiny(tmp_path):
     c.eval.label_fraction = 0.0
     c.eval.seeds = 2
     return c
+
+
+def encoder_checkpoint(c, folder):
+    """A workdir with a checkpoint of step 1 of configuration `c`, whose encoder is not trained but
+    has random BatchNorm scales, biases and statistics. Returns its path.
+    """
+    plan = config.plan(c, 1024)
+    job = train.make_job(c, plan, None, make_mesh(jax.devices()[:1]))
+    state = job.init(jax.random.key(3))
+    rng = np.random.default_rng(4)
+
+    def shaken(path, x):
+        if path[-1].key in ("scale", "bias", "mean", "var"):
+            return jax.device_put(rng.uniform(0.5, 1.5, x.shape).astype(np.float32), x.sharding)
+        return x
+
+    state = jax.tree_util.tree_map_with_path(
+        lambda path, x: shaken(path[1:], x) if path[0].name in ("params", "batch_stats") else x,
+        state,
+    )
+    record = {"config": c.to_dict(), "step": 1, "window": []}
+    with Checkpoints(str(folder), every_steps=1, keep_last=1, keep_every_steps=0) as checkpoints:
+        checkpoints.save(1, state, record)
+    return folder

@@ -1,0 +1,159 @@
+"""Every export, read again by a process that does not have this package."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import encoder_checkpoint, random_images
+
+import simclr_jax
+from simclr_jax import config
+from simclr_jax.errors import UserError
+from simclr_jax.export import export, torchvision_weights
+from simclr_jax.resnet import ResNet
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def small(**model):
+    c = config.default()
+    c.data.source, c.data.image_size = "synthetic", 24
+    c.model.depth, c.model.width, c.model.stem = 10, 0.125, "strided"
+    for name, value in model.items():
+        c.model[name] = value
+    return c
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return encoder_checkpoint(small(), tmp_path_factory.mktemp("small"))
+
+
+def read_by(program: str, forbidden: str, tmp_path, images) -> np.ndarray:
+    """What `program` makes of `images` where nothing called `forbidden` can be imported."""
+    np.save(tmp_path / "images.npy", images)
+    lines = [
+        "import sys, numpy as np",
+        *(f"sys.modules[{name!r}] = None" for name in forbidden.split()),
+        f"images = np.load({str(tmp_path / 'images.npy')!r})",
+        program,
+        f"np.save({str(tmp_path / 'h.npy')!r}, np.asarray(h))",
+    ]
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return np.load(tmp_path / "h.npy")
+
+
+@pytest.mark.parametrize(
+    ("format", "forbidden"),
+    [("stablehlo", "simclr_jax flax tensorflow"), ("savedmodel", "simclr_jax jax flax")],
+)
+def test_programs_are_loaded_without_this_package(format, forbidden, workdir, tmp_path, capsys):
+    output = tmp_path / "deep" / "encoder"
+    export(small(), str(workdir), format, str(output))
+    said = capsys.readouterr().out
+    loading = said[said.index("import") : said.index("\nImages are")]
+    images = random_images(5, 24, 24).astype(np.float32) / 255
+    h = read_by(loading, forbidden, tmp_path, images)
+    # Other fusions, and convolutions that are not in blocks: sums in another order.
+    np.testing.assert_allclose(h, simclr_jax.load_encoder(workdir)(images), rtol=2e-5, atol=1e-5)
+
+
+# What torchvision.models.resnet50().state_dict() names, less the last layer and the counters of
+# batches, in short.
+TORCHVISION_50 = {"conv1.weight"} | {
+    name
+    for stage, count in enumerate((3, 4, 6, 3), 1)
+    for block in range(count)
+    for layer in (
+        *(f"conv{i}.weight" for i in (1, 2, 3)),
+        *(f"bn{i}" for i in (1, 2, 3)),
+        *(("downsample.0.weight", "downsample.1") if block == 0 else ()),
+    )
+    for name in (
+        [f"layer{stage}.{block}.{layer}"]
+        if layer.endswith("weight")
+        else [
+            f"layer{stage}.{block}.{layer}.{part}"
+            for part in ("weight", "bias", "running_mean", "running_var")
+        ]
+    )
+}
+
+
+def test_weights_have_torchvisions_names_and_shapes():
+    from simclr_jax.train_state import init_encoder
+
+    network = ResNet(50)
+    abstract = jax.eval_shape(lambda: init_encoder(network, 64, jax.random.key(0)))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+    weights = torchvision_weights(network, zeros)
+    stem = {f"bn1.{part}" for part in ("weight", "bias", "running_mean", "running_var")}
+    assert set(weights) == TORCHVISION_50 | stem
+    assert weights["conv1.weight"].shape == (64, 3, 7, 7)
+    assert weights["layer2.0.conv2.weight"].shape == (128, 128, 3, 3)
+    assert weights["layer4.0.downsample.0.weight"].shape == (2048, 1024, 1, 1)
+
+
+def test_what_torchvision_cannot_compute_is_not_exported(workdir, tmp_path):
+    with pytest.raises(UserError, match=r"no width of 0\.125 times: use --format=stablehlo"):
+        export(small(), str(workdir), "safetensors", str(tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_output_that_cannot_be_written_is_one_line(workdir, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        export(small(), str(workdir), "stablehlo", str(tmp_path / "file" / "encoder"))
+
+
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        # All of torchvision's depths would take minutes; these have both kinds of block.
+        ({"depth": 18, "stem": "imagenet"}, 64),  # an even max-pool, (0, 1)
+        ({"depth": 18, "stem": "imagenet"}, 66),  # an odd one, (1, 1)
+        ({"depth": 18, "stem": "imagenet", "pool_padding": "symmetric"}, 64),
+        ({"depth": 50, "stem": "imagenet"}, 64),
+        ({"depth": 10, "stem": "cifar"}, 32),
+        ({"depth": 10, "stem": "strided"}, 32),
+    ],
+)
+def test_pytorch_computes_the_same(model, size, tmp_path, capsys):
+    """Needs PyTorch, see benchmarks/requirements.txt."""
+    pytest.importorskip("torch")
+    c = small(width=1.0, **model)
+    c.data.image_size = size
+    workdir = encoder_checkpoint(c, tmp_path)
+    export(c, str(workdir), "safetensors", str(tmp_path / "encoder.safetensors"))
+    said = capsys.readouterr().out
+    loading = said[said.index("import") : said.index("\nImages are")]
+    images = random_images(4, size, size).astype(np.float32) / 255
+    expected = simclr_jax.load_encoder(workdir)(images)
+    program = "\n".join(
+        [
+            "from benchmarks import peers; torch = peers.torch()",
+            "images = torch.from_numpy(images.transpose(0, 3, 1, 2))",
+            loading,
+            "h = h.detach()",
+        ]
+    )
+    h = read_by(program, "tensorflow", tmp_path, images)
+    assert expected.std() > 0.01
+    np.testing.assert_allclose(h, expected, rtol=1e-4, atol=1e-4)
+    if "pool_padding" not in model and size == 64:
+        other = "\n".join(line for line in program.split("\n") if "ceil_mode" not in line)
+        wrong = read_by(other, "tensorflow", tmp_path, images)
+        assert np.abs(wrong - expected).max() > 1e-3  # the line is needed
