@@ -1,5 +1,6 @@
 """The assembly line: the only place where options turn into data sets, networks and optimizers."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Generator, Iterator
 
@@ -48,10 +49,11 @@ def training_batches(
     start_step: int,
     broken: Broken,
     batch_size: int | None = None,
+    distortion: Distortion | None = None,
 ) -> Generator[dict]:
     """This process's part of the batches of views from `start_step` on; close it when done.
 
-    `batch_size` of the global batch defaults to the configuration's.
+    `batch_size` of the global batch and `distortion` default to the configuration's.
     """
     where = {
         "seed": config.seed,
@@ -68,18 +70,25 @@ def training_batches(
         split,
         **where,
         size=config.data.image_size,
-        distortion=_distortion(config),
+        distortion=distortion or _distortion(config),
         broken=broken,
-        color=config.data.color_on == "host",
+        color=_color_on_host(config, distortion),
     )
 
 
-def feed(config: ConfigDict, split: Split, mesh: Mesh) -> Callable[[dict], dict]:
+def _color_on_host(config: ConfigDict, distortion: Distortion | None) -> bool:
+    # What is given instead of the configuration's has no colour to leave to the device.
+    return config.data.color_on == "host" or distortion is not None
+
+
+def feed(
+    config: ConfigDict, split: Split, mesh: Mesh, distortion: Distortion | None = None
+) -> Callable[[dict], dict]:
     """What turns this process's part of a batch of `training_batches` into the global batch that
     `fetch` and `views` of `view_functions` take.
     """
     if config.data.placement == "host":
-        names = ["views", "label"] + ["draws"] * (config.data.color_on == "device")
+        names = ["views", "label"] + ["draws"] * (not _color_on_host(config, distortion))
         return lambda batch: to_global(mesh, {name: batch[name] for name in names})
     placed = resident.place(split, replicated(mesh))
 
@@ -90,21 +99,28 @@ def feed(config: ConfigDict, split: Split, mesh: Mesh) -> Callable[[dict], dict]
     return which
 
 
-def view_functions(config: ConfigDict) -> tuple[Callable, Callable]:
-    """What of the views is left to the device, jit-able.
+def view_functions(
+    config: ConfigDict, distortion: Distortion | None = None
+) -> tuple[Callable, Callable]:
+    """What of the views is left to the device, jit-able; by the configuration's distortion, or this.
 
     Returns:
       fetch: a global batch to one whose every array is [B, ...]: {"views", "label", ...};
       views: such a batch, or a part of it, to float32 [b, 2, H, W, 3] in [0, 1].
     """
-    distortion = _distortion(config)
+    distortion = distortion or _distortion(config)
 
     def fetch(batch: dict) -> dict:
         if config.data.placement == "host":
             return batch
         epochs, indices = batch["epoch"], batch["index"]
         crops, draws = device_augment.views_of(
-            batch["images"], config.seed, epochs, indices, config.data.image_size, distortion
+            batch["images"],
+            config.seed,
+            epochs,
+            indices,
+            config.data.image_size,
+            distortion,
         )
         return {"views": crops, "draws": draws, "label": batch["labels"][indices]}
 
@@ -120,11 +136,20 @@ def _distortion(config: ConfigDict) -> Distortion:
     return Distortion(**config.views.to_dict())
 
 
+def crops(config: ConfigDict) -> Distortion:
+    """One view of an image, only cropped and flipped: what classifiers are trained on (paper,
+    appendix B.5).
+    """
+    return dataclasses.replace(
+        _distortion(config), color_strength=0.0, grey_probability=0.0, blur_probability=0.0, views=1
+    )
+
+
 def evaluation_batches(
-    config: ConfigDict, split: Split, batch_size: int, broken: Broken
+    config: ConfigDict, split: Split, batch_size: int, broken: Broken, start: int = 0
 ) -> Iterator[dict]:
     """This process's share of the split, each image once, `batch_size` images of all processes at
-    a time.
+    a time, from the `start`-th of these batches on.
     """
     share = _share()
     options = {
@@ -132,6 +157,7 @@ def evaluation_batches(
         "share": share,
         "size": config.data.image_size,
         "proportion": config.data.eval_crop,
+        "start": start,
     }
     if config.data.placement == "device":
         return resident.evaluation_batches(split, **options)
@@ -140,8 +166,14 @@ def evaluation_batches(
     return pipeline.evaluation_batches(split, **options, broken=broken)
 
 
-def broken_images(config: ConfigDict, split: Split, workdir: str, test: bool = False) -> Broken:
-    """Where the images of a split that this process cannot read are noted, in the workdir."""
+def broken_images(
+    config: ConfigDict, split: Split, workdir: str | None, test: bool = False
+) -> Broken:
+    """Where the images of a split that this process cannot read are noted: in the workdir, unless
+    it is None.
+    """
+    if workdir is None:
+        return Broken(split, config.data.max_broken)
     process = f"_process_{index}" if (index := jax.process_index()) else ""
     report = epath.Path(workdir) / f"broken_images{'_test' if test else ''}{process}.jsonl"
     return Broken(split, config.data.max_broken, report)
@@ -167,24 +199,29 @@ def encoder(config: ConfigDict, norm_group: int = 0, parts: int = 1) -> ResNet:
     )
 
 
+def head(config: ConfigDict, norm_group: int = 0) -> ProjectionHead:
+    """g. `norm_group`: see `encoder`."""
+    model = config.model
+    return ProjectionHead(
+        model.head,
+        model.head_layers,
+        model.head_width,
+        jnp.dtype(model.dtype),
+        model.norm_momentum,
+        norm_group,
+    )
+
+
 def networks(config: ConfigDict, classes: int | None, mesh: Mesh) -> Networks:
     """f, g and, where there are `classes` and the option says so, the online classifier.
 
     Raises:
       UserError: the images do not divide into the groups of BatchNorm.
     """
-    model = config.model
     norm_group = 2 * images_of_a_norm(config, mesh)
     return Networks(
         encoder=encoder(config, norm_group, mesh.size),
-        head=ProjectionHead(
-            model.head,
-            model.head_layers,
-            model.head_width,
-            jnp.dtype(model.dtype),
-            model.norm_momentum,
-            norm_group,
-        ),
+        head=head(config, norm_group),
         classifier=LinearClassifier(classes)
         if classes and config.train.online_classifier
         else None,

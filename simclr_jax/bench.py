@@ -378,7 +378,7 @@ def main(argv: list[str]) -> None:
     else:
         if not args.config:
             raise UserError(f"bench {args.what} needs a --config=configs/NAME.py")
-        config = config_lib.load(args.config, overrides, "")
+        config = config_lib.load(args.config, overrides)
         measure = {"input": measure_input, "step": measure_step, "e2e": measure_e2e}[args.what]
         rows = measure(config, args.seconds)
     kinds = sorted({d.device_kind for d in jax.devices()})

@@ -6,7 +6,7 @@ options lie beside it, so that a checkpoint folder can be copied anywhere and st
 
 import re
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from simclr_jax.errors import UserError
 from simclr_jax.train_state import TrainState
 
 _ENCODER, _TRAINER, _OPTIONS = "encoder", "trainer", "config"
+_T = TypeVar("_T")
 _HANDLERS = {
     _ENCODER: ocp.StandardCheckpointHandler,
     _TRAINER: ocp.StandardCheckpointHandler,
@@ -235,8 +236,42 @@ def read_encoder(checkpoint: epath.Path, abstract: dict) -> dict:
     return _read(checkpoint, _ENCODER, ocp.args.StandardRestore(abstract))
 
 
-def _read(checkpoint: epath.Path, item: str, args: Any) -> Any:
-    handlers = ocp.CompositeCheckpointHandler(**{item: _HANDLERS[item]()})
+def read_head(checkpoint: epath.Path, abstract: dict) -> dict:
+    """{"params", "batch_stats"} of the projection head alone, laid out as the abstract tree says."""
+    wanted = {part: {"head": tree} for part, tree in abstract.items()}
+    args = ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,  # the optimizer's state lies beside it
+    )
+    read = _read(checkpoint, _TRAINER, args, ocp.PyTreeCheckpointHandler)
+    return {part: tree["head"] for part, tree in read.items()}
+
+
+def read_newest(path: str, read: Callable[[epath.Path], _T]) -> _T:
+    """read(folder of the newest checkpoint), which training may still be writing next to, and may
+    delete for a newer one while it is read: then of that one. `path`: see `find`.
+    """
+    while True:
+        found = find(path, _agreed_step(path))
+        try:
+            return read(found)
+        except UserError:
+            if found.is_dir() or jax.process_count() > 1:
+                raise
+
+
+def _agreed_step(path: str) -> int | None:
+    """The newest step that process 0 sees, so that all processes read the same one."""
+    if jax.process_count() == 1:
+        return None
+    steps = saved_steps(path)
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(steps[-1] if steps else -1)))
+    return step if step >= 0 else None
+
+
+def _read(checkpoint: epath.Path, item: str, args: Any, handler: Any = None) -> Any:
+    handlers = ocp.CompositeCheckpointHandler(**{item: (handler or _HANDLERS[item])()})
     try:
         with ocp.Checkpointer(handlers) as checkpointer:
             return checkpointer.restore(checkpoint, args=ocp.args.Composite(**{item: args}))[item]

@@ -8,12 +8,10 @@ ImageNet (arXiv 2002.05709, section 2.3 and appendix A). The command line overri
 import dataclasses
 import difflib
 import importlib.util
-import json
 import pathlib
 from collections.abc import Sequence
 
 from absl import flags
-from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from simclr_jax.errors import UserError
@@ -97,14 +95,33 @@ def default() -> ConfigDict:
 
     c.eval = ConfigDict()
     c.eval.batch_size = 256  # images of the global batch that get their features at once
-    c.eval.validation_fraction = 0.1  # of the training split: chooses the regularisation
+    c.eval.validation_fraction = 0.1  # of the training split, to choose on; 0 for SGD: no choice
     c.eval.labels_per_class = (1, 10)  # few-label probes
     c.eval.label_fraction = 0.01  # one more few-label probe: this share of the training split
     c.eval.seeds = 5  # draws of the few labels
+    c.eval.baselines = True  # evaluate the untrained encoder, and raw pixels, beside the encoder
     c.eval.l2 = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # candidates for the probe
     c.eval.max_iterations = 200  # of L-BFGS
     c.eval.knn_k = 200  # neighbours, or as many as there are
     c.eval.knn_temperature = 0.1  # a neighbour of similarity s weighs exp(s / temperature)
+
+    # Linear evaluation by SGD, --mode=linear (appendix B.6).
+    c.linear = ConfigDict()
+    c.linear.batch_size = 4096  # images, each cropped at random
+    c.linear.epochs = 90.0
+    c.linear.learning_rate = (0.1,)  # x batch / 256; of several the validation part chooses one
+    c.linear.weight_decay = (0.0,)  # the same
+    c.linear.momentum = 0.9  # Nesterov's
+
+    # Training of the whole network with all labels or few, --mode=finetune (appendix B.5).
+    c.finetune = ConfigDict()
+    c.finetune.label_fractions = (0.01, 0.1, 1.0)  # of each class's labels
+    c.finetune.epochs = (60.0, 30.0, 30.0)  # for each fraction, over the images with these labels
+    c.finetune.from_layer = 0  # of the projection head; 0: h; 1 in SimCLR v2 (arXiv 2006.10029)
+    c.finetune.batch_size = 4096
+    c.finetune.learning_rate = (0.05,)  # x batch / 256; of several the validation part chooses one
+    c.finetune.weight_decay = (0.0,)  # the same
+    c.finetune.momentum = 0.9  # Nesterov's
     return c.lock()
 
 
@@ -153,12 +170,18 @@ _RANGES = {
     "checkpoint.keep_last": (1, 2**31 - 1),
     "checkpoint.keep_every_steps": (0, 2**31 - 1),
     "eval.batch_size": (1, 2**24),
-    "eval.validation_fraction": (0.001, 0.9),
+    "eval.validation_fraction": (0, 0.9),
     "eval.label_fraction": (0, 1),
     "eval.seeds": (1, 1000),
     "eval.max_iterations": (1, 10**6),
     "eval.knn_k": (1, 10**6),
     "eval.knn_temperature": (1e-3, 1e3),
+    "linear.batch_size": (1, 2**24),
+    "linear.epochs": (0, 1e6),
+    "linear.momentum": (0, 1),
+    "finetune.from_layer": (0, 16),
+    "finetune.batch_size": (1, 2**24),
+    "finetune.momentum": (0, 1),
 }
 
 # Options that do not change what is learned (some only the order of a sum): a run may go on with
@@ -170,6 +193,8 @@ _MAY_CHANGE = (
     "loss.implementation",
     "checkpoint.",
     "eval.",
+    "linear.",
+    "finetune.",
     "data.eval_crop",
     "data.max_broken",
     "data.test_",
@@ -177,18 +202,18 @@ _MAY_CHANGE = (
 )
 
 
-def load(spec: str | None, overrides: Sequence[str], workdir: str) -> ConfigDict:
+def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) -> ConfigDict:
     """The configuration of a run, validated and locked.
 
     Args:
-      spec: "FILE.py" or "FILE.py:ARGUMENT"; None: the configuration that `workdir` was made with.
+      spec: "FILE.py" or "FILE.py:ARGUMENT"; None: `saved`.
       overrides: "--config.a.b=value", each.
-      workdir: of the run.
+      saved: the configuration that a workdir was made with.
 
     Raises:
       UserError: a file or option is not there, or a value is not allowed.
     """
-    config = read_file(spec) if spec else read_saved(workdir)
+    config = read_file(spec) if spec else from_dict(saved or {})
     config = override(config, overrides)
     validate(config)
     return config
@@ -238,14 +263,6 @@ def parse_argument(argument: str, **allowed: type) -> dict:
             )
         values[name] = allowed[name](value)
     return values
-
-
-def read_saved(workdir: str) -> ConfigDict:
-    """The configuration in WORKDIR/config.json, over the defaults."""
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists():
-        raise UserError(f"no {path}: name the run's --workdir, or give a --config")
-    return from_dict(json.loads(path.read_text())["config"])
 
 
 def from_dict(values: dict) -> ConfigDict:
@@ -319,6 +336,22 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"{name}={value}: expected (low, high) with 0 < low <= high <= {top:g}")
     if config.train.steps == 0 and config.train.epochs == 0:
         raise UserError("train.epochs=0 and train.steps=0: set one of them")
+    for name in ("linear", "finetune"):
+        group = config[name]
+        if not (group.learning_rate and group.weight_decay):
+            raise UserError(f"{name}.learning_rate and {name}.weight_decay: expected at least one")
+    fractions, epochs = config.finetune.label_fractions, config.finetune.epochs
+    if len(fractions) != len(epochs) or not all(0 < f <= 1 for f in fractions):
+        raise UserError(
+            f"finetune.label_fractions={fractions} and finetune.epochs={epochs}: expected fractions "
+            "in (0, 1], and as many numbers of epochs"
+        )
+    layers = {"none": 0, "linear": 1, "nonlinear": config.model.head_layers}[config.model.head]
+    if config.finetune.from_layer > layers:
+        raise UserError(
+            f"finetune.from_layer={config.finetune.from_layer}: the projection head has {layers} "
+            "layers"
+        )
     if config.data.source == "tfds" and not config.data.name:
         raise UserError("data.name is empty: expected the name of a TFDS data set")
     if config.data.source in ("folder", "arrays") and not config.data.path:

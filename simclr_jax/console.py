@@ -88,11 +88,13 @@ def describe(metrics: dict[str, float]) -> str:
     parts = []
     if "loss" in metrics:  # else every step was skipped
         parts.append(f"loss {metrics['loss']:.3f}")
+    if "contrastive_top1" in metrics:
         parts.append(f"contrastive acc {metrics['contrastive_top1']:.1%}")
     if metrics.get("skipped_steps"):
         parts.append(f"{metrics['skipped_steps']} steps skipped")
     if "classifier_accuracy" in metrics:
-        parts.append(f"online acc {metrics['classifier_accuracy']:.1%}")
+        name = "online acc" if "contrastive_top1" in metrics else "training acc"
+        parts.append(f"{name} {metrics['classifier_accuracy']:.1%}")
     parts.append(f"lr {metrics['learning_rate']:.2g}")
     if "images_per_second" in metrics:  # not before a second step has been timed
         parts.append(f"{metrics['images_per_second']:.0f} images/s")

@@ -4,6 +4,8 @@ import functools
 
 import jax
 import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
 
 from simclr_jax import assemble, checkpoint
 from simclr_jax.config import from_dict
@@ -70,12 +72,24 @@ def load_encoder(path, step: int | None = None) -> Encoder:
     Raises:
       UserError: there is no such checkpoint.
     """
-    found = checkpoint.find(str(path), step)
+    if step is not None:
+        return _read(checkpoint.find(str(path), step))
+    return checkpoint.read_newest(str(path), _read)
+
+
+def _read(found: epath.Path) -> Encoder:
     options = checkpoint.read_options(found)
     config = from_dict(options["config"])
     network = assemble.encoder(config)
-    size = config.data.image_size
-    abstract = jax.eval_shape(lambda: init_encoder(network, size, jax.random.key(0)))
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    variables = checkpoint.read_encoder(found, checkpoint.with_shardings(abstract, sharding))
-    return Encoder(network, variables, size, options["step"])
+    variables = read_variables(config, network, found, sharding)
+    return Encoder(network, variables, config.data.image_size, options["step"])
+
+
+def read_variables(
+    config: ConfigDict, network: ResNet, found: epath.Path, sharding: jax.sharding.Sharding
+) -> dict:
+    """{"params", "batch_stats"} of the encoder in the checkpoint `found`."""
+    start = functools.partial(init_encoder, network, config.data.image_size)
+    abstract = jax.eval_shape(start, jax.random.key(0))
+    return checkpoint.read_encoder(found, checkpoint.with_shardings(abstract, sharding))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 
 from simclr_jax import config as config_lib
-from simclr_jax import processes
+from simclr_jax import processes, record
 from simclr_jax.errors import UserError
 
 
@@ -36,6 +36,11 @@ MODES = {
         "evals.run", "probe", "linear probes of the newest checkpoint, and of the baselines"
     ),
     "knn": Mode("evals.run", "knn", "nearest-neighbour accuracy of the newest checkpoint"),
+    "linear": Mode("evals.finetune", "linear", "linear evaluation by SGD on random crops"),
+    "finetune": Mode(
+        "evals.finetune", "finetune", "train the whole network with all labels and with few"
+    ),
+    "transfer": Mode("evals.run", "transfer", "logistic regression, as for transfer to other data"),
     "export": Mode(
         "export", "export", "the encoder for other programs", needs=("format",), takes=("output",)
     ),
@@ -59,7 +64,8 @@ def main(argv: list[str]) -> None:
         keep_compiled_programs()
         # Before the configuration, which may ask what devices there are.
         processes.start(args.coordinator, args.processes, args.process)
-    config = config_lib.load(args.config, overrides, args.workdir)
+    saved = None if args.config else record.saved_config(args.workdir)
+    config = config_lib.load(args.config, overrides, saved)
     run_mode = getattr(importlib.import_module(f"simclr_jax.{mode.module}"), mode.function)
     finished = run_mode(config, args.workdir, **flags)
     if args.mode == "pretrain" and finished:
@@ -79,9 +85,7 @@ def _flags_of(args: argparse.Namespace) -> dict:
     for flag in given:
         if flag not in (*mode.needs, *mode.takes):
             owners = [name for name, other in MODES.items() if flag in (*other.needs, *other.takes)]
-            raise UserError(
-                f"--{flag} is not of --mode={args.mode}: it is of {', '.join(owners)}"
-            )
+            raise UserError(f"--{flag} is not of --mode={args.mode}: it is of {', '.join(owners)}")
     return given
 
 

@@ -68,14 +68,21 @@ def to_global(mesh: Mesh, local):
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
 
 
-def check_divides(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
+def laid_out(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every process holds whole, as a global array."""
+    return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+
+def check_divides(
+    batch_size: int, mesh: Mesh, microbatches: int = 1, option: str = "data.batch_size"
+) -> None:
     """Raises a UserError unless every device gets the same number of whole images in each
-    microbatch.
+    microbatch of the batch that `option` says.
     """
     multiple = mesh.size * microbatches
     if batch_size % multiple:
         each = f" in {microbatches} microbatches" if microbatches > 1 else ""
         raise UserError(
-            f"data.batch_size={batch_size} does not divide over {mesh.size} devices "
+            f"{option}={batch_size} does not divide over {mesh.size} devices "
             f"({jax.process_count()} processes){each}: use a multiple of {multiple}"
         )

@@ -9,7 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from simclr_jax import config as config_lib
-from simclr_jax.checkpoint import find, read_options, saved_steps
+from simclr_jax.checkpoint import find, read_newest, read_options, saved_steps
 from simclr_jax.config import Plan
 from simclr_jax.data.sources import Split
 from simclr_jax.errors import UserError
@@ -18,6 +18,37 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 # What --extend lets differ.
 _LENGTH = ("train.epochs", "train.steps")
+
+
+def saved_config(path: str) -> dict:
+    """The configuration that a workdir, or a checkpoint folder, was made with.
+
+    Raises:
+      UserError: there is none.
+    """
+    file = epath.Path(path) / "config.json"
+    if file.exists():
+        return json.loads(file.read_text())["config"]
+    try:
+        return read_newest(path, read_options)["config"]
+    except UserError as error:
+        raise UserError(
+            f"no {file}: name the run's --workdir, or a checkpoint folder, or give a --config"
+        ) from error
+
+
+def check_encoder(config: ConfigDict, checkpoint: epath.Path) -> dict:
+    """What a checkpoint was saved with. Raises a UserError if it is of another model than `config`
+    says: data and everything else may be others than in training.
+    """
+    saved = read_options(checkpoint)
+    changed = config_lib.differences(config_lib.from_dict(saved["config"]), config)
+    changed = [change for change in changed if change.startswith("model.")]
+    if changed:
+        raise UserError(
+            f"{checkpoint} is of another model ({'; '.join(changed)}): leave --config out"
+        )
+    return saved
 
 
 def check_workdir(config: ConfigDict, workdir: str, extend: bool = False) -> dict | None:

@@ -40,6 +40,12 @@ def init_encoder(network: ResNet, image_size: int, key: jax.Array) -> dict:
     return dict(network.init(jax.random.fold_in(key, 0), images, train=False))
 
 
+def init_head(network: ProjectionHead, width: int, key: jax.Array) -> dict:
+    """{"params", "batch_stats"} of the head of `init_state` with the same key; `width` is D."""
+    head = network.init(jax.random.fold_in(key, 1), jnp.zeros((1, width)), train=False)
+    return {name: head.get(name, {}) for name in ("params", "batch_stats")}
+
+
 def init_state(
     networks: Networks, optimizer: optax.GradientTransformation, image_size: int, key: jax.Array
 ) -> TrainState:
@@ -51,15 +57,15 @@ def init_state(
     """
     encoder = init_encoder(networks.encoder, image_size, key)
     h = jnp.zeros((1, networks.encoder.width_of_h))
-    head = networks.head.init(jax.random.fold_in(key, 1), h, train=False)
-    params = {"encoder": encoder["params"], "head": head.get("params", {})}
+    head = init_head(networks.head, networks.encoder.width_of_h, key)
+    params = {"encoder": encoder["params"], "head": head["params"]}
     if networks.classifier is not None:
         classifier = networks.classifier.init(jax.random.fold_in(key, 2), h)
         params["classifier"] = classifier["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        batch_stats={"encoder": encoder["batch_stats"], "head": head.get("batch_stats", {})},
+        batch_stats={"encoder": encoder["batch_stats"], "head": head["batch_stats"]},
         opt_state=optimizer.init(params),
     )
 

@@ -10,18 +10,17 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from simclr_jax import train
+from simclr_jax.data.order import few_labels, split_validation
 from simclr_jax.errors import UserError
 from simclr_jax.evals import run
 from simclr_jax.evals.features import extract, raw_pixels
 from simclr_jax.evals.knn import knn_accuracy
 from simclr_jax.evals.linear_probe import (
     accuracy,
-    few_labels,
     fit,
     probe_all_labels,
     probe_few_labels,
     scale,
-    split_validation,
 )
 from simclr_jax.mesh import make_mesh
 

@@ -33,11 +33,11 @@ def views_of(images, seed: int, epochs, indices, size: int, distortion: Distorti
       epochs, indices: int [b].
 
     Returns:
-      uint8 [b, 2, size, size, C], float32 [b, 2, DRAWS_OF_A_VIEW].
+      uint8 [b, views, size, size, C], float32 [b, views, DRAWS_OF_A_VIEW].
     """
 
     def of_one(epoch, index):
-        draws = draw(seed, epoch, index)
+        draws = draw(seed, epoch, index)[: distortion.views]
         make = functools.partial(crop, images[index], size=size, distortion=distortion)
         return jax.vmap(make)(draws), draws
 

@@ -47,6 +47,7 @@ class Distortion:
       grey_probability: of dropping colour.
       brightness: "additive" (the paper's code) or "multiplicative" (the later code).
       blur_probability: of a Gaussian blur with sigma uniform in [0.1, 2] px, drawn per image.
+      views: of each image: two to learn from, one to train a classifier on.
     """
 
     crop_area: tuple[float, float] = (0.08, 1.0)
@@ -57,6 +58,7 @@ class Distortion:
     grey_probability: float = 0.2
     brightness: str = "additive"
     blur_probability: float = 0.5
+    views: int = 2
 
 
 def named(draws) -> dict:

@@ -48,21 +48,21 @@ def two_views(image, draws, size: int, distortion: Distortion):
       image: uint8 [H, W, C], C 1 or 3.
       draws: float32 [2, DRAWS_OF_A_VIEW] in [0, 1).
       size: height and width of a view, pixels.
-      distortion: how strongly the views differ.
+      distortion: how strongly the views differ, and how many of the two are made.
 
     Returns:
-      uint8 [2, size, size, 3].
+      uint8 [views, size, size, 3].
     """
     if _is_small(image):
         return _small_views(image, draws, size, distortion)
-    return tf.stack([_view(image, draws[v], size, distortion) for v in range(2)])
+    return tf.stack([_view(image, draws[v], size, distortion) for v in range(distortion.views)])
 
 
 def two_crops(image, draws, size: int, distortion: Distortion):
     """The crops of both views, uint8 [2, size, size, C]: what is left to do, the device can."""
     if _is_small(image):
         return _small_crops(image, draws, size, distortion)
-    crops = [_crop(image, draws[v], size, distortion) for v in range(2)]
+    crops = [_crop(image, draws[v], size, distortion) for v in range(distortion.views)]
     return tf.stack([_rounded(tf.clip_by_value(crop, 0.0, 255.0)) for crop in crops])
 
 
@@ -132,7 +132,7 @@ def resize(image, size: int):
 @_compiled
 def _small_views(image, draws, size: int, distortion: Distortion):
     views = []
-    for v in range(2):
+    for v in range(distortion.views):
         x = _recolor(_small_crop(image, draws[v], size, distortion), draws[v], distortion)
         radius = d.blur_radius(size)
         if distortion.blur_probability > 0 and radius > 0:
@@ -149,7 +149,9 @@ def _small_views(image, draws, size: int, distortion: Distortion):
 
 @_compiled
 def _small_crops(image, draws, size: int, distortion: Distortion):
-    crops = tf.stack([_small_crop(image, draws[v], size, distortion) for v in range(2)])
+    crops = tf.stack(
+        [_small_crop(image, draws[v], size, distortion) for v in range(distortion.views)]
+    )
     return _rounded(tf.transpose(tf.clip_by_value(crops, 0.0, 255.0), [0, 2, 3, 1]))
 
 

@@ -10,6 +10,20 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
+def split_validation(y: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the training part and of the validation part of labels y [n], by a fixed shuffle."""
+    order = np.random.default_rng([seed, 0]).permutation(len(y))
+    held = max(1, round(fraction * len(y)))
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def few_labels(y: np.ndarray, per_class: int, seed: int) -> np.ndarray:
+    """Indices of `per_class` images of each class of y [n], or as many as the class has."""
+    rng = np.random.default_rng([seed, 1])
+    labelled = np.unique(y[y >= 0])
+    return np.concatenate([rng.permutation(np.flatnonzero(y == c))[:per_class] for c in labelled])
+
+
 def batch_positions(
     seed: int, count: int, batch_size: int, start_step: int, rows: slice
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -87,7 +87,14 @@ def training_batches(
 
 
 def evaluation_batches(
-    split: Split, *, batch_size: int, share: Share, size: int, proportion: float, broken: Broken
+    split: Split,
+    *,
+    batch_size: int,
+    share: Share,
+    size: int,
+    proportion: float,
+    broken: Broken,
+    start: int = 0,
 ) -> Generator[dict[str, np.ndarray]]:
     """This process's share of the split, each image once, in order; the last batch may be short.
 
@@ -97,6 +104,7 @@ def evaluation_batches(
       proportion: of the centred square that is kept, in (0, 1].
       broken: the images that cannot be read; more are noted there when they are met. Another image
         stands in the place of each, labelled `sources.BROKEN`.
+      start: batches that are passed over.
 
     Yields:
       {"image": uint8 [n, size, size, 3], "label": int32 [n]}
@@ -118,13 +126,13 @@ def evaluation_batches(
         image = center_crop(split.decode(example["image"]), size, proportion)
         return {"image": image, "label": example["label"]}
 
-    return _run(split, dataset, indices, broken)
+    return _run(split, dataset, indices, broken, start)
 
 
 def _run(
-    split: Split, dataset: Callable, indices: Callable, broken: Broken
+    split: Split, dataset: Callable, indices: Callable, broken: Broken, passed: int = 0
 ) -> Generator[dict[str, np.ndarray]]:
-    """Iterates `dataset(0)`, with prefetching, in order. Where an image cannot be read, notes those
+    """Iterates `dataset(passed)`, with prefetching, in order. Where an image cannot be read, notes those
     of that batch and goes on with `dataset(batches so far)`, made anew without them.
 
     Args:
@@ -132,6 +140,7 @@ def _run(
       dataset: batches passed to a tf.data.Dataset of those that follow.
       indices: batches passed to the images of the next batch.
       broken: where they are noted.
+      passed: batches to begin after.
 
     Raises:
       UserError: too many images cannot be read, or something else than an image.
@@ -146,7 +155,6 @@ def _run(
         tf.errors.DataLossError,
         tf.errors.ResourceExhaustedError,
     )
-    passed = 0
     while True:
         batches = dataset(passed).with_options(options).prefetch(_PREFETCH_BATCHES)
         try:

@@ -8,11 +8,12 @@ from collections.abc import Generator, Iterator
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding
 
 from simclr_jax.data import device_augment
 from simclr_jax.data.sources import IndexedSplit, Share, Split
 from simclr_jax.errors import UserError
+from simclr_jax.mesh import laid_out
 
 
 def in_memory(split: Split) -> IndexedSplit:
@@ -25,12 +26,12 @@ def in_memory(split: Split) -> IndexedSplit:
     )
 
 
-def place(split: Split, sharding: Sharding) -> dict[str, jax.Array]:
+def place(split: Split, sharding: NamedSharding) -> dict[str, jax.Array]:
     """{"images", "labels"} of the split, laid out over devices."""
     split = in_memory(split)
     try:
         return {
-            name: jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
+            name: laid_out(whole, sharding)
             for name, whole in (("images", split.images), ("labels", split.labels))
         }
     except jax.errors.JaxRuntimeError as error:
@@ -53,13 +54,14 @@ def training_batches(
 
 
 def evaluation_batches(
-    split: Split, *, batch_size: int, share: Share, size: int, proportion: float
+    split: Split, *, batch_size: int, share: Share, size: int, proportion: float, start: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
     """The batches of `pipeline.evaluation_batches`."""
     split = in_memory(split)
     cropped = jax.jit(device_augment.center_crop, static_argnums=(1, 2))
-    for start in range(share.index, split.count, batch_size * share.count):
-        own = slice(start, start + batch_size * share.count, share.count)
+    stride = batch_size * share.count
+    for first in range(share.index + start * stride, split.count, stride):
+        own = slice(first, first + stride, share.count)
         images = split.images[own]
         filled = np.zeros((batch_size, *images.shape[1:]), np.uint8)
         filled[: len(images)] = images  # one shape, so one compilation

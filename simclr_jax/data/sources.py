@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from simclr_jax.data.order import batch_positions, epoch_order
+from simclr_jax.data.order import batch_positions, epoch_order, split_validation
 from simclr_jax.errors import UserError
 
 # What tf.io.decode_image reads, by content: a wrong suffix of these does no harm.
@@ -32,6 +32,9 @@ _IN_MEMORY_BYTES = 2**30
 # which two windows are held. To start anywhere, no more than one window is read in vain.
 _WINDOW = 8 * 1024
 _FILES_AT_ONCE = 16
+
+# A subset of a stream is held encoded, up to this size: 10 % of ImageNet is 14 GB.
+_ENCODED_BYTES = 2 * 2**30
 
 BROKEN = -2  # stands for the label of an image that cannot be read; -1 is an image without a label
 
@@ -91,6 +94,15 @@ class Split(Protocol):
     def stand_ins(self, broken: Set[int]) -> np.ndarray:
         """[N]: each image itself, or if it is broken the next one that is not."""
 
+    def all_labels(self) -> np.ndarray:
+        """int32 [N], in the split's order; decodes no image."""
+
+    def subset(self, indices: np.ndarray) -> "IndexedSplit":
+        """These images, as a split of their own."""
+
+    def divided(self, fraction: float, seed: int) -> tuple["Split", "Split"]:
+        """About 1 - fraction of the images, and the rest, chosen by the seed."""
+
     def decode(self, image: Any) -> Any:
         """What "image" holds to uint8 [H, W, C], in the tf.data graph."""
 
@@ -111,7 +123,8 @@ class IndexedSplit:
     The order is global: the content of a global batch does not depend on the number of processes.
 
     Attributes:
-      images: uint8 [N, H, W, C], or the paths of N image files.
+      images: uint8 [N, H, W, C], or the paths of N image files, or, as objects, what is in N image
+        files.
       labels: int32 [N], -1 where there is none.
     """
 
@@ -140,6 +153,16 @@ class IndexedSplit:
         with tf.device("cpu"):
             images, labels = tf.constant(self.images), tf.constant(self.labels)
         return lambda index: {"image": tf.gather(images, index), "label": tf.gather(labels, index)}
+
+    def all_labels(self) -> np.ndarray:
+        return self.labels
+
+    def subset(self, indices: np.ndarray) -> "IndexedSplit":
+        return IndexedSplit(self.images[indices], self.labels[indices], self.classes)
+
+    def divided(self, fraction: float, seed: int) -> tuple["Split", "Split"]:
+        part, rest = split_validation(self.labels, fraction, seed)
+        return self.subset(part), self.subset(rest)
 
     def stand_ins(self, broken: Set[int]) -> np.ndarray:
         stand_in = np.arange(self.count)
@@ -202,13 +225,14 @@ class IndexedSplit:
 
         from simclr_jax.data import header
 
-        data = header.checked(tf.io.read_file(image))
+        encoded = self.images.dtype == object
+        data = header.checked(image if encoded else tf.io.read_file(image))
         # channels=3 turns grey into three and drops alpha; GIFs give their first frame.
         decoded = tf.io.decode_image(data, channels=3, expand_animations=False)
         return tf.ensure_shape(decoded, [None, None, 3])
 
     def name_of(self, index: int) -> str:
-        return f"image {index}" if self.in_memory else str(self.images[index])
+        return f"image {index}" if self.images.dtype.kind != "U" else str(self.images[index])
 
     def problem(self, index: int) -> str | None:
         if self.in_memory:
@@ -247,19 +271,25 @@ class FilesSplit:
       builder: the TFDS builder, prepared, with TFRecord files.
       name: of the split.
       classes: see `Split`.
+      files: which of its files, ascending; None: all.
     """
 
     builder: Any
     name: str
     classes: tuple[str, ...] | None
+    files: tuple[int, ...] | None = None
 
     @property
-    def _info(self):
-        return self.builder.info.splits[self.name]
+    def _files(self) -> tuple[list[str], np.ndarray]:
+        """Paths, and how many examples each file holds."""
+        info = self.builder.info.splits[self.name]
+        paths, lengths = [str(p) for p in info.filepaths], np.asarray(info.shard_lengths)
+        mine = range(len(paths)) if self.files is None else self.files
+        return [paths[i] for i in mine], lengths[list(mine)]
 
     @property
     def count(self) -> int:
-        return self._info.num_examples
+        return int(self._files[1].sum())
 
     @property
     def image_shape(self) -> tuple[int | None, int | None, int]:
@@ -280,13 +310,13 @@ class FilesSplit:
     ) -> Any:
         import tensorflow as tf
 
-        lengths = np.asarray(self._info.shard_lengths)
+        names, lengths = self._files
         if len(lengths) < share.count:
             raise UserError(
                 f"{self.builder.name}/{self.name} has {len(lengths)} files, fewer than the "
                 f"{share.count} processes that would share them: prepare it with more shards"
             )
-        paths = np.asarray([str(p) for p in self._info.filepaths])
+        paths = np.asarray(names)
         first_index = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         passed = start_step * (batch_size // share.count)
 
@@ -330,10 +360,50 @@ class FilesSplit:
         import tensorflow as tf
 
         return (
-            tf.data.TFRecordDataset([str(p) for p in self._info.filepaths])
+            tf.data.TFRecordDataset(self._files[0])
             .shard(share.count, share.index)
             .skip(start)
             .map(self._parse, num_parallel_calls=tf.data.AUTOTUNE)
+        )
+
+    def all_labels(self) -> np.ndarray:
+        examples = self.once(Share()).map(lambda example: example["label"]).batch(_WINDOW)
+        return np.concatenate(list(examples.as_numpy_iterator()))
+
+    def subset(self, indices: np.ndarray) -> IndexedSplit:
+        """These images, encoded, in memory.
+
+        Raises:
+          UserError: they are more than memory is for.
+        """
+        wanted, images, labels = set(map(int, indices)), [], []
+        for i, example in enumerate(self.once(Share()).as_numpy_iterator()):
+            if i in wanted:
+                images.append(example["image"])
+                labels.append(example["label"])
+                if sum(map(len, images[-1:])) * len(wanted) > _ENCODED_BYTES:
+                    raise UserError(
+                        f"{len(wanted)} images of {self.builder.name}/{self.name} do not fit into "
+                        f"{_ENCODED_BYTES / 1e9:.0f} GB of memory: prepare them as a data set of "
+                        "their own (such as imagenet2012_subset/10pct) and name it in data.name"
+                    )
+        return IndexedSplit(
+            np.asarray([*images, None], object)[:-1], np.asarray(labels, np.int32), self.classes
+        )
+
+    def divided(self, fraction: float, seed: int) -> tuple[Split, Split]:
+        # Whole files: TFDS shuffles a data set before it divides it into files.
+        lengths = self._files[1]
+        files = np.arange(len(lengths)) if self.files is None else np.asarray(self.files)
+        if len(files) < 2:
+            raise UserError(
+                f"{self.builder.name}/{self.name} has one file, so none can be held out for "
+                "validation: prepare it with more shards"
+            )
+        part, rest = split_validation(files, fraction, seed)
+        return (
+            dataclasses.replace(self, files=tuple(files[part].tolist())),
+            dataclasses.replace(self, files=tuple(files[rest].tolist())),
         )
 
     def entries(
@@ -354,7 +424,7 @@ class FilesSplit:
         return None  # TFDS has checked what it wrote
 
     def fingerprint(self) -> str:
-        lengths = ",".join(map(str, self._info.shard_lengths))
+        lengths = ",".join(map(str, self._files[1]))
         return f"{self.builder.info.full_name}/{self.name}:{lengths}"
 
 

@@ -1,7 +1,7 @@
 """The features of every image of a split, each exactly once, on any number of devices."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -16,64 +16,71 @@ from simclr_jax.mesh import replicated, to_global
 RAW_PIXELS = 32
 
 
-def extract(
-    forward: Callable,
-    variables: Any,
-    batches: Iterable[dict],
-    *,
-    count: int,
-    batch_size: int,
-    size: int,
-    mesh: Mesh,
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Features and labels of a split, in its order, on every process.
+class Extractor:
+    """A compiled `forward` that walks through splits."""
 
-    Every process must call this together. Short and missing batches are filled up with zeros,
-    which are dropped again, so that one program serves all and every process runs it equally often.
+    def __init__(self, forward: Callable, *, batch_size: int, size: int, mesh: Mesh):
+        """Compiles nothing yet.
 
-    Args:
-      forward: (variables, images uint8 [n, H, W, 3]) to {kind: features [n, D]}, jit-able.
-      variables: what forward needs, on all devices of the mesh.
-      batches: this process's part: {"image", "label"}, image i of it being image p + i P of the split.
-      count: images of the split, over all processes.
-      batch_size: of the global batch, a multiple of the number of devices.
-      size: height and width of an image, pixels.
-      mesh: of all devices.
-
-    Returns:
-      {kind: features float32 [count, D]}, labels int32 [count]; less the images that are broken.
-    """
-    processes = jax.process_count()
-    local = batch_size // processes
-    everywhere = replicated(mesh)
-    run = jax.jit(
-        lambda variables, batch: (forward(variables, batch["image"]), batch["label"]),
-        out_shardings=(everywhere, everywhere),
-    )
-
-    def in_order(x):
-        # Rows come process after process; image i of process p is image p + i P of the split.
-        return x.reshape(processes, local, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
-
-    nothing = {
-        "image": np.zeros((0, size, size, 3), np.uint8),
-        "label": np.zeros(0, np.int32),
-    }
-    blank = np.zeros((local, size, size, 3), np.uint8)
-    parts = []
-    steps = -(-count // batch_size)
-    for batch in itertools.islice(itertools.chain(batches, itertools.repeat(nothing)), steps):
-        n = len(batch["label"])
-        filled = {
-            "image": np.concatenate([batch["image"], blank[n:]]),
-            "label": np.concatenate([batch["label"], np.zeros(local - n, np.int32)]),
-        }
-        parts.append(
-            jax.tree.map(in_order, jax.device_get(run(variables, to_global(mesh, filled))))
+        Args:
+          forward: (variables, images uint8 [n, H, W, 3]) to {kind: features [n, D]}, jit-able.
+          batch_size: of the global batch, a multiple of the number of devices.
+          size: height and width of an image, pixels.
+          mesh: of all devices.
+        """
+        self._batch_size, self._size, self._mesh = batch_size, size, mesh
+        everywhere = replicated(mesh)
+        self._run = jax.jit(
+            lambda variables, batch: (forward(variables, batch["image"]), batch["label"]),
+            out_shardings=(everywhere, everywhere),
         )
-    features, labels = jax.tree.map(lambda *rows: np.concatenate(rows)[:count], *parts)
-    whole = labels != BROKEN
-    return jax.tree.map(lambda rows: rows[whole], features), labels[whole]
+
+    def stream(
+        self, variables: Any, batches: Iterable[dict], count: int
+    ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+        """Features and labels of a split, in its order, batch by batch, on every process.
+
+        Every process must call this together. Short and missing batches are filled up with zeros,
+        which are dropped again, so that one program serves all and every process runs it equally
+        often.
+
+        Args:
+          variables: what forward needs, on all devices of the mesh.
+          batches: this process's part: {"image", "label"}, image i of it being image p + i P.
+          count: images, over all processes.
+
+        Yields:
+          {kind: features float32 [n, D]}, labels int32 [n], `BROKEN` for an image that is.
+        """
+        processes = jax.process_count()
+        local, size = self._batch_size // processes, self._size
+
+        def in_order(x):
+            # Rows come process after process; image i of process p is image p + i P of the split.
+            return x.reshape(processes, local, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+
+        blank = np.zeros((local, size, size, 3), np.uint8)
+        nothing = {"image": blank[:0], "label": np.zeros(0, np.int32)}
+        steps = -(-count // self._batch_size)
+        some = itertools.islice(itertools.chain(batches, itertools.repeat(nothing)), steps)
+        for step, batch in enumerate(some):
+            n = len(batch["label"])
+            filled = {
+                "image": np.concatenate([batch["image"], blank[n:]]),
+                "label": np.concatenate([batch["label"], np.zeros(local - n, np.int32)]),
+            }
+            rows = jax.device_get(self._run(variables, to_global(self._mesh, filled)))
+            left = count - step * self._batch_size
+            yield jax.tree.map(lambda x, left=left: in_order(x)[:left], rows)
+
+    def extract(
+        self, variables: Any, batches: Iterable[dict], count: int
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """All that `stream` yields, less the images that are broken."""
+        parts = list(self.stream(variables, batches, count))
+        features, labels = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+        whole = labels != BROKEN
+        return jax.tree.map(lambda rows: rows[whole], features), labels[whole]
 
 
 def raw_pixels(images, channels: int):

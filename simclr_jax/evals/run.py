@@ -1,45 +1,44 @@
-"""--mode=probe and --mode=knn: the newest checkpoint beside raw pixels and the untrained encoder.
+"""--mode=probe, knn and transfer: classifiers on the features of the newest checkpoint, of raw pixels
+and of the untrained encoder.
 
 A number without the other two says nothing: it may be the data that are easy.
 """
 
-import contextlib
-import functools
-import json
 from typing import NamedTuple
 
-import jax
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble
-from simclr_jax.checkpoint import find, read_encoder, read_options, with_shardings
-from simclr_jax.config import differences, from_dict
-from simclr_jax.console import Progress, say, show_table
+from simclr_jax.console import Progress, say
 from simclr_jax.data.sources import Split
 from simclr_jax.errors import UserError
-from simclr_jax.evals.features import extract, raw_pixels
+from simclr_jax.evals import encoders, results
+from simclr_jax.evals.encoders import ENCODER, RAW_PIXELS, UNTRAINED
+from simclr_jax.evals.features import Extractor, raw_pixels
 from simclr_jax.evals.knn import knn_accuracy
-from simclr_jax.evals.linear_probe import probe_all_labels, probe_few_labels, scale
-from simclr_jax.mesh import make_mesh, replicated
-from simclr_jax.resnet import ResNet
-from simclr_jax.train_state import init_encoder
+from simclr_jax.evals.linear_probe import (
+    LAMBDAS,
+    fit_chosen_lambda,
+    probe_all_labels,
+    probe_few_labels,
+    scale,
+)
+from simclr_jax.mesh import make_mesh
 from simclr_jax.train_step import to_float
-
-KINDS = RAW_PIXELS, UNTRAINED, ENCODER = "raw pixels", "untrained encoder", "encoder"
 
 
 class Features(NamedTuple):
-    """{kind: features [n, D]} and labels [n] of both splits, and how they were made."""
+    """{kind: features [n, D]} and labels [n] of both splits, and what they were made with."""
 
     train: dict[str, np.ndarray]
     train_labels: np.ndarray
     test: dict[str, np.ndarray]
     test_labels: np.ndarray
     classes: int
-    step: int
+    saved: dict
+    mesh: Mesh
 
 
 def can_evaluate(config: ConfigDict) -> bool:
@@ -50,6 +49,7 @@ def can_evaluate(config: ConfigDict) -> bool:
 
 def probe(config: ConfigDict, workdir: str) -> dict:
     """Linear probes with all labels and with few; writes WORKDIR/probe.json and shows a table."""
+    _check_choice(config)
     features = _all_features(config, workdir)
     options = config.eval
     settings = {
@@ -64,21 +64,26 @@ def probe(config: ConfigDict, workdir: str) -> dict:
         share = options.label_fraction * len(features.train_labels) / features.classes
         few.add(max(1, round(share)))
     rows = []
-    for kind in KINDS:
+    for kind in features.train:
         x_train, x_test = scale(features.train[kind], features.test[kind])
         train, test = (x_train, features.train_labels), (x_test, features.test_labels)
         for per_class in sorted(few):
             say(f"probing {kind}, {per_class} label{'s' if per_class > 1 else ''} a class")
             accuracies = probe_few_labels(
-                train, test, per_class=per_class, seeds=options.seeds, **settings
+                train,
+                test,
+                per_class=per_class,
+                seeds=options.seeds,
+                mesh=features.mesh,
+                **settings,
             )
-            rows.append(_row(kind, per_class, accuracies))
+            rows.append(results.row(kind, per_class, accuracies))
         say(f"probing {kind}, all labels")
-        best, l2 = probe_all_labels(train, test, **settings)
-        rows.append(_row(kind, None, [best]) | {"l2": l2})
-    result = _result(config, features, rows) | {"settings": settings}
-    _finish(result, workdir, "probe", "Linear probe, test accuracy")
-    return result
+        best, l2 = probe_all_labels(train, test, mesh=features.mesh, **settings)
+        rows.append(results.row(kind, None, [best]) | {"l2": l2})
+    return _finish(
+        config, features, rows, settings, workdir, "probe", "Linear probe, test accuracy"
+    )
 
 
 def knn(config: ConfigDict, workdir: str) -> dict:
@@ -87,143 +92,127 @@ def knn(config: ConfigDict, workdir: str) -> dict:
     k = min(config.eval.knn_k, len(features.train_labels))
     temperature = config.eval.knn_temperature
     rows = []
-    for kind in KINDS:
+    for kind in features.train:
         score = knn_accuracy(
             (features.train[kind], features.train_labels),
             (features.test[kind], features.test_labels),
             k=k,
             temperature=temperature,
             classes=features.classes,
+            mesh=features.mesh,
         )
-        rows.append(_row(kind, None, [score]))
+        rows.append(results.row(kind, None, [score]))
     settings = {"k": k, "temperature": temperature}
-    result = _result(config, features, rows) | {"settings": settings}
-    _finish(result, workdir, "knn", f"Weighted kNN, k = {k}, test accuracy")
-    return result
+    title = f"Weighted kNN, k = {k}, test accuracy"
+    return _finish(config, features, rows, settings, workdir, "knn", title)
+
+
+def transfer(config: ConfigDict, workdir: str) -> dict:
+    """Transfer as in the paper's appendix B.8: features of the centred square, without random crops,
+    and logistic regression whose lambda is chosen out of 45 on a validation part and which is then
+    fitted to all training labels. Writes WORKDIR/transfer.json, or transfer_NAME.json for other
+    data than those of training, and shows a table.
+    """
+    _check_choice(config)
+    config = config.copy_and_resolve_references()
+    config.data.eval_crop = 1.0
+    features = _all_features(config, workdir)
+    settings = {
+        "lambdas": LAMBDAS,
+        "validation_fraction": config.eval.validation_fraction,
+        "seed": config.seed,
+        "max_iterations": config.eval.max_iterations,
+    }
+    rows, lines = [], []
+    for kind in features.train:
+        say(f"fitting {kind}, {len(LAMBDAS)} values of lambda")
+        found = fit_chosen_lambda(
+            (features.train[kind], features.train_labels),
+            (features.test[kind], features.test_labels),
+            classes=features.classes,
+            mesh=features.mesh,
+            **settings,
+        )
+        rows.append(results.row(kind, None, [found.pop("accuracy")]) | found)
+        lines.append(
+            [
+                kind,
+                results.cell(rows[-1]),
+                f"{found['mean_per_class_accuracy']:.1%}",
+                f"{found['lambda']:.2g}",
+            ]
+        )
+    table = ["features", "accuracy", "mean of classes", "lambda"], lines
+    title = "Logistic regression (appendix B.8), test accuracy"
+    return _finish(config, features, rows, settings, workdir, "transfer", title, table)
+
+
+def _check_choice(config: ConfigDict) -> None:
+    if config.eval.validation_fraction == 0:
+        raise UserError("eval.validation_fraction=0: expected a part to choose regularisation on")
 
 
 def _all_features(config: ConfigDict, workdir: str) -> Features:
     """Features of every image of both splits, by the newest checkpoint and by the baselines."""
-    source = assemble.source(config)
-    if not can_evaluate(config):
-        lacking = "labelled test split" if source.train.classes else "labels"
-        raise UserError(
-            f"the data have no {lacking}, so there is nothing to evaluate on; see "
-            "data.folder_labels, data.test_path and data.test_split"
-        )
+    source = encoders.labelled(config)
     assert source.test is not None
     assert source.train.classes
-    checkpoint = find(workdir, None)
-    saved = read_options(checkpoint)
-    step = saved["step"]
-    # How it was trained does not matter to what it is; --extend may have changed it since.
-    changed = differences(from_dict(saved["config"]), config, ("train.", "optimizer.", "loss."))
-    if changed:
-        raise UserError(
-            f"{checkpoint} is of another configuration ({'; '.join(changed)}): leave --config out"
-        )
     mesh = make_mesh()
-    # The global batch must divide over the devices: round it up.
-    batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
+    trained = encoders.trained(config, workdir, mesh)
+    step, batch_size = trained.saved["step"], encoders.batch_size_of(config, mesh)
     network = assemble.encoder(config, parts=mesh.size)
-    variables = {
-        UNTRAINED: _untrained(config, network, source.train, workdir, batch_size, mesh),
-        ENCODER: _trained(config, network, checkpoint, mesh),
-    }
+    variables = {ENCODER: trained.encoder}
+    if config.eval.baselines:
+        variables = {
+            UNTRAINED: encoders.untrained(config, source.train, workdir, batch_size, mesh)
+        } | variables
 
     def forward(variables, images):
         x = to_float(images)
-        return {
-            RAW_PIXELS: raw_pixels(images, source.train.image_shape[-1]),
-            UNTRAINED: network.apply(variables[UNTRAINED], x, train=False),
-            ENCODER: network.apply(variables[ENCODER], x, train=False),
-        }
+        channels = source.train.image_shape[-1]
+        raw = {RAW_PIXELS: raw_pixels(images, channels)} if config.eval.baselines else {}
+        return raw | {kind: network.apply(v, x, train=False) for kind, v in variables.items()}
+
+    extractor = Extractor(forward, batch_size=batch_size, size=config.data.image_size, mesh=mesh)
 
     def features_of(split: Split, name: str):
         broken = assemble.broken_images(config, split, workdir, test=split is source.test)
         say(f"features of {split.count} {name} images, encoder of step {step}")
         with Progress(-(-split.count // batch_size)) as progress:
-            return extract(
-                forward,
-                variables,
-                progress.track(assemble.evaluation_batches(config, split, batch_size, broken)),
-                count=split.count,
-                batch_size=batch_size,
-                size=config.data.image_size,
-                mesh=mesh,
-            )
+            batches = assemble.evaluation_batches(config, split, batch_size, broken)
+            return extractor.extract(variables, progress.track(batches), split.count)
 
     train, train_labels = features_of(source.train, "training")
     test, test_labels = features_of(source.test, "test")
-    return Features(train, train_labels, test, test_labels, len(source.train.classes), step)
+    kinds = [kind for kind in encoders.KINDS if kind in train]
+    return Features(
+        {kind: train[kind] for kind in kinds},
+        train_labels,
+        test,
+        test_labels,
+        len(source.train.classes),
+        trained.saved,
+        mesh,
+    )
 
 
-def _trained(config: ConfigDict, network: ResNet, checkpoint: epath.Path, mesh: Mesh) -> dict:
-    start = functools.partial(init_encoder, network, config.data.image_size)
-    abstract = jax.eval_shape(start, jax.random.key(0))
-    return read_encoder(checkpoint, with_shardings(abstract, replicated(mesh)))
-
-
-def _untrained(
-    config: ConfigDict, network: ResNet, split: Split, workdir: str, batch_size: int, mesh: Mesh
+def _finish(
+    config: ConfigDict,
+    features: Features,
+    rows: list[dict],
+    settings: dict,
+    workdir: str,
+    mode: str,
+    title: str,
+    table: tuple | None = None,
 ) -> dict:
-    """The encoder before training, made as good as an untrained one can be.
-
-    As initialised it would be a straw man: with the last BatchNorm scale of each block at zero it
-    sees through its strided 1x1 shortcuts only (at 16 px: one corner of the image). So here these
-    scales are one, and the running statistics are those of one batch of views.
-    """
-    size = config.data.image_size
-    network = network.clone(zero_init_residual=False, norm_momentum=0.0)
-    broken = assemble.broken_images(config, split, workdir)
-    batches = assemble.training_batches(config, split, 0, broken, batch_size)
-    with contextlib.closing(batches):
-        batch = assemble.feed(config, split, mesh)(next(batches))
-    fetch, make_views = assemble.view_functions(config)
-
-    def calibrated(key, batch):
-        variables = init_encoder(network, size, key)
-        first = make_views(fetch(batch))[:, 0]
-        _, seen = network.apply(variables, first, train=True, mutable=["batch_stats"])
-        return {"params": variables["params"], "batch_stats": seen["batch_stats"]}
-
-    return jax.jit(calibrated, out_shardings=replicated(mesh))(jax.random.key(config.seed), batch)
-
-
-def _row(kind: str, per_class: int | None, accuracies: list[float]) -> dict:
-    return {
-        "features": kind,
-        "labels_per_class": per_class,
-        "accuracy": float(np.mean(accuracies)),
-        "std": float(np.std(accuracies)),
-        "seeds": len(accuracies),
-    }
-
-
-def _result(config: ConfigDict, features: Features, rows: list[dict]) -> dict:
-    return {
-        "step": features.step,
+    result = {
+        "step": features.saved["step"],
         "rows": rows,
         "train_images": len(features.train_labels),
         "test_images": len(features.test_labels),
-        "config": config.to_dict(),
+        "settings": settings,
     }
-
-
-def _finish(result: dict, workdir: str, name: str, title: str) -> None:
-    if jax.process_index() == 0:
-        path = epath.Path(workdir) / f"{name}.json"
-        try:
-            path.write_text(json.dumps(result, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
-    columns = sorted({row["labels_per_class"] or np.inf for row in result["rows"]})
-    cells: dict[str, dict[float, str]] = {}
-    for row in result["rows"]:
-        spread = f" ± {row['std']:.1%}" if row["seeds"] > 1 else ""
-        column = row["labels_per_class"] or np.inf
-        cells.setdefault(row["features"], {})[column] = f"{row['accuracy']:.1%}{spread}"
-    header = ["labels a class"] + ["all" if c == np.inf else str(c) for c in columns]
-    say()
-    show_table(title, header, [[kind, *(by[c] for c in columns)] for kind, by in cells.items()])
-    say(f"{result['test_images']} test images, step {result['step']}: {workdir}/{name}.json")
+    table = table or results.labels_table(rows)
+    results.write(result, config, features.saved["config"], workdir, mode, title, table)
+    return result
