@@ -25,6 +25,8 @@ setup(
         "numpy>=2.1",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
+        "pillow>=12",
+        "pyarrow>=21",
         "rich>=14",
         "safetensors>=0.5",
         "scikit-learn>=1.7",
@@ -40,7 +42,6 @@ setup(
         "tpu": ["google-cloud-storage>=3", "jax[tpu]>=0.10"],
         "dev": [
             "mypy>=2.4",
-            "pillow>=12",
             "pytest>=8.4",
             "pytest-xdist>=3.8",
             "ruff>=0.17",

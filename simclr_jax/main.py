@@ -41,6 +41,20 @@ MODES = {
         "evals.finetune", "finetune", "train the whole network with all labels and with few"
     ),
     "transfer": Mode("evals.run", "transfer", "logistic regression, as for transfer to other data"),
+    "embed": Mode(
+        "embed",
+        "embed",
+        "the representations of every image of a folder or split, to a file",
+        needs=("input", "output"),
+        takes=("with_z",),
+    ),
+    "neighbours": Mode(
+        "neighbours",
+        "neighbours",
+        "a picture of the nearest neighbours of some images, from such a file",
+        needs=("input",),
+        takes=("output", "query"),
+    ),
     "export": Mode(
         "export", "export", "the encoder for other programs", needs=("format",), takes=("output",)
     ),
@@ -115,7 +129,22 @@ def _parser() -> argparse.ArgumentParser:
         "--format", choices=("safetensors", "stablehlo", "savedmodel"), help="of --mode=export"
     )
     parser.add_argument(
-        "--output", metavar="PATH", help="of --mode=export: the file; default: in the workdir"
+        "--input",
+        metavar="WHAT",
+        help="of --mode=embed: a folder, NAME:SPLIT of TFDS, or train or test of the run's data; of "
+        "--mode=neighbours: what --mode=embed wrote",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="PATH",
+        help="of --mode=embed: FILE.parquet or FILE.npz; of export and neighbours: the file, by "
+        "default in the workdir",
+    )
+    parser.add_argument(
+        "--with_z", action="store_true", help="of --mode=embed: the projections too"
+    )
+    parser.add_argument(
+        "--query", metavar="A,B,...", help="of --mode=neighbours: images; default: eight of them"
     )
     parser.add_argument(
         "--extend",

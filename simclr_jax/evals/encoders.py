@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble
-from simclr_jax.checkpoint import read_head, read_newest, with_shardings
+from simclr_jax.checkpoint import find, read_head, read_newest, with_shardings
 from simclr_jax.data.sources import Source, Split
 from simclr_jax.encoder import read_variables
 from simclr_jax.errors import UserError
@@ -28,8 +28,10 @@ class Trained(NamedTuple):
     saved: dict
 
 
-def trained(config: ConfigDict, workdir: str, mesh: Mesh, head: bool = False) -> Trained:
-    """The newest encoder, on every device, and its projection head if asked for.
+def trained(
+    config: ConfigDict, workdir: str, mesh: Mesh, head: bool = False, step: int | None = None
+) -> Trained:
+    """The newest encoder, or that of a step, on every device, and its projection head if asked for.
 
     Raises:
       UserError: there is none, or it is of another model than the configuration says.
@@ -46,7 +48,7 @@ def trained(config: ConfigDict, workdir: str, mesh: Mesh, head: bool = False) ->
         )
         return Trained(encoder, read_head(checkpoint, with_shardings(abstract, everywhere)), saved)
 
-    return read_newest(workdir, read)
+    return read_newest(workdir, read) if step is None else read(find(workdir, step))
 
 
 def labelled(config: ConfigDict) -> Source:
