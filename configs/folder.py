@@ -1,17 +1,22 @@
 """SimCLR on a folder of your own images, without labels: every image below it, at any depth.
 
-Nobody can say what it reaches on your images. The settings are the paper's for ImageNet, but for
-a batch that fits one GPU of 16 GB or more, with the learning rate that the paper found better for
-small batches (appendix B.1: 0.075 x sqrt(B)).
+Nobody can say what it reaches on your images. Resolution, stem, batch, epochs and the like are chosen
+from how many images there are, how large they are, and whether there is a GPU or TPU or only a CPU; the
+run says which and why before it starts, and any option given on the command line counts instead.
 
     python -m simclr_jax.main --config=configs/folder.py:PATH --workdir=/tmp/simclr_folder
 
-Fewer than some 10,000 images need more epochs (--config.train.epochs=500). If the folders below
-PATH are classes, --config.data.folder_labels=True trains a classifier alongside to watch, and with
---config.data.test_path=OTHER_PATH the run ends with a probe on the images below OTHER_PATH.
+If the folders below PATH are classes, --config.data.folder_labels=True trains a classifier alongside
+to watch, and with --config.data.test_path=OTHER_PATH the run ends with a probe on the images below
+OTHER_PATH.
 """
 
-from simclr_jax import config
+import pathlib
+
+import jax
+
+from simclr_jax import config, suggest
+from simclr_jax.data.folder import look
 
 
 def get_config(argument: str = ""):
@@ -21,8 +26,9 @@ def get_config(argument: str = ""):
     c = config.default()
     c.data.source = "folder"
     c.data.path = argument
-    c.data.batch_size = 256
-    c.model.dtype = "bfloat16"
-    c.optimizer.scaling = "sqrt"
-    c.optimizer.learning_rate = 0.075
+    found = look(pathlib.Path(argument).expanduser())
+    accelerator = jax.default_backend() != "cpu"
+    for option, value, _ in suggest.settings(max(1, found.images), found.short_side, accelerator):
+        group, _, name = option.partition(".")
+        c[group][name] = value
     return c

@@ -108,7 +108,7 @@ def default() -> ConfigDict:
     # Linear evaluation by SGD, --mode=linear (appendix B.6).
     c.linear = ConfigDict()
     c.linear.batch_size = 4096  # images, each cropped at random
-    c.linear.epochs = 90.0
+    c.linear.epochs = 90.0  # of the training split, less its validation part
     c.linear.learning_rate = (0.1,)  # x batch / 256; of several the validation part chooses one
     c.linear.weight_decay = (0.0,)  # the same
     c.linear.momentum = 0.9  # Nesterov's
@@ -118,7 +118,7 @@ def default() -> ConfigDict:
     c.finetune.label_fractions = (0.01, 0.1, 1.0)  # of each class's labels
     c.finetune.epochs = (60.0, 30.0, 30.0)  # for each fraction, over the images with these labels
     c.finetune.from_layer = 0  # of the projection head; 0: h; 1 in SimCLR v2 (arXiv 2006.10029)
-    c.finetune.batch_size = 4096
+    c.finetune.batch_size = 4096  # images, each cropped at random
     c.finetune.learning_rate = (0.05,)  # x batch / 256; of several the validation part chooses one
     c.finetune.weight_decay = (0.0,)  # the same
     c.finetune.momentum = 0.9  # Nesterov's

@@ -282,7 +282,7 @@ def _write_parquet(output: pathlib.Path, parts: list[pathlib.Path], about: dict)
         return pa.table(arrays).replace_schema_metadata({"simclr_jax": json.dumps(about)})
 
     count = 0
-    tables = (table(np.load(path)) for path in parts)
+    tables = (table(np.load(path, allow_pickle=False)) for path in parts)
     first = next(tables)
     with pq.ParquetWriter(output, first.schema) as writer:
         writer.write_table(first)
@@ -295,7 +295,7 @@ def _write_parquet(output: pathlib.Path, parts: list[pathlib.Path], about: dict)
 
 def _write_npz(output: pathlib.Path, parts: list[pathlib.Path], about: dict) -> int:
     """An .npz of the same columns, array by array and part by part: numpy.savez would hold all."""
-    with np.load(parts[0]) as first:
+    with np.load(parts[0], allow_pickle=False) as first:
         names = first.files
     with zipfile.ZipFile(output, "w", allowZip64=True) as archive:
         for name in names:
@@ -317,5 +317,5 @@ def _write_npz(output: pathlib.Path, parts: list[pathlib.Path], about: dict) -> 
 
 
 def _column(path: pathlib.Path, name: str) -> np.ndarray:
-    with np.load(path) as part:
+    with np.load(path, allow_pickle=False) as part:
         return part[name]

@@ -33,7 +33,7 @@ class Features(NamedTuple):
     def blocks(self) -> Iterator[np.ndarray]:
         """h, float32 [n, D], of the images in order, some at a time."""
         if self.path.suffix == ".npz":
-            with np.load(self.path) as file:
+            with np.load(self.path, allow_pickle=False) as file:
                 h = file["h"]
             yield from (h[i : i + _BLOCK] for i in range(0, len(h), _BLOCK))
             return
@@ -51,7 +51,7 @@ def read_features(path: str) -> Features:
         raise UserError(f"no file {path!r}: expected what --mode=embed wrote")
     try:
         if file.suffix == ".npz":
-            with np.load(file) as arrays:
+            with np.load(file, allow_pickle=False) as arrays:
                 return Features(json.loads(str(arrays["about"])), arrays["image"], file)
         import pyarrow as pa
         import pyarrow.parquet as pq

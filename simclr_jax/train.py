@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,11 +12,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from simclr_jax import assemble
+from simclr_jax import assemble, suggest
 from simclr_jax import config as config_lib
 from simclr_jax.checkpoint import Checkpoints, with_shardings
 from simclr_jax.config import Plan
 from simclr_jax.console import Progress, say
+from simclr_jax.data import folder
 from simclr_jax.data.sources import Split
 from simclr_jax.errors import UserError
 from simclr_jax.log import Log, not_finite
@@ -178,6 +180,8 @@ def describe_run(
     kinds = collections.Counter(device.device_kind for device in mesh.devices.flat)
     devices = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
     labels = f"{len(train.classes)} classes" if train.classes else "no labels"
+    if config.data.source == "folder":
+        describe_folder(config)
     say(f"data        {train.count} images, {labels}; views of {config.data.image_size} px")
     say(
         f"model       ResNet-{config.model.depth} x{config.model.width:g}, {f / 1e6:.2f} M parameters; head {g / 1e6:.2f} M"
@@ -200,6 +204,20 @@ def describe_run(
         + (f" in {microbatches} microbatches" if microbatches > 1 else "")
         + (f"; parameters divided over {shards}" if shards > 1 else "")
     )
+
+
+def describe_folder(config: ConfigDict) -> None:
+    """Says what a folder holds, and which options follow from it."""
+    found = folder.look(pathlib.Path(config.data.path).expanduser())
+    for i, line in enumerate(folder.describe(found)):
+        say(f"{'' if i else 'folder':<12}{line}")
+    values = config_lib.flatten(config)
+    accelerator = jax.default_backend() != "cpu"
+    for i, choice in enumerate(suggest.settings(found.images, found.short_side, accelerator)):
+        option, suggested, reason = choice
+        given = values[option]
+        why = reason if given == suggested else f"given; the images suggest {suggested}"
+        say(f"{'' if i else 'settings':<12}{option}={given}  ({why})")
 
 
 def norm_of(config: ConfigDict, mesh: Mesh) -> str:

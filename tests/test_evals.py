@@ -12,8 +12,8 @@ from sklearn.linear_model import LogisticRegression
 from simclr_jax import train
 from simclr_jax.data.order import few_labels, split_validation
 from simclr_jax.errors import UserError
-from simclr_jax.evals import run
-from simclr_jax.evals.features import extract, raw_pixels
+from simclr_jax.evals import encoders, run
+from simclr_jax.evals.features import Extractor, raw_pixels
 from simclr_jax.evals.knn import knn_accuracy
 from simclr_jax.evals.linear_probe import (
     accuracy,
@@ -117,15 +117,13 @@ def test_features_are_of_every_image_once(count, devices):
         {"image": images[i : i + 16], "label": np.arange(count, dtype=np.int32)[i : i + 16]}
         for i in range(0, count, 16)
     ]
-    features, labels = extract(
+    extractor = Extractor(
         lambda scale, x: {"mean": scale * jnp.mean(x.astype(jnp.float32), axis=(1, 2))},
-        jnp.float32(2.0),
-        batches,
-        count=count,
         batch_size=16,
         size=4,
         mesh=make_mesh(devices),
     )
+    features, labels = extractor.extract(jnp.float32(2.0), batches, count)
     np.testing.assert_array_equal(labels, np.arange(count))
     np.testing.assert_allclose(features["mean"], 2.0 * np.arange(count)[:, None] * np.ones(3))
 
@@ -165,8 +163,8 @@ def test_the_untrained_encoder_is_not_a_straw_man(tiny, tmp_path):
     from simclr_jax import assemble
 
     network = assemble.encoder(tiny)
-    variables = run._untrained(
-        tiny, network, assemble.source(tiny).train, str(tmp_path), 48, make_mesh()
+    variables = encoders.untrained(
+        tiny, assemble.source(tiny).train, str(tmp_path), 48, make_mesh()
     )
     scales = [
         leaf

@@ -231,7 +231,7 @@ def test_synthetic_images_have_classes():
 
 def test_entering_late_reads_one_window_in_vain_at_most(files, monkeypatch):
     monkeypatch.setattr(sources, "_WINDOW", 1)  # each file a window of its own
-    lengths = np.asarray(files._info.shard_lengths)
+    lengths = np.asarray(files._files[1])
     read = used = 0
     for _, members, order in itertools.islice(sources._windows(5, lengths, Share(), 35), 3):
         read, used = read + lengths[members].sum(), used + len(order)

@@ -17,11 +17,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from simclr_jax.data.folder import SUFFIXES, index
 from simclr_jax.data.order import batch_positions, epoch_order, split_validation
 from simclr_jax.errors import UserError
-
-# What tf.io.decode_image reads, by content: a wrong suffix of these does no harm.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 
 # A TFDS split of images of one shape is held in memory up to this size: any order is then free,
 # and nothing is decoded twice.
@@ -126,11 +124,13 @@ class IndexedSplit:
       images: uint8 [N, H, W, C], or the paths of N image files, or, as objects, what is in N image
         files.
       labels: int32 [N], -1 where there is none.
+      sizes: int64 [N] of the files, bytes.
     """
 
     images: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...] | None = None
+    sizes: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -223,12 +223,16 @@ class IndexedSplit:
             return image
         import tensorflow as tf
 
-        from simclr_jax.data import header
+        from simclr_jax.data import header, other_formats
 
         encoded = self.images.dtype == object
         data = header.checked(image if encoded else tf.io.read_file(image))
         # channels=3 turns grey into three and drops alpha; GIFs give their first frame.
-        decoded = tf.io.decode_image(data, channels=3, expand_animations=False)
+        decoded = tf.cond(
+            other_formats.is_other(data),
+            lambda: other_formats.decode(data),
+            lambda: tf.io.decode_image(data, channels=3, expand_animations=False),
+        )
         return tf.ensure_shape(decoded, [None, None, 3])
 
     def name_of(self, index: int) -> str:
@@ -253,8 +257,8 @@ class IndexedSplit:
         else:
             # Names below the folder they share, and sizes: reading all would take too long.
             root = os.path.commonpath([os.path.dirname(path) for path in self.images])
-            for path in self.images:
-                size = os.stat(path).st_size if os.path.exists(path) else -1
+            sizes = [-1] * self.count if self.sizes is None else self.sizes.tolist()
+            for path, size in zip(self.images.tolist(), sizes, strict=True):
                 digest.update(os.fsencode(path[len(root) :]) + f" {size}\n".encode())
         return digest.hexdigest()
 
@@ -460,7 +464,7 @@ def _windows(
 def reason_of(error: Any) -> str:
     """What a TensorFlow error says, without which node of which graph says it."""
     text = " ".join(str(error.message).split())
-    return text.rpartition("}} ")[2].partition(" [Op:")[0]
+    return text.rpartition("}} ")[2].partition(" [Op:")[0].partition(" Condition x ")[0]
 
 
 def _own_files(seed: int, epoch: int, lengths: np.ndarray, share: Share) -> np.ndarray:
@@ -529,31 +533,28 @@ def folder(path: str, labels: bool, classes: tuple[str, ...] | None = None) -> I
     root = pathlib.Path(path).expanduser()
     if not root.is_dir():
         raise UserError(f"no folder {path!r}: expected a folder of images (data.path)")
-    files = sorted(
-        pathlib.Path(where) / name
-        for where, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if name.lower().endswith(IMAGE_SUFFIXES)
-    )
-    if not files:
-        raise UserError(f"no image below {path!r}: looked for {', '.join(IMAGE_SUFFIXES)}")
-    paths = np.asarray([str(p) for p in files])
+    found = index(root)
+    paths = np.asarray([os.path.join(root, path) for path in found.paths], str)
+    if not len(paths):
+        raise UserError(f"no image below {path!r}: looked for {', '.join(SUFFIXES)}")
     if not labels:
-        return IndexedSplit(paths, np.full(len(files), -1, np.int32))
-    loose = [str(p) for p in files if p.parent == root]
+        return IndexedSplit(paths, np.full(len(paths), -1, np.int32), sizes=found.sizes)
+    parts = [pathlib.PurePath(path).parts for path in found.paths.tolist()]
+    loose = [p for p, inside in zip(paths, parts, strict=True) if len(inside) == 1]
     if loose:
         raise UserError(
             f"{len(loose)} images lie in no class folder, such as {loose[0]}: move them, or set "
             "data.folder_labels=False"
         )
-    owners = [p.relative_to(root).parts[0] for p in files]
+    owners = [inside[0] for inside in parts]
     if classes is None:
         classes = tuple(sorted(set(owners)))
     unknown = sorted(set(owners).difference(classes))
     if unknown:
         raise UserError(f"{path!r} has the classes {', '.join(unknown)}, which training has not")
     code = {name: i for i, name in enumerate(classes)}
-    return IndexedSplit(paths, np.asarray([code[o] for o in owners], np.int32), classes)
+    codes = np.asarray([code[o] for o in owners], np.int32)
+    return IndexedSplit(paths, codes, classes, found.sizes)
 
 
 def arrays(path: str) -> Source:

@@ -1,0 +1,77 @@
+"""Settings for a folder of images that nobody has tuned anything on, each with its reason."""
+
+from typing import Any, NamedTuple
+
+
+class Choice(NamedTuple):
+    """An option, its value, and why."""
+
+    option: str
+    value: Any
+    reason: str
+
+
+def settings(count: int, short_side: int, accelerator: bool) -> list[Choice]:
+    """What to train on `count` images.
+
+    Args:
+      count: images.
+      short_side: of the median image, pixels.
+      accelerator: whether there is a GPU or TPU; else what a CPU does in some ten minutes.
+    """
+    sizes = (32, 64, 96, 128, 224) if accelerator else (32,)
+    # A view shows a part of the image, so it may be a little larger than the image is.
+    size = max([s for s in sizes if s <= 1.4 * short_side], default=sizes[0])
+    chosen = [
+        Choice(
+            "data.image_size",
+            size,
+            f"the median image's shorter side has {short_side} px"
+            + ("" if accelerator else ", and a CPU has time for no more"),
+        )
+    ]
+    if not accelerator:
+        chosen.append(Choice("model.stem", "strided", "halves the resolution once: for CPUs"))
+    elif size <= 32:
+        chosen.append(Choice("model.stem", "cifar", "keeps all of 32 px (paper, appendix B.9)"))
+    elif size <= 128:
+        chosen.append(Choice("model.stem", "strided", "halves once: 4 px are left at 64"))
+    else:
+        chosen.append(Choice("model.stem", "imagenet", "the paper's for 224 px"))
+    if size <= 64:
+        chosen.append(Choice("views.blur_probability", 0.0, "as in the paper for small images"))
+    if size <= 32:
+        chosen.append(Choice("views.color_strength", 0.5, "the paper's for 32 px"))
+        chosen.append(Choice("loss.temperature", 0.5, "the paper's for 32 px"))
+    if size <= 64:
+        chosen.append(Choice("data.eval_crop", 1.0, "small images are not cropped in evaluation"))
+    chosen += _model(accelerator)
+    most = 256 if size > 64 or not accelerator else 512
+    batch = max(64, min(most, 2 ** ((max(1, count // 32)).bit_length() - 1)))
+    chosen.append(Choice("data.batch_size", batch, f"32 steps an epoch or more, up to {most}"))
+    if accelerator:
+        epochs = round(min(1000, max(100, 100 * (1.28e6 / count) ** 0.5)))
+        why = "100 for ImageNet's 1.28 M images, more for fewer: by the square root"
+    else:
+        epochs = round(min(300, max(10, 4e5 / count)))
+        why = "400,000 images in all, some ten minutes on two cores; more is better"
+    return [*chosen, Choice("train.epochs", float(epochs), why)]
+
+
+def _model(accelerator: bool) -> list[Choice]:
+    if accelerator:
+        return [
+            Choice("model.depth", 50, "the paper's"),
+            Choice("model.dtype", "bfloat16", "accelerators are made for it"),
+            Choice("optimizer.scaling", "sqrt", "better than linear at small batches (B.1)"),
+            Choice("optimizer.learning_rate", 0.075, "x sqrt(batch), the paper's (B.1)"),
+        ]
+    return [
+        Choice("model.depth", 10, "for CPUs"),
+        Choice("model.width", 0.5, "for CPUs"),
+        Choice("optimizer.name", "adamw", "needs no large batch"),
+        Choice("optimizer.learning_rate", 2e-3, "for adamw"),
+        Choice("optimizer.scaling", "none", "for adamw"),
+        Choice("optimizer.weight_decay", 1e-4, "for adamw"),
+        Choice("optimizer.warmup_epochs", 5.0, "of a short run"),
+    ]
