@@ -12,12 +12,15 @@ from sklearn.linear_model import LogisticRegression
 from simclr_jax import train
 from simclr_jax.data.order import few_labels, split_validation
 from simclr_jax.errors import UserError
-from simclr_jax.evals import encoders, run
+from simclr_jax.evals import encoders, linear_probe, run
 from simclr_jax.evals.features import Extractor, raw_pixels
 from simclr_jax.evals.knn import knn_accuracy
 from simclr_jax.evals.linear_probe import (
+    LAMBDAS,
     accuracy,
     fit,
+    fit_chosen_lambda,
+    fit_lambdas,
     probe_all_labels,
     probe_few_labels,
     scale,
@@ -71,6 +74,75 @@ def test_the_regularisation_is_chosen_without_the_test_split(digits):
     few = probe_few_labels(train_split, (x_test, y_test), per_class=5, seeds=3, **settings)
     assert len(few) == len(set(few)) == 3
     assert 0.5 < np.mean(few) < best
+
+
+def objective(x, y, kernel, bias, value):
+    """Sum of the cross-entropies + value / 2 * |kernel|^2, in float64."""
+    logits = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64) + bias
+    peak = logits.max(axis=1, keepdims=True)
+    log_p = logits - peak - np.log(np.exp(logits - peak).sum(axis=1, keepdims=True))
+    return -log_p[np.arange(len(y)), y].sum() + value / 2 * np.sum(np.float64(kernel) ** 2)
+
+
+@pytest.mark.parametrize("value", [1e-2, 1.0, 100.0])
+def test_a_lambda_reaches_scikit_learns_optimum(digits, value):
+    (x, y), (x_test, _) = digits
+    weaker, weights, _ = fit_lambdas(x, y, [value / 10, value, value * 10], 10, 1000)
+    theirs = LogisticRegression(C=1 / value, tol=1e-8, max_iter=5000).fit(x, y)
+    optimum = objective(x, y, theirs.coef_.T, theirs.intercept_, value)
+    assert objective(x, y, **weights, value=value) == pytest.approx(optimum, rel=1e-4)
+    logits = x_test @ weights["kernel"] + weights["bias"]
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(p, theirs.predict_proba(x_test), atol=5e-3)
+    assert not np.allclose(weaker["kernel"], weights["kernel"], rtol=1e-2)
+
+
+def test_features_need_not_be_centred_or_scaled(digits):
+    """The same optimum, where scikit-learn's solver ends above it."""
+    (x, y), _ = digits
+    x = 7 * x + 3
+    (weights,) = fit_lambdas(x, y, [1.0], 10, 1000)
+    theirs = LogisticRegression(tol=1e-8, max_iter=20000).fit(x, y)
+    optimum = objective(x, y, theirs.coef_.T, theirs.intercept_, 1.0)
+    assert objective(x, y, **weights, value=1.0) <= optimum * (1 + 1e-6)
+
+
+def test_the_lambda_is_chosen_on_validation_and_fitted_to_all(digits):
+    train_split, (x_test, y_test) = digits
+    assert len(LAMBDAS) == 45
+    np.testing.assert_allclose([LAMBDAS[0], LAMBDAS[-1]], [1e-6, 1e5])
+    settings = {
+        "lambdas": (1e-2, 1.0, 1e2, 1e5),
+        "validation_fraction": 0.2,
+        "seed": 0,
+        "classes": 10,
+        "max_iterations": 300,
+    }
+    found = fit_chosen_lambda(train_split, (x_test, y_test), **settings)
+    wrong = fit_chosen_lambda(train_split, (x_test, (y_test + 1) % 10), **settings)
+    assert found["lambda"] == wrong["lambda"] != 1e5
+    assert found["validation_accuracies"] == wrong["validation_accuracies"]
+    theirs = LogisticRegression(C=1 / found["lambda"], tol=1e-8, max_iter=5000).fit(*train_split)
+    assert found["accuracy"] == pytest.approx(theirs.score(x_test, y_test), abs=2.5 / len(y_test))
+    right = theirs.predict(x_test) == y_test
+    by_class = np.mean([right[y_test == c].mean() for c in range(10)])
+    assert found["mean_per_class_accuracy"] == pytest.approx(by_class, abs=0.01)
+
+
+def test_probes_and_neighbours_are_the_same_on_any_devices(digits, devices, monkeypatch):
+    """Fits that converge: until then, L-BFGS follows the rounding of the sums."""
+    (x, y), test = digits
+    monkeypatch.setattr(linear_probe, "_DIVIDE_FROM", 0)
+    mesh = make_mesh(devices)
+    (one,), (many,) = (fit_lambdas(x[:999], y[:999], [1.0], 10, 300, m) for m in (None, mesh))
+    np.testing.assert_allclose(
+        many["kernel"], one["kernel"], atol=2e-3 * np.abs(one["kernel"]).max()
+    )
+    settings = {"k": 20, "temperature": 0.1, "classes": 10}
+    assert knn_accuracy((x, y), test, mesh=mesh, **settings) == knn_accuracy(
+        (x, y), test, **settings
+    )
 
 
 def test_few_labels_are_as_many_of_each_class():
@@ -137,7 +209,8 @@ def test_raw_pixels_are_the_pixels():
     np.testing.assert_allclose(raw_pixels(large, 3), 100 / 255, rtol=1e-5)
 
 
-def test_probe_and_knn_write_their_settings_and_all_rows(tiny, tmp_path):
+def test_probe_and_knn_write_their_settings_and_all_rows(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "LAMBDAS", LAMBDAS[::11])
     tiny.train.steps = 4
     train.pretrain(tiny, str(tmp_path / "w"))
     run.probe(tiny, str(tmp_path / "w"))
@@ -152,10 +225,23 @@ def test_probe_and_knn_write_their_settings_and_all_rows(tiny, tmp_path):
         assert row["seeds"] == (2 if labels else 1)
     assert result["settings"]["validation_fraction"] == 0.1
 
+    transferred = run.transfer(tiny, str(tmp_path / "w"))
+    assert [row["features"] for row in transferred["rows"]] == list(kinds)
+    assert len(transferred["rows"][0]["validation_accuracies"]) == 5
+    assert (tmp_path / "w" / "transfer.json").exists()
+
     run.knn(tiny, str(tmp_path / "w"))
     result = json.loads((tmp_path / "w" / "knn.json").read_text())
     assert result["settings"] == {"k": 48, "temperature": 0.1}
     assert [row["features"] for row in result["rows"]] == list(kinds)
+
+    # On other data than those of training: a result of its own, without the baselines if so wished.
+    tiny.data.source, tiny.data.name, tiny.data.path = "tfds", "digits", ""
+    tiny.eval.baselines = False
+    other = run.knn(tiny, str(tmp_path / "w"))
+    assert (other["train_images"], other["test_images"]) == (1437, 360)
+    assert [row["features"] for row in other["rows"]] == ["encoder"]
+    assert json.loads((tmp_path / "w" / "knn_digits.json").read_text())["rows"] == other["rows"]
 
 
 def test_the_untrained_encoder_is_not_a_straw_man(tiny, tmp_path):

@@ -210,7 +210,7 @@ def _header(path: pathlib.Path) -> tuple[tuple[int, int], str] | str:
             with Image.open(path) as image:
                 return image.size, image.mode
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return " ".join(str(error).split()).replace(str(path), "it")
+        return " ".join(str(error).split()).replace(f" {str(path)!r}", "")
 
 
 def describe(found: Look) -> list[str]:

@@ -1,0 +1,214 @@
+"""Features to files: every image once, whatever interrupts it; and the neighbours in them."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import encoder_checkpoint, random_images
+from PIL import Image
+
+import simclr_jax
+from simclr_jax import checkpoint, embed, neighbours
+from simclr_jax.checkpoint import find, read_newest
+from simclr_jax.errors import UserError
+
+COUNT = 40
+
+
+@pytest.fixture
+def run(tiny, tmp_path, monkeypatch):
+    """A configuration, a workdir with an encoder, and a folder of 40 images, two of them broken."""
+    monkeypatch.setattr(embed, "_PART", 16)
+    root = tmp_path / "photos"
+    for i, image in enumerate(random_images(COUNT, 12, 12)):
+        (root / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(root / f"class{i % 2}" / f"{i:02}.png")
+    for i in (4, 21):
+        (root / f"class{i % 2}" / f"{i:02}.png").write_bytes(b"\x89PNG, or so it seems")
+    tiny.data.max_broken = 0.1
+    tiny.data.folder_labels = True
+    tiny.train.online_classifier = False
+    return tiny, str(encoder_checkpoint(tiny, tmp_path / "w")), root
+
+
+def expected_rows(root):
+    """Names, labels and pixels of the images that are whole, in the order of their paths."""
+    paths = sorted(p for p in root.rglob("*.png") if p.stem not in ("04", "21"))
+    names = [str(p.relative_to(root)) for p in paths]
+    pixels = np.stack([np.asarray(Image.open(p)) for p in paths])
+    return names, [int(p.parent.name[-1]) for p in paths], pixels
+
+
+def read(path):
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files if name != "about"}
+    table = pq.read_table(path)
+    rows = {name: table[name].to_pylist() for name in table.column_names}
+    return {name: np.asarray(values) for name, values in rows.items()}
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".npz"])
+def test_a_row_for_every_whole_image(run, tmp_path, suffix):
+    config, workdir, root = run
+    output = tmp_path / f"features{suffix}"
+    embed.embed(config, workdir, str(root), str(output), with_z=True)
+    names, labels, pixels = expected_rows(root)
+    rows = read(output)
+    assert rows["image"].tolist() == names
+    assert rows["label"].tolist() == labels
+    # On eight devices here, on one there, and both divide the sums of a convolution differently.
+    h = simclr_jax.load_encoder(workdir)(pixels)
+    np.testing.assert_allclose(rows["h"], h, rtol=1e-4, atol=1e-5)
+    assert rows["z"].shape == (len(names), config.model.head_width)
+    assert rows["z"].std(axis=0).min() > 0
+    assert not list(tmp_path.glob("*.parts"))
+    broken = (tmp_path / f"features{suffix}.broken_images.jsonl").read_text().splitlines()
+    assert [json.loads(line)["image"].rpartition("/")[2] for line in broken] == ["04.png", "21.png"]
+
+
+def test_z_is_the_heads_projection_of_h(run, tmp_path):
+    from simclr_jax import assemble
+    from simclr_jax.evals import encoders
+    from simclr_jax.mesh import make_mesh
+
+    config, workdir, root = run
+    embed.embed(config, workdir, str(root), str(tmp_path / "f.npz"), with_z=True)
+    rows = read(tmp_path / "f.npz")
+    head = encoders.trained(config, workdir, make_mesh(), head=True).head
+    # The paper's head: dense, BatchNorm with running statistics, ReLU, dense, BatchNorm.
+    x = rows["h"].astype(np.float64)
+    for layer in (1, 2):
+        dense, norm = head["params"][f"dense{layer}"], head["params"][f"norm{layer}"]
+        seen = head["batch_stats"][f"norm{layer}"]
+        x = x @ np.asarray(dense["kernel"], np.float64)
+        x = (x - seen["mean"]) / np.sqrt(np.asarray(seen["var"], np.float64) + 1e-5)
+        x = x * norm["scale"] + norm.get("bias", 0.0)
+        x = np.maximum(x, 0) if layer == 1 else x
+    np.testing.assert_allclose(rows["z"], x, rtol=1e-4, atol=1e-5)
+    assert assemble.head(config).layers == 2
+
+
+def test_what_was_cut_off_goes_on(run, tmp_path, monkeypatch, capsys):
+    config, workdir, root = run
+    embed.embed(config, workdir, str(root), str(tmp_path / "whole.npz"))
+    add = embed.Parts.add
+
+    def cut_off(self, columns):
+        if len(self._files()) == 2:
+            raise KeyboardInterrupt
+        add(self, columns)
+
+    monkeypatch.setattr(embed.Parts, "add", cut_off)
+    output = tmp_path / "f.npz"
+    with pytest.raises(KeyboardInterrupt):
+        embed.embed(config, workdir, str(root), str(output))
+    monkeypatch.setattr(embed.Parts, "add", add)
+    assert not output.exists()
+    with pytest.raises(UserError, match="begun with another z: remove that folder"):
+        embed.embed(config, workdir, str(root), str(output), with_z=True)
+    capsys.readouterr()
+    embed.embed(config, workdir, str(root), str(output))
+    assert "goes on after 32 of 40 images" in capsys.readouterr().out
+    for name, column in read(tmp_path / "whole.npz").items():
+        np.testing.assert_array_equal(read(output)[name], column)
+
+
+def test_the_runs_own_splits_and_tfds(run, tmp_path):
+    config, workdir, _ = run
+    embed.embed(config, workdir, "test", str(tmp_path / "f.npz"))
+    rows = read(tmp_path / "f.npz")
+    assert rows["image"].tolist() == [str(i) for i in range(21)]
+    assert rows["label"].tolist() == [i % 3 for i in range(21)]
+    source = embed.open_input(config, "digits:test")
+    assert source.split.count == 360
+    assert source.names(5, 2).tolist() == ["5", "6"]
+
+
+@pytest.mark.parametrize(
+    ("input", "output", "says"),
+    [
+        ("nowhere", "f.npz", "no folder 'nowhere': expected --input=FOLDER"),
+        ("test", "f.csv", r"ends in \.parquet or \.npz"),
+        ("test", "w/config/x/f.npz", "cannot write"),
+    ],
+)
+def test_mistakes(run, tmp_path, input, output, says):
+    config, workdir, _ = run
+    (tmp_path / "w" / "config").write_text("a file")
+    with pytest.raises(UserError, match=says):
+        embed.embed(config, workdir, input, str(tmp_path / output))
+
+
+def test_a_copied_checkpoint_folder_is_enough(run, tmp_path, monkeypatch):
+    from simclr_jax import main
+
+    _, workdir, root = run
+    shutil.copytree(find(workdir, None), tmp_path / "copy")
+    shutil.rmtree(workdir)
+    monkeypatch.setattr(main.processes, "start", lambda *_: None)
+    main.main(
+        [
+            "--mode=embed",
+            f"--workdir={tmp_path / 'copy'}",
+            f"--input={root}",
+            f"--output={tmp_path / 'f.npz'}",
+        ]
+    )
+    assert len(read(tmp_path / "f.npz")["h"]) == COUNT - 2
+
+
+def test_a_checkpoint_that_training_deletes_while_it_is_read(run, tmp_path):
+    _, workdir, _ = run
+    newer = checkpoint.checkpoint_folder(workdir) / "2"
+    tried = []
+
+    def read_slowly(folder):
+        tried.append(folder.name)
+        if folder.name == "1":  # training saves step 2, and keeps only the newest
+            shutil.copytree(folder, newer)
+            shutil.rmtree(folder)
+        return checkpoint.read_options(folder)
+
+    assert read_newest(workdir, read_slowly)["step"] == 1  # a copy
+    assert tried == ["1", "2"]
+    (newer / "encoder").rename(newer / "gone")
+    shutil.rmtree(newer / "config")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_newest(workdir, checkpoint.read_options)
+
+
+def test_the_nearest_are_those_of_largest_cosine(tmp_path, monkeypatch):
+    monkeypatch.setattr(neighbours, "_BLOCK", 7)
+    h = np.random.default_rng(0).normal(size=(50, 5)).astype(np.float32)
+    path = tmp_path / "f.npz"
+    np.savez(path, image=np.arange(50).astype(str), h=h, about=np.asarray('{"input": "train"}'))
+    features = neighbours.read_features(str(path))
+    found, similar = neighbours.nearest(features, np.asarray([3, 49, 8]), 4)
+    unit = h / np.linalg.norm(h, axis=1, keepdims=True)
+    for row, q in enumerate((3, 49, 8)):
+        expected = np.argsort(-(unit @ unit[q]))[1:5]  # the first is the query
+        np.testing.assert_array_equal(found[row], expected)
+        np.testing.assert_allclose(similar[row], unit[expected] @ unit[q], rtol=1e-5)
+
+
+def test_a_picture_of_neighbours(run, tmp_path):
+    config, workdir, root = run
+    features = tmp_path / "f.parquet"
+    embed.embed(config, workdir, str(root), str(features))
+    # A copy of an image is its nearest neighbour.
+    (root / "class0" / "zz.png").write_bytes((root / "class0" / "02.png").read_bytes())
+    embed.embed(config, workdir, str(root), str(features))
+    picture = tmp_path / "grid.png"
+    queries = "class0/02.png,class1/01.png"
+    neighbours.neighbours(config, workdir, str(features), str(picture), queries)
+    grid = np.asarray(Image.open(picture))
+    tile, gap = neighbours._TILE, neighbours._TILE // 4
+    assert grid.shape == ((tile + neighbours._LINE) * 2, tile * 9 + gap, 3)
+    np.testing.assert_array_equal(grid[:90, :90], grid[:90, tile + gap : tile + gap + 90])
+    with pytest.raises(UserError, match="no image 'x'"):
+        neighbours.neighbours(config, workdir, str(features), str(picture), "x")
+    with pytest.raises(UserError, match="is not what --mode=embed wrote"):
+        neighbours.neighbours(config, workdir, str(picture), None)

@@ -1,0 +1,150 @@
+"""The index of a folder, what is said about it, and the settings that follow."""
+
+import os
+import pathlib
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simclr_jax import config, suggest
+from simclr_jax.data import folder
+from simclr_jax.errors import UserError
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """Three folders of 2 x 3 px images, last changed an hour ago; an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = tmp_path / "photos"
+    for where in ("a", "b/deep", "b/other"):
+        (root / where).mkdir(parents=True)
+        for name in ("1.png", "2.PNG"):
+            Image.new("RGB", (2, 3)).save(root / where / name)
+    (root / "b" / "notes.txt").write_text("no image")
+    (root / "b" / "._1.png").write_text("a shadow of macOS")
+    settle(root)
+    return root
+
+
+def settle(root):
+    """As if nothing had changed for an hour."""
+    for where, _, _ in os.walk(root):
+        os.utime(where, (time.time() - 3600,) * 2)
+
+
+def folders_read(monkeypatch):
+    """Notes the folders that are read from here on."""
+    read, scan = [], os.scandir
+
+    def noted(path):
+        read.append(pathlib.Path(path).name)
+        return scan(path)
+
+    monkeypatch.setattr(folder.os, "scandir", noted)
+    return read
+
+
+def test_the_index_is_of_every_image_file(photos):
+    found = folder.index(photos)
+    expected = [
+        f"{where}/{name}" for where in ("a", "b/deep", "b/other") for name in ("1.png", "2.PNG")
+    ]
+    assert found.paths.tolist() == expected
+    assert found.sizes.tolist() == [(photos / path).stat().st_size for path in expected]
+    assert found.passed_over == {".txt": 1, ".png": 1}
+
+
+def test_only_folders_that_changed_are_read_again(photos, monkeypatch):
+    first = folder.index(photos)
+    read = folders_read(monkeypatch)
+    again = folder.index(photos)
+    assert read == []
+    np.testing.assert_array_equal(again.paths, first.paths)
+    np.testing.assert_array_equal(again.sizes, first.sizes)
+    Image.new("RGB", (2, 3)).save(photos / "b" / "deep" / "3.png")
+    (photos / "a" / "1.png").unlink()
+    assert folder.index(photos).paths.tolist() == [
+        "a/2.PNG",
+        *(f"b/deep/{name}" for name in ("1.png", "2.PNG", "3.png")),
+        *(f"b/other/{name}" for name in ("1.png", "2.PNG")),
+    ]
+    assert sorted(read) == ["a", "deep"]
+
+
+def test_a_folder_that_changed_just_now_is_not_trusted(photos, monkeypatch):
+    Image.new("RGB", (2, 3)).save(photos / "a" / "3.png")
+    folder.index(photos)
+    read = folders_read(monkeypatch)
+    folder.index(photos)
+    assert read == ["a"]
+
+
+def test_folders_that_are_gone_and_links_in_circles(photos):
+    (photos / "a" / "up").symlink_to(photos, target_is_directory=True)
+    (photos / "dead").symlink_to(photos / "nowhere")
+    assert len(folder.index(photos).paths) == 6
+    for path in (photos / "b" / "deep").iterdir():
+        path.unlink()
+    (photos / "b" / "deep").rmdir()
+    assert len(folder.index(photos).paths) == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"": {"changed": 1}}'])
+def test_a_damaged_cache_is_read_anew(photos, content):
+    expected = folder.index(photos).paths
+    (file,) = folder._cache_file(photos).parent.iterdir()
+    file.write_bytes(content)
+    np.testing.assert_array_equal(folder.index(photos).paths, expected)
+
+
+def test_without_room_for_a_cache_all_is_read(photos, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(folder.index(photos).paths) == 6
+
+
+def test_the_summary_says_what_a_person_would_ask(photos):
+    (photos / "empty.jpg").write_bytes(b"")
+    Image.new("L", (20, 10)).save(photos / "grey.tif")
+    said = "\n".join(folder.describe(folder.look(photos)))
+    assert "8 files" in said
+    assert "6 PNG, 1 JPEG, 1 TIFF" in said
+    assert "2 x 3 px to 20 x 10 px, shorter side 2 px in the middle" in said
+    assert "channels 6 RGB, 1 L (of 8 looked at)" in said
+    assert "1 empty; 1 of 8 cannot be read, such as empty.jpg: " in said
+    assert "passed over 2 files that are no images: 1 .png, 1 .txt" in said
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+@pytest.mark.parametrize("short_side", [8, 32, 64, 200, 1000])
+@pytest.mark.parametrize("count", [1, 100, 10_000, 2_000_000])
+def test_settings_are_valid_and_have_reasons(count, short_side, accelerator):
+    c = config.default()
+    c.data.source, c.data.path = "folder", "x"
+    options = config.flatten(c)
+    for option, value, reason in suggest.settings(count, short_side, accelerator):
+        assert type(value) is type(options[option])
+        assert reason
+        group, _, name = option.partition(".")
+        c[group][name] = value
+    config.validate(c)
+    assert c.data.image_size <= max(32, 1.4 * short_side)
+
+
+def test_large_photographs_on_an_accelerator_get_the_papers_settings():
+    chosen = {c.option: c.value for c in suggest.settings(1_281_167, 375, True)}
+    assert chosen["data.image_size"] == 224
+    assert chosen["model.stem"] == "imagenet"
+    assert chosen["model.depth"] == 50
+    assert chosen["train.epochs"] == 100.0
+    assert "views.blur_probability" not in chosen
+
+
+def test_the_configuration_chooses_from_the_folder(photos):
+    spec = f"{pathlib.Path(__file__).parent.parent}/configs/folder.py:{photos}"
+    c = config.load(spec, ["--config.data.batch_size=16"])
+    assert (c.data.image_size, c.data.batch_size, c.model.depth) == (32, 16, 10)
+    with pytest.raises(UserError, match="which folder"):
+        config.load(spec.partition(":")[0], [])
