@@ -30,4 +30,6 @@ def get_config(argument: str = ""):
     c.loss.temperature = 0.5
     c.optimizer.learning_rate = 1.0
     c.train.epochs = 1000.0
+    c.linear.batch_size = 1024
+    c.finetune.batch_size = 256  # 1 % is 500 images
     return c

@@ -43,4 +43,9 @@ def get_config(argument: str = ""):
     c.optimizer.weight_decay = 1e-4
     c.optimizer.warmup_epochs = 5.0
     c.train.epochs = 120.0
+    # 1,293 labels at most: smaller batches, and longer with fewer labels.
+    c.linear.batch_size = 64
+    c.finetune.batch_size = 64
+    c.finetune.epochs = (600.0, 100.0, 60.0)
+    c.finetune.learning_rate = (0.2,)
     return c

@@ -44,4 +44,10 @@ def get_config(argument: str = ""):
     c.optimizer.weight_decay = 1e-4
     c.optimizer.warmup_epochs = 1.0
     c.train.epochs = 18.0
+    c.linear.batch_size = 256
+    c.linear.epochs = 10.0
+    c.finetune.batch_size = 256
+    c.finetune.label_fractions = (0.01, 0.1)
+    c.finetune.epochs = (60.0, 15.0)
+    c.finetune.learning_rate = (0.1,)
     return c

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from simclr_jax.console import say
+from simclr_jax.data.transparency import on_white
 from simclr_jax.embed import Input, open_input
 from simclr_jax.errors import UserError
 
@@ -189,12 +190,12 @@ def _pictures(source: Input, names: list[str]) -> list[Image.Image]:
         Image.fromarray(x.squeeze()) if some.in_memory else Image.open(io.BytesIO(x))
         for x in some.images
     ]
-    return [pictures[i].convert("RGB") for i in order]
+    return [on_white(pictures[i]) for i in order]
 
 
 def _opened(path: pathlib.Path) -> Image.Image:
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            return on_white(picture)
     except (OSError, UnidentifiedImageError) as error:
         raise UserError(f"cannot read {path}: {error}; was the folder moved since?") from error

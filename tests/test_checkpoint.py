@@ -1,11 +1,16 @@
 """Checkpoints: what is kept, what comes back, and on which devices."""
 
+import concurrent.futures
+import itertools
 import shutil
+import threading
+import time
 
 import jax
 import numpy as np
 import pytest
 
+import simclr_jax
 from simclr_jax import config as config_lib
 from simclr_jax.checkpoint import Checkpoints, find, read_encoder, read_options, saved_steps
 from simclr_jax.errors import UserError
@@ -41,6 +46,33 @@ def test_the_state_comes_back_on_any_number_of_devices(tmp_path, tiny, devices):
 def test_the_newest_and_the_multiples_are_kept(tmp_path, tiny):
     save(tmp_path, tiny, range(2, 15, 2), keep_last=2, keep_every_steps=6)
     assert saved_steps(tmp_path) == [6, 12, 14]
+
+
+def test_encoders_are_read_while_training_saves_and_deletes(tmp_path, tiny):
+    job = job_on(tiny, jax.devices()[:1])
+    state = job.init(jax.random.key(0))
+    stop = threading.Event()
+
+    def train():
+        options = {"every_steps": 1, "keep_last": 1, "keep_every_steps": 0}
+        with Checkpoints(str(tmp_path), **options) as checkpoints:
+            for step in itertools.count(1):
+                checkpoints.save(step, state, {"config": tiny.to_dict(), "step": step})
+                checkpoints.wait(step)
+                if stop.is_set():
+                    return
+
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        training = threads.submit(train)
+        while not saved_steps(tmp_path):
+            time.sleep(0.01)
+        try:
+            steps = [simclr_jax.load_encoder(tmp_path).step for _ in range(15)]
+        finally:
+            stop.set()
+        training.result()
+    assert steps == sorted(steps)
+    assert len(set(steps)) > 3
 
 
 def test_saves_are_due_at_multiples(tmp_path):

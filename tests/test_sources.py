@@ -241,6 +241,41 @@ def test_entering_late_reads_one_window_in_vain_at_most(files, monkeypatch):
     np.testing.assert_array_equal(stream(files, 6, start=3), whole[30:])
 
 
+def test_a_part_of_a_stream_is_a_subset_of_it(files):
+    labels = files.all_labels()
+    np.testing.assert_array_equal(np.sort(labels), np.arange(60))
+    some = files.subset(np.asarray([40, 3, 17]))
+    assert some.labels.tolist() == labels[[3, 17, 40]].tolist()  # in the stream's order
+    examples = list(files.once(Share()).as_numpy_iterator())
+    for i, encoded in zip((3, 17, 40), some.images, strict=True):
+        whole = files.decode(tf.constant(examples[i]["image"])).numpy()
+        np.testing.assert_array_equal(some.decode(tf.constant(encoded)).numpy(), whole)
+    assert some.name_of(1) == "image 1"
+    assert int(next(iter(some.once(Share(), 1)))["label"]) == labels[17]
+
+
+def test_a_subset_of_a_stream_that_memory_cannot_hold(files, monkeypatch):
+    monkeypatch.setattr(sources, "_ENCODED_BYTES", 100)
+    with pytest.raises(UserError, match=r"do not fit into .* prepare them as a data set"):
+        files.subset(np.arange(50))
+
+
+@pytest.mark.parametrize("kind", ["files", "arrays"])
+def test_a_split_is_divided_by_the_seed(kind, files, small_split):
+    split = files if kind == "files" else in_memory(small_split.images, np.arange(37))
+    one, two = split.divided(0.3, seed=0)
+    parts = [part.all_labels() for part in (one, two)]
+    assert [len(part) for part in parts] == [one.count, two.count]
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(split.count))
+    assert 0.15 < two.count / split.count < 0.45
+    others = [split.divided(0.3, seed)[1].all_labels().tolist() for seed in range(1, 4)]
+    assert any(other != parts[1].tolist() for other in others)
+    assert split.divided(0.3, 0)[1].all_labels().tolist() == parts[1].tolist()
+    if kind == "files":  # which trains on its own examples only
+        seen = set(stream(one, 20)[:, 2].tolist())
+        assert seen == set(parts[0].tolist())
+
+
 def test_a_broken_image_is_replaced_by_the_next_whole_one(small_split):
     broken = frozenset({3, 4, 36})
     plain = stream(small_split, steps=8)

@@ -12,6 +12,7 @@ import tensorflow as tf
 from PIL import Image
 
 from simclr_jax.data.header import MOST_PIXELS
+from simclr_jax.data.transparency import pixels
 
 Image.MAX_IMAGE_PIXELS = None  # judged here, by the same limit as the others
 
@@ -47,14 +48,7 @@ def _decode(data: Any) -> np.ndarray:
             with Image.open(io.BytesIO(content)) as image:
                 if image.width * image.height > MOST_PIXELS:
                     return nothing
-                return _rgb(image)
+                return pixels(image)
     # Whatever a damaged file may lead to: the graph says that it cannot be read.
     except Exception:
         return nothing
-
-
-def _rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I;16"):  # Pillow would clip at 255
-        grey = (np.asarray(image) // 256).astype(np.uint8)
-        return np.repeat(grey[..., np.newaxis], 3, axis=-1)
-    return np.asarray(image.convert("RGB"))

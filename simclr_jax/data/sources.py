@@ -224,14 +224,14 @@ class IndexedSplit:
         import tensorflow as tf
 
         from simclr_jax.data import header, other_formats
+        from simclr_jax.data.transparency import decode_on_white
 
         encoded = self.images.dtype == object
         data = header.checked(image if encoded else tf.io.read_file(image))
-        # channels=3 turns grey into three and drops alpha; GIFs give their first frame.
         decoded = tf.cond(
             other_formats.is_other(data),
             lambda: other_formats.decode(data),
-            lambda: tf.io.decode_image(data, channels=3, expand_animations=False),
+            lambda: decode_on_white(data),
         )
         return tf.ensure_shape(decoded, [None, None, 3])
 
