@@ -194,9 +194,11 @@ class Parts:
 
     def begun_with(self, workdir: str) -> int | None:
         """The step of the encoder that the rows so far are of, None if there are none."""
-        if not (self.folder / "about.json").exists():
+        about = self.folder / "about.json"
+        step = json.loads(about.read_text())["step"] if about.exists() else -1
+        step = _as_first_process_says(step)
+        if step < 0:
             return None
-        step = json.loads((self.folder / "about.json").read_text())["step"]
         if step in saved_steps(workdir) or not saved_steps(workdir):
             return step
         raise UserError(
@@ -224,10 +226,7 @@ class Parts:
             except OSError as error:
                 raise UserError(f"cannot write {self.folder}: {error.strerror}") from error
         self._about = about
-        done = len(self._files()) * self.batches
-        if jax.process_count() > 1:
-            done = int(multihost_utils.broadcast_one_to_all(np.int32(done)))
-        self.batches_done = done
+        self.batches_done = _as_first_process_says(len(self._files())) * self.batches
 
     def _files(self) -> list[pathlib.Path]:
         return sorted(self.folder.glob("*.npz"))
@@ -259,6 +258,12 @@ class Parts:
             path.unlink()
         self.folder.rmdir()
         return count
+
+
+def _as_first_process_says(number: int) -> int:
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:
