@@ -17,7 +17,7 @@ def settings(count: int, short_side: int, accelerator: bool) -> list[Choice]:
     Args:
       count: images.
       short_side: of the median image, pixels.
-      accelerator: whether there is a GPU or TPU; else what a CPU does in some ten minutes.
+      accelerator: whether there is a GPU or TPU; else what two CPU cores do in a quarter of an hour.
     """
     sizes = (32, 64, 96, 128, 224) if accelerator else (32,)
     # A view shows a part of the image, so it may be a little larger than the image is.
@@ -54,7 +54,7 @@ def settings(count: int, short_side: int, accelerator: bool) -> list[Choice]:
         why = "100 for ImageNet's 1.28 M images, more for fewer: by the square root"
     else:
         epochs = round(min(300, max(10, 4e5 / count)))
-        why = "400,000 images in all, some ten minutes on two cores; more is better"
+        why = "400,000 images in all, a quarter of an hour on two cores; more is better"
     return [*chosen, Choice("train.epochs", float(epochs), why)]
 
 

@@ -310,15 +310,8 @@ def _finish(
     lines = []
     for row in rows:
         labels = f"{row['label_fraction']:.0%}, {row['runs'][0]['images']} images"
-        selected = [run["selected"] for run in row["runs"]]
-        lines.append(
-            [
-                row["features"],
-                labels,
-                results.cell(row),
-                results.percent(selected) if held else "none held out",
-            ]
-        )
+        selected = results.cell(row, "selected_") if held else "none held out"
+        lines.append([row["features"], labels, results.cell(row), selected])
     header = ["from", "labels", "last step", "selected on validation"]
     results.write(result, config, trainer.saved["config"], workdir, mode, title, (header, lines))
     return result

@@ -31,16 +31,10 @@ def row(kind: str, per_class: int | None, accuracies: list[float]) -> dict:
     }
 
 
-def percent(accuracies: list[float]) -> str:
-    """Mean and, of several, spread, as people read it."""
-    spread = f" ± {np.std(accuracies):.1%}" if len(accuracies) > 1 else ""
-    return f"{np.mean(accuracies):.1%}{spread}"
-
-
-def cell(of: dict) -> str:
-    """A row's accuracy, as people read it."""
-    spread = f" ± {of['std']:.1%}" if of["seeds"] > 1 else ""
-    return f"{of['accuracy']:.1%}{spread}"
+def cell(of: dict, which: str = "") -> str:
+    """A row's accuracy, as people read it; `which` may be "selected_"."""
+    spread = f" ± {of[f'{which}std']:.1%}" if of["seeds"] > 1 else ""
+    return f"{of[f'{which}accuracy']:.1%}{spread}"
 
 
 def labels_table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
