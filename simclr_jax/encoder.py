@@ -73,11 +73,12 @@ def load_encoder(path, step: int | None = None) -> Encoder:
       UserError: there is no such checkpoint.
     """
     if step is not None:
-        return _read(checkpoint.find(str(path), step))
-    return checkpoint.read_newest(str(path), _read)
+        return read_encoder(checkpoint.find(str(path), step))
+    return checkpoint.read_newest(str(path), read_encoder)
 
 
-def _read(found: epath.Path) -> Encoder:
+def read_encoder(found: epath.Path) -> Encoder:
+    """The encoder in the checkpoint `found`, on one device."""
     options = checkpoint.read_options(found)
     config = from_dict(options["config"])
     network = assemble.encoder(config)

@@ -15,9 +15,11 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from simclr_jax.checkpoint import read_newest
 from simclr_jax.console import say
-from simclr_jax.encoder import Encoder, load_encoder
+from simclr_jax.encoder import Encoder, read_encoder
 from simclr_jax.errors import UserError
+from simclr_jax.record import check_encoder
 from simclr_jax.resnet import STAGES, STEMS, ResNet
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -27,15 +29,22 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
     """Writes the newest encoder of a workdir, or of a checkpoint folder, and says how to load it.
 
     Args:
-      config: unused: what counts is stored in the checkpoint.
+      config: of the run; its data.image_size is that of the images the export takes.
       workdir: or a checkpoint folder.
       format: one of FORMATS.
       output: the file, or for "savedmodel" the folder; None: WORKDIR/encoder.FORMAT.
 
     Raises:
-      UserError: the format cannot hold this encoder, or the output cannot be written.
+      UserError: the format cannot hold this encoder, it is not of the configuration's model, or the
+        output cannot be written.
     """
-    encoder = load_encoder(workdir)
+
+    def read(checkpoint: epath.Path) -> Encoder:
+        check_encoder(config, checkpoint)
+        return read_encoder(checkpoint)
+
+    encoder = read_newest(workdir, read)
+    encoder.image_size = config.data.image_size
     path = epath.Path(os.path.expanduser(output or os.path.join(workdir, f"encoder.{format}")))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -124,7 +124,7 @@ def test_a_header_that_is_cut_off_has_no_size():
 
 @pytest.fixture
 def mixed(tmp_path):
-    """(split, names of its broken images): 14 good images, 20 more, and 4 broken ones."""
+    """(split, names of its broken images): 26 good images, 20 more, and 4 broken ones."""
     where = tmp_path / "photos"
     where.mkdir()
     good_images(where)
@@ -157,15 +157,15 @@ def report(path):
 def test_broken_images_are_skipped_counted_and_named(mixed, tmp_path, capsys):
     split, names = mixed
     broken = Broken(split, 0.2, tmp_path / "broken.jsonl")
-    whole = batches(split, broken, 12)  # two epochs of 38 images
-    bad = {i for i in range(38) if split.name_of(i).rpartition("/")[2] in names}
+    whole = batches(split, broken, 16)  # two epochs of 50 images
+    bad = {i for i in range(50) if split.name_of(i).rpartition("/")[2] in names}
     assert broken.indices == bad
     named = {line["image"].rpartition("/")[2]: line["problem"] for line in report(broken.report)}
     assert named.keys() == names
     assert all(named.values())
     assert len([s for s in capsys.readouterr().out.splitlines() if s.startswith("skipped")]) == 4
     seen = np.concatenate([batch["index"] for batch in whole])
-    assert set(seen) == set(range(38)) - bad
+    assert set(seen) == set(range(50)) - bad
 
 
 def test_what_comes_does_not_depend_on_when_a_broken_image_is_met(mixed, tmp_path):
@@ -186,7 +186,7 @@ def test_what_comes_does_not_depend_on_when_a_broken_image_is_met(mixed, tmp_pat
 def test_a_mended_image_is_taken_again(mixed, tmp_path):
     split, _ = mixed
     batches(split, Broken(split, 0.2, tmp_path / "broken.jsonl"), 5)
-    index = next(i for i in range(38) if split.name_of(i).endswith("text.jpg"))
+    index = next(i for i in range(50) if split.name_of(i).endswith("text.jpg"))
     Image.fromarray(smooth()).save(split.name_of(index))
     again = Broken(split, 0.2, tmp_path / "broken.jsonl")
     assert len(again.indices) == 3
@@ -201,14 +201,14 @@ def test_evaluation_leaves_broken_images_out(mixed, share):
         evaluation_batches(split, batch_size=5, share=share, size=8, proportion=1.0, broken=broken)
     )
     labels = np.concatenate([batch["label"] for batch in found])
-    mine = range(share.index, 38, share.count)
+    mine = range(share.index, 50, share.count)
     expected = [split.name_of(i).rpartition("/")[2] in names for i in mine]
     np.testing.assert_array_equal(labels == BROKEN, expected)
 
 
 def test_too_many_broken_images_stop_the_run_with_examples(mixed):
     split, _ = mixed
-    with pytest.raises(UserError, match=r"of 38 images cannot be read, .*max_broken.*such as /"):
+    with pytest.raises(UserError, match=r"of 50 images cannot be read, .*max_broken.*such as /"):
         batches(split, Broken(split, 0.02), 12)
 
 

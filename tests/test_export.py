@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import jax.export
 import numpy as np
 import pytest
 from conftest import encoder_checkpoint, random_images
@@ -105,6 +106,19 @@ def test_weights_have_torchvisions_names_and_shapes():
     assert weights["conv1.weight"].shape == (64, 3, 7, 7)
     assert weights["layer2.0.conv2.weight"].shape == (128, 128, 3, 3)
     assert weights["layer4.0.downsample.0.weight"].shape == (2048, 1024, 1, 1)
+
+
+def test_options_of_another_model_are_refused_and_another_size_is_taken(workdir, tmp_path):
+    with pytest.raises(UserError, match=r"model\.depth: 10 -> 18"):
+        export(small(depth=18), str(workdir), "stablehlo", str(tmp_path / "x"))
+    c = small()
+    c.data.image_size = 32
+    export(c, str(workdir), "stablehlo", str(tmp_path / "x"))
+    program = jax.export.deserialize((tmp_path / "x").read_bytes())
+    assert program.in_avals[0].shape[1:] == (32, 32, 3)
+    images = random_images(3, 32, 32).astype(np.float32) / 255
+    expected = simclr_jax.load_encoder(workdir)(images)
+    np.testing.assert_allclose(program.call(images), expected, rtol=2e-5, atol=1e-5)
 
 
 def test_what_torchvision_cannot_compute_is_not_exported(workdir, tmp_path):
