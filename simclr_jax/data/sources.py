@@ -381,11 +381,13 @@ class FilesSplit:
           UserError: they are more than memory is for.
         """
         wanted, images, labels = set(map(int, indices)), [], []
+        held = 0
         for i, example in enumerate(self.once(Share()).as_numpy_iterator()):
             if i in wanted:
                 images.append(example["image"])
                 labels.append(example["label"])
-                if sum(map(len, images[-1:])) * len(wanted) > _ENCODED_BYTES:
+                held += len(example["image"])
+                if held > _ENCODED_BYTES:
                     raise UserError(
                         f"{len(wanted)} images of {self.builder.name}/{self.name} do not fit into "
                         f"{_ENCODED_BYTES / 1e9:.0f} GB of memory: prepare them as a data set of "

@@ -27,16 +27,6 @@ def knn_accuracy(
       classes: how many there are.
       mesh: devices that the test images are divided over.
     """
-    vote = _vote
-    if mesh is not None:
-        everywhere = replicated(mesh)
-        vote = jax.jit(
-            _vote,
-            static_argnames=("k", "classes"),
-            in_shardings=(batch_sharded(mesh), everywhere, everywhere, None),
-            out_shardings=everywhere,
-        )
-    rows = _BLOCK if mesh is None else -(-_BLOCK // mesh.size) * mesh.size
     bank, bank_labels = normalize(jnp.asarray(train[0])), jnp.asarray(train[1])
     rows, vote, place = _BLOCK, _vote, jnp.asarray
     if mesh is not None and mesh.size > 1:
