@@ -167,16 +167,21 @@ def evaluation_batches(
 
 
 def broken_images(
-    config: ConfigDict, split: Split, workdir: str | None, test: bool = False
+    config: ConfigDict, split: Split, report: epath.PathLike | None, whole: Split | None = None
 ) -> Broken:
-    """Where the images of a split that this process cannot read are noted: in the workdir, unless
-    it is None.
+    """Where the images of a split that this process cannot read are noted.
+
+    Args:
+      config: of the run.
+      split: the images.
+      report: the file that names them, of the first process; None: none.
+      whole: see `Broken`.
     """
-    if workdir is None:
-        return Broken(split, config.data.max_broken)
-    process = f"_process_{index}" if (index := jax.process_index()) else ""
-    report = epath.Path(workdir) / f"broken_images{'_test' if test else ''}{process}.jsonl"
-    return Broken(split, config.data.max_broken, report)
+    if report is not None:
+        report = epath.Path(report)
+        if index := jax.process_index():
+            report = report.with_name(f"{report.stem}_process_{index}{report.suffix}")
+    return Broken(split, config.data.max_broken, report, whole)
 
 
 def _share() -> Share:

@@ -1,42 +1,44 @@
 """--mode=embed: h, and z if asked for, of every image of a folder or split, to Parquet or .npz.
 
-Memory does not grow with the number of images: rows go to part files beside the output as they come,
-and are put together at the end. A run that was cut off goes on after its last whole part.
+Images stream through the devices, and their rows to `feature_file.py` as they come.
 """
 
 import hashlib
-import json
 import os
 import pathlib
 import time
-import zipfile
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble
-from simclr_jax.checkpoint import saved_steps
 from simclr_jax.console import Progress, say
 from simclr_jax.data.broken import Broken
 from simclr_jax.data.sources import BROKEN, IndexedSplit, Split, folder, open_source
 from simclr_jax.errors import UserError
 from simclr_jax.evals import encoders
 from simclr_jax.evals.features import Extractor
+from simclr_jax.feature_file import SUFFIXES, Parts, alone
 from simclr_jax.mesh import make_mesh
 from simclr_jax.train_step import to_float
 
-_PART = 4096  # rows, about: 34 MB of h at D = 2048
-
 
 class Input(NamedTuple):
-    """What is embedded: a split, and the folder that its names are relative to, if it has one."""
+    """What is embedded.
+
+    Attributes:
+      split: the images.
+      root: the folder that their names are relative to, if they have one.
+      name: what opens the same again, from any folder.
+    """
 
     split: Split
     root: pathlib.Path | None
+    name: str
 
     def names(self, first: int, count: int) -> np.ndarray:
         """What a person calls images `first` to `first + count`: a path below the folder, or the
@@ -61,10 +63,10 @@ def open_input(config: ConfigDict, name: str) -> Input:
             raise UserError("the run's data have no test split: expected --input=FOLDER")
         paths = isinstance(split, IndexedSplit) and split.images.dtype.kind == "U"
         where = config.data.path if name == "train" else config.data.test_path
-        return Input(split, pathlib.Path(where).expanduser() if paths else None)
+        return Input(split, pathlib.Path(where).expanduser() if paths else None, name)
     root = pathlib.Path(name).expanduser()
     if root.is_dir():
-        return Input(folder(name, config.data.folder_labels), root)
+        return Input(folder(name, config.data.folder_labels), root, str(root.absolute()))
     data_set, colon, split_name = name.partition(":")
     if not colon:
         raise UserError(
@@ -73,7 +75,7 @@ def open_input(config: ConfigDict, name: str) -> Input:
         )
     path = config.data.path if config.data.source == "tfds" else ""
     source = open_source("tfds", name=data_set, path=path, train_split=split_name, test_split="")
-    return Input(source.train, None)
+    return Input(source.train, None, name)
 
 
 def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: bool = False) -> None:
@@ -93,38 +95,36 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
       UserError: no such input or output, or what lies half done is of something else.
     """
     path = pathlib.Path(output).expanduser()
-    if path.suffix not in (".parquet", ".npz"):
-        raise UserError(f"--output={output}: expected a file that ends in .parquet or .npz")
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"--output={output}: expected a file that ends in {' or '.join(SUFFIXES)}")
     source = open_input(config, input)
     config = config.copy_and_resolve_references()
     if not (isinstance(source.split, IndexedSplit) and source.split.in_memory):
         config.data.placement = "host"
     mesh = make_mesh()
-    batch_size = encoders.batch_size_of(config, mesh)
-    parts = Parts(path.with_name(path.name + ".parts"), batch_size)
-    trained = encoders.trained(config, workdir, mesh, head=with_z, step=parts.begun_with(workdir))
-    parts.begin(
-        {
-            "step": trained.saved["step"],
-            "encoder": _digest(trained.encoder),
-            "images": source.split.fingerprint(),
-            "crop": [config.data.image_size, config.data.eval_crop],
-            "z": with_z,
-            "batch": batch_size,
-            "input": str(source.root.absolute()) if source.root else input,
-            "classes": source.split.classes,
-        }
-    )
-    broken = Broken(
-        source.split,
-        config.data.max_broken,
-        parts.folder.with_name(path.name + ".broken_images.jsonl"),
-    )
-    for rows in _rows(config, source, trained, broken, mesh, batch_size, parts, with_z):
-        parts.add(rows)
-    if jax.process_index() == 0:
-        count = parts.join(path)
-        say(f"{count} images, encoder of step {trained.saved['step']}: {path}")
+    report = path.with_name(path.name + ".broken_images.jsonl")
+    broken = assemble.broken_images(config, source.split, report)
+    with alone(path.with_name(path.name + ".parts")) as folder:
+        parts = Parts(folder, encoders.batch_size_of(config, mesh))
+        step = parts.begun_with(workdir)
+        trained = encoders.trained(config, workdir, mesh, head=with_z, step=step)
+        parts.begin(
+            {
+                "step": trained.saved["step"],
+                "encoder": _digest(trained.encoder),
+                "images": source.split.fingerprint(),
+                "crop": [config.data.image_size, config.data.eval_crop],
+                "z": with_z,
+                "batch": parts.batch_size,
+                "input": source.name,
+                "classes": source.split.classes,
+            }
+        )
+        for rows in _rows(config, source, trained, broken, mesh, parts, with_z):
+            parts.add(rows)
+        if jax.process_index() == 0:
+            count = parts.join(path)
+            say(f"{count} images, encoder of step {trained.saved['step']}: {path}")
     if broken.indices:
         say(f"skipped    {len(broken.indices)} images that cannot be read, see {broken.report}")
 
@@ -134,9 +134,8 @@ def _rows(
     source: Input,
     trained: encoders.Trained,
     broken: Broken,
-    mesh: Any,
-    batch_size: int,
-    parts: "Parts",
+    mesh: Mesh,
+    parts: Parts,
     with_z: bool,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The columns of one part after the other, from the first that is not there yet."""
@@ -146,12 +145,14 @@ def _rows(
         h = network.apply(variables[0], to_float(images), train=False)
         return {"h": h} | ({"z": head.apply(variables[1], h, train=False)[-1]} if with_z else {})
 
-    size, count = config.data.image_size, source.split.count
+    size, count, batch_size = config.data.image_size, source.split.count, parts.batch_size
     extractor = Extractor(forward, batch_size=batch_size, size=size, mesh=mesh)
-    passed, total = parts.batches_done, -(-count // batch_size)
+    total = -(-count // batch_size)
+    passed = min(parts.batches_done, total)  # the last part is a shorter one
+    first = min(passed * batch_size, count)
     if passed:
-        say(f"goes on after {min(count, passed * batch_size)} of {count} images")
-    began, first = time.monotonic(), passed * batch_size
+        say(f"goes on after {first} of {count} images")
+    began = time.monotonic()
     batches = assemble.evaluation_batches(config, source.split, batch_size, broken, passed)
     held: list[dict[str, np.ndarray]] = []
     with Progress(total, passed) as progress:
@@ -178,149 +179,3 @@ def _digest(variables: dict) -> str:
     for leaf in jax.tree.leaves(jax.device_get(variables)):
         digest.update(np.ascontiguousarray(leaf).data)
     return digest.hexdigest()
-
-
-class Parts:
-    """The rows so far, in a folder beside the output. Process 0 writes, all know how many there are.
-
-    Attributes:
-      batches: in a part.
-      batches_done: in all parts that are there.
-    """
-
-    def __init__(self, folder: pathlib.Path, batch_size: int):
-        self.folder, self.batches = folder, max(1, _PART // batch_size)
-        self.batches_done = 0
-
-    def begun_with(self, workdir: str) -> int | None:
-        """The step of the encoder that the rows so far are of, None if there are none."""
-        about = self.folder / "about.json"
-        step = json.loads(about.read_text())["step"] if about.exists() else -1
-        step = _as_first_process_says(step)
-        if step < 0:
-            return None
-        if step in saved_steps(workdir) or not saved_steps(workdir):
-            return step
-        raise UserError(
-            f"{self.folder} was begun with the encoder of step {step}, which is gone: remove that "
-            "folder to begin anew"
-        )
-
-    def begin(self, about: dict) -> None:
-        """Takes what is there, if it is `about` the same. Raises a UserError if it is not."""
-        file, about = self.folder / "about.json", json.loads(json.dumps(about))
-        if file.exists():
-            there = json.loads(file.read_text())
-            other = [name for name in about if there.get(name) != about[name]]
-            if other:
-                raise UserError(
-                    f"{self.folder} was begun with another {', another '.join(other)}: remove that "
-                    "folder to begin anew"
-                )
-        elif jax.process_index() == 0:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for stale in self.folder.glob("*.npz"):
-                    stale.unlink()
-                _replace(file, json.dumps(about).encode())
-            except OSError as error:
-                raise UserError(f"cannot write {self.folder}: {error.strerror}") from error
-        self._about = about
-        self.batches_done = _as_first_process_says(len(self._files())) * self.batches
-
-    def _files(self) -> list[pathlib.Path]:
-        return sorted(self.folder.glob("*.npz"))
-
-    def add(self, columns: dict[str, np.ndarray]) -> None:
-        """Writes a part, whole or not at all."""
-        if jax.process_index() == 0:
-            path = self.folder / f"{len(self._files()):08}.npz"
-            scratch = path.with_suffix(".new")
-            try:
-                with scratch.open("wb") as file:
-                    np.savez(file, allow_pickle=False, **columns)
-                scratch.replace(path)
-            except OSError as error:
-                raise UserError(
-                    f"cannot write {path}: {error.strerror}; the same command goes on from there"
-                ) from error
-
-    def join(self, output: pathlib.Path) -> int:
-        """Puts all parts together, removes them, and returns how many rows there are."""
-        scratch = output.with_name(output.name + ".new")
-        write = _write_parquet if output.suffix == ".parquet" else _write_npz
-        try:
-            count = write(scratch, self._files(), self._about)
-            scratch.replace(output)
-        except OSError as error:
-            raise UserError(f"cannot write {output}: {error.strerror or error}") from error
-        for path in self.folder.iterdir():
-            path.unlink()
-        self.folder.rmdir()
-        return count
-
-
-def _as_first_process_says(number: int) -> int:
-    if jax.process_count() == 1:
-        return number
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    scratch = path.with_suffix(".new")
-    scratch.write_bytes(content)
-    scratch.replace(path)
-
-
-def _write_parquet(output: pathlib.Path, parts: list[pathlib.Path], about: dict) -> int:
-    # Imported here: only this needs it.
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    def table(columns):
-        arrays = {
-            name: pa.array(x)
-            if x.ndim == 1
-            else pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1])
-            for name, x in columns.items()
-        }
-        return pa.table(arrays).replace_schema_metadata({"simclr_jax": json.dumps(about)})
-
-    count = 0
-    tables = (table(np.load(path, allow_pickle=False)) for path in parts)
-    first = next(tables)
-    with pq.ParquetWriter(output, first.schema) as writer:
-        writer.write_table(first)
-        count += len(first)
-        for rest in tables:
-            writer.write_table(rest)
-            count += len(rest)
-    return count
-
-
-def _write_npz(output: pathlib.Path, parts: list[pathlib.Path], about: dict) -> int:
-    """An .npz of the same columns, array by array and part by part: numpy.savez would hold all."""
-    with np.load(parts[0], allow_pickle=False) as first:
-        names = first.files
-    with zipfile.ZipFile(output, "w", allowZip64=True) as archive:
-        for name in names:
-            forms = [(x.shape, x.dtype) for x in (_column(path, name) for path in parts)]
-            count = sum(shape[0] for shape, _ in forms)
-            dtype = np.result_type(*(dtype for _, dtype in forms))  # the longest of the paths
-            header = {
-                "descr": np.lib.format.dtype_to_descr(dtype),
-                "fortran_order": False,
-                "shape": (count, *forms[0][0][1:]),
-            }
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_2_0(file, header)
-                for path in parts:
-                    file.write(np.ascontiguousarray(_column(path, name), dtype).tobytes())
-        with archive.open("about.npy", "w") as file:
-            np.lib.format.write_array(file, np.asarray(json.dumps(about)))
-    return count
-
-
-def _column(path: pathlib.Path, name: str) -> np.ndarray:
-    with np.load(path, allow_pickle=False) as part:
-        return part[name]

@@ -1,70 +1,23 @@
 """--mode=neighbours: what the encoder takes for alike, as a picture a person can judge."""
 
 import io
-import json
 import os
 import pathlib
-import zipfile
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 
 from simclr_jax.console import say
-from simclr_jax.data.transparency import on_white
+from simclr_jax.data.transparency import pixels
 from simclr_jax.embed import Input, open_input
 from simclr_jax.errors import UserError
+from simclr_jax.feature_file import Features, read_features
 
 _NEIGHBOURS = 8
 _QUERIES = 8
 _TILE = 96  # pixels
 _LINE = 14  # height of the similarity below an image
-_BLOCK = 4096  # rows at a time
-
-
-class Features(NamedTuple):
-    """What --mode=embed wrote: names of the images, and their h in blocks."""
-
-    about: dict
-    images: np.ndarray
-    path: pathlib.Path
-
-    def blocks(self) -> Iterator[np.ndarray]:
-        """h, float32 [n, D], of the images in order, some at a time."""
-        if self.path.suffix == ".npz":
-            with np.load(self.path, allow_pickle=False) as file:
-                h = file["h"]
-            yield from (h[i : i + _BLOCK] for i in range(0, len(h), _BLOCK))
-            return
-        import pyarrow.parquet as pq
-
-        with pq.ParquetFile(self.path) as file:
-            for batch in file.iter_batches(_BLOCK, columns=["h"]):
-                yield batch["h"].flatten().to_numpy().reshape(len(batch), -1)
-
-
-def read_features(path: str) -> Features:
-    """Opens a file that --mode=embed wrote. Raises a UserError if it is none."""
-    file = pathlib.Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"no file {path!r}: expected what --mode=embed wrote")
-    try:
-        if file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as arrays:
-                return Features(json.loads(str(arrays["about"])), arrays["image"], file)
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            table = pq.read_table(file, columns=["image"])
-        except pa.ArrowException as error:
-            raise ValueError(error) from error
-        about = json.loads(table.schema.metadata[b"simclr_jax"])
-        return Features(about, np.asarray(table["image"].to_pylist()), file)
-    except (KeyError, TypeError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not what --mode=embed wrote: {error}") from error
 
 
 def nearest(features: Features, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -118,7 +71,7 @@ def neighbours(
       query: images, as named in the file, separated by commas; "": eight, evenly spaced.
 
     Raises:
-      UserError: no such file or image, or the images that it names are gone.
+      UserError: no such file or image, or the images that it names are gone or others.
     """
     features = read_features(input)
     count = len(features.images)
@@ -127,6 +80,11 @@ def neighbours(
     queries = _indices(features, query)
     found, similar = nearest(features, queries, min(_NEIGHBOURS, count - 1))
     source = open_input(config, features.about["input"])
+    if source.split.fingerprint() != features.about["images"]:
+        raise UserError(
+            f"{features.about['input']!r} holds other images than {input} was made of: run --mode=embed "
+            "again, or name the --workdir that it was run with"
+        )
     grid = _grid(source, features, queries, found, similar)
     path = pathlib.Path(output or os.path.join(workdir, "neighbours.png")).expanduser()
     try:
@@ -190,12 +148,17 @@ def _pictures(source: Input, names: list[str]) -> list[Image.Image]:
         Image.fromarray(x.squeeze()) if some.in_memory else Image.open(io.BytesIO(x))
         for x in some.images
     ]
-    return [on_white(pictures[i]) for i in order]
+    return [_seen(pictures[i]) for i in order]
+
+
+def _seen(picture: Image.Image) -> Image.Image:
+    """The picture in colour, as the encoder saw it."""
+    return Image.fromarray(pixels(picture))
 
 
 def _opened(path: pathlib.Path) -> Image.Image:
     try:
         with Image.open(path) as picture:
-            return on_white(picture)
-    except (OSError, UnidentifiedImageError) as error:
+            return _seen(picture)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read {path}: {error}; was the folder moved since?") from error

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -116,7 +117,7 @@ def pretrain(config: ConfigDict, workdir: str, extend: bool = False) -> bool:
             say(f"resumed from step {start}")
         if start > plan.steps:
             raise UserError(f"{workdir} is at step {start} already, of {plan.steps} now asked for")
-        broken = assemble.broken_images(config, train, workdir)
+        broken = assemble.broken_images(config, train, epath.Path(workdir) / "broken_images.jsonl")
         batches = stack.enter_context(
             contextlib.closing(assemble.training_batches(config, train, start, broken))
         )

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from simclr_jax import config, train
+from simclr_jax import assemble, config, train
 from simclr_jax.checkpoint import Checkpoints
 from simclr_jax.data.sources import in_memory
 from simclr_jax.mesh import make_mesh
@@ -109,7 +109,12 @@ def encoder_checkpoint(c, folder):
         lambda path, x: shaken(path[1:], x) if path[0].name in ("params", "batch_stats") else x,
         state,
     )
-    record = {"config": c.to_dict(), "step": 1, "window": []}
+    record = {
+        "config": c.to_dict(),
+        "step": 1,
+        "window": [],
+        "data_fingerprint": assemble.source(c).train.fingerprint(),
+    }
     with Checkpoints(str(folder), every_steps=1, keep_last=1, keep_every_steps=0) as checkpoints:
         checkpoints.save(1, state, record)
     return folder

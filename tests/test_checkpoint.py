@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import itertools
+import pathlib
 import shutil
 import threading
 import time
@@ -12,7 +13,14 @@ import pytest
 
 import simclr_jax
 from simclr_jax import config as config_lib
-from simclr_jax.checkpoint import Checkpoints, find, read_encoder, read_options, saved_steps
+from simclr_jax.checkpoint import (
+    Checkpoints,
+    find,
+    read_encoder,
+    read_newest,
+    read_options,
+    saved_steps,
+)
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import make_mesh
 from simclr_jax.train import make_job
@@ -73,6 +81,31 @@ def test_encoders_are_read_while_training_saves_and_deletes(tmp_path, tiny):
         training.result()
     assert steps == sorted(steps)
     assert len(set(steps)) > 3
+
+
+def empty(folder):
+    for file in pathlib.Path(folder).rglob("*"):
+        if file.is_file():
+            file.unlink()
+
+
+def test_what_is_half_deleted_is_read_no_more(tmp_path, tiny):
+    """Training deletes the files of an old checkpoint first, and its folders last."""
+    save(tmp_path, tiny, [2])
+    seen = []
+
+    def read(checkpoint):
+        seen.append(checkpoint.name)
+        if len(seen) == 1:
+            save(tmp_path, tiny, [4])
+            empty(checkpoint)
+        return read_options(checkpoint)["step"]
+
+    assert read_newest(str(tmp_path), read) == 4
+    assert seen == ["2", "4"]
+    empty(tmp_path / "checkpoints" / "4")  # damaged, and the newest
+    with pytest.raises(UserError, match="4 cannot be read"):
+        read_newest(str(tmp_path), read)
 
 
 def test_saves_are_due_at_multiples(tmp_path):

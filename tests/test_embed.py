@@ -10,7 +10,7 @@ from conftest import encoder_checkpoint, random_images
 from PIL import Image
 
 import simclr_jax
-from simclr_jax import checkpoint, embed, neighbours
+from simclr_jax import checkpoint, embed, feature_file, neighbours
 from simclr_jax.checkpoint import find, read_newest
 from simclr_jax.errors import UserError
 
@@ -20,7 +20,7 @@ COUNT = 40
 @pytest.fixture
 def run(tiny, tmp_path, monkeypatch):
     """A configuration, a workdir with an encoder, and a folder of 40 images, two of them broken."""
-    monkeypatch.setattr(embed, "_PART", 16)
+    monkeypatch.setattr(feature_file, "_PART", 16)
     root = tmp_path / "photos"
     for i, image in enumerate(random_images(COUNT, 12, 12)):
         (root / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
@@ -91,29 +91,65 @@ def test_z_is_the_heads_projection_of_h(run, tmp_path):
     assert assemble.head(config).layers == 2
 
 
-def test_what_was_cut_off_goes_on(run, tmp_path, monkeypatch, capsys):
+def cut_off(monkeypatch, method, parts):
+    """Has Parts.add or Parts.join end the program once so many parts are there."""
+    original = getattr(feature_file.Parts, method)
+
+    def ends(self, *args):
+        if len(list(self.folder.glob("*.npz"))) == parts:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(feature_file.Parts, method, ends)
+    return lambda: monkeypatch.setattr(feature_file.Parts, method, original)
+
+
+@pytest.mark.parametrize(("method", "parts", "images"), [("add", 2, 32), ("join", 3, 40)])
+def test_what_was_cut_off_goes_on(run, tmp_path, monkeypatch, capsys, method, parts, images):
     config, workdir, root = run
     embed.embed(config, workdir, str(root), str(tmp_path / "whole.npz"))
-    add = embed.Parts.add
-
-    def cut_off(self, columns):
-        if len(self._files()) == 2:
-            raise KeyboardInterrupt
-        add(self, columns)
-
-    monkeypatch.setattr(embed.Parts, "add", cut_off)
+    restore = cut_off(monkeypatch, method, parts)
     output = tmp_path / "f.npz"
     with pytest.raises(KeyboardInterrupt):
         embed.embed(config, workdir, str(root), str(output))
-    monkeypatch.setattr(embed.Parts, "add", add)
+    restore()
     assert not output.exists()
     with pytest.raises(UserError, match="begun with another z: remove that folder"):
         embed.embed(config, workdir, str(root), str(output), with_z=True)
     capsys.readouterr()
     embed.embed(config, workdir, str(root), str(output))
-    assert "goes on after 32 of 40 images" in capsys.readouterr().out
+    assert f"goes on after {images} of 40 images" in capsys.readouterr().out
     for name, column in read(tmp_path / "whole.npz").items():
         np.testing.assert_array_equal(read(output)[name], column)
+
+
+def test_parts_of_a_join_that_was_cut_off_are_not_used_again(run, tmp_path, monkeypatch):
+    config, workdir, root = run
+    output = tmp_path / "f.npz"
+    embed.embed(config, workdir, str(root), str(output))
+    whole = read(output)
+    restore = cut_off(monkeypatch, "join", 3)
+    with pytest.raises(KeyboardInterrupt):
+        embed.embed(config, workdir, str(root), str(output))
+    restore()
+    # What a kill amid the removal leaves, and a part lost besides.
+    (tmp_path / "f.npz.parts" / "about.json").unlink()
+    (tmp_path / "f.npz.parts" / "00000001.npz").unlink()
+    embed.embed(config, workdir, str(root), str(output))
+    for name, column in whole.items():
+        np.testing.assert_array_equal(read(output)[name], column)
+
+
+def test_two_programs_do_not_write_one_file(run, tmp_path):
+    config, workdir, root = run
+    output = tmp_path / "f.npz"
+    with (
+        feature_file.alone(tmp_path / "f.npz.parts"),
+        pytest.raises(UserError, match=r"another program is writing into .* give another --output"),
+    ):
+        embed.embed(config, workdir, str(root), str(output))
+    assert not list(tmp_path.glob("*.parts"))  # nothing lay there
+    embed.embed(config, workdir, str(root), str(output))
 
 
 def test_the_runs_own_splits_and_tfds(run, tmp_path):
@@ -181,11 +217,11 @@ def test_a_checkpoint_that_training_deletes_while_it_is_read(run, tmp_path):
 
 
 def test_the_nearest_are_those_of_largest_cosine(tmp_path, monkeypatch):
-    monkeypatch.setattr(neighbours, "_BLOCK", 7)
+    monkeypatch.setattr(feature_file, "_BLOCK", 7)
     h = np.random.default_rng(0).normal(size=(50, 5)).astype(np.float32)
     path = tmp_path / "f.npz"
     np.savez(path, image=np.arange(50).astype(str), h=h, about=np.asarray('{"input": "train"}'))
-    features = neighbours.read_features(str(path))
+    features = feature_file.read_features(str(path))
     found, similar = neighbours.nearest(features, np.asarray([3, 49, 8]), 4)
     unit = h / np.linalg.norm(h, axis=1, keepdims=True)
     for row, q in enumerate((3, 49, 8)):
@@ -210,5 +246,12 @@ def test_a_picture_of_neighbours(run, tmp_path):
     np.testing.assert_array_equal(grid[:90, :90], grid[:90, tile + gap : tile + gap + 90])
     with pytest.raises(UserError, match="no image 'x'"):
         neighbours.neighbours(config, workdir, str(features), str(picture), "x")
-    with pytest.raises(UserError, match="is not what --mode=embed wrote"):
-        neighbours.neighbours(config, workdir, str(picture), None)
+    for other in (picture, tmp_path / "empty.npz"):
+        other.touch()
+        with pytest.raises(UserError, match="is not what --mode=embed wrote"):
+            neighbours.neighbours(config, workdir, str(other), None)
+    (root / "class0" / "zz.png").unlink()
+    with pytest.raises(
+        UserError, match=r"photos' holds other images than .* run --mode=embed again"
+    ):
+        neighbours.neighbours(config, workdir, str(features), str(picture), queries)

@@ -236,6 +236,12 @@ def test_probe_and_knn_write_their_settings_and_all_rows(tiny, tmp_path, monkeyp
     assert [row["features"] for row in result["rows"]] == list(kinds)
 
     # On other data than those of training: a result of its own, without the baselines if so wished.
+    with np.load(tiny.data.path) as file:
+        np.savez(tmp_path / "fewer.npz", **{name: x[:20] for name, x in file.items()})
+    tiny.data.path = str(tmp_path / "fewer.npz")
+    assert run.knn(tiny, str(tmp_path / "w"))["train_images"] == 20
+    assert (tmp_path / "w" / "knn_fewer.json").exists()
+    assert json.loads((tmp_path / "w" / "knn.json").read_text()) == result
     tiny.data.source, tiny.data.name, tiny.data.path = "tfds", "digits", ""
     tiny.eval.baselines = False
     other = run.knn(tiny, str(tmp_path / "w"))

@@ -255,8 +255,10 @@ def test_a_part_of_a_stream_is_a_subset_of_it(files):
 
 
 def test_a_subset_of_a_stream_that_memory_cannot_hold(files, monkeypatch):
-    monkeypatch.setattr(sources, "_ENCODED_BYTES", 100)
-    with pytest.raises(UserError, match=r"do not fit into .* prepare them as a data set"):
+    monkeypatch.setattr(sources, "_MEMORY_FOR_SUBSETS", 1e-9)
+    with pytest.raises(
+        UserError, match=r"50 images of .* GB of memory.* prepare them as a data set"
+    ):
         files.subset(np.arange(50))
 
 

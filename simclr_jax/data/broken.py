@@ -20,20 +20,30 @@ class Broken:
       report: the file that names them.
     """
 
-    def __init__(self, split: Split, limit: float, report: epath.Path | None = None):
+    def __init__(
+        self,
+        split: Split,
+        limit: float,
+        report: epath.Path | None = None,
+        whole: Split | None = None,
+    ):
         """Reads an earlier report and keeps of it what is still broken.
 
         Args:
           split: the images.
           limit: the share of the images that may be broken.
           report: a file of one JSON object a line, {"index", "image", "problem"}; None: none.
+          whole: what `split` is a part of: as many images may be broken as the share is of it, for
+            one of ten would be many, and one of the thousand that they were drawn from is not.
         """
         self._split, self._limit, self.report = split, limit, report
+        self._limit_of = (whole or split).count
         self.indices: set[int] = set()
         self._lines: list[str] = []
         if report is not None and report.exists():
             known = [_index_of(line) for line in report.read_text().splitlines()]
             self._note([i for i in known if i is not None and i < split.count], say_it=False)
+            self._write()
             self._check()
 
     def find(self, indices: Iterable[int]) -> bool:
@@ -44,12 +54,14 @@ class Broken:
         """
         before = len(self.indices)
         self._note([i for i in indices if i not in self.indices], say_it=True)
+        if len(self.indices) > before:
+            self._write()
         self._check()
         return len(self.indices) > before
 
     def _check(self) -> None:
         count = self._split.count
-        if len(self.indices) > self._limit * count or len(self.indices) == count:
+        if len(self.indices) > self._limit * self._limit_of or len(self.indices) == count:
             names = ", ".join(self._split.name_of(i) for i in sorted(self.indices)[:3])
             raise UserError(
                 f"{len(self.indices)} of {count} images cannot be read, more than the "
@@ -69,8 +81,17 @@ class Broken:
                 say(f"skipped    {name}: {problem}")
                 if len(self.indices) == _SAID:
                     say("skipped    ... more of them are named in the report only")
-        if self.report is not None and self._lines:
-            self.report.write_text("".join(f"{line}\n" for line in self._lines))
+
+    def _write(self) -> None:
+        """The report, whole or not at all; none, if all that were broken are mended."""
+        if self.report is None:
+            return
+        if not self._lines:
+            self.report.unlink(missing_ok=True)
+            return
+        scratch = self.report.with_name(self.report.name + ".new")
+        scratch.write_text("".join(f"{line}\n" for line in self._lines))
+        scratch.replace(self.report)
 
 
 def _index_of(line: str) -> int | None:

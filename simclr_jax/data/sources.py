@@ -31,8 +31,9 @@ _IN_MEMORY_BYTES = 2**30
 _WINDOW = 8 * 1024
 _FILES_AT_ONCE = 16
 
-# A subset of a stream is held encoded, up to this size: 10 % of ImageNet is 14 GB.
-_ENCODED_BYTES = 2 * 2**30
+# A subset of a stream is held encoded, in up to this share of the machine's memory: 10 % of ImageNet
+# is 14 GB.
+_MEMORY_FOR_SUBSETS = 0.25
 
 BROKEN = -2  # stands for the label of an image that cannot be read; -1 is an image without a label
 
@@ -98,6 +99,9 @@ class Split(Protocol):
     def subset(self, indices: np.ndarray) -> "IndexedSplit":
         """These images, as a split of their own."""
 
+    def check_subset(self, count: int) -> None:
+        """Raises a UserError if so many images are too many for `subset`."""
+
     def divided(self, fraction: float, seed: int) -> tuple["Split", "Split"]:
         """About 1 - fraction of the images, and the rest, chosen by the seed."""
 
@@ -159,6 +163,9 @@ class IndexedSplit:
 
     def subset(self, indices: np.ndarray) -> "IndexedSplit":
         return IndexedSplit(self.images[indices], self.labels[indices], self.classes)
+
+    def check_subset(self, count: int) -> None:
+        pass  # they are in memory, or paths
 
     def divided(self, fraction: float, seed: int) -> tuple["Split", "Split"]:
         part, rest = split_validation(self.labels, fraction, seed)
@@ -375,27 +382,27 @@ class FilesSplit:
         return np.concatenate(list(examples.as_numpy_iterator()))
 
     def subset(self, indices: np.ndarray) -> IndexedSplit:
-        """These images, encoded, in memory.
-
-        Raises:
-          UserError: they are more than memory is for.
-        """
+        """These images, encoded, in memory. Raises a UserError if they are too many for it."""
+        self.check_subset(len(indices))
         wanted, images, labels = set(map(int, indices)), [], []
-        held = 0
         for i, example in enumerate(self.once(Share()).as_numpy_iterator()):
             if i in wanted:
                 images.append(example["image"])
                 labels.append(example["label"])
-                held += len(example["image"])
-                if held > _ENCODED_BYTES:
-                    raise UserError(
-                        f"{len(wanted)} images of {self.builder.name}/{self.name} do not fit into "
-                        f"{_ENCODED_BYTES / 1e9:.0f} GB of memory: prepare them as a data set of "
-                        "their own (such as imagenet2012_subset/10pct) and name it in data.name"
-                    )
         return IndexedSplit(
             np.asarray([*images, None], object)[:-1], np.asarray(labels, np.int32), self.classes
         )
+
+    def check_subset(self, count: int) -> None:
+        split = self.builder.info.splits[self.name]
+        need = split.num_bytes / split.num_examples * count
+        room = _MEMORY_FOR_SUBSETS * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if need > room:
+            raise UserError(
+                f"{count} images of {self.builder.name}/{self.name} take {need / 1e9:.1f} GB of "
+                f"memory, and on this machine there are {room / 1e9:.1f} for them: prepare them as a "
+                "data set of their own (such as imagenet2012_subset/10pct) and name it in data.name"
+            )
 
     def divided(self, fraction: float, seed: int) -> tuple[Split, Split]:
         # Whole files: TFDS shuffles a data set before it divides it into files.

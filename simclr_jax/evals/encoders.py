@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax.checkpoint import find, read_head, read_newest, with_shardings
+from simclr_jax.data.broken import Broken
 from simclr_jax.data.sources import Source, Split
 from simclr_jax.encoder import read_variables
 from simclr_jax.errors import UserError
@@ -68,7 +69,9 @@ def batch_size_of(config: ConfigDict, mesh: Mesh) -> int:
     return -(-config.eval.batch_size // mesh.size) * mesh.size
 
 
-def untrained(config: ConfigDict, split: Split, workdir: str, batch_size: int, mesh: Mesh) -> dict:
+def untrained(
+    config: ConfigDict, split: Split, broken: Broken, batch_size: int, mesh: Mesh
+) -> dict:
     """The encoder before training, made as good as an untrained one can be.
 
     As initialised it would be a straw man: with the last BatchNorm scale of each block at zero it
@@ -79,7 +82,6 @@ def untrained(config: ConfigDict, split: Split, workdir: str, batch_size: int, m
     network = assemble.encoder(config, parts=mesh.size).clone(
         zero_init_residual=False, norm_momentum=0.0
     )
-    broken = assemble.broken_images(config, split, workdir)
     batches = assemble.training_batches(config, split, 0, broken, batch_size)
     with contextlib.closing(batches):
         batch = assemble.feed(config, split, mesh)(next(batches))

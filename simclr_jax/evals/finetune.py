@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax.console import Progress, say
+from simclr_jax.data.broken import Broken
 from simclr_jax.data.order import few_labels
 from simclr_jax.data.sources import Split
 from simclr_jax.errors import UserError
@@ -40,6 +41,13 @@ class Setting(NamedTuple):
     weight_decay: float
 
 
+class Images(NamedTuple):
+    """What is trained or tested on, and which of it is known to be broken."""
+
+    split: Split
+    broken: Broken
+
+
 class Outcome(NamedTuple):
     """Test accuracy at the last step, and at the step chosen on the validation part."""
 
@@ -57,12 +65,8 @@ def linear(config: ConfigDict, workdir: str) -> dict:
     """
     options = config.linear
     trainer = _Trainer(config, workdir, options, train_encoder=False, layer=0)
-    rows = []
-    for kind in trainer.kinds:
-        runs = [trainer.best_of(kind, 1.0, options.epochs, draw=0)]
-        rows.append(_row(kind, None, 1.0, runs))
     title = "Linear evaluation by SGD (appendix B.6), test accuracy"
-    return _finish(config, trainer, rows, options, workdir, "linear", title)
+    return _rows_of(trainer, [(1.0, options.epochs)], workdir, "linear", title)
 
 
 def finetune(config: ConfigDict, workdir: str) -> dict:
@@ -72,17 +76,11 @@ def finetune(config: ConfigDict, workdir: str) -> dict:
     """
     options = config.finetune
     trainer = _Trainer(config, workdir, options, train_encoder=True, layer=options.from_layer)
-    rows = []
-    for kind in trainer.kinds:
-        for fraction, epochs in zip(options.label_fractions, options.epochs, strict=True):
-            draws = 1 if fraction == 1 else config.eval.seeds
-            runs = [trainer.best_of(kind, fraction, epochs, draw) for draw in range(draws)]
-            per_class = None if fraction == 1 else trainer.per_class(fraction)
-            rows.append(_row(kind, per_class, fraction, runs))
     title = "Fine-tuning (appendix B.5), test accuracy"
     if options.from_layer:
         title = f"Fine-tuning from layer {options.from_layer} of the head, test accuracy"
-    return _finish(config, trainer, rows, options, workdir, "finetune", title)
+    trainings = list(zip(options.label_fractions, options.epochs, strict=True))
+    return _rows_of(trainer, trainings, workdir, "finetune", title)
 
 
 class _Trainer:
@@ -103,17 +101,19 @@ class _Trainer:
         self.mesh = make_mesh()
         name = "finetune" if train_encoder else "linear"
         check_divides(options.batch_size, self.mesh, option=f"{name}.batch_size")
-        self.config, self.options, self._workdir = config, options, workdir
-        self.whole, self.test = source.train, source.test
-        self.part, self.validation = self.whole, None
+        self.config, self.options = config, options
+        self.whole, self.test = source.train, self._images(source.test)
+        part, self.validation = source.train, None
         fraction = config.eval.validation_fraction
         if fraction > 0:
-            self.part, self.validation = self.whole.divided(fraction, config.seed)
+            part, held = self.whole.divided(fraction, config.seed)
+            self.validation = self._images(held, self.whole)
         elif len(options.learning_rate) * len(options.weight_decay) > 1:
             raise UserError(
                 f"{name}.learning_rate and weight_decay name several values, and "
                 "eval.validation_fraction=0 leaves nothing to choose them on"
             )
+        self.part = self._images(part, self.whole)
         trained = encoders.trained(config, workdir, self.mesh, head=True)
         self.saved, self.step = trained.saved, trained.saved["step"]
         self._starts = {ENCODER: (trained.encoder, trained.head)}
@@ -129,6 +129,9 @@ class _Trainer:
         )
         self._batch_size = batch_size
 
+    def _images(self, split: Split, whole: Split | None = None) -> Images:
+        return Images(split, assemble.broken_images(self.config, split, None, whole))
+
     @property
     def kinds(self) -> list[str]:
         return list(self._starts)
@@ -138,31 +141,40 @@ class _Trainer:
         assert self.whole.classes
         return max(1, round(fraction * self.whole.count / len(self.whole.classes)))
 
+    def check_memory(self, fractions: list[float]) -> None:
+        """Raises a UserError, before hours of training, if a fraction will not fit into memory."""
+        assert self.whole.classes
+        for fraction in fractions:
+            if fraction < 1:
+                count = self.per_class(fraction) * len(self.whole.classes)
+                self.part.split.check_subset(count)
+
     def best_of(self, kind: str, fraction: float, epochs: float, draw: int) -> dict:
         """Trains with every candidate; the validation part chooses one, if there are several."""
-        split, options = self._labels(fraction, draw), self.options
+        images, options = self._labels(fraction, draw), self.options
         outcomes = []
         for rate, decay in itertools.product(options.learning_rate, options.weight_decay):
             setting = Setting(fraction, epochs, rate, decay)
             say(
-                f"{kind}, {split.count} labels"
+                f"{kind}, {images.split.count} labels"
                 + (f", draw {draw + 1}" if fraction < 1 else "")
                 + f", {epochs:g} epochs, learning rate {rate:g} x {options.batch_size} / 256"
                 + (f", weight decay {decay:g}" if decay else "")
             )
-            outcomes.append((setting, self._train(kind, split, setting)))
+            outcomes.append((setting, self._train(kind, images, setting)))
         setting, outcome = max(outcomes, key=lambda pair: pair[1].validation or 0.0)
         return outcome._asdict() | {
             "learning_rate": setting.learning_rate,
             "weight_decay": setting.weight_decay,
         }
 
-    def _labels(self, fraction: float, draw: int) -> Split:
+    def _labels(self, fraction: float, draw: int) -> Images:
         """The part of the training split whose labels are used."""
         if fraction == 1:
             return self.part
-        picked = few_labels(self.part.all_labels(), self.per_class(fraction), draw)
-        return self.part.subset(picked)
+        part = self.part.split
+        picked = few_labels(part.all_labels(), self.per_class(fraction), draw)
+        return self._images(part.subset(picked), self.whole)
 
     def _untrained(self, train_encoder: bool) -> tuple[dict, dict]:
         config, everywhere = self.config, replicated(self.mesh)
@@ -178,7 +190,7 @@ class _Trainer:
         encoder, head = start(key)
         if not train_encoder:  # frozen, it would be a straw man
             batch_size = encoders.batch_size_of(config, self.mesh)
-            encoder = encoders.untrained(config, self.whole, self._workdir, batch_size, self.mesh)
+            encoder = encoders.untrained(config, *self._images(self.whole), batch_size, self.mesh)
         return encoder, head
 
     def _model(self, steps_per_epoch: int) -> Classified:
@@ -195,8 +207,8 @@ class _Trainer:
             train_encoder=self._train_encoder,
         )
 
-    def _train(self, kind: str, split: Split, setting: Setting) -> Outcome:
-        per_epoch = split.count / self.options.batch_size
+    def _train(self, kind: str, images: Images, setting: Setting) -> Outcome:
+        per_epoch = images.split.count / self.options.batch_size
         steps = max(1, round(setting.epochs * per_epoch))
         step, start = self._compiled(setting, steps, round(per_epoch))
         state, frozen = start(kind)
@@ -205,7 +217,7 @@ class _Trainer:
         best: tuple[float, int, Any] | None = None
         with contextlib.ExitStack() as stack:
             progress = stack.enter_context(Progress(steps))
-            batches = stack.enter_context(contextlib.closing(self._batches(split)))
+            batches = stack.enter_context(contextlib.closing(self._batches(images)))
             for number in range(1, steps + 1):
                 state, metrics = step(state, frozen, next(batches))
                 if self.validation is not None and number in moments:
@@ -219,11 +231,11 @@ class _Trainer:
                     progress.advance(number)
         last = self._accuracy(self._variables(state, frozen), self.test)
         if best is None:
-            return Outcome(last, None, None, None, steps, split.count)
+            return Outcome(last, None, None, None, steps, images.split.count)
         score, number, (params, batch_stats) = best
         chosen = {"params": frozen | params, "batch_stats": batch_stats}
         selected = last if number == steps else self._accuracy(chosen, self.test)
-        return Outcome(last, selected, number, score, steps, split.count)
+        return Outcome(last, selected, number, score, steps, images.split.count)
 
     @functools.lru_cache(maxsize=1)  # noqa: B019  the draws of a setting follow each other
     def _compiled(self, setting: Setting, steps: int, steps_per_epoch: int):
@@ -256,9 +268,9 @@ class _Trainer:
 
         return step, start
 
-    def _batches(self, split: Split) -> Generator[dict]:
+    def _batches(self, images: Images) -> Generator[dict]:
         config, distortion = self.config, assemble.crops(self.config)
-        broken = assemble.broken_images(config, split, None)
+        split, broken = images
         batches = assemble.training_batches(
             config, split, 0, broken, self.options.batch_size, distortion
         )
@@ -271,8 +283,8 @@ class _Trainer:
     def _variables(state: TrainState, frozen: dict) -> dict:
         return {"params": frozen | state.params, "batch_stats": state.batch_stats}
 
-    def _accuracy(self, variables: dict, split: Split) -> float:
-        broken = assemble.broken_images(self.config, split, None)
+    def _accuracy(self, variables: dict, images: Images) -> float:
+        split, broken = images
         batches = assemble.evaluation_batches(self.config, split, self._batch_size, broken)
         found, labels = self._predict.extract(variables, batches, split.count)
         return float(np.mean(found["class"][:, 0] == labels))
@@ -289,29 +301,38 @@ def _row(kind: str, per_class: int | None, fraction: float, runs: list[dict]) ->
     return row | {"runs": runs}
 
 
-def _finish(
-    config: ConfigDict,
-    trainer: _Trainer,
-    rows: list[dict],
-    options: ConfigDict,
-    workdir: str,
-    mode: str,
-    title: str,
+def _rows_of(
+    trainer: _Trainer, trainings: list[tuple[float, float]], workdir: str, mode: str, title: str
 ) -> dict:
-    held = trainer.validation.count if trainer.validation is not None else 0
+    """Trains with each (fraction of the labels, epochs), from each start, and returns the result.
+    It is saved as it comes: on many images each row takes hours.
+    """
+    config = trainer.config
+    trainer.check_memory([fraction for fraction, _ in trainings])
+    rows: list[dict] = []
     result = {
         "step": trainer.step,
         "rows": rows,
-        "train_images": trainer.part.count,
-        "validation_images": held,
-        "test_images": trainer.test.count,
-        "settings": options.to_dict() | {"seed": config.seed},
+        "train_images": trainer.part.split.count,
+        "validation_images": trainer.validation.split.count if trainer.validation else 0,
+        "test_images": trainer.test.split.count,
+        "settings": trainer.options.to_dict() | {"seed": config.seed},
     }
-    lines = []
-    for row in rows:
-        labels = f"{row['label_fraction']:.0%}, {row['runs'][0]['images']} images"
-        selected = results.cell(row, "selected_") if held else "none held out"
-        lines.append([row["features"], labels, results.cell(row), selected])
+    path = results.path_of(config, trainer.saved, trainer.whole, workdir, mode)
+    for kind in trainer.kinds:
+        for fraction, epochs in trainings:
+            draws = 1 if fraction == 1 else config.eval.seeds
+            runs = [trainer.best_of(kind, fraction, epochs, draw) for draw in range(draws)]
+            per_class = None if fraction == 1 else trainer.per_class(fraction)
+            rows.append(_row(kind, per_class, fraction, runs))
+            results.save(path, config, result)
     header = ["from", "labels", "last step", "selected on validation"]
-    results.write(result, config, trainer.saved["config"], workdir, mode, title, (header, lines))
+    results.show(path, result, title, header, [_line(row) for row in rows])
     return result
+
+
+def _line(row: dict) -> list[str]:
+    labels = f"{row['label_fraction']:.0%}, {row['runs'][0]['images']} images"
+    held_out = "selected_accuracy" in row
+    selected = results.cell(row, "selected_") if held_out else "none held out"
+    return [row["features"], labels, results.cell(row), selected]

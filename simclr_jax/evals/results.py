@@ -2,15 +2,14 @@
 
 import json
 import pathlib
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from simclr_jax import config as config_lib
 from simclr_jax.console import say, show_table
+from simclr_jax.data.sources import Split
 from simclr_jax.errors import UserError
 
 
@@ -47,43 +46,30 @@ def labels_table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     return header, [[kind, *(by[c] for c in columns)] for kind, by in cells.items()]
 
 
-def write(
-    result: dict,
-    config: ConfigDict,
-    trained_with: dict,
-    workdir: str,
-    mode: str,
-    title: str,
-    table: tuple[list[str], list[list[str]]],
-) -> None:
-    """Writes WORKDIR/MODE.json and shows the table.
-
-    Args:
-      result: {"step", "rows", "test_images", ...}.
-      config: of the evaluation.
-      trained_with: the configuration of the checkpoint. Where it names other data, these are named
-        in the file's name.
-      workdir: of the run.
-      mode: what was done.
-      title: of the table.
-      table: header and lines.
+def path_of(config: ConfigDict, saved: dict, train: Split, workdir: str, mode: str) -> epath.Path:
+    """WORKDIR/MODE.json, or WORKDIR/MODE_NAME.json where `train`, of the configuration, holds other
+    images than the encoder was trained on, which `saved` knows.
     """
-    path = epath.Path(workdir) / f"{mode}{_other_data(config, trained_with)}.json"
-    result |= {"config": config.to_dict()}
-    if jax.process_index() == 0:
-        try:
-            path.write_text(json.dumps(result, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
+    data, name = config.data, ""
+    if train.fingerprint() != saved["data_fingerprint"]:
+        name = f"_{data.name or pathlib.PurePath(data.path).stem or data.source}"
+    return epath.Path(workdir) / f"{mode}{name}.json"
+
+
+def save(path: epath.Path, config: ConfigDict, result: dict) -> None:
+    """Writes a result and the configuration of the evaluation. Raises a UserError if it cannot."""
+    if jax.process_index() > 0:
+        return
+    try:
+        path.write_text(json.dumps(result | {"config": config.to_dict()}, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def show(
+    path: epath.Path, result: dict, title: str, header: list[str], lines: list[list[str]]
+) -> None:
+    """The result as a table at the terminal, and where it lies."""
     say()
-    show_table(title, *table)
+    show_table(title, header, lines)
     say(f"{result['test_images']} test images, step {result['step']}: {path}")
-
-
-def _other_data(config: ConfigDict, trained_with: dict) -> str:
-    def which(options: ConfigDict) -> tuple[Any, ...]:
-        return options.data.source, options.data.name, options.data.path
-
-    if which(config)[:2] == which(config_lib.from_dict(trained_with))[:2]:
-        return ""
-    return f"_{config.data.name or pathlib.PurePath(config.data.path).stem or config.data.source}"

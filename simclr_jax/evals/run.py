@@ -7,6 +7,7 @@ A number without the other two says nothing: it may be the data that are easy.
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -37,7 +38,8 @@ class Features(NamedTuple):
     test: dict[str, np.ndarray]
     test_labels: np.ndarray
     classes: int
-    saved: dict
+    step: int
+    result: epath.Path
     mesh: Mesh
 
 
@@ -50,7 +52,7 @@ def can_evaluate(config: ConfigDict) -> bool:
 def probe(config: ConfigDict, workdir: str) -> dict:
     """Linear probes with all labels and with few; writes WORKDIR/probe.json and shows a table."""
     _check_choice(config)
-    features = _all_features(config, workdir)
+    features = _all_features(config, workdir, "probe")
     options = config.eval
     settings = {
         "l2": tuple(options.l2),
@@ -81,14 +83,12 @@ def probe(config: ConfigDict, workdir: str) -> dict:
         say(f"probing {kind}, all labels")
         best, l2 = probe_all_labels(train, test, mesh=features.mesh, **settings)
         rows.append(results.row(kind, None, [best]) | {"l2": l2})
-    return _finish(
-        config, features, rows, settings, workdir, "probe", "Linear probe, test accuracy"
-    )
+    return _finish(config, features, rows, settings, "Linear probe, test accuracy")
 
 
 def knn(config: ConfigDict, workdir: str) -> dict:
     """Weighted kNN with all labels; writes WORKDIR/knn.json and shows a table."""
-    features = _all_features(config, workdir)
+    features = _all_features(config, workdir, "knn")
     k = min(config.eval.knn_k, len(features.train_labels))
     temperature = config.eval.knn_temperature
     rows = []
@@ -104,7 +104,7 @@ def knn(config: ConfigDict, workdir: str) -> dict:
         rows.append(results.row(kind, None, [score]))
     settings = {"k": k, "temperature": temperature}
     title = f"Weighted kNN, k = {k}, test accuracy"
-    return _finish(config, features, rows, settings, workdir, "knn", title)
+    return _finish(config, features, rows, settings, title)
 
 
 def transfer(config: ConfigDict, workdir: str) -> dict:
@@ -116,7 +116,7 @@ def transfer(config: ConfigDict, workdir: str) -> dict:
     _check_choice(config)
     config = config.copy_and_resolve_references()
     config.data.eval_crop = 1.0
-    features = _all_features(config, workdir)
+    features = _all_features(config, workdir, "transfer")
     settings = {
         "lambdas": LAMBDAS,
         "validation_fraction": config.eval.validation_fraction,
@@ -144,7 +144,7 @@ def transfer(config: ConfigDict, workdir: str) -> dict:
         )
     table = ["features", "accuracy", "mean of classes", "lambda"], lines
     title = "Logistic regression (appendix B.8), test accuracy"
-    return _finish(config, features, rows, settings, workdir, "transfer", title, table)
+    return _finish(config, features, rows, settings, title, table)
 
 
 def _check_choice(config: ConfigDict) -> None:
@@ -152,7 +152,7 @@ def _check_choice(config: ConfigDict) -> None:
         raise UserError("eval.validation_fraction=0: expected a part to choose regularisation on")
 
 
-def _all_features(config: ConfigDict, workdir: str) -> Features:
+def _all_features(config: ConfigDict, workdir: str, mode: str) -> Features:
     """Features of every image of both splits, by the newest checkpoint and by the baselines."""
     source = encoders.labelled(config)
     assert source.test is not None
@@ -161,11 +161,17 @@ def _all_features(config: ConfigDict, workdir: str) -> Features:
     trained = encoders.trained(config, workdir, mesh)
     step, batch_size = trained.saved["step"], encoders.batch_size_of(config, mesh)
     network = assemble.encoder(config, parts=mesh.size)
+    path = results.path_of(config, trained.saved, source.train, workdir, mode)
+    broken = {
+        split: assemble.broken_images(
+            config, images, path.with_name(f"{path.stem}_broken_{split}.jsonl")
+        )
+        for split, images in (("training", source.train), ("test", source.test))
+    }
     variables = {ENCODER: trained.encoder}
     if config.eval.baselines:
-        variables = {
-            UNTRAINED: encoders.untrained(config, source.train, workdir, batch_size, mesh)
-        } | variables
+        start = encoders.untrained(config, source.train, broken["training"], batch_size, mesh)
+        variables = {UNTRAINED: start} | variables
 
     def forward(variables, images):
         x = to_float(images)
@@ -176,10 +182,9 @@ def _all_features(config: ConfigDict, workdir: str) -> Features:
     extractor = Extractor(forward, batch_size=batch_size, size=config.data.image_size, mesh=mesh)
 
     def features_of(split: Split, name: str):
-        broken = assemble.broken_images(config, split, workdir, test=split is source.test)
         say(f"features of {split.count} {name} images, encoder of step {step}")
         with Progress(-(-split.count // batch_size)) as progress:
-            batches = assemble.evaluation_batches(config, split, batch_size, broken)
+            batches = assemble.evaluation_batches(config, split, batch_size, broken[name])
             return extractor.extract(variables, progress.track(batches), split.count)
 
     train, train_labels = features_of(source.train, "training")
@@ -191,7 +196,8 @@ def _all_features(config: ConfigDict, workdir: str) -> Features:
         test,
         test_labels,
         len(source.train.classes),
-        trained.saved,
+        step,
+        path,
         mesh,
     )
 
@@ -201,18 +207,16 @@ def _finish(
     features: Features,
     rows: list[dict],
     settings: dict,
-    workdir: str,
-    mode: str,
     title: str,
     table: tuple | None = None,
 ) -> dict:
     result = {
-        "step": features.saved["step"],
+        "step": features.step,
         "rows": rows,
         "train_images": len(features.train_labels),
         "test_images": len(features.test_labels),
         "settings": settings,
     }
-    table = table or results.labels_table(rows)
-    results.write(result, config, features.saved["config"], workdir, mode, title, table)
+    results.save(features.result, config, result)
+    results.show(features.result, result, title, *(table or results.labels_table(rows)))
     return result
