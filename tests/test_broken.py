@@ -31,6 +31,9 @@ def good_images(where):
     alpha.putalpha(Image.fromarray(smooth()[:, ::-1, 1]))
     see_through = image.convert("P", palette=Image.Palette.ADAPTIVE)
     see_through.info["transparency"] = 7
+    one_colour, grey_one_colour = image.copy(), image.convert("L")
+    one_colour.info["transparency"] = image.getpixel((3, 4))
+    grey_one_colour.info["transparency"] = grey_one_colour.getpixel((3, 4))
     frames = [Image.fromarray(np.full((9, 9, 3), 80 * i, np.uint8)) for i in (1, 2)]
     sixteen = (np.arange(24 * 20, dtype=np.uint16).reshape(24, 20) * 100).astype(np.uint16)
     saved = {
@@ -42,6 +45,9 @@ def good_images(where):
         "alpha.png": alpha,
         "grey_alpha.png": alpha.convert("LA"),
         "palette_alpha.png": see_through,
+        "one_colour_alpha.png": one_colour,
+        "grey_one_colour_alpha.png": grey_one_colour,
+        "alpha.gif": see_through,
         "alpha.webp": alpha,
         "one_bit.png": image.convert("1"),
         "sixteen_bit.png": Image.fromarray(sixteen),
@@ -54,6 +60,7 @@ def good_images(where):
         "sixteen_bit.tif": Image.fromarray(sixteen),
         "colour.ppm": image,
         "colour.jp2": image,
+        "colour.j2k": image,
         "colour.avif": image,
         "colour.webp": image,
         "one_pixel.png": image.crop((3, 3, 4, 4)),
@@ -90,7 +97,8 @@ def broken_images(where):
     (where / "text.jpg").write_text("not an image")
     # 49 kB that would be 1.2 GB once read.
     Image.new("1", (20000, 20000)).save(where / "bomb.png")
-    return {"truncated.jpg", "empty.png", "text.jpg", "bomb.png"}
+    Image.new("F", (9, 9)).save(where / "float.tif")  # of unknown range
+    return {"truncated.jpg", "empty.png", "text.jpg", "bomb.png", "float.tif"}
 
 
 def test_every_format_and_layout_is_read_as_pillow_reads_it(tmp_path):
@@ -101,7 +109,9 @@ def test_every_format_and_layout_is_read_as_pillow_reads_it(tmp_path):
         name = path.rpartition("/")[2]
         found = split.decode(tf.constant(path)).numpy()
         assert found.shape == shown[name].shape, name
-        if not name.endswith((".tif", ".tiff", ".ppm", ".jp2", ".avif")):  # Pillow says theirs
+        if not name.endswith(
+            (".tif", ".tiff", ".ppm", ".jp2", ".j2k", ".avif")
+        ):  # Pillow says theirs
             area = found.shape[0] * found.shape[1]
             assert header.pixels(tf.io.read_file(path)) == area, name
         # Two decoders may differ in how they enlarge the halved colour planes of a JPEG.
@@ -124,11 +134,11 @@ def test_a_header_that_is_cut_off_has_no_size():
 
 @pytest.fixture
 def mixed(tmp_path):
-    """(split, names of its broken images): 26 good images, 20 more, and 4 broken ones."""
+    """(split, names of its broken images): 30 good images, 15 more, and 5 broken ones."""
     where = tmp_path / "photos"
     where.mkdir()
     good_images(where)
-    for i in range(20):
+    for i in range(15):
         Image.fromarray(random_images(1, 20, 20 + i)[0]).save(where / f"x{i:02}.png")
     names = broken_images(where)
     return folder(str(where), labels=False), names
@@ -163,7 +173,7 @@ def test_broken_images_are_skipped_counted_and_named(mixed, tmp_path, capsys):
     named = {line["image"].rpartition("/")[2]: line["problem"] for line in report(broken.report)}
     assert named.keys() == names
     assert all(named.values())
-    assert len([s for s in capsys.readouterr().out.splitlines() if s.startswith("skipped")]) == 4
+    assert len([s for s in capsys.readouterr().out.splitlines() if s.startswith("skipped")]) == 5
     seen = np.concatenate([batch["index"] for batch in whole])
     assert set(seen) == set(range(50)) - bad
 
@@ -189,7 +199,7 @@ def test_a_mended_image_is_taken_again(mixed, tmp_path):
     index = next(i for i in range(50) if split.name_of(i).endswith("text.jpg"))
     Image.fromarray(smooth()).save(split.name_of(index))
     again = Broken(split, 0.2, tmp_path / "broken.jsonl")
-    assert len(again.indices) == 3
+    assert len(again.indices) == 4
     assert index not in again.indices
 
 
@@ -217,7 +227,7 @@ def test_a_run_on_such_a_folder(mixed, tiny, tmp_path, capsys):
     tiny.data.placement = "host"
     tiny.data.max_broken = 0.2
     train.pretrain(tiny, str(tmp_path / "w"))
-    assert "skipped    4 images that cannot be read, see" in capsys.readouterr().out
+    assert "skipped    5 images that cannot be read, see" in capsys.readouterr().out
     assert {
         line["image"].rpartition("/")[2] for line in report(tmp_path / "w/broken_images.jsonl")
     } == mixed[1]

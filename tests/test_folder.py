@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from simclr_jax import config, suggest
-from simclr_jax.data import folder
+from simclr_jax.data import folder, sources
 from simclr_jax.errors import UserError
 
 
@@ -30,8 +30,9 @@ def photos(tmp_path, monkeypatch):
 
 def settle(root):
     """As if nothing had changed for an hour."""
-    for where, _, _ in os.walk(root):
-        os.utime(where, (time.time() - 3600,) * 2)
+    for where, _, names in os.walk(root):
+        for path in (where, *(os.path.join(where, name) for name in names)):
+            os.utime(path, (time.time() - 3600,) * 2)
 
 
 def folders_read(monkeypatch):
@@ -79,6 +80,39 @@ def test_a_folder_that_changed_just_now_is_not_trusted(photos, monkeypatch):
     read = folders_read(monkeypatch)
     folder.index(photos)
     assert read == ["a"]
+
+
+def test_a_file_that_is_still_written_is_looked_at_again(photos):
+    with (photos / "a" / "1.png").open("ab") as file:  # changes no folder
+        file.write(b"more")
+        file.flush()
+        before = folder.index(photos).sizes[0]
+        file.write(b"and more")
+    assert folder.index(photos).sizes[0] == before + 8
+
+
+def test_a_folder_whose_time_was_set_back_is_read_again(photos):
+    times = (os.stat(photos / "a").st_mtime_ns,) * 2
+    folder.index(photos)
+    Image.new("RGB", (2, 3)).save(photos / "a" / "3.png")
+    os.utime(photos / "a" / "3.png", ns=times)
+    os.utime(photos / "a", ns=times)
+    assert len(folder.index(photos).paths) == 7
+
+
+def test_a_link_to_what_comes_later_is_followed_then(photos, tmp_path):
+    (photos / "drive").symlink_to(tmp_path / "drive", target_is_directory=True)
+    os.utime(photos, (time.time() - 3600,) * 2)
+    assert len(folder.index(photos).paths) == 6
+    (tmp_path / "drive").mkdir()
+    Image.new("RGB", (2, 3)).save(tmp_path / "drive" / "4.png")
+    assert folder.index(photos).paths[-1] == "drive/4.png"
+
+
+def test_a_name_that_is_not_utf8_is_shown(photos):
+    os.rename(photos / "a" / "1.png", os.path.join(os.fsencode(photos / "a"), b"caf\xe9.png"))
+    with pytest.raises(UserError, match=r"1 files .* not UTF-8, such as b'a/caf\\xe9.png': rename"):
+        sources.folder(str(photos), labels=False)
 
 
 def test_folders_that_are_gone_and_links_in_circles(photos):

@@ -79,8 +79,8 @@ class Broken:
             self._lines.append(json.dumps({"index": index, "image": name, "problem": problem}))
             if say_it and len(self.indices) <= _SAID:
                 say(f"skipped    {name}: {problem}")
-                if len(self.indices) == _SAID:
-                    say("skipped    ... more of them are named in the report only")
+            elif say_it and len(self.indices) == _SAID + 1:
+                say("skipped    ... and more, which only the report names")
 
     def _write(self) -> None:
         """The report, whole or not at all; none, if all that were broken are mended."""

@@ -1,7 +1,8 @@
 """A folder of images: which files it holds, remembered across runs, and what they are.
 
 The index keeps, for each folder below, when it last changed and what lies in it, so that a later
-start asks the file system once a folder and not once a file.
+start asks the file system once a folder and not once a file. So it does not see that a file was
+overwritten in place, which changes no folder: its size stays the old one until a file comes or goes.
 """
 
 import collections
@@ -33,8 +34,8 @@ SUFFIXES = {
 
 _LOOKED_AT = 256  # files whose headers are read for the summary, evenly spaced
 _THREADS = 16
-# Seconds within which a second change may leave a folder's time as it was: what is younger when it
-# is read is read again the next time.
+# Seconds within which a second change may leave a folder's time as it was, and a file is still being
+# written: what is younger when it is read is read again the next time.
 _SETTLED = 2.0
 
 
@@ -86,8 +87,10 @@ def _walk(root: pathlib.Path, known: dict[str, dict], folders: dict[str, dict]) 
             if (status.st_dev, status.st_ino) in seen:
                 continue
             content = known.get(where)
-            if content is None or content["changed"] != status.st_mtime_ns or content["young"]:
-                content = _read_folder(path, status.st_mtime_ns)
+            # Copies and archives may set the first back to what it was, not the others.
+            state = [status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+            if content is None or content["state"] != state or not content["settled"]:
+                content = _read_folder(path, state)
                 changed = True
         except OSError:  # gone meanwhile, a dead link, or not ours to read
             continue
@@ -97,8 +100,9 @@ def _walk(root: pathlib.Path, known: dict[str, dict], folders: dict[str, dict]) 
     return changed
 
 
-def _read_folder(path: pathlib.Path, changed: int) -> dict:
+def _read_folder(path: pathlib.Path, state: list[int]) -> dict:
     files, folders, others = {}, [], collections.Counter[str]()
+    newest, dead_links = state[0] / 1e9, False
     with os.scandir(path) as entries:
         for entry in entries:
             suffix = os.path.splitext(entry.name)[1].lower()
@@ -106,14 +110,18 @@ def _read_folder(path: pathlib.Path, changed: int) -> dict:
                 folders.append(entry.name)
             elif suffix in SUFFIXES and not entry.name.startswith("._"):  # macOS's shadows
                 try:
-                    files[entry.name] = entry.stat().st_size
+                    status = entry.stat()
+                    files[entry.name] = status.st_size
+                    newest = max(newest, status.st_mtime)
                 except OSError:  # a dead link
                     files[entry.name] = 0
             else:
                 others[suffix] += 1
+            # Alive again, perhaps, once a drive is mounted.
+            dead_links |= entry.is_symlink() and not os.path.exists(entry.path)
     return {
-        "changed": changed,
-        "young": time.time() - changed / 1e9 < _SETTLED,
+        "state": state,
+        "settled": time.time() - newest >= _SETTLED and not dead_links,
         "files": files,
         "folders": sorted(folders),
         "others": dict(others),
@@ -129,7 +137,7 @@ def _cache_file(root: pathlib.Path) -> pathlib.Path:
 def _read_cache(file: pathlib.Path) -> dict[str, dict]:
     try:
         folders = json.loads(file.read_bytes())
-        keys = {"changed", "young", "files", "folders", "others"}
+        keys = {"state", "settled", "files", "folders", "others"}
         return folders if all(content.keys() == keys for content in folders.values()) else {}
     except (OSError, ValueError, AttributeError):  # none, or of another version
         return {}

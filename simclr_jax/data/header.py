@@ -59,8 +59,8 @@ def pixels(data):
             default=lambda: area(number(26, 2) % 2**14, number(28, 2) % 2**14),
         )
 
-    first = {0xFF: jpeg, 0x89: png, ord("G"): gif, ord("B"): bmp, ord("R"): webp}
+    first = {b"\xff\xd8": jpeg, b"\x89P": png, b"GI": gif, b"BM": bmp, b"RI": webp}
     return tf.case(
-        [(tf.equal(head[0], byte), size) for byte, size in first.items()],
+        [(tf.equal(head[0], a) & tf.equal(head[1], b), size) for (a, b), size in first.items()],
         default=lambda: tf.zeros([], tf.int64),
     )

@@ -1,6 +1,7 @@
-"""Images that TensorFlow does not decode, by Pillow: TIFF, BMP, AVIF, JPEG 2000, PNM.
+"""Images that TensorFlow does not decode, by Pillow: TIFF, BMP, GIF, AVIF, JPEG 2000, PNM.
 
-BMP is among them because TensorFlow reads neither its palettes nor, into three channels, its alpha.
+BMP is among them because TensorFlow reads neither its palettes nor, into three channels, its alpha;
+GIF because it makes transparent pixels black, and decodes all frames for the first.
 """
 
 import io
@@ -16,14 +17,14 @@ from simclr_jax.data.transparency import pixels
 
 Image.MAX_IMAGE_PIXELS = None  # judged here, by the same limit as the others
 
-# The first byte of a JPEG, PNG, GIF or RIFF (WebP) file.
-_TENSORFLOWS = (0xFF, 0x89, ord("G"), ord("R"))
+# The first two bytes of a JPEG, PNG or RIFF (WebP) file. JPEG 2000 shares the first of JPEG.
+_TENSORFLOWS = (b"\xff\xd8", b"\x89P", b"RI")
 
 
 def is_other(data):
     """Whether the encoded image `data`, a scalar string, is none that TensorFlow decodes."""
-    first = tf.strings.substr(data, 0, 1)
-    return tf.reduce_all([tf.not_equal(first, bytes([byte])) for byte in _TENSORFLOWS])
+    first = tf.strings.substr(data, 0, 2)
+    return tf.reduce_all([tf.not_equal(first, some) for some in _TENSORFLOWS])
 
 
 def decode(data):
@@ -31,7 +32,8 @@ def decode(data):
     image = tf.numpy_function(_decode, [data], tf.uint8)
     image = tf.ensure_shape(image, [None, None, 3])
     enough = tf.debugging.assert_positive(
-        tf.size(image), f"not an image that can be read, or one of more than {MOST_PIXELS} pixels"
+        tf.size(image),
+        f"not an image that can be read, or one of more than {MOST_PIXELS} pixels or 16 bits a channel",
     )
     with tf.control_dependencies([enough]):
         return tf.identity(image)

@@ -546,6 +546,12 @@ def folder(path: str, labels: bool, classes: tuple[str, ...] | None = None) -> I
     paths = np.asarray([os.path.join(root, path) for path in found.paths], str)
     if not len(paths):
         raise UserError(f"no image below {path!r}: looked for {', '.join(SUFFIXES)}")
+    odd = [path for path in found.paths.tolist() if not _is_utf8(path)]
+    if odd:
+        raise UserError(
+            f"{len(odd)} files below {path!r} have names that are not UTF-8, such as "
+            f"{os.fsencode(odd[0])!r}: rename them"
+        )
     if not labels:
         return IndexedSplit(paths, np.full(len(paths), -1, np.int32), sizes=found.sizes)
     parts = [pathlib.PurePath(path).parts for path in found.paths.tolist()]
@@ -564,6 +570,14 @@ def folder(path: str, labels: bool, classes: tuple[str, ...] | None = None) -> I
     code = {name: i for i, name in enumerate(classes)}
     codes = np.asarray([code[o] for o in owners], np.int32)
     return IndexedSplit(paths, codes, classes, found.sizes)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # of a byte that Python keeps as half a character
+        return False
+    return True
 
 
 def arrays(path: str) -> Source:

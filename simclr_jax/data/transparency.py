@@ -19,8 +19,8 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def decode_on_white(data: Any):
-    """An encoded JPEG, PNG, GIF or WebP image, a scalar string, to uint8 [H, W, 3], in the tf.data
-    graph. Grey becomes three equal channels; of a GIF the first frame is taken.
+    """An encoded JPEG, PNG or WebP image, a scalar string, to uint8 [H, W, 3], in the tf.data graph.
+    Grey becomes three equal channels; of several frames the first is taken.
     """
     import tensorflow as tf
 
@@ -42,21 +42,31 @@ def decode_on_white(data: Any):
         return tf.reduce_any([tf.equal(value, some[i : i + 1]) for i in range(len(some))])
 
     long_enough = tf.strings.length(data) > 25
-    # The colour type of a PNG: palette, grey with alpha, colour with alpha. The kind of a WebP:
-    # extended, lossless.
+
+    def png_may_be():
+        # The colour type: palette, grey with alpha, colour with alpha; or one transparent colour, in
+        # a chunk before the pixels. \C is any byte, also of what is no UTF-8.
+        head = tf.strings.substr(data, 0, 4096)
+        one_colour = tf.strings.regex_full_match(head, r"(?s)\C*tRNS\C*")
+        return is_one_of(byte(25), b"\x03\x04\x06") | one_colour
+
+    def webp_may_be():
+        return is_one_of(byte(0), b"R") & is_one_of(byte(15), b"XL")  # extended, lossless
+
     may_be = tf.cond(
         long_enough,
-        lambda: (
-            (is_one_of(byte(0), b"\x89") & is_one_of(byte(25), b"\x03\x04\x06"))
-            | (is_one_of(byte(0), b"R") & is_one_of(byte(15), b"XL"))
-        ),
+        lambda: tf.cond(is_one_of(byte(0), b"\x89"), png_may_be, webp_may_be),
         lambda: False,
     )
     return tf.cond(may_be, transparent, plain)
 
 
 def pixels(image: Image.Image) -> np.ndarray:
-    """uint8 [H, W, 3] of a picture in any mode."""
+    """uint8 [H, W, 3] of a picture. Raises a ValueError if a channel has more than 16 bits, whose range
+    nobody can know.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(f"32 bits a channel (mode {image.mode}): expected 8 or 16")
     if image.mode.startswith("I;16"):  # Pillow would clip at 255
         grey = (np.asarray(image) // 256).astype(np.uint8)
         return np.repeat(grey[..., np.newaxis], 3, axis=-1)
