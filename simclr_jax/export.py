@@ -125,12 +125,18 @@ def pytorch_loading(network: ResNet, image_size: int, path: Any) -> str:
     to compute what this encoder does at `image_size`.
     """
     blocks, bottleneck = STAGES[network.depth]
+    lines = []
+    dtype = jnp.dtype(network.dtype)
+    if dtype != jnp.float32:
+        lines.append(
+            f"# Trained in {dtype}: here h is computed in float32, and differs by the rounding."
+        )
     if network.depth in (18, 34, 50, 101, 152):
         model = f"torchvision.models.resnet{network.depth}()"
     else:
         block = "Bottleneck" if bottleneck else "BasicBlock"
         model = f"torchvision.models.ResNet(torchvision.models.resnet.{block}, {list(blocks)})"
-    lines = [
+    lines += [
         "import torch, torchvision",
         "from safetensors.torch import load_file",
         "",

@@ -183,7 +183,8 @@ def shell(command: Callable[[list[str]], None], arguments: list[str]) -> None:
             raise
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
+        text = "interrupted: training and embedding go on where they were by the same command"
+        print(text, file=sys.stderr)
         sys.exit(130)
 
 

@@ -28,7 +28,12 @@ def saved_config(path: str) -> dict:
     """
     file = epath.Path(path) / "config.json"
     if file.exists():
-        return json.loads(file.read_text())["config"]
+        try:
+            return json.loads(file.read_text())["config"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file} is not what training wrote: give a --config, or a checkpoint folder as --workdir"
+            ) from error
     try:
         return read_newest(path, read_options)["config"]
     except UserError as error:

@@ -48,7 +48,10 @@ def settings(count: int, short_side: int, accelerator: bool) -> list[Choice]:
     chosen += _model(accelerator)
     most = 256 if size > 64 or not accelerator else 512
     batch = max(64, min(most, 2 ** ((max(1, count // 32)).bit_length() - 1)))
-    chosen.append(Choice("data.batch_size", batch, f"32 steps an epoch or more, up to {most}"))
+    steps = f"{count / batch:.3g} steps an epoch"
+    chosen.append(
+        Choice("data.batch_size", batch, f"{steps}; 32 or more are aimed at, 64 to {most}")
+    )
     if accelerator:
         epochs = round(min(1000, max(100, 100 * (1.28e6 / count) ** 0.5)))
         why = "100 for ImageNet's 1.28 M images, more for fewer: by the square root"

@@ -195,7 +195,7 @@ def test_what_comes_does_not_depend_on_when_a_broken_image_is_met(mixed, tmp_pat
 
 def test_a_mended_image_is_taken_again(mixed, tmp_path):
     split, _ = mixed
-    batches(split, Broken(split, 0.2, tmp_path / "broken.jsonl"), 5)
+    batches(split, Broken(split, 0.2, tmp_path / "broken.jsonl"), 7)  # every image
     index = next(i for i in range(50) if split.name_of(i).endswith("text.jpg"))
     Image.fromarray(smooth()).save(split.name_of(index))
     again = Broken(split, 0.2, tmp_path / "broken.jsonl")
@@ -220,6 +220,30 @@ def test_too_many_broken_images_stop_the_run_with_examples(mixed):
     split, _ = mixed
     with pytest.raises(UserError, match=r"of 50 images cannot be read, .*max_broken.*such as /"):
         batches(split, Broken(split, 0.02), 12)
+
+
+def test_of_a_part_as_many_may_be_broken_as_of_the_whole(mixed):
+    """One broken image of five that were drawn from fifty."""
+    split, names = mixed
+    bad = [i for i in range(50) if split.name_of(i).rpartition("/")[2] in names]
+    part = split.subset(np.asarray([*range(46, 50), bad[0]]))
+    with pytest.raises(UserError, match="1 of 5 images cannot be read"):
+        Broken(part, 0.1).find(range(5))
+    broken = Broken(part, 0.1, whole=split)
+    assert broken.find(range(5))
+    assert broken.indices == {4}
+
+
+def test_the_report_is_of_what_is_broken_now(mixed, tmp_path):
+    split, names = mixed
+    file = tmp_path / "broken.jsonl"
+    Broken(split, 0.2, file).find(range(50))
+    assert len(report(file)) == len(names)
+    for name in names:
+        path = next(p for p in split.images if p.endswith(f"/{name}"))
+        Image.fromarray(smooth()).save(path, format="png")
+    Broken(split, 0.2, file)
+    assert not file.exists()
 
 
 def test_a_run_on_such_a_folder(mixed, tiny, tmp_path, capsys):

@@ -9,7 +9,7 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from simclr_jax import train
+from simclr_jax import record, train
 from simclr_jax.data.order import few_labels, split_validation
 from simclr_jax.errors import UserError
 from simclr_jax.evals import encoders, linear_probe, run
@@ -248,6 +248,22 @@ def test_probe_and_knn_write_their_settings_and_all_rows(tiny, tmp_path, monkeyp
     assert (other["train_images"], other["test_images"]) == (1437, 360)
     assert [row["features"] for row in other["rows"]] == ["encoder"]
     assert json.loads((tmp_path / "w" / "knn_digits.json").read_text())["rows"] == other["rows"]
+
+
+def test_without_a_validation_part_there_is_no_probe(tiny, tmp_path, capsys):
+    assert run.can_evaluate(tiny)
+    tiny.eval.validation_fraction = 0.0
+    assert not run.can_evaluate(tiny)
+    assert "no probe    eval.validation_fraction=0" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"eval\.validation_fraction=0: expected a part"):
+        run.probe(tiny, str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_record_of_a_run_is_one_line(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match="is not what training wrote: give a --config"):
+        record.saved_config(str(tmp_path))
 
 
 def test_the_untrained_encoder_is_not_a_straw_man(tiny, tmp_path):

@@ -7,6 +7,7 @@ import sys
 
 import jax
 import jax.export
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import encoder_checkpoint, random_images
@@ -14,7 +15,7 @@ from conftest import encoder_checkpoint, random_images
 import simclr_jax
 from simclr_jax import config
 from simclr_jax.errors import UserError
-from simclr_jax.export import export, torchvision_weights
+from simclr_jax.export import export, pytorch_loading, torchvision_weights
 from simclr_jax.resnet import ResNet
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -106,6 +107,12 @@ def test_weights_have_torchvisions_names_and_shapes():
     assert weights["conv1.weight"].shape == (64, 3, 7, 7)
     assert weights["layer2.0.conv2.weight"].shape == (128, 128, 3, 3)
     assert weights["layer4.0.downsample.0.weight"].shape == (2048, 1024, 1, 1)
+
+
+def test_what_pytorch_computes_in_another_precision_is_said():
+    loading = pytorch_loading(ResNet(50, dtype=jnp.dtype("bfloat16")), 64, "x")
+    assert loading.startswith("# Trained in bfloat16: here h is computed in float32")
+    assert pytorch_loading(ResNet(50), 64, "x").startswith("import torch")
 
 
 def test_options_of_another_model_are_refused_and_another_size_is_taken(workdir, tmp_path):

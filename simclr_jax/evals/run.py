@@ -44,9 +44,14 @@ class Features(NamedTuple):
 
 
 def can_evaluate(config: ConfigDict) -> bool:
-    """Whether the data have labels and a labelled test split."""
+    """Whether there are labels, a labelled test split, and a part to choose regularisation on."""
     source = assemble.source(config)
-    return bool(source.train.classes and source.test is not None and source.test.classes)
+    if not (source.train.classes and source.test is not None and source.test.classes):
+        return False
+    if config.eval.validation_fraction == 0:
+        say("no probe    eval.validation_fraction=0 leaves nothing to choose its regularisation on")
+        return False
+    return True
 
 
 def probe(config: ConfigDict, workdir: str) -> dict:
