@@ -6,7 +6,8 @@ Measured 2026-11-25, seed 0, 2 CPU cores, one command beside other light work, 2
     raw pixels         43.1 +- 4.0 %    70.3 +- 1.3 %    77.8 +- 0.3 %      84.2 %
     untrained encoder  30.2 +- 2.8 %    54.2 +- 1.9 %    66.4 +- 0.3 %      75.2 %
     encoder            52.3 +- 4.9 %    75.3 +- 0.8 %    81.4 +- 0.2 %      87.7 %
-The day before, with other numbers drawn for the views: 52.3, 75.0, 81.4, 88.7 %.
+On another machine, with the same numbers drawn: 52.5, 75.1, 81.2, 88.2 %; the day before, with
+other numbers drawn for the views: 52.3, 75.0, 81.4, 88.7 %.
 
 What was tried (seed 0, 60 labels a class, some 150 s of training each; half-width ResNet-10, 350
 steps, crops from 0.2 of the area, colour strength 0.5, tau 0.2 unless said): 74.8 %
