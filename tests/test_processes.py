@@ -82,10 +82,11 @@ def two(tmp_path_factory, cache):
 
 
 def assert_same_parameters(workdir, other, step):
-    """To 2e-5 of the largest of each array at step 3, where sums in another order made 7e-6, and to
-    2e-3 at step 6: a rounding that moves one activation across zero is followed by 5.6e-4.
+    """To 2e-5 of the largest of each array at step 3, where sums in another order made 8e-6, and to
+    2e-2 at step 6: a rounding that moves an activation across zero was followed by 5.6e-4 on one
+    kind of CPU and by 6e-3 on another.
     """
-    tolerance = {3: 2e-5, 6: 2e-3}[step]
+    tolerance = {3: 2e-5, 6: 2e-2}[step]
     found, expected = (load_encoder(w, step=step).variables for w in (workdir, other))
     for (path, x), y in zip(
         jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
