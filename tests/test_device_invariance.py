@@ -72,7 +72,7 @@ def step_of(config, devices, start, monkeypatch, contrastive_loss=None):
     )
 
 
-def check(found, expected):
+def check(found, expected, tolerance=TOLERANCE):
     """Raises an AssertionError that names the arrays that differ, each with by how much."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     differ = {}
@@ -81,7 +81,7 @@ def check(found, expected):
     ):
         # A block whose last scale is zero passes no gradient on: nothing but rounding is left.
         difference = np.abs(x - y).max() / max(np.abs(y).max(), 1e-6)
-        if not difference <= TOLERANCE:
+        if not difference <= tolerance:
             differ[jax.tree_util.keystr(path)] = float(difference)
     if differ:
         raise AssertionError("; ".join(f"{name} by {by:.1e}" for name, by in differ.items()))
@@ -176,12 +176,15 @@ def test_the_loss_in_tiles_and_blocks_computed_again_give_the_same_step(
 
 @pytest.mark.parametrize("option", [{"norm_group": 4}, {"norm_group": -1}])
 def test_groups_of_batchnorm_do_not_depend_on_the_devices(lars, start, option, monkeypatch):
-    """Groups of 4 images on 8 devices, with 2 images each, span two devices."""
+    """Groups of 4 images on 8 devices, with 2 images each, span two devices.
+
+    Their statistics are of 8 views: one kind of CPU rounds gradients apart by 1.2e-5.
+    """
     lars.model.update(option)
     on_four = step_of(lars, jax.devices()[:4], start, monkeypatch)
     lars.model.norm_group = 4  # what -1 means on four devices
     on_eight = step_of(lars, jax.devices(), start, monkeypatch)
-    check(on_eight, on_four)
+    check(on_eight, on_four, 2 * TOLERANCE)
 
 
 def test_microbatches_give_the_same_step_on_any_mesh(lars, start, monkeypatch):
