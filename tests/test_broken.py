@@ -144,6 +144,10 @@ def mixed(tmp_path):
     return folder(str(where), labels=False), names
 
 
+def indices_of(split, names):
+    return [i for i in range(split.count) if split.name_of(i).rpartition("/")[2] in names]
+
+
 def batches(split, broken, steps, start=0, share=Share()):
     stream = training_batches(
         split,
@@ -168,7 +172,7 @@ def test_broken_images_are_skipped_counted_and_named(mixed, tmp_path, capsys):
     split, names = mixed
     broken = Broken(split, 0.2, tmp_path / "broken.jsonl")
     whole = batches(split, broken, 16)  # two epochs of 50 images
-    bad = {i for i in range(50) if split.name_of(i).rpartition("/")[2] in names}
+    bad = set(indices_of(split, names))
     assert broken.indices == bad
     named = {line["image"].rpartition("/")[2]: line["problem"] for line in report(broken.report)}
     assert named.keys() == names
@@ -196,7 +200,7 @@ def test_what_comes_does_not_depend_on_when_a_broken_image_is_met(mixed, tmp_pat
 def test_a_mended_image_is_taken_again(mixed, tmp_path):
     split, _ = mixed
     batches(split, Broken(split, 0.2, tmp_path / "broken.jsonl"), 7)  # every image
-    index = next(i for i in range(50) if split.name_of(i).endswith("text.jpg"))
+    (index,) = indices_of(split, {"text.jpg"})
     Image.fromarray(smooth()).save(split.name_of(index))
     again = Broken(split, 0.2, tmp_path / "broken.jsonl")
     assert len(again.indices) == 4
@@ -211,9 +215,8 @@ def test_evaluation_leaves_broken_images_out(mixed, share):
         evaluation_batches(split, batch_size=5, share=share, size=8, proportion=1.0, broken=broken)
     )
     labels = np.concatenate([batch["label"] for batch in found])
-    mine = range(share.index, 50, share.count)
-    expected = [split.name_of(i).rpartition("/")[2] in names for i in mine]
-    np.testing.assert_array_equal(labels == BROKEN, expected)
+    mine = np.arange(share.index, 50, share.count)
+    np.testing.assert_array_equal(labels == BROKEN, np.isin(mine, indices_of(split, names)))
 
 
 def test_too_many_broken_images_stop_the_run_with_examples(mixed):
@@ -225,8 +228,7 @@ def test_too_many_broken_images_stop_the_run_with_examples(mixed):
 def test_of_a_part_as_many_may_be_broken_as_of_the_whole(mixed):
     """One broken image of five that were drawn from fifty."""
     split, names = mixed
-    bad = [i for i in range(50) if split.name_of(i).rpartition("/")[2] in names]
-    part = split.subset(np.asarray([*range(46, 50), bad[0]]))
+    part = split.subset(np.asarray([*range(46, 50), indices_of(split, names)[0]]))
     with pytest.raises(UserError, match="1 of 5 images cannot be read"):
         Broken(part, 0.1).find(range(5))
     broken = Broken(part, 0.1, whole=split)
@@ -239,9 +241,8 @@ def test_the_report_is_of_what_is_broken_now(mixed, tmp_path):
     file = tmp_path / "broken.jsonl"
     Broken(split, 0.2, file).find(range(50))
     assert len(report(file)) == len(names)
-    for name in names:
-        path = next(p for p in split.images if p.endswith(f"/{name}"))
-        Image.fromarray(smooth()).save(path, format="png")
+    for index in indices_of(split, names):
+        Image.fromarray(smooth()).save(split.name_of(index), format="png")
     Broken(split, 0.2, file)
     assert not file.exists()
 

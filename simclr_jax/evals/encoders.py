@@ -52,10 +52,15 @@ def trained(
     return read_newest(workdir, read) if step is None else read(find(workdir, step))
 
 
+def is_labelled(source: Source) -> bool:
+    """Whether both splits are there and have labels."""
+    return bool(source.train.classes and source.test is not None and source.test.classes)
+
+
 def labelled(config: ConfigDict) -> Source:
     """The data of the configuration. Raises a UserError unless both splits have labels."""
     source = assemble.source(config)
-    if not source.train.classes or source.test is None or not source.test.classes:
+    if not is_labelled(source):
         lacking = "labelled test split" if source.train.classes else "labels"
         raise UserError(
             f"the data have no {lacking}, so there is nothing to evaluate on; see "

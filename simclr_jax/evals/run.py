@@ -45,8 +45,7 @@ class Features(NamedTuple):
 
 def can_evaluate(config: ConfigDict) -> bool:
     """Whether there are labels, a labelled test split, and a part to choose regularisation on."""
-    source = assemble.source(config)
-    if not (source.train.classes and source.test is not None and source.test.classes):
+    if not encoders.is_labelled(assemble.source(config)):
         return False
     if config.eval.validation_fraction == 0:
         say("no probe    eval.validation_fraction=0 leaves nothing to choose its regularisation on")
