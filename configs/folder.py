@@ -15,8 +15,9 @@ import pathlib
 
 import jax
 
-from simclr_jax import config, suggest
-from simclr_jax.data.folder import look
+from simclr_jax import config
+from simclr_jax.data import suggest
+from simclr_jax.data.index import look
 
 
 def get_config(argument: str = ""):
@@ -28,7 +29,6 @@ def get_config(argument: str = ""):
     c.data.path = argument
     found = look(pathlib.Path(argument).expanduser())
     accelerator = jax.default_backend() != "cpu"
-    for option, value, _ in suggest.settings(max(1, found.images), found.short_side, accelerator):
-        group, _, name = option.partition(".")
-        c[group][name] = value
+    chosen = suggest.settings(max(1, found.images), found.short_side, accelerator)
+    config.set_options(c, {option: value for option, value, _ in chosen})
     return c

@@ -1,9 +1,87 @@
 """SimCLR pretraining in JAX: from a laptop CPU to a TPU pod with one code path.
 
-`simclr_jax.load_encoder(path)` gives the pretrained encoder to other people's code.
-Importing this package does not import TensorFlow.
+From Python: `pretrain(config, workdir)`, `evaluate("probe", workdir)` and `load_encoder(workdir)`, the
+same as from the shell. Importing this package does not import TensorFlow.
 """
 
-from simclr_jax.encoder import Encoder, load_encoder
+from typing import Any
 
-__all__ = ["Encoder", "load_encoder"]
+from ml_collections import ConfigDict
+
+from simclr_jax.pretrained import Encoder, load_encoder
+
+__all__ = ["Encoder", "evaluate", "load_encoder", "pretrain"]
+
+
+def pretrain(
+    config: ConfigDict | str, workdir: str, *, extend: bool = False, **options: Any
+) -> bool:
+    """Pretrains an encoder, from the workdir's newest checkpoint or from the start.
+
+    Args:
+      config: a configuration, such as `simclr_jax.config.default()` with changes, or the path of a
+        file in configs/, as "FILE.py" or "FILE.py:ARGUMENT".
+      workdir: folder of everything that is written.
+      extend: the run may have another length than it was begun with.
+      options: other values of options, by name: pretrain(..., **{"train.steps": 100}).
+
+    Returns:
+      whether it came to the end; False if a signal stopped it: the same call goes on.
+
+    Raises:
+      UserError: something that the user can mend; says what to do.
+    """
+    from simclr_jax.modes.pretrain import pretrain
+
+    return pretrain(_with_options(config, options), workdir, extend)
+
+
+def evaluate(
+    name: str, workdir: str, config: ConfigDict | str | None = None, **options: Any
+) -> dict | None:
+    """Evaluates the newest checkpoint of a workdir, beside baselines; shows a table.
+
+    Args:
+      name: "probe", "knn", "transfer", "linear" or "finetune".
+      workdir: of the run, or a checkpoint folder.
+      config: None: that of the run. Its data may be others than those of training.
+      options: other values of options, by name: evaluate(..., **{"eval.knn_k": 20}).
+
+    Returns:
+      {"step", "rows", ...}, as in WORKDIR/NAME.json; None if a signal stopped it.
+
+    Raises:
+      UserError: something that the user can mend; says what to do.
+    """
+    from simclr_jax.config import from_dict
+    from simclr_jax.errors import UserError
+    from simclr_jax.evals import EVALUATIONS, finetune
+    from simclr_jax.evals.evaluate import evaluate_features
+    from simclr_jax.training.workdir import saved_config
+
+    if config is None:
+        config = from_dict(saved_config(workdir))
+    config = _with_options(config, options)
+    trained = {"linear": finetune.linear, "finetune": finetune.finetune}
+    if name in trained:
+        return trained[name](config, workdir)
+    if name not in EVALUATIONS:
+        expected = ", ".join([*EVALUATIONS, *trained])
+        raise UserError(f"unknown evaluation {name!r}: expected one of {expected}")
+    return evaluate_features(name, config, workdir)
+
+
+def _with_options(config: ConfigDict | str, options: dict[str, Any]) -> ConfigDict:
+    """Returns a validated configuration, with other values of options; the caller's stays as it is."""
+    from simclr_jax.config import flatten, set_options, validate
+    from simclr_jax.config.overrides import read_file
+    from simclr_jax.errors import UserError
+
+    config = read_file(config) if isinstance(config, str) else config.copy_and_resolve_references()
+    known = flatten(config)
+    for name in options:
+        if name not in known:
+            raise UserError(f"unknown option {name!r}; see simclr_jax/config/rows.py")
+    set_options(config, options)
+    validate(config)
+    return config

@@ -2,231 +2,236 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from simclr_jax.config import Plan
-from simclr_jax.data import device_augment, resident
-from simclr_jax.data.broken import Broken
-from simclr_jax.data.distortion import Distortion
-from simclr_jax.data.sources import Share, Source, Split, open_source
+from simclr_jax.data import open_source
+from simclr_jax.data.broken import Broken, Images
+from simclr_jax.data.order import Order, Share
+from simclr_jax.data.split import DataSet, Split
+from simclr_jax.encoders import ENCODERS
+from simclr_jax.encoders.heads import LinearClassifier, ProjectionHead
 from simclr_jax.errors import UserError
-from simclr_jax.heads import LinearClassifier, ProjectionHead
-from simclr_jax.losses import nt_xent
-from simclr_jax.losses_chunked import nt_xent_chunked
-from simclr_jax.mesh import replicated, to_global
-from simclr_jax.optimizer import make_optimizer, warmup_cosine
-from simclr_jax.resnet import ResNet
-from simclr_jax.train_state import Networks
-from simclr_jax.train_step import to_float
+from simclr_jax.losses import LOSSES, Loss
+from simclr_jax.mesh import check_divides, make_mesh, replicated, state_shardings, traced_on
+from simclr_jax.training.loop import Job
+from simclr_jax.training.objectives import contrastive
+from simclr_jax.training.optimizer import make_optimizer, warmup_cosine
+from simclr_jax.training.plan import Plan, make_plan
+from simclr_jax.training.saved import with_shardings
+from simclr_jax.training.state import Networks, TrainState, init_state
+from simclr_jax.training.step import Step, UpdateRule, make_step
+from simclr_jax.views import crops_for_classifiers, make_distortion
+from simclr_jax.views.placement import HostCrops, HostViews, Making, Resident, Views
 
 
-def source(config: ConfigDict) -> Source:
-    """The data set of the configuration."""
-    data = config.data
-    return open_source(
-        data.source,
-        name=data.name,
-        path=data.path,
-        test_path=data.test_path,
-        train_split=data.train_split,
-        test_split=data.test_split,
-        folder_labels=data.folder_labels,
-        seed=config.seed,
+@dataclasses.dataclass(frozen=True)
+class Pretraining:
+    """A pretraining run, assembled. Nothing is computed yet.
+
+    Attributes:
+      train: the images to train on.
+      views: from these images to views.
+      plan: length and learning rate.
+      job: the step and how its state starts.
+      loss: for its description.
+      encoder: for its description.
+      norm_images: images that share BatchNorm statistics.
+    """
+
+    train: Split
+    views: Views
+    plan: Plan
+    job: Job
+    loss: Loss
+    encoder: Any
+    norm_images: int
+
+
+def pretraining(
+    config: ConfigDict, train: Split | None = None, mesh: Mesh | None = None
+) -> Pretraining:
+    """Assembles a pretraining run.
+
+    Args:
+      config: of the run.
+      train: the images; None: those of the configuration.
+      mesh: None: all devices there are.
+
+    Raises:
+      UserError: the data are not there, the batch does not divide over the devices, or the options
+        do not fit each other.
+    """
+    mesh = mesh or make_mesh(fsdp=config.mesh.fsdp)
+    check_divides(config.data.batch_size, mesh, config.train.microbatches)
+    train = train or data_set(config).train
+    plan = plan_of(config, train.count)
+    made = views(config, mesh)
+    classes = len(train.classes) if train.classes else None
+    loss = contrastive_loss(config, mesh)
+    if loss.needs_labels and not classes:
+        raise UserError(f"loss.name={config.loss.name} needs labels, and the data have none")
+    job = pretraining_job(config, plan, classes, mesh)
+    return Pretraining(
+        train, made, plan, job, loss, encoder(config), images_of_a_norm(config, mesh)
     )
 
 
-def training_batches(
+def pretraining_job(config: ConfigDict, plan: Plan, classes: int | None, mesh: Mesh) -> Job:
+    """Assembles the step of pretraining over a mesh.
+
+    Args:
+      config: of the run.
+      plan: its length and learning rate.
+      classes: of the online classifier; None: there are no labels.
+      mesh: the devices.
+    """
+    parts = networks(config, classes, mesh)
+    optimizer, schedule = pretraining_optimizer(config, plan)
+    made = views(config, mesh)
+    everywhere = replicated(mesh)
+    step = make_step(
+        contrastive(parts, made.views),
+        contrastive_loss(config, mesh).apply,
+        UpdateRule(optimizer, schedule, config.train.microbatches, config.train.skip_not_finite),
+        fetch=made.fetch,
+        # Said, as the compiler could also divide the convolutions by channels, and move images.
+        gather=lambda params: jax.lax.with_sharding_constraint(params, everywhere),
+    )
+    init = functools.partial(init_state, parts, optimizer, config.data.image_size)
+    return job_of(step, init, (jax.random.key(config.seed),), plan.steps, mesh)
+
+
+def job_of(step: Step, init: Callable, start: tuple, steps: int, mesh: Mesh) -> Job:
+    """Makes the job of a step over a mesh; programs are compiled when they are first needed.
+
+    Args:
+      step: (state, batch) -> (state, metrics).
+      init: (*start) -> the state before the first step.
+      start: arrays.
+      steps: steps of the whole training.
+      mesh: all devices. The state lies on them as `mesh.state_shardings` says.
+    """
+    abstract: TrainState = jax.eval_shape(init, *start)
+    lies = state_shardings(mesh, abstract)
+    begin = jax.jit(traced_on(mesh, init), out_shardings=lies)
+    return Job(
+        step=jax.jit(
+            traced_on(mesh, step),
+            in_shardings=(lies, None),  # of the batch: as it comes
+            out_shardings=(lies, replicated(mesh)),
+            donate_argnums=0,
+        ),
+        init=lambda: begin(*start),
+        abstract_state=with_shardings(abstract, lies),
+        steps=steps,
+        mesh=mesh,
+    )
+
+
+def data_set(config: ConfigDict) -> DataSet:
+    """Opens the data set of the configuration."""
+    return open_source(config.data.to_dict() | {"seed": config.seed})
+
+
+def plan_of(config: ConfigDict, images: int) -> Plan:
+    """Works out the length of a run on `images` training images, and its learning rate."""
+    return make_plan(
+        images,
+        config.data.batch_size,
+        steps=config.train.steps,
+        epochs=config.train.epochs,
+        warmup_epochs=config.optimizer.warmup_epochs,
+        learning_rate=config.optimizer.learning_rate,
+        scaling=config.optimizer.scaling,
+    )
+
+
+def views(config: ConfigDict, mesh: Mesh) -> Views:
+    """Makes the views of pretraining: two of each image, as distorted as the configuration says."""
+    distortion = make_distortion(config.views.to_dict())
+    making = _making(config, mesh, config.data.batch_size, distortion)
+    if config.data.placement == "device":
+        return Resident(making)
+    return HostCrops(making) if config.data.color_on == "device" else HostViews(making)
+
+
+def classifier_views(config: ConfigDict, mesh: Mesh, batch_size: int) -> Views:
+    """Makes what classifiers are trained on: one view of each image, only cropped and flipped."""
+    making = _making(config, mesh, batch_size, crops_for_classifiers(config.views.to_dict()))
+    return Resident(making) if config.data.placement == "device" else HostViews(making)
+
+
+def _making(config: ConfigDict, mesh: Mesh, batch_size: int, distortion: Any) -> Making:
+    share = Share(jax.process_index(), jax.process_count())
+    order = Order(config.seed, batch_size, share)
+    return Making(order, config.data.image_size, distortion, config.data.eval_crop, mesh)
+
+
+def images_of(
     config: ConfigDict,
     split: Split,
-    start_step: int,
-    broken: Broken,
-    batch_size: int | None = None,
-    distortion: Distortion | None = None,
-) -> Generator[dict]:
-    """This process's part of the batches of views from `start_step` on; close it when done.
-
-    `batch_size` of the global batch and `distortion` default to the configuration's.
-    """
-    where = {
-        "seed": config.seed,
-        "batch_size": batch_size or config.data.batch_size,
-        "start_step": start_step,
-        "share": _share(),
-    }
-    if config.data.placement == "device":
-        return resident.training_batches(split, **where)
-    # Imported here: this needs TensorFlow, which takes 10 s to import.
-    from simclr_jax.data import pipeline
-
-    return pipeline.training_batches(
-        split,
-        **where,
-        size=config.data.image_size,
-        distortion=distortion or _distortion(config),
-        broken=broken,
-        color=_color_on_host(config, distortion),
-    )
-
-
-def _color_on_host(config: ConfigDict, distortion: Distortion | None) -> bool:
-    # What is given instead of the configuration's has no colour to leave to the device.
-    return config.data.color_on == "host" or distortion is not None
-
-
-def feed(
-    config: ConfigDict, split: Split, mesh: Mesh, distortion: Distortion | None = None
-) -> Callable[[dict], dict]:
-    """What turns this process's part of a batch of `training_batches` into the global batch that
-    `fetch` and `views` of `view_functions` take.
-    """
-    if config.data.placement == "host":
-        names = ["views", "label"] + ["draws"] * (not _color_on_host(config, distortion))
-        return lambda batch: to_global(mesh, {name: batch[name] for name in names})
-    placed = resident.place(split, replicated(mesh))
-
-    def which(batch: dict) -> dict:
-        own = {name: batch[name].astype(np.int32) for name in ("epoch", "index")}
-        return to_global(mesh, own) | placed
-
-    return which
-
-
-def view_functions(
-    config: ConfigDict, distortion: Distortion | None = None
-) -> tuple[Callable, Callable]:
-    """What of the views is left to the device, jit-able; by the configuration's distortion, or this.
-
-    Returns:
-      fetch: a global batch to one whose every array is [B, ...]: {"views", "label", ...};
-      views: such a batch, or a part of it, to float32 [b, 2, H, W, 3] in [0, 1].
-    """
-    distortion = distortion or _distortion(config)
-
-    def fetch(batch: dict) -> dict:
-        if config.data.placement == "host":
-            return batch
-        epochs, indices = batch["epoch"], batch["index"]
-        crops, draws = device_augment.views_of(
-            batch["images"],
-            config.seed,
-            epochs,
-            indices,
-            config.data.image_size,
-            distortion,
-        )
-        return {"views": crops, "draws": draws, "label": batch["labels"][indices]}
-
-    def views(batch: dict) -> jax.Array:
-        if "draws" not in batch:
-            return to_float(batch["views"])
-        return device_augment.recolor(batch["views"], batch["draws"], distortion)
-
-    return fetch, views
-
-
-def _distortion(config: ConfigDict) -> Distortion:
-    return Distortion(**config.views.to_dict())
-
-
-def crops(config: ConfigDict) -> Distortion:
-    """One view of an image, only cropped and flipped: what classifiers are trained on (paper,
-    appendix B.5).
-    """
-    return dataclasses.replace(
-        _distortion(config), color_strength=0.0, grey_probability=0.0, blur_probability=0.0, views=1
-    )
-
-
-def evaluation_batches(
-    config: ConfigDict, split: Split, batch_size: int, broken: Broken, start: int = 0
-) -> Iterator[dict]:
-    """This process's share of the split, each image once, `batch_size` images of all processes at
-    a time, from the `start`-th of these batches on.
-    """
-    share = _share()
-    options = {
-        "batch_size": batch_size // share.count,
-        "share": share,
-        "size": config.data.image_size,
-        "proportion": config.data.eval_crop,
-        "start": start,
-    }
-    if config.data.placement == "device":
-        return resident.evaluation_batches(split, **options)
-    from simclr_jax.data import pipeline
-
-    return pipeline.evaluation_batches(split, **options, broken=broken)
-
-
-def broken_images(
-    config: ConfigDict, split: Split, report: epath.PathLike | None, whole: Split | None = None
-) -> Broken:
-    """Where the images of a split that this process cannot read are noted.
+    report: epath.PathLike | None = None,
+    whole: Split | None = None,
+) -> Images:
+    """Pairs a split with the note of its images that this process cannot read.
 
     Args:
       config: of the run.
       split: the images.
-      report: the file that names them, of the first process; None: none.
+      report: the file that names the broken images of the first process; None: none.
       whole: see `Broken`.
     """
     if report is not None:
         report = epath.Path(report)
         if index := jax.process_index():
             report = report.with_name(f"{report.stem}_process_{index}{report.suffix}")
-    return Broken(split, config.data.max_broken, report, whole)
+    return Images(split, Broken(split, config.data.max_broken, report, whole))
 
 
-def _share() -> Share:
-    return Share(jax.process_index(), jax.process_count())
+def encoder(config: ConfigDict, **changed: Any) -> Any:
+    """Makes f. `changed`: options of the group "model" with other values than the configuration's.
+
+    Evaluation has no use for groups of BatchNorm: model.norm_group counts only if it is in `changed`.
+
+    Raises:
+      UserError: the encoder cannot take images of the configuration's size.
+    """
+    options = config.model.to_dict() | {"norm_group": 0} | changed
+    made = ENCODERS[config.model.name](options)
+    made.check_image_size(config.data.image_size)
+    return made
 
 
-def encoder(config: ConfigDict, norm_group: int = 0, parts: int = 1) -> ResNet:
-    """f. `norm_group`, for which evaluation has no use, and `parts`: see `ResNet`."""
-    model = config.model
-    return ResNet(
-        model.depth,
-        model.width,
-        model.stem,
-        jnp.dtype(model.dtype),
-        model.norm_momentum,
-        norm_group,
-        remat=model.remat,
-        parts=parts,
-        pool_padding=model.pool_padding,
-    )
-
-
-def head(config: ConfigDict, norm_group: int = 0) -> ProjectionHead:
-    """g. `norm_group`: see `encoder`."""
-    model = config.model
+def head(config: ConfigDict, **changed: Any) -> ProjectionHead:
+    """Makes g. `changed`: see `encoder`."""
+    model = config.model.to_dict() | {"norm_group": 0} | changed
     return ProjectionHead(
-        model.head,
-        model.head_layers,
-        model.head_width,
-        jnp.dtype(model.dtype),
-        model.norm_momentum,
-        norm_group,
+        model["head"],
+        model["head_layers"],
+        model["head_width"],
+        jax.numpy.dtype(model["dtype"]),
+        model["norm_momentum"],
+        model["norm_group"],
     )
 
 
 def networks(config: ConfigDict, classes: int | None, mesh: Mesh) -> Networks:
-    """f, g and, where there are `classes` and the option says so, the online classifier.
+    """Makes f, g and, where there are `classes` and the option says so, the online classifier.
 
     Raises:
       UserError: the images do not divide into the groups of BatchNorm.
     """
-    norm_group = 2 * images_of_a_norm(config, mesh)
+    rows = 2 * images_of_a_norm(config, mesh)
     return Networks(
-        encoder=encoder(config, norm_group, mesh.size),
-        head=head(config, norm_group),
+        encoder=encoder(config, norm_group=rows),
+        head=head(config, norm_group=rows),
         classifier=LinearClassifier(classes)
         if classes and config.train.online_classifier
         else None,
@@ -234,7 +239,7 @@ def networks(config: ConfigDict, classes: int | None, mesh: Mesh) -> Networks:
 
 
 def images_of_a_norm(config: ConfigDict, mesh: Mesh) -> int:
-    """How many images share BatchNorm statistics, both views of each.
+    """Counts the images that share BatchNorm statistics, both views of each.
 
     Raises:
       UserError: the images that a step sees at once do not divide into such groups.
@@ -251,27 +256,15 @@ def images_of_a_norm(config: ConfigDict, mesh: Mesh) -> int:
     return group
 
 
-# A device's share of the 2B x 2B similarities, bytes, above which they are computed in tiles. On
-# 2 CPU cores the two take the same time at 1 MB, and the tiles half of it from 4 MB on; on
-# accelerators this is where the tiles stop to matter beside a step of the encoder.
-_DENSE_BYTES = 2**24
+def contrastive_loss(config: ConfigDict, mesh: Mesh) -> Loss:
+    """Makes the loss over all projections of the batch."""
+    return LOSSES[config.loss.name](config.loss.to_dict(), mesh, config.data.batch_size)
 
 
-def contrastive_loss(config: ConfigDict, mesh: Mesh) -> tuple[str, Callable]:
-    """The implementation of NT-Xent, by name, and (z, temperature) to (loss, metrics)."""
-    share = 4 * (2 * config.data.batch_size) ** 2 // mesh.size
-    name = config.loss.implementation
-    if name == "auto":
-        name = "chunked" if share > _DENSE_BYTES else "dense"
-    if name == "dense":
-        return name, nt_xent
-    return name, functools.partial(nt_xent_chunked, mesh=mesh if mesh.size > 1 else None)
-
-
-def optimizer(
+def pretraining_optimizer(
     config: ConfigDict, plan: Plan
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer and the schedule it follows."""
+    """Makes the optimizer and the schedule it follows."""
     schedule = warmup_cosine(plan.learning_rate, plan.warmup_steps, plan.steps)
     options = config.optimizer
     transformation = make_optimizer(

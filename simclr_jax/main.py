@@ -10,13 +10,22 @@ from typing import NamedTuple
 
 import jax
 
-from simclr_jax import config as config_lib
-from simclr_jax import processes, record
+from simclr_jax import processes
+from simclr_jax.config.overrides import load
 from simclr_jax.errors import UserError
+from simclr_jax.files import cache_folder
+from simclr_jax.training.workdir import saved_config
 
 
 class Mode(NamedTuple):
-    """A function of (config, workdir) and of the flags it needs and takes besides, by name."""
+    """A function of (config, workdir) and of flags.
+
+    Attributes:
+      module, function: where it is, below simclr_jax.
+      text: what it does, for --help.
+      needs: names of the flags that must be given.
+      takes: names of the flags that may be given besides.
+    """
 
     module: str
     function: str
@@ -25,42 +34,49 @@ class Mode(NamedTuple):
     takes: tuple[str, ...] = ()
 
 
+def _evaluation(text: str) -> Mode:
+    """Returns the mode of an evaluation of features, whose name is the mode's."""
+    return Mode("evals.evaluate", "evaluate_features", text, takes=("follow",))
+
+
 MODES = {
     "pretrain": Mode(
-        "train",
+        "modes.pretrain",
         "pretrain",
         "train the encoder; ends with a probe where the data have labels",
         takes=("extend",),
     ),
-    "probe": Mode(
-        "evals.run", "probe", "linear probes of the newest checkpoint, and of the baselines"
-    ),
-    "knn": Mode("evals.run", "knn", "nearest-neighbour accuracy of the newest checkpoint"),
+    "probe": _evaluation("linear probes of the newest checkpoint, and of the baselines"),
+    "knn": _evaluation("nearest-neighbour accuracy of the newest checkpoint"),
+    "transfer": _evaluation("logistic regression, as for transfer to other data"),
     "linear": Mode("evals.finetune", "linear", "linear evaluation by SGD on random crops"),
     "finetune": Mode(
         "evals.finetune", "finetune", "train the whole network with all labels and with few"
     ),
-    "transfer": Mode("evals.run", "transfer", "logistic regression, as for transfer to other data"),
     "embed": Mode(
-        "embed",
+        "modes.embed",
         "embed",
         "the representations of every image of a folder or split, to a file",
         needs=("input", "output"),
         takes=("with_z",),
     ),
     "neighbours": Mode(
-        "neighbours",
+        "modes.neighbours",
         "neighbours",
         "a picture of the nearest neighbours of some images, from such a file",
         needs=("input",),
         takes=("output", "query"),
     ),
     "export": Mode(
-        "export", "export", "the encoder for other programs", needs=("format",), takes=("output",)
+        "modes.export",
+        "export",
+        "the encoder for other programs",
+        needs=("format",),
+        takes=("output",),
     ),
     "compile": Mode(
-        "aot",
-        "report",
+        "modes.compile",
+        "compile_for",
         "compile the train step for a TPU slice that need not be there",
         needs=("topology",),
     ),
@@ -78,18 +94,21 @@ def main(argv: list[str]) -> None:
         keep_compiled_programs()
         # Before the configuration, which may ask what devices there are.
         processes.start(args.coordinator, args.processes, args.process)
-    saved = None if args.config else record.saved_config(args.workdir)
-    config = config_lib.load(args.config, overrides, saved)
+    saved = None if args.config else saved_config(args.workdir)
+    config = load(args.config, overrides, saved)
     run_mode = getattr(importlib.import_module(f"simclr_jax.{mode.module}"), mode.function)
+    if mode.function == "evaluate_features":
+        run_mode(args.mode, config, args.workdir, **flags)
+        return
     finished = run_mode(config, args.workdir, **flags)
     if args.mode == "pretrain" and finished:
-        evals = importlib.import_module("simclr_jax.evals.run")
-        if evals.can_evaluate(config):
-            evals.probe(config, args.workdir)
+        evaluate = importlib.import_module("simclr_jax.evals.evaluate")
+        if evaluate.can_probe(config):
+            evaluate.evaluate_features("probe", config, args.workdir)
 
 
 def _flags_of(args: argparse.Namespace) -> dict:
-    """The flags that the mode needs and takes. Raises a UserError if one is lacking or too many."""
+    """Returns the flags of the mode, {name: value}. Raises a UserError if one is missing or too many."""
     mode = MODES[args.mode]
     known = {flag for other in MODES.values() for flag in (*other.needs, *other.takes)}
     given = {flag: getattr(args, flag) for flag in sorted(known) if getattr(args, flag)}
@@ -99,7 +118,9 @@ def _flags_of(args: argparse.Namespace) -> dict:
     for flag in given:
         if flag not in (*mode.needs, *mode.takes):
             owners = [name for name, other in MODES.items() if flag in (*other.needs, *other.takes)]
-            raise UserError(f"--{flag} is not of --mode={args.mode}: it is of {', '.join(owners)}")
+            raise UserError(
+                f"--{flag} belongs to --mode={' and '.join(owners)}, not to --mode={args.mode}"
+            )
     return given
 
 
@@ -113,7 +134,9 @@ def _parser() -> argparse.ArgumentParser:
         "or --config.data.placement=device for images that fit into the device's memory.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE.py[:ARG]", help="default: that of the workdir")
+    parser.add_argument(
+        "--config", metavar="FILE.py[:ARG]", help="configuration; default: that of the workdir"
+    )
     parser.add_argument(
         "--workdir",
         metavar="DIR",
@@ -123,33 +146,41 @@ def _parser() -> argparse.ArgumentParser:
     modes = "; ".join(f"{name}: {mode.text}" for name, mode in MODES.items())
     parser.add_argument("--mode", choices=MODES, default="pretrain", help=modes)
     parser.add_argument(
-        "--topology", metavar="KIND:SHAPE", help="of --mode=compile, such as v5e:16x16"
+        "--topology", metavar="KIND:SHAPE", help="for --mode=compile: the slice, such as v5e:16x16"
     )
     parser.add_argument(
-        "--format", choices=("safetensors", "stablehlo", "savedmodel"), help="of --mode=export"
+        "--format", choices=("safetensors", "stablehlo", "savedmodel"), help="for --mode=export"
     )
     parser.add_argument(
         "--input",
         metavar="WHAT",
-        help="of --mode=embed: a folder, NAME:SPLIT of TFDS, or train or test of the run's data; of "
-        "--mode=neighbours: what --mode=embed wrote",
+        help="for --mode=embed: a folder, NAME:SPLIT of a TFDS data set, or train or test for the run's "
+        "own data; for --mode=neighbours: the file that --mode=embed wrote",
     )
     parser.add_argument(
         "--output",
         metavar="PATH",
-        help="of --mode=embed: FILE.parquet or FILE.npz; of export and neighbours: the file, by "
+        help="for --mode=embed: FILE.parquet or FILE.npz; for export and neighbours: the file, by "
         "default in the workdir",
     )
     parser.add_argument(
-        "--with_z", action="store_true", help="of --mode=embed: the projections too"
+        "--with_z", action="store_true", help="for --mode=embed: write the projections z too"
     )
     parser.add_argument(
-        "--query", metavar="A,B,...", help="of --mode=neighbours: images; default: eight of them"
+        "--query",
+        metavar="A,B,...",
+        help="for --mode=neighbours: names of images; default: eight, evenly spaced",
+    )
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="for probe, knn and transfer: evaluate each new checkpoint of a run that another process "
+        "trains, until its last step",
     )
     parser.add_argument(
         "--extend",
         action="store_true",
-        help="let a run go on with another train.epochs or train.steps than it was begun with",
+        help="for --mode=pretrain: go on with another train.epochs or train.steps than the run was begun with",
     )
     several = parser.add_argument_group(
         "several processes", "found out on Cloud TPU VMs and under SLURM; elsewhere all three"
@@ -161,14 +192,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def keep_compiled_programs() -> None:
-    """Programs are compiled once for each machine and version, not once for each run."""
+    """Keeps compiled programs across runs: compiled once for each machine and version."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(root, "simclr_jax"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
 
 
 def shell(command: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """A command for the shell: one line and exit status 1 for a user's mistake, 130 for Ctrl-C."""
+    """Runs a command for the shell: one line and exit status 1 for a user's mistake, 130 for Ctrl-C."""
     # No start-up chatter of TensorFlow, and its plain kernels: the same numbers on every CPU.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -189,7 +219,7 @@ def shell(command: Callable[[list[str]], None], arguments: list[str]) -> None:
 
 
 def run() -> None:
-    """`main` for the shell."""
+    """Runs `main` for the shell; the console script simclr_jax."""
     shell(main, sys.argv[1:])
 
 

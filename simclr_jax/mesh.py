@@ -1,9 +1,13 @@
-"""Devices and what lies where. Past `to_global`, nothing knows about processes or devices.
+"""Devices, and which array lies on which of them.
+
+Past `to_global`, nothing knows about processes or devices.
 
 The mesh has two axes. The batch is divided over both; "fsdp" also divides the parameters and the
 optimizer's state, and "data" repeats them.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +20,7 @@ AXES = DATA, FSDP = "data", "fsdp"
 
 
 def make_mesh(devices=None, fsdp: int = 1) -> Mesh:
-    """All devices (of all processes) as a mesh of shape (devices / fsdp, fsdp).
+    """Makes a mesh of shape (devices / fsdp, fsdp) of all devices of all processes.
 
     Raises:
       UserError: the devices do not divide into groups of `fsdp`.
@@ -34,18 +38,27 @@ def make_mesh(devices=None, fsdp: int = 1) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A copy on every device."""
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharded(mesh: Mesh) -> NamedSharding:
-    """The first axis divided over the devices."""
+    """Returns the sharding of an array whose first axis is divided over the devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def state_shardings(mesh: Mesh, abstract: Any) -> Any:
-    """For each array of a tree of shapes how it lies: kernels, and what the optimizer keeps for
-    them, divided over "fsdp" along their last axis that divides; all else on every device.
+    """Returns the sharding of each array of a state.
+
+    Kernels, and what the optimizer keeps for them, are divided over "fsdp" along their last axis that
+    divides; every device holds all other arrays whole.
+
+    Args:
+      mesh: the devices.
+      abstract: tree of shapes.
+
+    Returns:
+      a tree of shardings like it.
     """
 
     def sharding(x) -> NamedSharding:
@@ -60,7 +73,7 @@ def state_shardings(mesh: Mesh, abstract: Any) -> Any:
 
 
 def to_global(mesh: Mesh, local):
-    """A tree of this process's numpy arrays [n / P, ...] to global arrays [n, ...], sharded.
+    """Turns a tree of this process's numpy arrays [n / P, ...] into global arrays [n, ...], sharded.
 
     The processes' parts follow each other in the order of the mesh.
     """
@@ -68,16 +81,35 @@ def to_global(mesh: Mesh, local):
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
 
 
-def laid_out(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array that every process holds whole, as a global array."""
+def laid_out(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Turns an array that every process holds whole into a global array."""
     return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+
+def traced_on(mesh: Mesh, function: Callable) -> Callable:
+    """Makes a function that, traced by `jax.jit`, can ask for the mesh: `jax.sharding.get_abstract_mesh`.
+
+    Only convolutions on CPUs ask, see `encoders/conv.py`.
+    """
+
+    @functools.wraps(function)
+    def on_mesh(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return on_mesh
 
 
 def check_divides(
     batch_size: int, mesh: Mesh, microbatches: int = 1, option: str = "data.batch_size"
 ) -> None:
-    """Raises a UserError unless every device gets the same number of whole images in each
-    microbatch of the batch that `option` says.
+    """Raises a UserError unless every device gets the same number of whole images in a microbatch.
+
+    Args:
+      batch_size: images of the global batch.
+      mesh: the devices.
+      microbatches: parts of the batch.
+      option: where the batch size was set, for the message.
     """
     multiple = mesh.size * microbatches
     if batch_size % multiple:

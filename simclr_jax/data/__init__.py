@@ -1,1 +1,80 @@
-"""From a data set to batches of views. Only host_augment and pipeline need TensorFlow at import."""
+"""Where images come from. To add a source, write its file and a row in `SOURCES`."""
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from simclr_jax.data import arrays, folder, parquet, synthetic, tfds
+from simclr_jax.data.split import DataSet
+from simclr_jax.errors import UserError
+from simclr_jax.options import Option, flag, one_of, text
+
+# name: ({option of the group "data", without the group: value}, and "seed") -> DataSet
+SOURCES: dict[str, Callable[[Mapping[str, Any]], DataSet]] = {
+    "tfds": tfds.open_data_set,
+    "folder": folder.open_data_set,
+    "arrays": arrays.open_data_set,
+    "parquet": parquet.open_data_set,
+    "synthetic": synthetic.open_data_set,
+}
+
+OPTIONS = (
+    Option("data.source", "tfds", one_of(*SOURCES), "kind of the data set"),
+    Option("data.name", "", text(), "name of the TFDS data set"),
+    Option(
+        "data.path",
+        "",
+        text(),
+        "folder of TFDS's data (empty: TFDS's own) or of images; .npz file; Parquet files",
+        resumable=True,
+    ),
+    Option(
+        "data.test_path",
+        "",
+        text(),
+        "folder or Parquet files of test images; empty: no test split, so no probe",
+        resumable=True,
+    ),
+    Option("data.train_split", "train", text(), "split of the TFDS data set to train on"),
+    Option(
+        "data.test_split",
+        "test",
+        text(),
+        "split of the TFDS data set for every evaluation; empty: none",
+        resumable=True,
+    ),
+    Option(
+        "data.folder_labels", False, flag(), "the first folder below data.path is an image's class"
+    ),
+    *parquet.OPTIONS,
+)
+
+
+def open_source(data: Mapping[str, Any]) -> DataSet:
+    """Opens a data set: what to train on and, where there is one, what to test on.
+
+    The last one is kept open, as training, then its probe, ask for the same data.
+
+    Args:
+      data: {option of the group "data", without the group: value}, and "seed".
+
+    Raises:
+      UserError: the data set is not there or not usable.
+    """
+    return cached(json.dumps(data, sort_keys=True))
+
+
+@functools.lru_cache(maxsize=1)
+def cached(data: str) -> DataSet:
+    """Opens the data set of options in JSON; see `open_source`."""
+    options = json.loads(data)
+    return SOURCES[options["source"]](options)
+
+
+def check(data: Mapping[str, Any]) -> None:
+    """Raises a UserError if an option that the kind of source needs is empty."""
+    if data["source"] == "tfds" and not data["name"]:
+        raise UserError("data.name is empty: expected the name of a TFDS data set")
+    if data["source"] in ("folder", "arrays", "parquet") and not data["path"]:
+        raise UserError(f"data.path is empty: expected where the {data['source']} data are")

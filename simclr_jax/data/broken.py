@@ -2,22 +2,24 @@
 
 import json
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from etils import epath
 
 from simclr_jax.console import say
-from simclr_jax.data.sources import Split
+from simclr_jax.data.split import Split
 from simclr_jax.errors import UserError
+from simclr_jax.files import write_text
 
-_SAID = 5  # as many are named on the terminal, the rest only in the report
+_SAID = 5  # broken images named on the terminal; the report names all
 
 
 class Broken:
     """The broken images of a split, as far as they have been met.
 
     Attributes:
-      indices: of the images in the split.
-      report: the file that names them.
+      indices: which images of the split are broken.
+      report: the file that names them; None: none.
     """
 
     def __init__(
@@ -33,8 +35,8 @@ class Broken:
           split: the images.
           limit: the share of the images that may be broken.
           report: a file of one JSON object a line, {"index", "image", "problem"}; None: none.
-          whole: what `split` is a part of: as many images may be broken as the share is of it, for
-            one of ten would be many, and one of the thousand that they were drawn from is not.
+          whole: the split that `split` was drawn from, whose images the limit counts: one of ten would
+            be many, and one of the thousand that the ten were drawn from is not.
         """
         self._split, self._limit, self.report = split, limit, report
         self._limit_of = (whole or split).count
@@ -83,15 +85,13 @@ class Broken:
                 say("skipped    ... and more, which only the report names")
 
     def _write(self) -> None:
-        """The report, whole or not at all; none, if all that were broken are mended."""
+        """Writes the report; removes it if all images that were broken are mended."""
         if self.report is None:
             return
         if not self._lines:
             self.report.unlink(missing_ok=True)
             return
-        scratch = self.report.with_name(self.report.name + ".new")
-        scratch.write_text("".join(f"{line}\n" for line in self._lines))
-        scratch.replace(self.report)
+        write_text(self.report, "".join(f"{line}\n" for line in self._lines))
 
 
 def _index_of(line: str) -> int | None:
@@ -99,3 +99,10 @@ def _index_of(line: str) -> int | None:
         return json.loads(line)["index"]
     except ValueError:  # cut off when the run was killed
         return None
+
+
+class Images(NamedTuple):
+    """The images of a split, and which of them are known to be broken."""
+
+    split: Split
+    broken: Broken

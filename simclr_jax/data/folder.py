@@ -1,249 +1,132 @@
-"""A folder of images: which files it holds, remembered across runs, and what they are.
+"""A folder of images as a source: every image file below it, at any depth, one file an image."""
 
-The index keeps, for each folder below, when it last changed and what lies in it, so that a later
-start asks the file system once a folder and not once a file. So it does not see that a file was
-overwritten in place, which changes no folder: its size stays the old one until a file comes or goes.
-"""
-
-import collections
-import concurrent.futures
 import hashlib
-import json
 import os
 import pathlib
-import statistics
-import time
-import warnings
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
-# By content a wrong suffix does no harm: it only says that the file is meant to be an image.
-SUFFIXES = {
-    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
-    ".png": "PNG",
-    ".gif": "GIF",
-    ".bmp": "BMP",
-    ".webp": "WebP",
-    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
-    **dict.fromkeys((".ppm", ".pgm", ".pbm", ".pnm"), "PNM"),
-    ".avif": "AVIF",
-    **dict.fromkeys((".jp2", ".j2k"), "JPEG 2000"),
-}
-
-_LOOKED_AT = 256  # files whose headers are read for the summary, evenly spaced
-_THREADS = 16
-# Seconds within which a second change may leave a folder's time as it was, and a file is still being
-# written: what is younger when it is read is read again the next time.
-_SETTLED = 2.0
+from simclr_jax.data.index import SUFFIXES, index
+from simclr_jax.data.source import Classes, Example, Source
+from simclr_jax.data.split import DataSet, IndexedSplit
+from simclr_jax.errors import UserError
 
 
-class Index(NamedTuple):
-    """The files below a folder.
+class Files(Source):
+    """Image files.
 
     Attributes:
-      paths: [N] relative to it, sorted.
-      sizes: int64 [N], bytes.
-      passed_over: suffix ("" for none) to how many files that are no images have it.
+      paths: [N], text.
     """
 
-    paths: np.ndarray
-    sizes: np.ndarray
-    passed_over: dict[str, int]
+    def __init__(
+        self, paths: np.ndarray, labels: np.ndarray, classes: Classes, sizes: np.ndarray | None
+    ):
+        """Holds the paths of N files.
+
+        Args:
+          paths: text [N].
+          labels: int32 [N], -1 where there is none.
+          classes: their names.
+          sizes: int64 [N], bytes, for the fingerprint; None: not known.
+        """
+        self.paths, self.labels, self.classes, self._sizes = paths, labels, classes, sizes
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(pathlib.Path(self.paths[index]).read_bytes(), int(self.labels[index]))
+
+    def take(self, indices: np.ndarray) -> "Files":
+        sizes = None if self._sizes is None else self._sizes[indices]
+        return Files(self.paths[indices], self.labels[indices], self.classes, sizes)
+
+    def lookup(self) -> Any:
+        import tensorflow as tf
+
+        with tf.device("cpu"):
+            paths = tf.constant(self.paths)
+        return lambda index: tf.io.read_file(tf.gather(paths, index))
+
+    def name_of(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def fingerprint(self) -> str:
+        """Returns a digest of the names below the folder they share, and of the sizes: reading all
+        would take too long.
+        """
+        digest = hashlib.blake2b(self.labels.tobytes(), digest_size=16)
+        root = os.path.commonpath([os.path.dirname(path) for path in self.paths])
+        sizes = [-1] * len(self) if self._sizes is None else self._sizes.tolist()
+        for path, size in zip(self.paths.tolist(), sizes, strict=True):
+            digest.update(os.fsencode(path[len(root) :]) + f" {size}\n".encode())
+        return digest.hexdigest()
 
 
-def index(root: pathlib.Path) -> Index:
-    """The image files below `root`, at any depth, each folder once however often links lead to it."""
-    cache = _cache_file(root)
-    known = _read_cache(cache)
-    folders: dict[str, dict] = {}
-    changed = _walk(root, known, folders)
-    if changed or folders.keys() != known.keys():
-        _write_cache(cache, folders)
-    entries = sorted(
-        (os.path.join(where, name) if where else name, size)
-        for where, content in folders.items()
-        for name, size in content["files"].items()
-    )
-    passed: collections.Counter[str] = collections.Counter()
-    for content in folders.values():
-        passed.update(content["others"])
-    return Index(
-        np.asarray([path for path, _ in entries], str),
-        np.asarray([size for _, size in entries], np.int64),
-        dict(passed.most_common()),
-    )
+def open_data_set(data: Mapping[str, Any]) -> DataSet:
+    """Opens the folder "path" and, unless it is empty, "test_path"; "folder_labels": see `open_split`."""
+    labels = data["folder_labels"]
+    train = open_split(data["path"], labels)
+    test = open_split(data["test_path"], labels, train.classes) if data["test_path"] else None
+    return DataSet(train, test)
 
 
-def _walk(root: pathlib.Path, known: dict[str, dict], folders: dict[str, dict]) -> bool:
-    """Fills `folders`; returns whether any had to be read."""
-    changed, seen, waiting = False, set(), [""]
-    while waiting:
-        where = waiting.pop()
-        path = root / where
-        try:
-            status = os.stat(path)
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            content = known.get(where)
-            # Copies and archives may set the first back to what it was, not the others.
-            state = [status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-            if content is None or content["state"] != state or not content["settled"]:
-                content = _read_folder(path, state)
-                changed = True
-        except OSError:  # gone meanwhile, a dead link, or not ours to read
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[where] = content
-        waiting += [os.path.join(where, name) for name in content["folders"]]
-    return changed
+def open_split(path: str, labels: bool, classes: Classes = None) -> IndexedSplit:
+    """Opens every image file below a folder, sorted by path.
 
+    Args:
+      path: the folder.
+      labels: the first folder below `path` is an image's class.
+      classes: their names, in order; None takes what is there, sorted.
 
-def _read_folder(path: pathlib.Path, state: list[int]) -> dict:
-    files, folders, others = {}, [], collections.Counter[str]()
-    newest, dead_links = state[0] / 1e9, False
-    with os.scandir(path) as entries:
-        for entry in entries:
-            suffix = os.path.splitext(entry.name)[1].lower()
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif suffix in SUFFIXES and not entry.name.startswith("._"):  # macOS's shadows
-                try:
-                    status = entry.stat()
-                    files[entry.name] = status.st_size
-                    newest = max(newest, status.st_mtime)
-                except OSError:  # a dead link
-                    files[entry.name] = 0
-            else:
-                others[suffix] += 1
-            # Alive again, perhaps, once a drive is mounted.
-            dead_links |= entry.is_symlink() and not os.path.exists(entry.path)
-    return {
-        "state": state,
-        "settled": time.time() - newest >= _SETTLED and not dead_links,
-        "files": files,
-        "folders": sorted(folders),
-        "others": dict(others),
-    }
-
-
-def _cache_file(root: pathlib.Path) -> pathlib.Path:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    name = hashlib.blake2b(os.fsencode(root.absolute()), digest_size=16).hexdigest()
-    return pathlib.Path(home) / "simclr_jax" / "folders" / f"{name}.json"
-
-
-def _read_cache(file: pathlib.Path) -> dict[str, dict]:
-    try:
-        folders = json.loads(file.read_bytes())
-        keys = {"state", "settled", "files", "folders", "others"}
-        return folders if all(content.keys() == keys for content in folders.values()) else {}
-    except (OSError, ValueError, AttributeError):  # none, or of another version
-        return {}
-
-
-def _write_cache(file: pathlib.Path, folders: dict[str, dict]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps(folders, ensure_ascii=True))
-        scratch.replace(file)
-    except OSError:  # no room for it: the next start reads the folder again
-        pass
-
-
-class Look(NamedTuple):
-    """What a folder's images are like, from some of them.
-
-    Attributes:
-      images: how many.
-      total_bytes: of all.
-      kinds: format by suffix to how many.
-      passed_over: see `Index`.
-      empty: files of no byte.
-      looked_at: files whose header was read.
-      unreadable: of these, those without one, with the reason.
-      sizes: int [n, 2], width and height of those with one, pixels.
-      modes: Pillow's name of the channel layout to how many of them.
+    Raises:
+      UserError: there is no folder, no image, an image in no class folder or in an unknown one.
     """
-
-    images: int
-    total_bytes: int
-    kinds: dict[str, int]
-    passed_over: dict[str, int]
-    empty: int
-    looked_at: int
-    unreadable: dict[str, str]
-    sizes: np.ndarray
-    modes: dict[str, int]
-
-    @property
-    def short_side(self) -> int:
-        """The median image's shorter side, pixels; 224 where no image could be read."""
-        return int(statistics.median(self.sizes.min(axis=1))) if len(self.sizes) else 224
-
-
-def look(root: pathlib.Path) -> Look:
-    """Reads the headers of some images below `root`."""
+    root = pathlib.Path(path).expanduser()
+    if not root.is_dir():
+        raise UserError(f"no folder {path!r}: expected a folder of images (data.path)")
     found = index(root)
-    count = len(found.paths)
-    some = np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT)).round().astype(int))
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-        headers = list(threads.map(_header, [root / found.paths[i] for i in some]))
-    kinds = collections.Counter(SUFFIXES[os.path.splitext(p)[1].lower()] for p in found.paths)
-    whole = [header for header in headers if not isinstance(header, str)]
-    return Look(
-        count,
-        int(found.sizes.sum()),
-        dict(kinds.most_common()),
-        found.passed_over,
-        int((found.sizes == 0).sum()),
-        len(some),
-        {
-            str(found.paths[i]): header
-            for i, header in zip(some, headers, strict=True)
-            if isinstance(header, str)
-        },
-        np.asarray([size for size, _ in whole], int).reshape(-1, 2),
-        dict(collections.Counter(mode for _, mode in whole).most_common()),
-    )
+    paths = np.asarray([os.path.join(root, path) for path in found.paths], str)
+    if not len(paths):
+        raise UserError(f"no image below {path!r}: looked for {', '.join(SUFFIXES)}")
+    odd = [path for path in found.paths.tolist() if not _is_utf8(path)]
+    if odd:
+        raise UserError(
+            f"{len(odd)} files below {path!r} have names that are not UTF-8, such as "
+            f"{os.fsencode(odd[0])!r}: rename them"
+        )
+    if not labels:
+        nothing = np.full(len(paths), -1, np.int32)
+        return IndexedSplit(Files(paths, nothing, None, found.sizes))
+    codes, classes = _labels_of(path, found.paths.tolist(), classes)
+    return IndexedSplit(Files(paths, codes, classes, found.sizes))
 
 
-def _header(path: pathlib.Path) -> tuple[tuple[int, int], str] | str:
-    """((width, height), channel layout) of an image, or why it has none."""
+def _labels_of(path: str, names: list[str], classes: Classes) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Returns the label of each name, by its first folder, and the classes."""
+    parts = [pathlib.PurePath(name).parts for name in names]
+    loose = [name for name, inside in zip(names, parts, strict=True) if len(inside) == 1]
+    if loose:
+        raise UserError(
+            f"{len(loose)} images lie in no class folder, such as {os.path.join(path, loose[0])}: "
+            "move them, or set data.folder_labels=False"
+        )
+    owners = [inside[0] for inside in parts]
+    if classes is None:
+        classes = tuple(sorted(set(owners)))
+    unknown = sorted(set(owners).difference(classes))
+    if unknown:
+        raise UserError(f"{path!r} has the classes {', '.join(unknown)}, which training has not")
+    code = {name: i for i, name in enumerate(classes)}
+    return np.asarray([code[owner] for owner in owners], np.int32), classes
+
+
+def _is_utf8(name: str) -> bool:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes, which header.py judges
-            with Image.open(path) as image:
-                return image.size, image.mode
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return " ".join(str(error).split()).replace(f" {str(path)!r}", "")
-
-
-def describe(found: Look) -> list[str]:
-    """The summary of a folder, in lines."""
-    kinds = ", ".join(f"{n} {kind}" for kind, n in found.kinds.items())
-    lines = [f"{found.images} files, {found.total_bytes / 1e6:.1f} MB: {kinds}"]
-    if len(found.sizes):
-        low, high = found.sizes.min(axis=0), found.sizes.max(axis=0)
-        sizes = f"{low[0]} x {low[1]} px"
-        if (low != high).any():
-            sizes += (
-                f" to {high[0]} x {high[1]} px, shorter side {found.short_side} px in the middle"
-            )
-        modes = ", ".join(f"{n} {mode}" for mode, n in found.modes.items())
-        lines.append(f"{sizes}; channels {modes} (of {found.looked_at} looked at)")
-    bad = len(found.unreadable)
-    if bad or found.empty:
-        such = next(iter(found.unreadable.items()), None)
-        what = f", such as {such[0]}: {such[1]}" if such else ""
-        lines.append(f"{found.empty} empty; {bad} of {found.looked_at} cannot be read{what}")
-    else:
-        lines.append(f"none empty; all of {found.looked_at} looked at can be opened")
-    if found.passed_over:
-        some = list(found.passed_over.items())
-        total = sum(found.passed_over.values())
-        suffixes = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in some[:5])
-        lines.append(f"passed over {total} files that are no images: {suffixes}")
-    return lines
+        name.encode()
+    except UnicodeEncodeError:  # of a byte that Python keeps as half a character
+        return False
+    return True

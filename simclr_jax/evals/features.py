@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from simclr_jax.data.sources import BROKEN
-from simclr_jax.mesh import replicated, to_global
+from simclr_jax.data.split import BROKEN
+from simclr_jax.mesh import replicated, to_global, traced_on
 
 # Pixels: larger images are averaged down to this before they serve as raw-pixel features.
 RAW_PIXELS = 32
@@ -30,15 +30,16 @@ class Extractor:
         """
         self._batch_size, self._size, self._mesh = batch_size, size, mesh
         everywhere = replicated(mesh)
-        self._run = jax.jit(
-            lambda variables, batch: (forward(variables, batch["image"]), batch["label"]),
-            out_shardings=(everywhere, everywhere),
-        )
+
+        def run(variables, batch):
+            return forward(variables, batch["image"]), batch["label"]
+
+        self._run = jax.jit(traced_on(mesh, run), out_shardings=(everywhere, everywhere))
 
     def stream(
         self, variables: Any, batches: Iterable[dict], count: int
     ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-        """Features and labels of a split, in its order, batch by batch, on every process.
+        """Yields features and labels of a split, in its order, batch by batch, on every process.
 
         Every process must call this together. Short and missing batches are filled up with zeros,
         which are dropped again, so that one program serves all and every process runs it equally
@@ -46,11 +47,11 @@ class Extractor:
 
         Args:
           variables: what forward needs, on all devices of the mesh.
-          batches: this process's part: {"image", "label"}, image i of it being image p + i P.
-          count: images, over all processes.
+          batches: this process's part, from `Views.evaluation_batches`.
+          count: images of all batches, over all processes.
 
         Yields:
-          {kind: features float32 [n, D]}, labels int32 [n], `BROKEN` for an image that is.
+          {kind: features float32 [n, D]}, labels int32 [n], `BROKEN` for a broken image.
         """
         processes = jax.process_count()
         local, size = self._batch_size // processes, self._size
@@ -76,7 +77,7 @@ class Extractor:
     def extract(
         self, variables: Any, batches: Iterable[dict], count: int
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """All that `stream` yields, less the images that are broken."""
+        """Returns all that `stream` yields, less the images that are broken."""
         parts = list(self.stream(variables, batches, count))
         features, labels = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
         whole = labels != BROKEN
@@ -84,9 +85,9 @@ class Extractor:
 
 
 def raw_pixels(images, channels: int):
-    """The baseline without any network: the pixels in [0, 1], [n, H, W, 3] to [n, D].
+    """Turns images uint8 [n, H, W, 3] into the baseline without any network: pixels in [0, 1], [n, D].
 
-    Images above 32 px are averaged down to 32 px; where the data have one channel, which became
+    `channels`: 1 or 3, of the data. Images above 32 px are averaged down to 32 px; where the data have one channel, which became
     three equal ones, one is kept.
     """
     x = images[..., :channels].astype(jnp.float32) / 255.0

@@ -2,292 +2,163 @@
 
 What is reported is the accuracy of the last step, and, where a validation part was held out of the
 training split, of the step that did best on it. The test split chooses nothing.
+
+Every training runs through `training.loop.fit` in a folder of its own below WORKDIR/MODE, so the same
+command goes on where it was stopped, and nothing that was finished is trained again.
 """
 
-import contextlib
-import functools
+import hashlib
 import itertools
-from collections.abc import Generator
+import json
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble
-from simclr_jax.console import Progress, say
-from simclr_jax.data.broken import Broken
+from simclr_jax.console import say
+from simclr_jax.data.broken import Images
 from simclr_jax.data.order import few_labels
-from simclr_jax.data.sources import Split
+from simclr_jax.encoders import init_encoder
+from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.errors import UserError
-from simclr_jax.evals import encoders, results
-from simclr_jax.evals.encoders import ENCODER, UNTRAINED
+from simclr_jax.evals import results, subjects
+from simclr_jax.evals.classifier import Classified
 from simclr_jax.evals.features import Extractor
-from simclr_jax.evals.supervised import Classified, make_optimizer, make_predict, make_step
-from simclr_jax.heads import LinearClassifier
+from simclr_jax.evals.subjects import ENCODER, UNTRAINED
+from simclr_jax.files import write_json
 from simclr_jax.mesh import check_divides, make_mesh, replicated
-from simclr_jax.train_state import TrainState, init_encoder, init_head
+from simclr_jax.training.checkpoint import Saving
+from simclr_jax.training.log import Reporting
+from simclr_jax.training.loop import Job, Run, fit
+from simclr_jax.training.objectives import no_loss, supervised
+from simclr_jax.training.optimizer import make_classifier_optimizer
+from simclr_jax.training.state import TrainState, init_head, start_of
+from simclr_jax.training.step import Step, UpdateRule, make_step
+from simclr_jax.views.placement import stream
 
 _VALIDATIONS = 10  # evenly spaced moments of a training among which the validation part chooses
 
 
-class Setting(NamedTuple):
-    """One training: how much of the labels, how long, how fast."""
+class Protocol(NamedTuple):
+    """What --mode=linear or --mode=finetune does.
 
+    Attributes:
+      mode: "linear" or "finetune", also the group of its options.
+      title: of the table.
+      options: batch_size, learning_rate, weight_decay and momentum.
+      train_encoder: train f and g too, or only the classifier.
+      layer: of the projection head that is classified; 0 is h.
+      trainings: (fraction of each class's labels, epochs) of each.
+    """
+
+    mode: str
+    title: str
+    options: ConfigDict
+    train_encoder: bool
+    layer: int
+    trainings: list[tuple[float, float]]
+
+
+class Setting(NamedTuple):
+    """One training: from which start, with how many of the labels, how long and how fast."""
+
+    kind: str
     fraction: float
+    draw: int
     epochs: float
     learning_rate: float  # before scaling by batch / 256
     weight_decay: float
 
+    @property
+    def folder(self) -> str:
+        """Name of its folder below WORKDIR/MODE."""
+        start = "encoder" if self.kind == ENCODER else "untrained"
+        return (
+            f"{start}_{self.fraction:g}_of_labels_draw_{self.draw}_{self.epochs:g}_epochs"
+            f"_rate_{self.learning_rate:g}_decay_{self.weight_decay:g}"
+        )
 
-class Images(NamedTuple):
-    """What is trained or tested on, and which of it is known to be broken."""
-
-    split: Split
-    broken: Broken
-
-
-class Outcome(NamedTuple):
-    """Test accuracy at the last step, and at the step chosen on the validation part."""
-
-    last: float
-    selected: float | None
-    selected_step: int | None
-    validation: float | None  # accuracy at that step
-    steps: int
-    images: int  # trained on
+    def describe(self, images: int, batch_size: int) -> str:
+        """Says what is about to be trained."""
+        return (
+            f"{self.kind}, {images} labels"
+            + (f", draw {self.draw + 1}" if self.fraction < 1 else "")
+            + f", {self.epochs:g} epochs, learning rate {self.learning_rate:g} x {batch_size} / 256"
+            + (f", weight decay {self.weight_decay:g}" if self.weight_decay else "")
+        )
 
 
-def linear(config: ConfigDict, workdir: str) -> dict:
-    """Linear evaluation as in appendix B.6: f frozen, SGD on random crops, all labels. Writes
-    WORKDIR/linear.json and shows a table.
+class _Stopped(Exception):
+    """A signal has ended a training, which is saved."""
+
+
+def linear(config: ConfigDict, workdir: str) -> dict | None:
+    """Evaluates linearly as in appendix B.6: f frozen, SGD on random crops, all labels.
+
+    Writes WORKDIR/linear.json and shows a table.
+
+    Returns:
+      the result; None if a signal stopped it: the same command goes on.
     """
     options = config.linear
-    trainer = _Trainer(config, workdir, options, train_encoder=False, layer=0)
     title = "Linear evaluation by SGD (appendix B.6), test accuracy"
-    return _rows_of(trainer, [(1.0, options.epochs)], workdir, "linear", title)
+    trainings = [(1.0, options.epochs)]
+    return _run(config, workdir, Protocol("linear", title, options, False, 0, trainings))
 
 
-def finetune(config: ConfigDict, workdir: str) -> dict:
-    """Fine-tuning of the whole network with fractions of the labels, the same number of each class
-    (appendix B.5), from h or from a layer of the projection head. The untrained encoder beside it is
-    trained in the same way from its random start. Writes WORKDIR/finetune.json and shows a table.
+def finetune(config: ConfigDict, workdir: str) -> dict | None:
+    """Fine-tunes the whole network with fractions of the labels (appendix B.5), from h or from a layer
+    of the projection head. The untrained encoder beside it is trained in the same way from its random
+    start.
+
+    Writes WORKDIR/finetune.json and shows a table.
+
+    Returns:
+      the result; None if a signal stopped it: the same command goes on.
     """
     options = config.finetune
-    trainer = _Trainer(config, workdir, options, train_encoder=True, layer=options.from_layer)
     title = "Fine-tuning (appendix B.5), test accuracy"
     if options.from_layer:
         title = f"Fine-tuning from layer {options.from_layer} of the head, test accuracy"
     trainings = list(zip(options.label_fractions, options.epochs, strict=True))
-    return _rows_of(trainer, trainings, workdir, "finetune", title)
+    protocol = Protocol("finetune", title, options, True, options.from_layer, trainings)
+    return _run(config, workdir, protocol)
 
 
-class _Trainer:
-    """The data, the starts, and one compiled program for each setting."""
+def _run(config: ConfigDict, workdir: str, protocol: Protocol) -> dict | None:
+    """Trains with each fraction of the labels from each start, and returns the result.
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        workdir: str,
-        options: ConfigDict,
-        *,
-        train_encoder: bool,
-        layer: int,
-    ):
-        source = encoders.labelled(config)
-        assert source.test is not None
-        assert source.train.classes
-        self.mesh = make_mesh()
-        name = "finetune" if train_encoder else "linear"
-        check_divides(options.batch_size, self.mesh, option=f"{name}.batch_size")
-        self.config, self.options = config, options
-        self.whole, self.test = source.train, self._images(source.test)
-        part, self.validation = source.train, None
-        fraction = config.eval.validation_fraction
-        if fraction > 0:
-            part, held = self.whole.divided(fraction, config.seed)
-            self.validation = self._images(held, self.whole)
-        elif len(options.learning_rate) * len(options.weight_decay) > 1:
-            raise UserError(
-                f"{name}.learning_rate and weight_decay name several values, and "
-                "eval.validation_fraction=0 leaves nothing to choose them on"
-            )
-        self.part = self._images(part, self.whole)
-        trained = encoders.trained(config, workdir, self.mesh, head=True)
-        self.saved, self.step = trained.saved, trained.saved["step"]
-        self._starts = {ENCODER: (trained.encoder, trained.head)}
-        if config.eval.baselines:
-            self._starts = {UNTRAINED: self._untrained(train_encoder)} | self._starts
-        self._train_encoder, self._layer = train_encoder, layer
-        batch_size = encoders.batch_size_of(config, self.mesh)
-        self._predict = Extractor(
-            make_predict(self._model(1)),
-            batch_size=batch_size,
-            size=config.data.image_size,
-            mesh=self.mesh,
-        )
-        self._batch_size = batch_size
-
-    def _images(self, split: Split, whole: Split | None = None) -> Images:
-        return Images(split, assemble.broken_images(self.config, split, None, whole))
-
-    @property
-    def kinds(self) -> list[str]:
-        return list(self._starts)
-
-    def per_class(self, fraction: float) -> int:
-        """How many labels of each class a fraction of the training split's is, at least one."""
-        assert self.whole.classes
-        return max(1, round(fraction * self.whole.count / len(self.whole.classes)))
-
-    def check_memory(self, fractions: list[float]) -> None:
-        """Raises a UserError, before hours of training, if a fraction will not fit into memory."""
-        assert self.whole.classes
-        for fraction in fractions:
-            if fraction < 1:
-                count = self.per_class(fraction) * len(self.whole.classes)
-                self.part.split.check_subset(count)
-
-    def best_of(self, kind: str, fraction: float, epochs: float, draw: int) -> dict:
-        """Trains with every candidate; the validation part chooses one, if there are several."""
-        images, options = self._labels(fraction, draw), self.options
-        outcomes = []
-        for rate, decay in itertools.product(options.learning_rate, options.weight_decay):
-            setting = Setting(fraction, epochs, rate, decay)
-            say(
-                f"{kind}, {images.split.count} labels"
-                + (f", draw {draw + 1}" if fraction < 1 else "")
-                + f", {epochs:g} epochs, learning rate {rate:g} x {options.batch_size} / 256"
-                + (f", weight decay {decay:g}" if decay else "")
-            )
-            outcomes.append((setting, self._train(kind, images, setting)))
-        setting, outcome = max(outcomes, key=lambda pair: pair[1].validation or 0.0)
-        return outcome._asdict() | {
-            "learning_rate": setting.learning_rate,
-            "weight_decay": setting.weight_decay,
-        }
-
-    def _labels(self, fraction: float, draw: int) -> Images:
-        """The part of the training split whose labels are used."""
-        if fraction == 1:
-            return self.part
-        part = self.part.split
-        picked = few_labels(part.all_labels(), self.per_class(fraction), draw)
-        return self._images(part.subset(picked), self.whole)
-
-    def _untrained(self, train_encoder: bool) -> tuple[dict, dict]:
-        config, everywhere = self.config, replicated(self.mesh)
-        network, size = assemble.encoder(config), config.data.image_size
-        key = jax.random.key(config.seed)
-        start = jax.jit(
-            lambda key: (
-                init_encoder(network, size, key),
-                init_head(assemble.head(config), network.width_of_h, key),
-            ),
-            out_shardings=everywhere,
-        )
-        encoder, head = start(key)
-        if not train_encoder:  # frozen, it would be a straw man
-            batch_size = encoders.batch_size_of(config, self.mesh)
-            encoder = encoders.untrained(config, *self._images(self.whole), batch_size, self.mesh)
-        return encoder, head
-
-    def _model(self, steps_per_epoch: int) -> Classified:
-        assert self.whole.classes
-        # Appendix B.8: a running statistic forgets within an epoch, where that is longer than ten
-        # steps.
-        momentum = max(1 - 10 / max(1, steps_per_epoch), 0.9)
-        config = self.config
-        return Classified(
-            encoder=assemble.encoder(config, parts=self.mesh.size).clone(norm_momentum=momentum),
-            head=assemble.head(config).clone(norm_momentum=momentum),
-            layer=self._layer,
-            classifier=LinearClassifier(len(self.whole.classes)),
-            train_encoder=self._train_encoder,
-        )
-
-    def _train(self, kind: str, images: Images, setting: Setting) -> Outcome:
-        per_epoch = images.split.count / self.options.batch_size
-        steps = max(1, round(setting.epochs * per_epoch))
-        step, start = self._compiled(setting, steps, round(per_epoch))
-        state, frozen = start(kind)
-        moments = {round((i + 1) * steps / _VALIDATIONS) for i in range(_VALIDATIONS)}
-        # What is kept of the best moment is copied, as the step takes its state's memory.
-        best: tuple[float, int, Any] | None = None
-        with contextlib.ExitStack() as stack:
-            progress = stack.enter_context(Progress(steps))
-            batches = stack.enter_context(contextlib.closing(self._batches(images)))
-            for number in range(1, steps + 1):
-                state, metrics = step(state, frozen, next(batches))
-                if self.validation is not None and number in moments:
-                    score = self._accuracy(self._variables(state, frozen), self.validation)
-                    if best is None or score >= best[0]:
-                        kept = jax.tree.map(jnp.copy, (state.params, state.batch_stats))
-                        best = score, number, kept
-                if number in moments:
-                    progress.report(number, jax.tree.map(float, jax.device_get(metrics)))
-                else:
-                    progress.advance(number)
-        last = self._accuracy(self._variables(state, frozen), self.test)
-        if best is None:
-            return Outcome(last, None, None, None, steps, images.split.count)
-        score, number, (params, batch_stats) = best
-        chosen = {"params": frozen | params, "batch_stats": batch_stats}
-        selected = last if number == steps else self._accuracy(chosen, self.test)
-        return Outcome(last, selected, number, score, steps, images.split.count)
-
-    @functools.lru_cache(maxsize=1)  # noqa: B019  the draws of a setting follow each other
-    def _compiled(self, setting: Setting, steps: int, steps_per_epoch: int):
-        """The jitted step, and kind to the state before it and what is frozen."""
-        config, options, mesh = self.config, self.options, self.mesh
-        model = self._model(steps_per_epoch)
-        peak = setting.learning_rate * options.batch_size / 256
-        optimizer, schedule = make_optimizer(peak, steps, setting.weight_decay, options.momentum)
-        fetch, make_views = assemble.view_functions(config, assemble.crops(config))
-        everywhere = replicated(mesh)
-        step = jax.jit(
-            make_step(model, optimizer, schedule, fetch, make_views),
-            out_shardings=everywhere,
-            donate_argnums=0,
-        )
-
-        def start(kind: str) -> tuple[TrainState, dict]:
-            encoder, head = self._starts[kind]
-            build = jax.jit(model.start, out_shardings=everywhere)
-            variables = build(encoder, head, jax.random.key(config.seed))
-            params = model.trained_part(variables["params"])
-            state = TrainState(
-                step=jnp.zeros((), jnp.int32),
-                params=params,
-                batch_stats=variables["batch_stats"],
-                opt_state=jax.jit(optimizer.init, out_shardings=everywhere)(params),
-            )
-            frozen = {k: v for k, v in variables["params"].items() if k not in params}
-            return state, frozen
-
-        return step, start
-
-    def _batches(self, images: Images) -> Generator[dict]:
-        config, distortion = self.config, assemble.crops(self.config)
-        split, broken = images
-        batches = assemble.training_batches(
-            config, split, 0, broken, self.options.batch_size, distortion
-        )
-        feed = assemble.feed(config, split, self.mesh, distortion)
-        with contextlib.closing(batches):
-            for batch in batches:
-                yield feed(batch)
-
-    @staticmethod
-    def _variables(state: TrainState, frozen: dict) -> dict:
-        return {"params": frozen | state.params, "batch_stats": state.batch_stats}
-
-    def _accuracy(self, variables: dict, images: Images) -> float:
-        split, broken = images
-        batches = assemble.evaluation_batches(self.config, split, self._batch_size, broken)
-        found, labels = self._predict.extract(variables, batches, split.count)
-        return float(np.mean(found["class"][:, 0] == labels))
+    It is saved as it comes: on many images each row takes hours.
+    """
+    setup = _Setup(config, workdir, protocol)
+    setup.check_memory()
+    rows: list[dict] = []
+    result = {
+        "step": setup.saved["step"],
+        "rows": rows,
+        "train_images": setup.part.split.count,
+        "validation_images": setup.validation.split.count if setup.validation else 0,
+        "test_images": setup.test.split.count,
+        "settings": protocol.options.to_dict() | {"seed": config.seed},
+    }
+    path = results.path_of(config, setup.saved, setup.whole, workdir, protocol.mode)
+    try:
+        for kind in setup.starts:
+            for fraction, epochs in protocol.trainings:
+                draws = 1 if fraction == 1 else config.eval.seeds
+                runs = [setup.best_of(kind, fraction, epochs, draw) for draw in range(draws)]
+                per_class = None if fraction == 1 else setup.per_class(fraction)
+                rows.append(_row(kind, per_class, fraction, runs))
+                results.save(path, config, result)
+    except _Stopped:
+        return None
+    header = ["from", "labels", "last step", "selected on validation"]
+    results.show(path, result, protocol.title, (header, [_line(row) for row in rows]))
+    return result
 
 
 def _row(kind: str, per_class: int | None, fraction: float, runs: list[dict]) -> dict:
@@ -301,38 +172,265 @@ def _row(kind: str, per_class: int | None, fraction: float, runs: list[dict]) ->
     return row | {"runs": runs}
 
 
-def _rows_of(
-    trainer: _Trainer, trainings: list[tuple[float, float]], workdir: str, mode: str, title: str
-) -> dict:
-    """Trains with each (fraction of the labels, epochs), from each start, and returns the result.
-    It is saved as it comes: on many images each row takes hours.
-    """
-    config = trainer.config
-    trainer.check_memory([fraction for fraction, _ in trainings])
-    rows: list[dict] = []
-    result = {
-        "step": trainer.step,
-        "rows": rows,
-        "train_images": trainer.part.split.count,
-        "validation_images": trainer.validation.split.count if trainer.validation else 0,
-        "test_images": trainer.test.split.count,
-        "settings": trainer.options.to_dict() | {"seed": config.seed},
-    }
-    path = results.path_of(config, trainer.saved, trainer.whole, workdir, mode)
-    for kind in trainer.kinds:
-        for fraction, epochs in trainings:
-            draws = 1 if fraction == 1 else config.eval.seeds
-            runs = [trainer.best_of(kind, fraction, epochs, draw) for draw in range(draws)]
-            per_class = None if fraction == 1 else trainer.per_class(fraction)
-            rows.append(_row(kind, per_class, fraction, runs))
-            results.save(path, config, result)
-    header = ["from", "labels", "last step", "selected on validation"]
-    results.show(path, result, title, header, [_line(row) for row in rows])
-    return result
-
-
 def _line(row: dict) -> list[str]:
     labels = f"{row['label_fraction']:.0%}, {row['runs'][0]['images']} images"
     held_out = "selected_accuracy" in row
     selected = results.cell(row, "selected_") if held_out else "none held out"
     return [row["features"], labels, results.cell(row), selected]
+
+
+class _Setup:
+    """The data, the starts and the compiled programs of a protocol.
+
+    Attributes:
+      whole: the training split.
+      part: what of it is trained on.
+      validation: what of it settings are chosen on, or None.
+      test: the test split.
+      starts: kind -> {"params", "batch_stats"} of f and of g before training.
+      saved: what was saved beside the encoder.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: str, protocol: Protocol):
+        self.config, self.protocol = config, protocol
+        options, name = protocol.options, protocol.mode
+        data = subjects.labelled(config)
+        assert data.test is not None
+        self.mesh = make_mesh()
+        check_divides(options.batch_size, self.mesh, option=f"{name}.batch_size")
+        self.whole, self.test = data.train, assemble.images_of(config, data.test)
+        part, self.validation = data.train, None
+        fraction = config.eval.validation_fraction
+        if fraction > 0:
+            part, held = self.whole.divided(fraction, config.seed)
+            self.validation = assemble.images_of(config, held, whole=self.whole)
+        elif len(options.learning_rate) * len(options.weight_decay) > 1:
+            raise UserError(
+                f"{name}.learning_rate and weight_decay name several values, and "
+                "eval.validation_fraction=0 leaves nothing to choose them on"
+            )
+        self.part = assemble.images_of(config, part, whole=self.whole)
+        trained = subjects.trained(config, workdir, self.mesh, head=True)
+        assert trained.head is not None
+        self.saved = trained.saved
+        self.starts = {ENCODER: (trained.encoder, trained.head)}
+        if config.eval.baselines:
+            self.starts = {UNTRAINED: self._untrained()} | self.starts
+        self._root = epath.Path(workdir) / name
+        self._encoder = subjects.digest_of(trained.encoder)
+        self._views = assemble.classifier_views(config, self.mesh, options.batch_size)
+        self._batch_size = subjects.batch_size_of(config, self.mesh)
+        self._predict = Extractor(
+            self._model(1).classes,
+            batch_size=self._batch_size,
+            size=config.data.image_size,
+            mesh=self.mesh,
+        )
+        self._compiled: tuple[Any, Step] | None = None  # the draws of a setting follow each other
+
+    def per_class(self, fraction: float) -> int:
+        """Counts the labels of each class that a fraction of the training split is, at least one."""
+        assert self.whole.classes
+        return max(1, round(fraction * self.whole.count / len(self.whole.classes)))
+
+    def check_memory(self) -> None:
+        """Raises a UserError, before hours of training, if a fraction will not fit into memory."""
+        assert self.whole.classes
+        for fraction, _ in self.protocol.trainings:
+            if fraction < 1:
+                count = self.per_class(fraction) * len(self.whole.classes)
+                self.part.split.check_subset(count)
+
+    def best_of(self, kind: str, fraction: float, epochs: float, draw: int) -> dict:
+        """Trains with every candidate; the validation part chooses one, if there are several.
+
+        Returns:
+          the outcome of the chosen one, see `_Training.outcome`, with its learning_rate and
+          weight_decay.
+
+        Raises:
+          _Stopped: a signal has ended it.
+        """
+        images, options = self._labels(fraction, draw), self.protocol.options
+        outcomes = []
+        for rate, decay in itertools.product(options.learning_rate, options.weight_decay):
+            setting = Setting(kind, fraction, draw, epochs, rate, decay)
+            say(setting.describe(images.split.count, options.batch_size))
+            outcomes.append((setting, self._train(images, setting)))
+        setting, outcome = max(outcomes, key=lambda pair: pair[1]["validation"] or 0.0)
+        return outcome | {
+            "learning_rate": setting.learning_rate,
+            "weight_decay": setting.weight_decay,
+        }
+
+    def _labels(self, fraction: float, draw: int) -> Images:
+        """Returns the part of the training split whose labels are used."""
+        if fraction == 1:
+            return self.part
+        part = self.part.split
+        picked = few_labels(part.all_labels(), self.per_class(fraction), draw)
+        return assemble.images_of(self.config, part.subset(picked), whole=self.whole)
+
+    def _untrained(self) -> tuple[dict, dict]:
+        config, everywhere = self.config, replicated(self.mesh)
+        network, size = assemble.encoder(config), config.data.image_size
+        start = jax.jit(
+            lambda key: (
+                init_encoder(network, size, key),
+                init_head(assemble.head(config), network.width, key),
+            ),
+            out_shardings=everywhere,
+        )
+        encoder, head = start(jax.random.key(config.seed))
+        if not self.protocol.train_encoder:  # frozen, it would be a straw man
+            images = assemble.images_of(config, self.whole)
+            encoder = subjects.untrained(config, images, self.mesh)
+        return encoder, head
+
+    def _model(self, steps_per_epoch: int) -> Classified:
+        assert self.whole.classes
+        # Appendix B.8: a running statistic forgets within an epoch, where that is longer than ten
+        # steps.
+        momentum = max(1 - 10 / max(1, steps_per_epoch), 0.9)
+        return Classified(
+            encoder=assemble.encoder(self.config, norm_momentum=momentum),
+            head=assemble.head(self.config, norm_momentum=momentum),
+            layer=self.protocol.layer,
+            classifier=LinearClassifier(len(self.whole.classes)),
+            train_encoder=self.protocol.train_encoder,
+        )
+
+    def _train(self, images: Images, setting: Setting) -> dict:
+        """Trains with one setting, or reads its outcome where it was trained before."""
+        per_epoch = images.split.count / self.protocol.options.batch_size
+        steps = max(1, round(setting.epochs * per_epoch))
+        folder = self._root / setting.folder
+        finished = folder / "outcome.json"
+        self._begin(folder, setting, images)
+        if finished.exists():
+            return json.loads(finished.read_text())
+        job = self._job(setting, steps, round(per_epoch))
+        selection = Selection(steps, self._accuracy, self.validation, self.test)
+        advice = f"try a lower {self.protocol.mode}.learning_rate"
+        reporting = Reporting(
+            max(1, steps // _VALIDATIONS), self.protocol.options.batch_size, steps, advice
+        )
+        run = Run(str(folder), {}, Saving(self.config.checkpoint.every_steps), reporting)
+        state, done = fit(job, stream(self._views, images), run, (selection,))
+        if not done:
+            raise _Stopped
+        outcome = selection.outcome(state) | {"steps": steps, "images": images.split.count}
+        if jax.process_index() == 0:
+            write_json(finished, outcome)
+            (folder / "checkpoints").rmtree()
+        return outcome
+
+    def _begin(self, folder: epath.Path, setting: Setting, images: Images) -> None:
+        """Makes the folder of a training; empties it if it holds one of something else."""
+        config = self.config
+        about = {
+            "setting": setting._asdict(),
+            "encoder": self._encoder,
+            "images": images.split.fingerprint(),
+            "options": self.protocol.options.to_dict(),
+            "data": {name: config.data[name] for name in ("image_size", "placement", "eval_crop")},
+            "crops": repr(self._views.making.distortion),
+            "model": config.model.to_dict(),
+            "validation_fraction": config.eval.validation_fraction,
+            "seed": config.seed,
+        }
+        digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
+        file = folder / "about.json"
+        same = file.exists() and json.loads(file.read_text())["digest"] == digest
+        if jax.process_index() == 0 and not same:
+            if folder.exists():
+                folder.rmtree()
+            write_json(file, about | {"digest": digest})
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"{folder} is begun")
+
+    def _job(self, setting: Setting, steps: int, steps_per_epoch: int) -> Job:
+        """Compiles the step of a setting; its draws and starts share the program."""
+        key = (setting._replace(kind="", draw=0), steps, steps_per_epoch)
+        model = self._model(steps_per_epoch)
+        options = self.protocol.options
+        peak = setting.learning_rate * options.batch_size / 256
+        optimizer, schedule = make_classifier_optimizer(
+            peak, steps, setting.weight_decay, options.momentum, model.trained
+        )
+
+        def init(encoder: dict, head: dict, key: jax.Array) -> TrainState:
+            params, batch_stats = model.start(encoder, head, key)
+            # Copied: the step takes the memory of its state, and the start serves again.
+            params, batch_stats = jax.tree.map(jax.numpy.copy, (params, batch_stats))
+            return start_of(params, batch_stats, optimizer)
+
+        start = (*self.starts[setting.kind], jax.random.key(self.config.seed))
+        step = make_step(
+            supervised(model.logits, self._views.views),
+            no_loss,
+            UpdateRule(optimizer, schedule),
+            fetch=self._views.fetch,
+        )
+        job = assemble.job_of(step, init, start, steps, self.mesh)
+        if self._compiled is None or self._compiled[0] != key:
+            self._compiled = key, job.step
+        return job._replace(step=self._compiled[1])
+
+    def _accuracy(self, state: TrainState, images: Images) -> float:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        batches = self._views.evaluation_batches(images, self._batch_size)
+        found, labels = self._predict.extract(variables, batches, images.split.count)
+        return float(np.mean(found["class"][:, 0] == labels))
+
+
+class Selection:
+    """A hook that evaluates on the validation part at ten moments, and remembers the best of them.
+
+    Attributes:
+      name: "selection".
+      memory: {"step", "validation", "test"} of the best moment so far; None: there was none yet.
+    """
+
+    name = "selection"
+
+    def __init__(self, steps: int, accuracy: Any, validation: Images | None, test: Images):
+        """Remembers nothing yet.
+
+        Args:
+          steps: of the training.
+          accuracy: (state, images) -> accuracy in [0, 1].
+          validation: chooses; None: nothing is chosen.
+          test: evaluated at the best moment, for the result alone.
+        """
+        self.memory: dict | None = None
+        self._moments = {round((i + 1) * steps / _VALIDATIONS) for i in range(_VALIDATIONS)}
+        self._steps, self._accuracy = steps, accuracy
+        self._validation, self._test = validation, test
+
+    def due(self, step: int) -> bool:
+        return self._validation is not None and step in self._moments
+
+    def run(self, step: int, state: TrainState) -> dict[str, float]:
+        assert self._validation is not None
+        score = self._accuracy(state, self._validation)
+        if self.memory is None or score >= self.memory["validation"]:
+            test = self._accuracy(state, self._test)
+            self.memory = {"step": step, "validation": score, "test": test}
+        return {"validation_accuracy": score}
+
+    def outcome(self, state: TrainState) -> dict:
+        """Returns test accuracy at the last step ("last") and at the chosen one ("selected"), with the
+        chosen step and its validation accuracy; None where nothing was chosen.
+        """
+        if self.memory is not None and self.memory["step"] == self._steps:
+            last = self.memory["test"]
+        else:
+            last = self._accuracy(state, self._test)
+        chosen = self.memory or {"step": None, "validation": None, "test": None}
+        return {
+            "last": last,
+            "selected": chosen["test"],
+            "selected_step": chosen["step"],
+            "validation": chosen["validation"],
+        }

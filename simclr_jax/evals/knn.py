@@ -1,32 +1,42 @@
-"""Weighted k-nearest-neighbour classification (Wu et al. 2018, arXiv 1805.01978, section 3.4)."""
+"""--mode=knn: weighted k-nearest-neighbour classification (Wu et al. 2018, arXiv 1805.01978, 3.4)."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from simclr_jax.losses import normalize
+from simclr_jax.evals import results
+from simclr_jax.evals.contract import Evaluation, Features, Options
+from simclr_jax.losses.contract import normalize
 from simclr_jax.mesh import batch_sharded, laid_out, replicated
 
-_BLOCK = 512  # queries at a time: bounds the similarities held to 512 x bank
+_BLOCK = 512  # queries at a time: bounds the similarities held to 512 x training images
 
 
-def knn_accuracy(
-    train: tuple, test: tuple, *, k: int, temperature: float, classes: int, mesh: Mesh | None = None
-) -> float:
-    """Share of test images whose neighbours vote for their class.
+def rows(features: Features, options: Options, kind: str) -> list[dict]:
+    """Classifies with all labels: one row."""
+    k = min(options["knn_k"], len(features.train[1]))
+    score = knn_accuracy(features, k=k, temperature=options["knn_temperature"])
+    return [results.row(kind, None, [score])]
+
+
+def settings(options: Options, images: int, classes: int) -> dict:
+    """Returns the settings that the rows hold for: at most as many neighbours as training images."""
+    return {"k": min(options["knn_k"], images), "temperature": options["knn_temperature"]}
+
+
+def knn_accuracy(features: Features, *, k: int, temperature: float) -> float:
+    """Computes the share of test images whose neighbours vote for their class.
 
     The k training images of largest cosine similarity s vote with weight exp(s / temperature).
 
     Args:
-      train, test: (features [n, D], labels [n]).
+      features: of the training images, which are the neighbours, and of the test images.
       k: at most the number of training images.
       temperature: of the votes.
-      classes: how many there are.
-      mesh: devices that the test images are divided over.
     """
+    train, test, classes, mesh = features
     bank, bank_labels = normalize(jnp.asarray(train[0])), jnp.asarray(train[1])
     rows, vote, place = _BLOCK, _vote, jnp.asarray
     if mesh is not None and mesh.size > 1:
@@ -53,3 +63,14 @@ def _vote(queries, bank, bank_labels, temperature, *, k: int, classes: int):
     weights = jnp.exp((top - 1) / temperature)  # - 1: in range at any temperature, same vote
     votes = jax.nn.one_hot(bank_labels[nearest], classes) * weights[..., jnp.newaxis]
     return jnp.argmax(jnp.sum(votes, axis=1), axis=-1)
+
+
+EVALUATION = Evaluation(
+    rows=rows,
+    settings=settings,
+    title=lambda settings: f"Weighted kNN, k = {settings['k']}, test accuracy",
+    table=results.labels_table,
+    changes={},
+    chooses=False,
+    metric="knn_accuracy",
+)

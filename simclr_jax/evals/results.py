@@ -1,6 +1,5 @@
 """What an evaluation leaves: WORKDIR/NAME.json, and a table at the terminal."""
 
-import json
 import pathlib
 
 import jax
@@ -9,15 +8,16 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from simclr_jax.console import say, show_table
-from simclr_jax.data.sources import Split
-from simclr_jax.errors import UserError
+from simclr_jax.data.split import Split
+from simclr_jax.evals.contract import Table
+from simclr_jax.files import write_json
 
 
 def row(kind: str, per_class: int | None, accuracies: list[float]) -> dict:
-    """One line of a result: mean and spread over the draws of the labels.
+    """Makes one line of a result: mean and spread over the draws of the labels.
 
     Args:
-      kind: of the features.
+      kind: name of the features.
       per_class: labels of each class; None: all there are.
       accuracies: in [0, 1], one for each draw.
     """
@@ -31,13 +31,13 @@ def row(kind: str, per_class: int | None, accuracies: list[float]) -> dict:
 
 
 def cell(of: dict, which: str = "") -> str:
-    """A row's accuracy, as people read it; `which` may be "selected_"."""
+    """Writes a row's accuracy as people read it; `which` may be "selected_"."""
     spread = f" ± {of[f'{which}std']:.1%}" if of["seeds"] > 1 else ""
     return f"{of[f'{which}accuracy']:.1%}{spread}"
 
 
-def labels_table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of a table: kinds of features down, labels a class across."""
+def labels_table(rows: list[dict]) -> Table:
+    """Makes a table of rows: kinds of features down, labels a class across."""
     columns = sorted({r["labels_per_class"] or np.inf for r in rows})
     cells: dict[str, dict[float, str]] = {}
     for r in rows:
@@ -47,8 +47,14 @@ def labels_table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def path_of(config: ConfigDict, saved: dict, train: Split, workdir: str, mode: str) -> epath.Path:
-    """WORKDIR/MODE.json, or WORKDIR/MODE_NAME.json where `train`, of the configuration, holds other
-    images than the encoder was trained on, which `saved` knows.
+    """Returns WORKDIR/MODE.json, or WORKDIR/MODE_NAME.json for other data than those of training.
+
+    Args:
+      config: of the evaluation.
+      saved: what was saved beside the encoder, which knows the data it was trained on.
+      train: the training split of the evaluation.
+      workdir: the run's.
+      mode: the evaluation's.
     """
     data, name = config.data, ""
     if train.fingerprint() != saved["data_fingerprint"]:
@@ -58,18 +64,12 @@ def path_of(config: ConfigDict, saved: dict, train: Split, workdir: str, mode: s
 
 def save(path: epath.Path, config: ConfigDict, result: dict) -> None:
     """Writes a result and the configuration of the evaluation. Raises a UserError if it cannot."""
-    if jax.process_index() > 0:
-        return
-    try:
-        path.write_text(json.dumps(result | {"config": config.to_dict()}, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    if jax.process_index() == 0:
+        write_json(path, result | {"config": config.to_dict()})
 
 
-def show(
-    path: epath.Path, result: dict, title: str, header: list[str], lines: list[list[str]]
-) -> None:
-    """The result as a table at the terminal, and where it lies."""
+def show(path: epath.Path, result: dict, title: str, table: Table) -> None:
+    """Shows a result as a table at the terminal, and says where it lies."""
     say()
-    show_table(title, header, lines)
+    show_table(title, *table)
     say(f"{result['test_images']} test images, step {result['step']}: {path}")

@@ -1,0 +1,40 @@
+"""How many images a second the host makes views of."""
+
+import contextlib
+import time
+
+from ml_collections import ConfigDict
+
+from simclr_jax import assemble
+from simclr_jax.mesh import make_mesh
+
+
+def measure_input(config: ConfigDict, seconds: float) -> list[dict]:
+    """Measures the images a second that this process makes batches of, with nothing else to do.
+
+    Args:
+      config: of a run.
+      seconds: to measure for.
+
+    Returns:
+      one row: images_per_second, views_per_second, seconds_to_first_batch.
+    """
+    train = assemble.data_set(config).train
+    images = assemble.images_of(config, train)
+    began = time.perf_counter()
+    with contextlib.closing(assemble.views(config, make_mesh()).batches(images, 0)) as batches:
+        next(batches)
+        first = time.perf_counter() - began
+        for _ in range(2):  # what was prefetched while the clock stood still
+            next(batches)
+        count, began = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - began) < seconds:
+            count += len(next(batches)["index"])
+    return [
+        {
+            "of": "input",
+            "images_per_second": count / elapsed,
+            "views_per_second": 2 * count / elapsed,
+            "seconds_to_first_batch": first,
+        }
+    ]

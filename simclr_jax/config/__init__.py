@@ -1,0 +1,133 @@
+"""The configuration of a run: the options of `rows.py` and `evaluation_rows.py`, with their values.
+
+A file in configs/ states only its differences from the defaults. The command line overrides single
+options: `--config.data.batch_size=512`. The set of options is locked, so a misspelt one is an error.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from simclr_jax import data
+from simclr_jax.config import evaluation_rows, rows
+from simclr_jax.errors import UserError
+
+OPTIONS = (*rows.OPTIONS, *evaluation_rows.OPTIONS)
+
+_BY_NAME = {option.name: option for option in OPTIONS}
+
+
+def default() -> ConfigDict:
+    """Returns all options with their defaults, locked."""
+    return ConfigDict(_nested({option.name: option.default for option in OPTIONS})).lock()
+
+
+def _nested(flat: dict[str, Any]) -> dict:
+    """Turns {"a.b": value} into {"a": {"b": value}}."""
+    nested: dict = {}
+    for name, value in flat.items():
+        *groups, last = name.split(".")
+        holder = nested
+        for group in groups:
+            holder = holder.setdefault(group, {})
+        holder[last] = value
+    return nested
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Turns a nested configuration into {"a.b": value}."""
+    flat: dict = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def set_options(config: ConfigDict, flat: dict[str, Any]) -> None:
+    """Sets options, {"a.b": value}, of a configuration. A list becomes a tuple: JSON has no tuples."""
+    for name, value in flat.items():
+        *groups, last = name.split(".")
+        holder = config
+        for group in groups:
+            holder = holder[group]
+        holder[last] = tuple(value) if isinstance(value, list) else value
+
+
+def from_dict(values: dict) -> ConfigDict:
+    """Makes a locked configuration of nested plain values, as `config.to_dict()` or JSON give them.
+
+    Options that are missing get their defaults.
+
+    Raises:
+      UserError: an option is not known.
+    """
+    flat = flatten(ConfigDict(values))
+    for name in flat:
+        if name not in _BY_NAME:
+            raise UserError(
+                f"the saved configuration has the option {name!r}, which this version does not know"
+            )
+    config = default()
+    set_options(config, flat)
+    return config
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises a UserError for the first value that no run could use."""
+    values = flatten(config)
+    for name, value in values.items():
+        if problem := _BY_NAME[name].problem(value):
+            raise UserError(problem)
+    if config.train.steps == 0 and config.train.epochs == 0:
+        raise UserError("train.epochs=0 and train.steps=0: set one of them")
+    fractions, epochs = config.finetune.label_fractions, config.finetune.epochs
+    if len(fractions) != len(epochs) or not all(fractions):
+        raise UserError(
+            f"finetune.label_fractions={fractions} and finetune.epochs={epochs}: expected fractions "
+            "above 0, and one number of epochs for each"
+        )
+    layers = {"none": 0, "linear": 1, "nonlinear": config.model.head_layers}[config.model.head]
+    if config.finetune.from_layer > layers:
+        raise UserError(
+            f"finetune.from_layer={config.finetune.from_layer}: the projection head has {layers} "
+            "layers"
+        )
+    data.check(config.data.to_dict())
+
+
+def differences(old: ConfigDict, new: ConfigDict, may_change: Sequence[str] = ()) -> list[str]:
+    """Lists the options that change what is learned and differ, as "name: old -> new".
+
+    `may_change`: beginnings of names that are not listed.
+    """
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{name}: {before[name]} -> {after[name]}"
+        for name in after
+        if before[name] != after[name]
+        and not _BY_NAME[name].resumable
+        and not name.startswith(tuple(may_change))
+    ]
+
+
+def parse_argument(argument: str, **allowed: type) -> dict:
+    """Reads the argument of a configuration file: "depth=50,width=2" -> {"depth": 50, "width": 2.0}.
+
+    Args:
+      argument: the text after the colon of --config=FILE.py:ARGUMENT; may be empty.
+      allowed: name -> the type that reads its value.
+
+    Raises:
+      ValueError: a name is not allowed, or its value cannot be read.
+    """
+    values = {}
+    for item in filter(None, argument.split(",")):
+        name, _, value = item.partition("=")
+        if name not in allowed:
+            expected = f"any of {', '.join(allowed)}, as NAME=VALUE" if allowed else "no argument"
+            raise ValueError(f"unknown argument {item!r}: expected {expected}")
+        values[name] = allowed[name](value)
+    return values

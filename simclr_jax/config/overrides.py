@@ -1,0 +1,110 @@
+"""From the command line to a configuration: files in configs/, and --config.NAME=VALUE flags."""
+
+import difflib
+import importlib.util
+import pathlib
+import traceback
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from simclr_jax.config import flatten, from_dict, validate
+from simclr_jax.errors import UserError
+
+
+def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) -> ConfigDict:
+    """Loads the configuration of a run, validated and locked.
+
+    Args:
+      spec: "FILE.py" or "FILE.py:ARGUMENT"; None: `saved`.
+      overrides: "--config.a.b=value", each.
+      saved: the configuration that a workdir was made with.
+
+    Raises:
+      UserError: a file or option is not there, or a value is not allowed.
+    """
+    config = read_file(spec) if spec else from_dict(saved or {})
+    config = override(config, overrides)
+    validate(config)
+    return config
+
+
+def read_file(spec: str) -> ConfigDict:
+    """Runs `get_config(ARGUMENT)` of a configuration file "FILE.py[:ARGUMENT]".
+
+    Raises:
+      UserError: there is no such file, or it fails; with the file and line of the failure.
+    """
+    path, _, argument = spec.partition(":")
+    if not pathlib.Path(path).is_file() or not path.endswith(".py"):
+        raise UserError(
+            f"no configuration file {path!r}: expected --config=configs/NAME.py[:ARGUMENT]"
+        )
+    module_spec = importlib.util.spec_from_file_location("simclr_jax_config_file", path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        config = module.get_config(argument)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a file may do wrong
+        message = " ".join(str(error.args[0] if error.args else error).split())
+        if isinstance(error, ValueError):  # how a configuration refuses its argument
+            raise UserError(f"{spec}: {message}") from error
+        where = _line_of(error, path)
+        raise UserError(f"{path}{where}: {type(error).__name__}: {message}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path}: get_config returned {config!r}: expected a ConfigDict")
+    return config
+
+
+def _line_of(error: Exception, path: str) -> str:
+    """Returns ", line N" of the last line of the file that the error went through, or ""."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    if isinstance(error, SyntaxError) and error.filename == path:
+        return f", line {error.lineno}"
+    return f", line {frames[-1].lineno}" if frames else ""
+
+
+def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """Applies "--config.a.b=value" flags; each value is read as the type of the option's default.
+
+    Raises:
+      UserError: an option is not known (names the nearest), or a value cannot be read.
+    """
+    known = flatten(config)
+    overrides = _join_values(overrides)
+    for flag in overrides:
+        name = flag.partition("=")[0].removeprefix("--config.")
+        if not flag.startswith("--config.") or "=" not in flag:
+            raise UserError(f"unknown argument {flag!r}: options are given as --config.NAME=VALUE")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            near += [
+                k
+                for k in known
+                if k.rpartition(".")[2] == name.rpartition(".")[2] and k not in near
+            ]
+            hint = f"; near names: {', '.join(near)}" if near else ""
+            raise UserError(f"unknown option {name!r}{hint}")
+    values, argv = flags.FlagValues(), ["simclr_jax", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        values(argv)
+    except (flags.Error, TypeError, ValueError, SyntaxError) as error:
+        raise UserError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from error
+    return values["config"].value
+
+
+def _join_values(arguments: Sequence[str]) -> list[str]:
+    """Turns ["--config.a", "1"] into ["--config.a=1"]; what is joined already passes."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and "=" not in joined[-1] and not argument.startswith("--"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined

@@ -1,0 +1,420 @@
+"""A split: the order of its images, shares of processes, subsets and stand-ins, derived from a source.
+
+It answers two questions with a tf.data.Dataset of raw examples: which come next in training, and
+which are all of them for evaluation. TensorFlow is imported where it is used.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Set
+from typing import Any, Protocol
+
+import numpy as np
+
+from simclr_jax.data.order import (
+    Order,
+    Share,
+    batch_positions,
+    next_whole,
+    split_validation,
+    windows,
+)
+from simclr_jax.data.source import Encoded, ShardedSource, Source
+from simclr_jax.errors import UserError
+
+# A subset of a stream is held encoded, in up to this share of the machine's memory: 10 % of ImageNet
+# is 14 GB.
+_MEMORY_FOR_SUBSETS = 0.25
+
+_FILES_AT_ONCE = 16  # shards that are read in turns
+_LABELS_AT_ONCE = 8192
+
+BROKEN = -2  # stands for the label of an image that cannot be read; -1 is an image without a label
+
+# A white pixel: stands for a broken image where images are streamed and only labels tell them apart.
+_PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c494441"
+    "54789c63f8ffff3f0005fe02fe0def46b80000000049454e44ae426082"
+)
+
+_NONE: Set[int] = frozenset()
+
+
+class Split(Protocol):
+    """One split of a data set: an `IndexedSplit` or a `StreamedSplit`."""
+
+    @property
+    def count(self) -> int:
+        """N, the number of images."""
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes, or None where there are no labels."""
+
+    @property
+    def image_shape(self) -> tuple[int | None, int | None, int]:
+        """(height, width, channels), None where it varies or is not known."""
+
+    def training(self, order: Order, start_step: int, broken: Set[int] = _NONE) -> Any:
+        """Returns an endless tf.data.Dataset of {"image", "label", "index", "epoch"}.
+
+        They are this process's share of the global batches from `start_step` on, with a new shuffle
+        each epoch. Nothing that was passed over is decoded. In place of a broken image stands the next
+        one that is not.
+        """
+
+    def batch_indices(self, order: Order, step: int, broken: Set[int] = _NONE) -> np.ndarray:
+        """Returns the indices [B / P] of this process's images of a step."""
+
+    def once(self, share: Share, start: int = 0, broken: Set[int] = _NONE) -> Any:
+        """Returns a tf.data.Dataset of {"image", "label"}: each image once over all processes.
+
+        Process p of P holds images p, p + P, ..., of which the first `start` are passed over. In
+        place of a broken image stands another, with the label BROKEN.
+        """
+
+    def all_labels(self) -> np.ndarray:
+        """Returns int32 [N], in the split's order; decodes no image."""
+
+    def subset(self, indices: np.ndarray) -> "IndexedSplit":
+        """Returns these images as a split. Raises a UserError if they do not fit into memory."""
+
+    def check_subset(self, count: int) -> None:
+        """Raises a UserError if `count` images are too many for `subset`."""
+
+    def divided(self, fraction: float, seed: int) -> tuple["Split", "Split"]:
+        """Returns about 1 - fraction of the images, and the rest, chosen by the seed."""
+
+    def decode(self, image: Any) -> Any:
+        """Decodes "image" of an example to uint8 [H, W, C], in the tf.data graph."""
+
+    def name_of(self, index: int) -> str:
+        """Returns what a person calls an image."""
+
+    def problem(self, index: int) -> str | None:
+        """Returns why the image cannot be read, or None if it can."""
+
+    def fingerprint(self) -> str:
+        """Returns a text that is equal for splits of equal content, wherever they lie."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """What to train on and, where there is one, what to test on."""
+
+    train: Split
+    test: Split | None
+
+
+class IndexedSplit:
+    """Images that can be read in any order.
+
+    The order is global: the content of a global batch does not depend on the number of processes.
+    """
+
+    def __init__(self, source: Source):
+        """Makes a split of all images of the source."""
+        self.source = source
+
+    @property
+    def count(self) -> int:
+        return len(self.source)
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        return self.source.classes
+
+    @property
+    def image_shape(self) -> tuple[int | None, int | None, int]:
+        return (None, None, 3) if self.source.arrays is None else self.source.arrays.shape[1:]
+
+    def training(self, order: Order, start_step: int, broken: Set[int] = _NONE) -> Any:
+        if self.source.arrays is not None:
+            return self.whole_batches(order, start_step, broken).unbatch()
+        return self._examples(self._positions(order, start_step, broken).unbatch())
+
+    def whole_batches(self, order: Order, start_step: int, broken: Set[int] = _NONE) -> Any:
+        """Returns the examples of `training`, this process's share of a global batch at a time.
+
+        The images are in memory: `source.arrays` is not None.
+        """
+        return self._examples(self._positions(order, start_step, broken))
+
+    def _positions(self, order: Order, start_step: int, broken: Set[int]) -> Any:
+        import tensorflow as tf
+
+        own = tf.TensorSpec([order.batch_size // order.share.count], tf.int64)
+        return tf.data.Dataset.from_generator(
+            lambda: self.entries(order, start_step, broken), output_signature=(own, own)
+        )
+
+    def _examples(self, positions: Any) -> Any:
+        import tensorflow as tf
+
+        lookup = self._lookup()
+        return positions.map(
+            lambda epoch, index: lookup(index) | {"index": index, "epoch": epoch},
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+
+    def _lookup(self) -> Any:
+        """Returns index -> {"image", "label"}, in the tf.data graph; many where all are in memory."""
+        import tensorflow as tf
+
+        image = self.source.lookup()
+        with tf.device("cpu"):
+            labels = tf.constant(self.source.labels)
+        return lambda index: {"image": image(index), "label": tf.gather(labels, index)}
+
+    def entries(
+        self, order: Order, start_step: int, broken: Set[int] = _NONE
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields (epochs, indices), int64 [B / P] each, of this process's batches, without end."""
+        stand_in = self.stand_ins(broken)
+        for epochs, indices in batch_positions(order, self.count, start_step):
+            yield epochs, stand_in[indices]
+
+    def batch_indices(self, order: Order, step: int, broken: Set[int] = _NONE) -> np.ndarray:
+        return next(self.entries(order, step, broken))[1]
+
+    def stand_ins(self, broken: Set[int]) -> np.ndarray:
+        """Returns int64 [N]: each image itself, or if it is broken the next one that is not."""
+        return next_whole(np.isin(np.arange(self.count), list(broken)))
+
+    def once(self, share: Share, start: int = 0, broken: Set[int] = _NONE) -> Any:
+        import tensorflow as tf
+
+        lookup = self._lookup()
+        mine = np.arange(share.index, self.count, share.count)[start:]
+        entries = tf.data.Dataset.from_tensor_slices(
+            (self.stand_ins(broken)[mine], np.isin(mine, list(broken)))
+        )
+
+        def example(index, is_broken):
+            found = lookup(index)
+            return found | {"label": tf.where(is_broken, BROKEN, found["label"])}
+
+        return entries.map(example)
+
+    def all_labels(self) -> np.ndarray:
+        return self.source.labels
+
+    def subset(self, indices: np.ndarray) -> "IndexedSplit":
+        return IndexedSplit(self.source.take(indices))
+
+    def check_subset(self, count: int) -> None:
+        """Allows any subset: the images are in memory, or files."""
+
+    def divided(self, fraction: float, seed: int) -> tuple["IndexedSplit", "IndexedSplit"]:
+        part, rest = split_validation(self.source.labels, fraction, seed)
+        return self.subset(part), self.subset(rest)
+
+    def decode(self, image: Any) -> Any:
+        if self.source.arrays is not None:
+            return image
+        from simclr_jax.data.decode import decode
+
+        return decode(image)
+
+    def name_of(self, index: int) -> str:
+        return self.source.name_of(index)
+
+    def problem(self, index: int) -> str | None:
+        if self.source.arrays is not None:
+            return None
+        from simclr_jax.data.decode import problem_of
+
+        try:
+            image = self.source[index].image
+        except OSError as error:
+            return error.strerror or str(error)
+        return problem_of(image) if isinstance(image, bytes) else None
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedSplit:
+    """Images that are read a shard at a time.
+
+    The order of an epoch is a shuffle of the shards, and a shuffle of the examples of some shards at
+    a time. Each process reads its own part of each epoch's shards, so here, unlike with an
+    `IndexedSplit`, the content of a global batch does depend on the number of processes.
+
+    Attributes:
+      source: the shards.
+      shards: which of them, ascending; None: all.
+    """
+
+    source: ShardedSource
+    shards: tuple[int, ...] | None = None
+
+    @property
+    def _shards(self) -> np.ndarray:
+        if self.shards is None:
+            return np.arange(len(self.source.lengths))
+        return np.asarray(self.shards, np.int64)
+
+    @property
+    def _lengths(self) -> np.ndarray:
+        return self.source.lengths[self._shards]
+
+    @property
+    def count(self) -> int:
+        return int(self._lengths.sum())
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        return self.source.classes
+
+    @property
+    def image_shape(self) -> tuple[int | None, int | None, int]:
+        return self.source.image_shape
+
+    def training(self, order: Order, start_step: int, broken: Set[int] = _NONE) -> Any:
+        import tensorflow as tf
+
+        shards, lengths = self._shards, self._lengths
+        if len(shards) < order.share.count:
+            raise UserError(
+                f"{self.source.title} has {len(shards)} shards, fewer than the "
+                f"{order.share.count} processes that would share them: prepare it with more shards"
+            )
+        first_index = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        passed = start_step * (order.batch_size // order.share.count)
+
+        def entries() -> Iterator[tuple]:
+            for epoch, members, positions in windows(order, lengths, passed):
+                yield shards[members], first_index[members], positions, epoch
+
+        def records(shard, first):
+            return self.source.records(shard).enumerate(first)
+
+        def standing_in(index, positions):
+            bad = np.isin(index, list(broken))
+            return next_whole(bad)[positions] if bad.any() else positions
+
+        def window(shards, first_indices, positions, epoch):
+            files = tf.data.Dataset.from_tensor_slices((shards, first_indices))
+            whole = files.interleave(
+                records, _FILES_AT_ONCE, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+            ).batch(tf.cast(lengths.sum(), tf.int64))
+
+            def in_order(index, record):
+                places = positions
+                if broken:
+                    places = tf.numpy_function(standing_in, [index, positions], tf.int64)
+                picked = tf.nest.map_structure(lambda x: tf.gather(x, places), record)
+                return picked, tf.gather(index, places), tf.fill(tf.shape(places), epoch)
+
+            return whole.map(in_order)
+
+        stream = tf.data.Dataset.from_generator(
+            entries,
+            output_signature=(
+                tf.TensorSpec([None], tf.int64),
+                tf.TensorSpec([None], tf.int64),
+                tf.TensorSpec([None], tf.int64),
+                tf.TensorSpec([], tf.int64),
+            ),
+        )
+        # The next window is read while this one is used.
+        examples = stream.flat_map(window).prefetch(1).unbatch()
+        return examples.map(
+            lambda record, index, epoch: (
+                self.source.parse(record) | {"index": index, "epoch": epoch}
+            ),
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+
+    def batch_indices(self, order: Order, step: int, broken: Set[int] = _NONE) -> np.ndarray:
+        own = order.batch_size // order.share.count
+        examples = self.training(order, step, broken).map(lambda example: example["index"])
+        return next(examples.batch(own).take(1).as_numpy_iterator())
+
+    def _in_order(self) -> Any:
+        """Returns a tf.data.Dataset of (index, record) of all examples."""
+        import tensorflow as tf
+
+        return (
+            tf.data.Dataset.from_tensor_slices(self._shards)
+            .flat_map(self.source.records)
+            .enumerate()
+        )
+
+    def once(self, share: Share, start: int = 0, broken: Set[int] = _NONE) -> Any:
+        import tensorflow as tf
+
+        bad = tf.constant(sorted(broken), tf.int64)
+
+        def example(index, record):
+            found = self.source.parse(record)
+            if not broken:
+                return found
+            is_broken = tf.reduce_any(tf.equal(bad, index))
+            return {
+                "image": tf.where(is_broken, _PIXEL, found["image"]),
+                "label": tf.where(is_broken, BROKEN, found["label"]),
+            }
+
+        mine = self._in_order().shard(share.count, share.index).skip(start)
+        return mine.map(example, num_parallel_calls=tf.data.AUTOTUNE)
+
+    def all_labels(self) -> np.ndarray:
+        examples = self.once(Share()).map(lambda example: example["label"]).batch(_LABELS_AT_ONCE)
+        return np.concatenate(list(examples.as_numpy_iterator()))
+
+    def subset(self, indices: np.ndarray) -> IndexedSplit:
+        self.check_subset(len(indices))
+        wanted, images, labels = set(map(int, indices)), [], []
+        for i, example in enumerate(self.once(Share()).as_numpy_iterator()):
+            if i in wanted:
+                images.append(example["image"])
+                labels.append(example["label"])
+        return IndexedSplit(Encoded(images, np.asarray(labels, np.int32), self.classes))
+
+    def check_subset(self, count: int) -> None:
+        need = self.source.total_bytes / max(1, int(self.source.lengths.sum())) * count
+        room = _MEMORY_FOR_SUBSETS * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if need > room:
+            raise UserError(
+                f"{count} images of {self.source.title} take {need / 1e9:.1f} GB of "
+                f"memory, and on this machine there are {room / 1e9:.1f} for them: prepare them as a "
+                "data set of their own (such as imagenet2012_subset/10pct) and name it in data.name"
+            )
+
+    def divided(self, fraction: float, seed: int) -> tuple["StreamedSplit", "StreamedSplit"]:
+        # Whole shards: TFDS shuffles a data set before it divides it into files.
+        shards = self._shards
+        if len(shards) < 2:
+            raise UserError(
+                f"{self.source.title} has one shard, so none can be held out for validation: "
+                "prepare it with more shards"
+            )
+        part, rest = split_validation(shards, fraction, seed)
+        return (
+            dataclasses.replace(self, shards=tuple(shards[part].tolist())),
+            dataclasses.replace(self, shards=tuple(shards[rest].tolist())),
+        )
+
+    def decode(self, image: Any) -> Any:
+        return self.source.decode(image)
+
+    def name_of(self, index: int) -> str:
+        shard = int(np.searchsorted(np.cumsum(self._lengths), index, side="right"))
+        before = int(self._lengths[:shard].sum())
+        first = int(self.source.lengths[: self._shards[shard]].sum())
+        return self.source.name_of(first + index - before)
+
+    def problem(self, index: int) -> str | None:
+        import tensorflow as tf
+
+        from simclr_jax.data.decode import problem_of
+
+        _, record = next(self._in_order().skip(index).take(1).as_numpy_iterator())
+        image = tf.convert_to_tensor(self.source.parse(record)["image"])
+        return problem_of(image.numpy(), self.source.decode)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint(self._shards)

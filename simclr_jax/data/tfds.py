@@ -1,0 +1,128 @@
+"""TensorFlow Datasets as a source: in memory up to 1 GB, else streamed from its record files."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from simclr_jax.data.arrays import in_memory
+from simclr_jax.data.order import Share
+from simclr_jax.data.source import Classes, ShardedSource
+from simclr_jax.data.split import DataSet, Split, StreamedSplit
+from simclr_jax.errors import UserError
+
+# A split of images of one shape is held in memory up to this size: any order is then free, and
+# nothing is decoded twice.
+_IN_MEMORY_BYTES = 2**30
+
+
+class RecordFiles(ShardedSource):
+    """The record files of a TFDS split, each a shard."""
+
+    def __init__(self, builder: Any, split: str, classes: Classes):
+        """Takes a prepared TFDS builder, the name of a split, and its classes."""
+        info = builder.info.splits[split]
+        self._builder, self._split, self.classes = builder, split, classes
+        self._paths = [str(path) for path in info.filepaths]
+        self.lengths = np.asarray(info.shard_lengths, np.int64)
+        self.title = f"{builder.name}/{split}"
+        self.total_bytes = info.num_bytes
+        self.image_shape = builder.info.features["image"].shape
+
+    def records(self, shard: Any) -> Any:
+        import tensorflow as tf
+
+        return tf.data.TFRecordDataset(tf.gather(tf.constant(self._paths), shard))
+
+    def parse(self, record: Any) -> dict[str, Any]:
+        import tensorflow as tf
+        import tensorflow_datasets as tfds
+
+        example = self._builder.info.features.deserialize_example(
+            record, decoders={"image": tfds.decode.SkipDecoding()}
+        )
+        label = tf.cast(example["label"], tf.int32) if self.classes else tf.constant(-1)
+        return {"image": example["image"], "label": label}
+
+    def decode(self, image: Any) -> Any:
+        return self._builder.info.features["image"].decode_example(image)
+
+    def fingerprint(self, shards: np.ndarray) -> str:
+        lengths = ",".join(map(str, self.lengths[shards]))
+        return f"{self._builder.info.full_name}/{self._split}:{lengths}"
+
+
+def open_data_set(data: Mapping[str, Any]) -> DataSet:
+    """Opens the TFDS data set "name" in the folder "path" ("": TFDS's own), prepared if it was not.
+
+    "train_split" and "test_split" name its splits; the latter may be "".
+
+    Raises:
+      UserError: there is no such data set or split, or its images are not uint8.
+    """
+    name = data["name"]
+    builder = _prepared_builder(name, data["path"])
+    features = builder.info.features
+    if not hasattr(features, "keys") or "image" not in features:
+        raise UserError(
+            f"the TFDS data set {name!r} has no feature 'image': expected an image data set"
+        )
+    test = _open_split(builder, data["test_split"]) if data["test_split"] else None
+    return DataSet(_open_split(builder, data["train_split"]), test)
+
+
+def _prepared_builder(name: str, data_dir: str) -> Any:
+    """Returns the TFDS builder called `name`, downloaded and prepared if it was not yet."""
+    import tensorflow_datasets as tfds
+
+    import simclr_jax.data.digits  # noqa: F401  makes TFDS know it
+
+    where = data_dir or tfds.core.constants.DATA_DIR
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None)
+    except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
+        near = difflib.get_close_matches(name, tfds.list_builders(), n=3)
+        hint = f"; near names: {', '.join(near)}" if near else ""
+        raise UserError(f"no TFDS data set {name!r} (data.name){hint}") from error
+    if not builder.data_path.exists():
+        tfds.disable_progress_bar()
+        try:
+            builder.download_and_prepare()
+        except Exception as error:  # any of many network, checksum and disk errors
+            raise UserError(
+                f"could not prepare the TFDS data set {name!r} in {where}: "
+                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}. Set data.path to a folder "
+                "where it is prepared already"
+            ) from error
+    return builder
+
+
+def _open_split(builder: Any, name: str) -> Split:
+    splits = builder.info.splits
+    if name not in splits:
+        raise UserError(
+            f"the TFDS data set {builder.name!r} has no split {name!r}: it has {', '.join(splits)}; "
+            "see data.train_split and data.test_split, which may be '' for none"
+        )
+    features = builder.info.features
+    labelled = "label" in features and hasattr(features["label"], "names")
+    classes = tuple(features["label"].names) if labelled else None
+    image = features["image"]
+    shape = image.shape
+    if len(shape) != 3 or shape[-1] not in (1, 3) or np.dtype(image.np_dtype) != np.uint8:
+        raise UserError(
+            f"the images of {builder.name!r} are {np.dtype(image.np_dtype)} {list(shape)}: expected "
+            "uint8 [height, width, 1 or 3]"
+        )
+    if None not in shape and int(np.prod(shape)) * splits[name].num_examples <= _IN_MEMORY_BYTES:
+        import tensorflow_datasets as tfds
+
+        whole = tfds.as_numpy(builder.as_dataset(split=name, batch_size=-1))
+        return in_memory(whole["image"], whole["label"] if classes else None, classes)
+    split = StreamedSplit(RecordFiles(builder, name, classes))
+    if classes and int(next(iter(split.once(Share())))["label"]) < 0:
+        return StreamedSplit(
+            RecordFiles(builder, name, None)
+        )  # such as the unlabelled split of stl10
+    return split

@@ -1,0 +1,85 @@
+"""A linear classifier on h or on a layer of the projection head, with f frozen or trained along."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from simclr_jax.encoders import run, to_float
+from simclr_jax.encoders.heads import LinearClassifier, ProjectionHead
+
+
+class Classified(NamedTuple):
+    """The classifier and what it stands on.
+
+    Attributes:
+      encoder: f.
+      head: g.
+      layer: the layer of g whose output is classified; 0 is h. The layers after it are thrown away.
+      classifier: the linear layer.
+      train_encoder: whether f and g are trained along, with BatchNorm in training mode; else they
+        are frozen, with their running statistics.
+    """
+
+    encoder: Any
+    head: ProjectionHead
+    layer: int
+    classifier: LinearClassifier
+    train_encoder: bool
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """The parts of the parameters that are trained."""
+        return frozenset(
+            ("encoder", "head", "classifier") if self.train_encoder else ("classifier",)
+        )
+
+    def logits(self, params: dict, batch_stats: dict, images) -> tuple[jax.Array, dict]:
+        """Computes logits [n, C] of images [n, H, W, 3] in training, and the new running statistics.
+
+        `params` and `batch_stats` are those of "encoder", "head" and, only params, "classifier".
+        """
+        return self._apply(params, batch_stats, images, self.train_encoder)
+
+    def classes(self, variables: dict, images) -> dict[str, jax.Array]:
+        """Predicts {"class": int [n, 1]} of images uint8 [n, H, W, 3] in evaluation.
+
+        `variables` is {"params", "batch_stats"}.
+        """
+        logits, _ = self._apply(
+            variables["params"], variables["batch_stats"], to_float(images), False
+        )
+        return {"class": jnp.argmax(logits, axis=-1, keepdims=True)}
+
+    def _apply(self, params: dict, batch_stats: dict, images, train: bool):
+        def through(network, name, x):
+            own = {"params": params[name], "batch_stats": batch_stats[name]}
+            return run(network, own, x, train)
+
+        x, encoder_stats = through(self.encoder, "encoder", images)
+        head_stats = batch_stats["head"]
+        if self.layer > 0:
+            outputs, head_stats = through(self.head, "head", x)
+            x = outputs[self.layer]
+        if not self.train_encoder:
+            x = jax.lax.stop_gradient(x)
+        logits: Any = self.classifier.apply({"params": params["classifier"]}, x)
+        return logits, {"encoder": encoder_stats, "head": head_stats}
+
+    def start(self, encoder: dict, head: dict, key: jax.Array) -> tuple[dict, dict]:
+        """Returns params and batch_stats before the first step.
+
+        Args:
+          encoder, head: {"params", "batch_stats"} of f and g.
+          key: of the classifier's start.
+        """
+        width = self.encoder.width
+        if self.layer > 0:
+            width = head["params"][f"dense{self.layer}"]["kernel"].shape[1]
+        classifier = self.classifier.init(key, jnp.zeros((1, width)))
+        params = {
+            "encoder": encoder["params"],
+            "head": head["params"],
+            "classifier": classifier["params"],
+        }
+        return params, {"encoder": encoder["batch_stats"], "head": head["batch_stats"]}

@@ -1,0 +1,52 @@
+"""What an evaluation of features is."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+Table = tuple[list[str], list[list[str]]]  # header, lines
+
+
+class Features(NamedTuple):
+    """Features of one kind, and labels, of both splits.
+
+    Attributes:
+      train: features float32 [n, D], labels int [n].
+      test: features and labels of the test split.
+      classes: C; labels are from 0 to C - 1.
+      mesh: devices to divide the work over; None: one.
+    """
+
+    train: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+    classes: int
+    mesh: Mesh | None = None
+
+
+# {option of the group "eval", without the group: value}, and "seed".
+Options = Mapping[str, Any]
+
+
+class Evaluation(NamedTuple):
+    """One way to evaluate features.
+
+    Attributes:
+      rows: (features, options, name of their kind) -> rows of the result, see `results.row`.
+      settings: (options, training images, classes) -> the settings that the rows hold for, JSON-able.
+      title: (settings) -> the title of the table.
+      table: rows -> the table.
+      changes: configuration options that the evaluation sets for its features, {"a.b": value}.
+      chooses: whether it chooses something on a validation part of the training split.
+      metric: name of the metric that it reports on the way; its value is that of the row with all
+        labels.
+    """
+
+    rows: Callable[[Features, Options, str], list[dict]]
+    settings: Callable[[Options, int, int], dict]
+    title: Callable[[dict], str]
+    table: Callable[[list[dict]], Table]
+    changes: Mapping[str, Any]
+    chooses: bool
+    metric: str

@@ -1,0 +1,95 @@
+"""Evaluation on the way: a hook of the training loop that evaluates f as it is at a step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from simclr_jax import assemble
+from simclr_jax.assemble import Pretraining
+from simclr_jax.console import say
+from simclr_jax.encoders import run, to_float
+from simclr_jax.errors import UserError
+from simclr_jax.evals import EVALUATIONS, subjects
+from simclr_jax.evals.evaluate import pair, result_of, score_of
+from simclr_jax.evals.features import Extractor
+from simclr_jax.evals.subjects import ENCODER
+from simclr_jax.training.loop import Hook
+from simclr_jax.training.state import TrainState
+
+
+class Watch:
+    """Runs an evaluation of features every so many steps. It needs no memory.
+
+    Attributes:
+      name: of the evaluation.
+      memory: None.
+    """
+
+    def __init__(self, config: ConfigDict, every_steps: int, made: Pretraining):
+        """Compiles nothing yet.
+
+        Args:
+          config: of the run; config.eval.on_the_way names the evaluation.
+          every_steps: steps between evaluations, above 0.
+          made: the run.
+
+        Raises:
+          UserError: the data have no labels or no test split.
+        """
+        self.name, self.memory = config.eval.on_the_way, None
+        self._every, self._config, self._views = every_steps, config, made.views
+        self._mesh, self._data = made.job.mesh, subjects.labelled(config)
+        network = made.encoder
+
+        def forward(variables, images):
+            return {ENCODER: run(network, variables, to_float(images), False)[0]}
+
+        self._extractor = Extractor(
+            forward,
+            batch_size=subjects.batch_size_of(config, self._mesh),
+            size=config.data.image_size,
+            mesh=self._mesh,
+        )
+
+    def due(self, step: int) -> bool:
+        return step % self._every == 0
+
+    def run(self, step: int, state: TrainState) -> dict[str, float]:
+        """Returns {metric of the evaluation: accuracy in [0, 1] with all labels}."""
+        variables = {
+            "params": state.params["encoder"],
+            "batch_stats": state.batch_stats["encoder"],
+        }
+        evaluation = EVALUATIONS[self.name]
+        assert self._data.test is not None
+        train, test = (self._features(variables, s) for s in (self._data.train, self._data.test))
+        features = pair(train, test, len(self._data.train.classes or ()), self._mesh)
+        config = self._config.copy_and_resolve_references()
+        config.eval.labels_per_class, config.eval.label_fraction = (), 0.0
+        score = score_of(result_of(evaluation, config, features, step))
+        say(f"step {step}  {evaluation.metric} {score:.1%}")
+        return {evaluation.metric: score}
+
+    def _features(self, variables: dict, split: Any) -> tuple:
+        images = assemble.images_of(self._config, split)
+        batch_size = subjects.batch_size_of(self._config, self._mesh)
+        batches = self._views.evaluation_batches(images, batch_size)
+        return self._extractor.extract(variables, batches, split.count)
+
+
+def watch(config: ConfigDict, made: Pretraining) -> Sequence[Hook]:
+    """Returns the hook that eval.every_steps or eval.every_epochs asks for, if any.
+
+    Raises:
+      UserError: both options are set, or the data have no labels or no test split.
+    """
+    steps, epochs = config.eval.every_steps, config.eval.every_epochs
+    if steps and epochs:
+        raise UserError(
+            f"eval.every_steps={steps} and eval.every_epochs={epochs:g}: set one of them, and the "
+            "other to 0"
+        )
+    if epochs:
+        steps = max(1, round(epochs * made.train.count / config.data.batch_size))
+    return (Watch(config, steps, made),) if steps else ()

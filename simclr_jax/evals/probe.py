@@ -1,0 +1,106 @@
+"""--mode=probe: linear probes with few labels, over draws of them, and with all.
+
+The regularisation is chosen on a validation part of the training split, never on the test split.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simclr_jax.console import say
+from simclr_jax.data.order import few_labels, split_validation
+from simclr_jax.evals import results
+from simclr_jax.evals.contract import Evaluation, Features, Options
+from simclr_jax.evals.logistic import accuracy, divided, fit, scale, to_host
+
+
+def rows(features: Features, options: Options, kind: str) -> list[dict]:
+    """Probes with few labels of each class, each number of "labels_per_class" and what
+    "label_fraction" comes to, and with all labels.
+    """
+    x_train, x_test = scale(features.train[0], features.test[0])
+    scaled = features._replace(train=(x_train, features.train[1]), test=(x_test, features.test[1]))
+    few = set(options["labels_per_class"])
+    if options["label_fraction"] > 0:
+        share = options["label_fraction"] * len(x_train) / features.classes
+        few.add(max(1, round(share)))
+    found = []
+    for per_class in sorted(few):
+        say(f"probing {kind}, {per_class} label{'s' if per_class > 1 else ''} a class")
+        found.append(results.row(kind, per_class, probe_few_labels(scaled, options, per_class)))
+    say(f"probing {kind}, all labels")
+    best, l2 = probe_all_labels(scaled, options)
+    return [*found, results.row(kind, None, [best]) | {"l2": l2}]
+
+
+def settings(options: Options, images: int, classes: int) -> dict:
+    """Returns the settings that the rows hold for."""
+    names = ("l2", "validation_fraction", "seed", "max_iterations")
+    return {name: options[name] for name in names} | {"classes": classes}
+
+
+def probe_all_labels(features: Features, options: Options) -> tuple[float, float]:
+    """Fits with every label of the training split, with the l2 that does best on a validation part.
+
+    Args:
+      features: scaled by `logistic.scale`.
+      options: "l2", the candidates, "validation_fraction", "seed" and "max_iterations".
+
+    Returns:
+      test accuracy, and the l2 chosen.
+    """
+    x, y = features.train
+    part, held = split_validation(y, options["validation_fraction"], options["seed"])
+    chosen_from = divided(features.mesh, x[part], y[part])
+    best, _ = _choose_l2(chosen_from, (x[held], y[held]), options, features.classes)
+    l2 = options["l2"][best]
+    everything = divided(features.mesh, x, y)
+    weights = fit(*everything, l2, features.classes, options["max_iterations"])
+    return float(accuracy(to_host(weights), *features.test)), l2
+
+
+def probe_few_labels(features: Features, options: Options, per_class: int) -> list[float]:
+    """Fits with `per_class` labels of each class, for each of "seeds" draws of them.
+
+    The labels are drawn outside the validation part, which only chooses the l2, for each draw.
+
+    Returns:
+      test accuracies, one for each draw.
+    """
+    x, y = features.train
+    part, held = split_validation(y, options["validation_fraction"], options["seed"])
+    accuracies = []
+    for draw in range(options["seeds"]):
+        picked = part[few_labels(y[part], per_class, draw)]
+        some = divided(features.mesh, x[picked], y[picked])
+        _, weights = _choose_l2(some, (x[held], y[held]), options, features.classes)
+        accuracies.append(float(accuracy(weights, *features.test)))
+    return accuracies
+
+
+def _choose_l2(some: tuple, validation: tuple, options: Options, classes: int) -> tuple[int, dict]:
+    """Returns the index of the l2 that does best on the validation part, and the weights it gives."""
+    l2 = jnp.asarray(options["l2"])
+    weights = to_host(_fit_each_l2(*some, l2, classes, options["max_iterations"]))
+    best = int(jnp.argmax(jax.vmap(accuracy, in_axes=(0, None, None))(weights, *validation)))
+    return best, jax.tree.map(lambda w: np.asarray(w[best]), weights)
+
+
+@functools.partial(jax.jit, static_argnames=("classes", "max_iterations"))
+def _fit_each_l2(x, y, l2, classes: int, max_iterations: int) -> dict:
+    # One after the other: most converge long before the weakest regularisation does, and the
+    # logits of one fit at a time are held.
+    return jax.lax.map(lambda one: fit(x, y, one, classes, max_iterations), l2)
+
+
+EVALUATION = Evaluation(
+    rows=rows,
+    settings=settings,
+    title=lambda _: "Linear probe, test accuracy",
+    table=results.labels_table,
+    changes={},
+    chooses=True,
+    metric="probe_accuracy",
+)

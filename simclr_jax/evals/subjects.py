@@ -1,0 +1,117 @@
+"""What is evaluated: the newest encoder of a workdir, and an untrained one to compare it with."""
+
+import contextlib
+import hashlib
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from simclr_jax import assemble
+from simclr_jax.data.broken import Images
+from simclr_jax.data.split import DataSet
+from simclr_jax.encoders import init_encoder, run
+from simclr_jax.errors import UserError
+from simclr_jax.mesh import replicated, traced_on
+from simclr_jax.pretrained import read_variables
+from simclr_jax.training.saved import find, read_head_arrays, read_newest, with_shardings
+from simclr_jax.training.state import init_head
+from simclr_jax.training.workdir import check_encoder
+
+KINDS = RAW_PIXELS, UNTRAINED, ENCODER = "raw pixels", "untrained encoder", "encoder"
+
+
+class Trained(NamedTuple):
+    """{"params", "batch_stats"} of f and, if asked for, of g; and what was saved beside them."""
+
+    encoder: dict
+    head: dict | None
+    saved: dict
+
+
+def trained(
+    config: ConfigDict, workdir: str, mesh: Mesh, head: bool = False, step: int | None = None
+) -> Trained:
+    """Reads an encoder onto every device.
+
+    Args:
+      config: of the evaluation.
+      workdir: or a checkpoint folder.
+      mesh: all devices.
+      head: read the projection head too.
+      step: of the checkpoint; None: the newest.
+
+    Raises:
+      UserError: there is none, or it is of another model than the configuration says.
+    """
+
+    def read(checkpoint: epath.Path) -> Trained:
+        saved = check_encoder(config, checkpoint)
+        network, everywhere = assemble.encoder(config), replicated(mesh)
+        encoder = read_variables(config, network, checkpoint, everywhere)
+        if not head:
+            return Trained(encoder, None, saved)
+        abstract = jax.eval_shape(
+            lambda: init_head(assemble.head(config), network.width, jax.random.key(0))
+        )
+        return Trained(
+            encoder, read_head_arrays(checkpoint, with_shardings(abstract, everywhere)), saved
+        )
+
+    return read_newest(workdir, read) if step is None else read(find(workdir, step))
+
+
+def is_labelled(data: DataSet) -> bool:
+    """Returns whether both splits are there and have labels."""
+    return bool(data.train.classes and data.test is not None and data.test.classes)
+
+
+def labelled(config: ConfigDict) -> DataSet:
+    """Opens the data of the configuration. Raises a UserError unless both splits have labels."""
+    data = assemble.data_set(config)
+    if not is_labelled(data):
+        lacking = "labelled test split" if data.train.classes else "labels"
+        raise UserError(
+            f"the data have no {lacking}, so there is nothing to evaluate on; see "
+            "data.folder_labels, data.test_path and data.test_split"
+        )
+    return data
+
+
+def digest_of(variables: dict) -> str:
+    """Returns a text that is equal for encoders of equal weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for leaf in jax.tree.leaves(jax.device_get(variables)):
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()
+
+
+def batch_size_of(config: ConfigDict, mesh: Mesh) -> int:
+    """Rounds eval.batch_size, images embedded at once, up to a multiple of the devices."""
+    return -(-config.eval.batch_size // mesh.size) * mesh.size
+
+
+def untrained(config: ConfigDict, images: Images, mesh: Mesh) -> dict:
+    """Makes {"params", "batch_stats"} of the encoder before training, as good as it can be.
+
+    Where the encoder has BatchNorm, its running statistics are those of one batch of views of the
+    training images; see also `Encoder.as_baseline`.
+    """
+    network = assemble.encoder(config, norm_momentum=0.0).as_baseline()
+    config = config.copy_and_resolve_references()
+    config.data.batch_size = batch_size_of(config, mesh)
+    made = assemble.views(config, mesh)
+    with contextlib.closing(made.batches(images, 0)) as batches:
+        batch = made.placer(images.split)(next(batches))
+
+    def calibrated(key, batch):
+        variables = init_encoder(network, config.data.image_size, key)
+        first = made.views(made.fetch(batch))[:, 0]
+        _, seen = run(network, variables, first, train=True)
+        return {"params": variables["params"], "batch_stats": seen}
+
+    compiled = jax.jit(traced_on(mesh, calibrated), out_shardings=replicated(mesh))
+    return compiled(jax.random.key(config.seed), batch)

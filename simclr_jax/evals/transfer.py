@@ -1,0 +1,89 @@
+"""--mode=transfer: logistic regression as for transfer to other data (paper, appendix B.8).
+
+Features of the centred square, without random crops; one of 45 lambdas is chosen on a validation part,
+and then fitted to all training labels.
+"""
+
+import numpy as np
+
+from simclr_jax.console import say
+from simclr_jax.data.order import split_validation
+from simclr_jax.evals import results
+from simclr_jax.evals.contract import Evaluation, Features, Options, Table
+from simclr_jax.evals.logistic import accuracy, fit_lambdas, predict
+
+# The candidates of appendix B.8: 45, logarithmically spaced. They weigh |kernel|^2 / 2 beside the sum
+# of the cross-entropies, so that scikit-learn's C is 1 / lambda; beside a mean 1e5 would leave nothing.
+LAMBDAS = tuple(np.logspace(-6, 5, 45).tolist())
+
+
+def rows(features: Features, options: Options, kind: str) -> list[dict]:
+    """Fits with the lambda that does best: one row."""
+    say(f"fitting {kind}, {len(LAMBDAS)} values of lambda")
+    found = fit_chosen_lambda(features, options, LAMBDAS)
+    return [results.row(kind, None, [found.pop("accuracy")]) | found]
+
+
+def settings(options: Options, images: int, classes: int) -> dict:
+    """Returns the settings that the rows hold for."""
+    names = ("validation_fraction", "seed", "max_iterations")
+    return {"lambdas": LAMBDAS} | {name: options[name] for name in names}
+
+
+def fit_chosen_lambda(features: Features, options: Options, lambdas: tuple[float, ...]) -> dict:
+    """Fits logistic regression with the lambda that does best on a validation part.
+
+    Args:
+      features: as they are, not scaled.
+      options: "validation_fraction", "seed" of the validation part, "max_iterations" of each fit.
+      lambdas: candidates; each weighs |kernel|^2 / 2 beside the sum of the cross-entropies.
+
+    Returns:
+      {"accuracy", "mean_per_class_accuracy", "lambda", "validation_accuracies": one a lambda,
+      ascending}
+    """
+    x, y = features.train
+    part, held = split_validation(y, options["validation_fraction"], options["seed"])
+    lambdas = tuple(sorted(lambdas))
+    how = features.classes, options["max_iterations"], features.mesh
+    fits = fit_lambdas(x[part], y[part], lambdas, *how)
+    scores = [float(accuracy(weights, x[held], y[held])) for weights in fits]
+    # Of equals the strongest: on few validation images many lambdas are.
+    best = max(range(len(lambdas)), key=lambda i: (scores[i], lambdas[i]))
+    # From the strongest on, as above: each fit begins where the one before ended.
+    weights = fit_lambdas(x, y, lambdas[best:], *how)[0]
+    x_test, y_test = features.test
+    right = np.asarray(predict(weights, x_test)) == y_test
+    return {
+        "accuracy": float(right.mean()),
+        "mean_per_class_accuracy": float(
+            np.mean([right[y_test == c].mean() for c in np.unique(y_test)])
+        ),
+        "lambda": lambdas[best],
+        "validation_accuracies": scores,
+    }
+
+
+def table(found: list[dict]) -> Table:
+    """Shows accuracy, the mean over the classes, and the lambda chosen."""
+    lines = [
+        [
+            row["features"],
+            results.cell(row),
+            f"{row['mean_per_class_accuracy']:.1%}",
+            f"{row['lambda']:.2g}",
+        ]
+        for row in found
+    ]
+    return ["features", "accuracy", "mean of classes", "lambda"], lines
+
+
+EVALUATION = Evaluation(
+    rows=rows,
+    settings=settings,
+    title=lambda _: "Logistic regression (appendix B.8), test accuracy",
+    table=table,
+    changes={"data.eval_crop": 1.0},
+    chooses=True,
+    metric="transfer_accuracy",
+)

@@ -1,0 +1,77 @@
+"""Writing files: whole or not at all, and in one line to the user where that fails."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from simclr_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def writing(path: epath.PathLike, advice: str = "") -> Iterator[None]:
+    """Turns an OSError within the block into a UserError "cannot write PATH: REASON".
+
+    Args:
+      path: what is being written, for the message.
+      advice: what the user can do, appended to the message.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise UserError(
+            f"cannot write {path}: {reason}{f'. {advice}' if advice else ''}"
+        ) from error
+
+
+@contextlib.contextmanager
+def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
+    """Yields a scratch path beside `path`, which takes the place of `path` when the block ends.
+
+    A reader sees the old file or the new one, never a part. If the block raises, `path` stays as it
+    was. The scratch name holds the process's number, so that two programs do not share it.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    path = epath.Path(path)
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        yield scratch
+        scratch.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: epath.PathLike, content: str, advice: str = "") -> None:
+    """Writes a text file whole or not at all, and makes its folder.
+
+    Args:
+      path: of the file.
+      content: its text.
+      advice: what the user can do if it cannot be written.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    with writing(path, advice):
+        epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as scratch:
+            scratch.write_text(content)
+
+
+def write_json(path: epath.PathLike, value: Any, advice: str = "") -> None:
+    """Writes `value` as indented JSON, by `write_text`."""
+    write_text(path, json.dumps(value, indent=2) + "\n", advice)
+
+
+def cache_folder() -> epath.Path:
+    """Returns the folder of this program's caches: $XDG_CACHE_HOME/simclr_jax or ~/.cache/simclr_jax."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return epath.Path(root) / "simclr_jax"

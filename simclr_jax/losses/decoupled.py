@@ -1,0 +1,55 @@
+"""DCL, decoupled contrastive learning (Yeh et al. 2022, arXiv 2110.06848, equation 6).
+
+NT-Xent with the positive left out of the denominator. An anchor whose positive is already near then
+keeps its gradient, which helps most in small batches. The loss may go below zero.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from simclr_jax.losses.contract import (
+    MASKED,
+    Loss,
+    contrastive_metrics,
+    implementation_of,
+    positives,
+    similarities,
+)
+from simclr_jax.losses.nt_xent_tiles import softmax_in_tiles
+
+
+def build(options: Mapping[str, Any], mesh: Mesh, batch_size: int) -> Loss:
+    """Returns DCL, dense or in tiles. The arguments are those of `nt_xent_dense.build`."""
+    name = implementation_of(options["implementation"], batch_size, mesh)
+    chosen = " for this size" if options["implementation"] == "auto" else ""
+    loss = dcl
+    if name == "chunked":
+        loss = functools.partial(
+            softmax_in_tiles, mesh=mesh if mesh.size > 1 else None, positive_in_sum=False
+        )
+    temperature = options["temperature"]
+    return Loss(lambda z, labels: loss(z, temperature), f"DCL, {name}{chosen}, tau {temperature:g}")
+
+
+def dcl(z, temperature):
+    """Computes DCL over all pairs of the batch.
+
+    Args:
+      z: projections [2B, D]; rows 2i and 2i + 1 are the two views of image i. Not normalised.
+      temperature: tau, the divisor of the cosine similarities, above 0.
+
+    Returns:
+      loss, a float32 scalar: the mean over all 2B anchors of
+        -s(i, j) / tau + log( sum over k != i, j of exp(s(i, k) / tau) ), j the partner of i;
+      metrics, see `contract.contrastive_metrics`: over all 2B - 1 candidates, as for NT-Xent.
+    """
+    logits, is_partner = similarities(z, temperature)
+    positive = positives(logits, is_partner)
+    negatives = jnp.where(is_partner, MASKED, logits)
+    loss = jnp.mean(jax.nn.logsumexp(negatives, axis=1) - positive)
+    return loss, contrastive_metrics(logits, positive)

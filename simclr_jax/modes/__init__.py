@@ -1,0 +1,1 @@
+"""What the program does besides training loops and evaluations: one file a mode."""

@@ -1,0 +1,177 @@
+"""--mode=embed: h, and z if asked for, of every image of a folder or split, to Parquet or .npz.
+
+Images stream through the devices, and their rows to `feature_file.py` as they come.
+"""
+
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from simclr_jax import assemble
+from simclr_jax.console import Progress, say
+from simclr_jax.data import folder, open_source
+from simclr_jax.data.broken import Images
+from simclr_jax.data.source import InMemory
+from simclr_jax.data.split import BROKEN, IndexedSplit, Split
+from simclr_jax.encoders import run, to_float
+from simclr_jax.errors import UserError
+from simclr_jax.evals import subjects
+from simclr_jax.evals.features import Extractor
+from simclr_jax.mesh import make_mesh
+from simclr_jax.modes.feature_file import SUFFIXES, Parts, alone
+
+
+class Input(NamedTuple):
+    """The images that are embedded.
+
+    Attributes:
+      split: the images.
+      root: the folder that their names are relative to, if they have one.
+      name: what opens the same again, from any folder.
+    """
+
+    split: Split
+    root: pathlib.Path | None
+    name: str
+
+    def names(self, first: int, count: int) -> np.ndarray:
+        """Returns what a person calls images `first` to `first + count`, text [count]: a path below the
+        folder, or the index.
+        """
+        indices = range(first, first + count)
+        if self.root is None:
+            return np.asarray([str(i) for i in indices])
+        return np.asarray([os.path.relpath(self.split.name_of(i), self.root) for i in indices])
+
+
+def open_input(config: ConfigDict, name: str) -> Input:
+    """Opens the images that `name` stands for: "train" or "test" of the run's data, NAME:SPLIT of TFDS,
+    or a folder.
+
+    Raises:
+      UserError: there is no such thing.
+    """
+    if name in ("train", "test"):
+        split = getattr(assemble.data_set(config), name)
+        if split is None:
+            raise UserError("the run's data have no test split: expected --input=FOLDER")
+        paths = isinstance(split, IndexedSplit) and isinstance(split.source, folder.Files)
+        where = config.data.path if name == "train" else config.data.test_path
+        return Input(split, pathlib.Path(where).expanduser() if paths else None, name)
+    root = pathlib.Path(name).expanduser()
+    if root.is_dir():
+        split = folder.open_split(name, config.data.folder_labels)
+        return Input(split, root, str(root.absolute()))
+    data_set, colon, split_name = name.partition(":")
+    if not colon:
+        raise UserError(
+            f"no folder {name!r}: expected --input=FOLDER, NAME:SPLIT of a TFDS data set, or train or "
+            "test for the run's own data"
+        )
+    data = config.data.to_dict() | {"source": "tfds", "name": data_set, "seed": config.seed}
+    data |= {"train_split": split_name, "test_split": ""}
+    data["path"] = config.data.path if config.data.source == "tfds" else ""
+    return Input(open_source(data).train, None, name)
+
+
+def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: bool = False) -> None:
+    """Writes a row for each image: "image" (its path below the folder, or its index), "label" if
+    there are labels, "h" float32 [D], and "z" if asked for, both not normalised.
+
+    Images that cannot be read have no row; they are named in OUTPUT.broken_images.jsonl.
+
+    Args:
+      config: of the run; of its data options, how a folder is read and what is cropped.
+      workdir: or a checkpoint folder.
+      input: see `open_input`.
+      output: a file that ends in .parquet or .npz.
+      with_z: whether z is written too.
+
+    Raises:
+      UserError: no such input or output, or what lies half done is of something else.
+    """
+    path = pathlib.Path(output).expanduser()
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"--output={output}: expected a file that ends in {' or '.join(SUFFIXES)}")
+    source = open_input(config, input)
+    config = config.copy_and_resolve_references()
+    if not (isinstance(source.split, IndexedSplit) and isinstance(source.split.source, InMemory)):
+        config.data.placement = "host"
+    mesh = make_mesh()
+    report = path.with_name(path.name + ".broken_images.jsonl")
+    images = assemble.images_of(config, source.split, report)
+    broken = images.broken
+    with alone(path.with_name(path.name + ".parts")) as scratch:
+        parts = Parts(scratch, subjects.batch_size_of(config, mesh))
+        step = parts.begun_with(workdir)
+        trained = subjects.trained(config, workdir, mesh, head=with_z, step=step)
+        parts.begin(
+            {
+                "step": trained.saved["step"],
+                "encoder": subjects.digest_of(trained.encoder),
+                "images": source.split.fingerprint(),
+                "crop": [config.data.image_size, config.data.eval_crop],
+                "z": with_z,
+                "batch": parts.batch_size,
+                "input": source.name,
+                "classes": source.split.classes,
+            }
+        )
+        for rows in _rows(config, source, trained, images, parts, with_z):
+            parts.add(rows)
+        if jax.process_index() == 0:
+            count = parts.join(path)
+            say(f"{count} images, encoder of step {trained.saved['step']}: {path}")
+    if broken.indices:
+        say(f"skipped    {len(broken.indices)} images that cannot be read, see {broken.report}")
+
+
+def _rows(
+    config: ConfigDict,
+    source: Input,
+    trained: subjects.Trained,
+    images: Images,
+    parts: Parts,
+    with_z: bool,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the columns of one part after the other, from the first that is not there yet."""
+    mesh = make_mesh()
+    network, head = assemble.encoder(config), assemble.head(config)
+
+    def forward(variables, images):
+        h, _ = run(network, variables[0], to_float(images), train=False)
+        return {"h": h} | ({"z": run(head, variables[1], h, train=False)[0][-1]} if with_z else {})
+
+    size, count, batch_size = config.data.image_size, source.split.count, parts.batch_size
+    extractor = Extractor(forward, batch_size=batch_size, size=size, mesh=mesh)
+    total = -(-count // batch_size)
+    passed = min(parts.batches_done, total)  # the last part is a shorter one
+    first = min(passed * batch_size, count)
+    if passed:
+        say(f"goes on after {first} of {count} images")
+    began = time.monotonic()
+    batches = assemble.views(config, mesh).evaluation_batches(images, batch_size, passed)
+    held: list[dict[str, np.ndarray]] = []
+    with Progress(total, passed) as progress:
+        variables = (trained.encoder, trained.head)
+        stream = extractor.stream(variables, batches, count - first)
+        for number, (features, labels) in enumerate(stream, passed + 1):
+            progress.advance(number)
+            whole = labels != BROKEN
+            start = (number - 1) * batch_size
+            row = {"image": source.names(start, len(labels))[whole]}
+            if source.split.classes:
+                row["label"] = labels[whole]
+            held.append(row | {name: x[whole] for name, x in features.items()})
+            if len(held) == parts.batches or number == total:
+                done = min(count, number * batch_size)
+                rate = (done - first) / (time.monotonic() - began)
+                yield {name: np.concatenate([r[name] for r in held]) for name in held[0]}
+                held = []
+                say(f"embedded {done} of {count} images, {rate:.0f} images/s")

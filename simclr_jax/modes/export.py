@@ -1,0 +1,143 @@
+"""--mode=export: the encoder for programs that do not have this package.
+
+Only what computes the same numbers is written. What another program has to change to get them is
+said, and written into the file where it has a place for it.
+"""
+
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+from etils import epath
+from ml_collections import ConfigDict
+
+from simclr_jax.console import say
+from simclr_jax.encoders import run
+from simclr_jax.encoders.resnet import ResNet
+from simclr_jax.encoders.torchvision import pytorch_loading, torchvision_weights
+from simclr_jax.errors import UserError
+from simclr_jax.files import replacing, writing
+from simclr_jax.pretrained import Encoder, read_encoder
+from simclr_jax.training.saved import read_newest
+from simclr_jax.training.workdir import check_encoder
+
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def export(config: ConfigDict, workdir: str, format: str, output: str | None = None) -> None:
+    """Writes the newest encoder of a workdir, or of a checkpoint folder, and says how to load it.
+
+    Args:
+      config: of the run; its data.image_size is that of the images the export takes.
+      workdir: or a checkpoint folder.
+      format: one of FORMATS.
+      output: the file, or for "savedmodel" the folder; None: WORKDIR/encoder.FORMAT.
+
+    Raises:
+      UserError: the format cannot hold this encoder, it is not of the configuration's model, or the
+        output cannot be written.
+    """
+
+    def read(checkpoint: epath.Path) -> Encoder:
+        check_encoder(config, checkpoint)
+        return read_encoder(checkpoint)
+
+    encoder = read_newest(workdir, read)
+    encoder.image_size = config.data.image_size
+    path = epath.Path(os.path.expanduser(output or os.path.join(workdir, f"encoder.{format}")))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        loading = FORMATS[format](encoder, path)
+    say(f"the encoder of step {encoder.step}, {encoder.width} numbers an image: {path}")
+    say(f"\n{loading}\n")
+    say("Images are numbers in [0, 1]: divided by 255, and not standardised.")
+
+
+def _write_safetensors(encoder: Encoder, path: epath.Path) -> str:
+    """Writes PyTorch's layout under torchvision's names. Returns the program that loads it."""
+    # Imported here: nothing else needs it.
+    from safetensors.numpy import save
+
+    if not isinstance(encoder.network, ResNet):
+        raise UserError(
+            f"torchvision has no {encoder.network.describe()}: use --format=stablehlo or "
+            "--format=savedmodel"
+        )
+    loading = pytorch_loading(encoder.network, encoder.image_size, path)
+    metadata = {
+        "format": "pt",
+        "loading": loading,
+        "images": "float32 [N, 3, H, W] in [0, 1], not standardised",
+        "step": str(encoder.step),
+    }
+    content = save(torchvision_weights(encoder.network, encoder.variables), metadata)
+    with replacing(path) as scratch:
+        scratch.write_bytes(content)
+    return loading
+
+
+def _write_stablehlo(encoder: Encoder, path: epath.Path) -> str:
+    """Writes a program with its weights, for any number of images of the size it was trained on. Returns
+    the program that loads it.
+    """
+    size = encoder.image_size
+    (n,) = jax.export.symbolic_shape("n")
+    images = jax.ShapeDtypeStruct((n, size, size, 3), jnp.float32)
+    variables = jax.device_get(encoder.variables)
+    program = jax.jit(lambda images: _represent(encoder.network, variables, images))
+    content = jax.export.export(program, platforms=_PLATFORMS)(images).serialize()
+    with replacing(path) as scratch:
+        scratch.write_bytes(content)
+    return (
+        "import jax.export, pathlib\n\n"
+        f'encoder = jax.export.deserialize(pathlib.Path("{path}").read_bytes())\n'
+        f"h = encoder.call(images)  # float32 [N, {size}, {size}, 3]"
+    )
+
+
+def _write_savedmodel(encoder: Encoder, path: epath.Path) -> str:
+    """Writes a TensorFlow SavedModel, a folder, that TensorFlow runs by its own XLA. Returns the program
+    that loads it.
+    """
+    # Imported here: only this format needs TensorFlow.
+    import tensorflow as tf
+    from jax.experimental import jax2tf
+
+    tf.config.set_visible_devices([], "GPU")
+    size = encoder.image_size
+    convert = functools.partial(
+        jax2tf.convert, with_gradient=False, native_serialization_platforms=_PLATFORMS
+    )
+    represent = convert(
+        functools.partial(_represent, encoder.network),
+        polymorphic_shapes=[None, f"(n, {size}, {size}, 3)"],
+    )
+    module = tf.Module()
+    # Variables: a graph with its weights as constants may not pass 2 GB.
+    module.weights = jax.tree.map(tf.Variable, jax.device_get(encoder.variables))
+    specification = tf.TensorSpec([None, size, size, 3], tf.float32, "images")
+    module.__call__ = tf.function(
+        lambda images: represent(module.weights, images),
+        input_signature=[specification],
+        autograph=False,
+    )
+    tf.saved_model.save(module, str(path), signatures=module.__call__)
+    return (
+        "import tensorflow as tf\n\n"
+        f'encoder = tf.saved_model.load("{path}")\n'
+        f"h = encoder(images)  # float32 [N, {size}, {size}, 3]"
+    )
+
+
+def _represent(network: Any, variables: dict, images):
+    return run(network, variables, images, train=False)[0]
+
+
+FORMATS = {
+    "safetensors": _write_safetensors,
+    "stablehlo": _write_stablehlo,
+    "savedmodel": _write_savedmodel,
+}

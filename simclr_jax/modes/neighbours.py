@@ -1,0 +1,169 @@
+"""--mode=neighbours: what the encoder takes for alike, as a picture a person can judge."""
+
+import io
+import os
+import pathlib
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image, ImageDraw
+
+from simclr_jax.console import say
+from simclr_jax.data.decode import pixels
+from simclr_jax.data.source import Example
+from simclr_jax.data.split import IndexedSplit
+from simclr_jax.errors import UserError
+from simclr_jax.modes.embed import Input, open_input
+from simclr_jax.modes.feature_file import FeatureFile, read_feature_file
+
+_NEIGHBOURS = 8
+_QUERIES = 8
+_TILE = 96  # pixels
+_LINE = 14  # height of the similarity below an image
+
+
+def nearest(features: FeatureFile, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the k images of largest cosine similarity to each query, without itself.
+
+    Args:
+      features: of all images; walked through twice, a block at a time.
+      queries: indices [q].
+      k: at most the number of images less one.
+
+    Returns:
+      indices [q, k] and similarities [q, k], the largest first.
+    """
+    asked: dict[int, np.ndarray] = {}
+    start = 0
+    for block in features.blocks():
+        asked |= {i: block[i - start] for i in queries.tolist() if start <= i < start + len(block)}
+        start += len(block)
+    wanted = _unit(np.stack([asked[i] for i in queries.tolist()]))
+    best = np.zeros((len(queries), 0), np.int64)
+    scores = np.zeros((len(queries), 0), np.float32)
+    start = 0
+    for block in features.blocks():
+        indices = np.arange(start, start + len(block))
+        similar = wanted @ _unit(block).T
+        similar[queries[:, None] == indices] = -np.inf
+        best = np.concatenate([best, np.broadcast_to(indices, similar.shape)], axis=1)
+        scores = np.concatenate([scores, similar], axis=1)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        best = np.take_along_axis(best, order, axis=1)
+        scores = np.take_along_axis(scores, order, axis=1)
+        start += len(block)
+    return best, scores
+
+
+def _unit(h: np.ndarray) -> np.ndarray:
+    return h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-12)
+
+
+def neighbours(
+    config: ConfigDict, workdir: str, input: str, output: str | None = None, query: str = ""
+) -> None:
+    """Writes a picture: in each row a query and, to its right, its nearest neighbours with their
+    cosine similarities.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      input: the file that --mode=embed wrote.
+      output: the picture; None: WORKDIR/neighbours.png.
+      query: images, as named in the file, separated by commas; "": eight, evenly spaced.
+
+    Raises:
+      UserError: no such file or image, or the images that it names are gone or others.
+    """
+    features = read_feature_file(input)
+    count = len(features.images)
+    if count < 2:
+        raise UserError(f"{input} holds {count} images: expected two or more")
+    queries = _indices(features, query)
+    found, similar = nearest(features, queries, min(_NEIGHBOURS, count - 1))
+    source = open_input(config, features.about["input"])
+    if source.split.fingerprint() != features.about["images"]:
+        raise UserError(
+            f"{features.about['input']!r} holds other images than {input} was made of: run --mode=embed "
+            "again, or name the --workdir that it was run with"
+        )
+    grid = _grid(source, features, queries, found, similar)
+    path = pathlib.Path(output or os.path.join(workdir, "neighbours.png")).expanduser()
+    try:
+        grid.save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+    for q, row, values in zip(queries, found, similar, strict=True):
+        near = ", ".join(f"{features.images[i]} {s:.2f}" for i, s in zip(row, values, strict=True))
+        say(f"{features.images[q]}: {near}")
+    say(f"\n{len(queries)} images, each left of its nearest of {count}: {path}")
+
+
+def _indices(features: FeatureFile, query: str) -> np.ndarray:
+    if not query:
+        count = len(features.images)
+        return np.unique(np.linspace(0, count - 1, _QUERIES).round().astype(int))
+    place = {name: i for i, name in enumerate(features.images.tolist())}
+    asked = query.split(",")
+    for name in asked:
+        if name not in place:
+            raise UserError(
+                f"no image {name!r} in {features.path}: expected a path or index as it is there, "
+                f"such as {features.images[0]}"
+            )
+    return np.asarray([place[name] for name in asked])
+
+
+def _grid(source: Input, features: FeatureFile, queries, found, similar) -> Image.Image:
+    needed = sorted({*queries.tolist(), *found.ravel().tolist()})
+    pictures = _pictures(source, [str(features.images[i]) for i in needed])
+    tiles = dict(zip(needed, pictures, strict=True))
+    gap = _TILE // 4
+    width = _TILE * (1 + found.shape[1]) + gap
+    grid = Image.new("RGB", (width, (_TILE + _LINE) * len(queries)), "white")
+    draw = ImageDraw.Draw(grid)
+    for r, q in enumerate(queries.tolist()):
+        top = r * (_TILE + _LINE)
+        _paste(grid, tiles[q], 0, top)
+        for c, i in enumerate(found[r].tolist()):
+            left = _TILE * (c + 1) + gap
+            _paste(grid, tiles[i], left, top)
+            draw.text((left + _TILE // 3, top + _TILE), f"{similar[r, c]:.2f}", "black")
+    return grid
+
+
+def _paste(grid: Image.Image, picture: Image.Image, left: int, top: int) -> None:
+    margin = 4
+    side = _TILE - margin
+    scale = side / max(picture.size)
+    size = tuple(max(1, round(scale * n)) for n in picture.size)
+    small = picture.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+    grid.paste(small, (left + (side - size[0]) // 2, top + (side - size[1]) // 2))
+
+
+def _pictures(source: Input, names: list[str]) -> list[Image.Image]:
+    if source.root is not None:
+        return [_opened(source.root / name) for name in names]
+    indices = sorted(int(name) for name in names)
+    some: IndexedSplit = source.split.subset(np.asarray(indices))
+    by_name = {str(i): _picture(some.source[place]) for place, i in enumerate(indices)}
+    return [_seen(by_name[name]) for name in names]
+
+
+def _picture(example: Example) -> Image.Image:
+    if isinstance(example.image, bytes):
+        return Image.open(io.BytesIO(example.image))
+    return Image.fromarray(example.image.squeeze())
+
+
+def _seen(picture: Image.Image) -> Image.Image:
+    """The picture in colour, as the encoder saw it."""
+    return Image.fromarray(pixels(picture))
+
+
+def _opened(path: pathlib.Path) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            return _seen(picture)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read {path}: {error}; was the folder moved since?") from error

@@ -1,0 +1,114 @@
+"""--mode=pretrain: trains the encoder, with its summary before and its evaluations on the way."""
+
+import collections
+import pathlib
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from simclr_jax import assemble
+from simclr_jax import config as config_lib
+from simclr_jax.assemble import Pretraining
+from simclr_jax.console import say
+from simclr_jax.data import index, suggest
+from simclr_jax.evals.on_the_way import watch
+from simclr_jax.mesh import FSDP
+from simclr_jax.training.checkpoint import Saving
+from simclr_jax.training.log import Reporting
+from simclr_jax.training.loop import Run, fit
+from simclr_jax.training.state import count_parameters
+from simclr_jax.training.workdir import check_data, check_workdir, write_record
+from simclr_jax.views.placement import stream
+
+_ADVICE = (
+    "in another --workdir, try a lower optimizer.learning_rate, a longer warm-up, "
+    "model.dtype=float32 or train.skip_not_finite=True"
+)
+
+
+def pretrain(config: ConfigDict, workdir: str, extend: bool = False) -> bool:
+    """Trains the encoder from the workdir's newest checkpoint, or from the start, to the end.
+
+    On SIGTERM or SIGINT it finishes the step, saves, and returns; on all processes at one step.
+
+    Args:
+      config: of the run.
+      workdir: its folder.
+      extend: the run may have another length than it was begun with.
+
+    Returns:
+      whether it came to the end.
+
+    Raises:
+      UserError: the batch does not divide, the data are not there, the workdir holds a run of
+        another configuration, too many images cannot be read, the loss or the gradient is not
+        finite, or a checkpoint cannot be read or written.
+    """
+    saved = check_workdir(config, workdir, extend)
+    made = assemble.pretraining(config)
+    train, plan = made.train, made.plan
+    fingerprint = train.fingerprint()
+    check_data(train, fingerprint, saved, workdir)
+    record = write_record(config, plan, train, fingerprint, workdir)
+    describe_run(config, made)
+    images = assemble.images_of(config, train, epath.Path(workdir) / "broken_images.jsonl")
+    reporting = Reporting(config.train.log_every_steps, config.data.batch_size, plan.steps, _ADVICE)
+    run = Run(workdir, record, Saving(**config.checkpoint.to_dict()), reporting)
+    _, finished = fit(made.job, stream(made.views, images), run, watch(config, made))
+    if not finished:
+        return False
+    broken = images.broken
+    if broken.indices:
+        say(f"skipped    {len(broken.indices)} images that cannot be read, see {broken.report}")
+    say(f"trained to step {plan.steps}: {workdir}/checkpoints, {workdir}/metrics.jsonl")
+    return True
+
+
+def describe_run(config: ConfigDict, made: Pretraining) -> None:
+    """Says what the configuration comes to, before anything is computed."""
+    plan, train, state, mesh = made.plan, made.train, made.job.abstract_state, made.job.mesh
+    batch, options = config.data.batch_size, config.optimizer
+    how = {
+        "linear": f"{options.learning_rate:g} x {batch} / 256",
+        "sqrt": f"{options.learning_rate:g} x sqrt({batch})",
+        "none": "as given",
+    }[options.scaling]
+    f, g = (count_parameters(state.params[name]) / 1e6 for name in ("encoder", "head"))
+    kinds = collections.Counter(device.device_kind for device in mesh.devices.flat)
+    devices = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
+    labels = f"{len(train.classes)} classes" if train.classes else "no labels"
+    norm = "the batch" if made.norm_images == batch else f"groups of {made.norm_images} images"
+    if config.data.source == "folder":
+        describe_folder(config)
+    say(f"data        {train.count} images, {labels}; views of {config.data.image_size} px")
+    say(f"model       {made.encoder.describe()}, {f:.2f} M parameters; head {g:.2f} M")
+    say(f"batch       {batch} images, {2 * batch} views, {2 * batch - 2} negatives an anchor")
+    has_norm = bool(jax.tree.leaves(state.batch_stats))
+    say(f"loss        {made.loss.text}" + (f"; BatchNorm over {norm}" if has_norm else ""))
+    say(
+        f"steps       {plan.steps} ({plan.steps * batch / train.count:.1f} epochs), of which {plan.warmup_steps} warm-up"
+    )
+    say(
+        f"optimizer   {options.name}, peak learning rate {plan.learning_rate:.4g} ({how}), weight decay {options.weight_decay:g}"
+    )
+    microbatches, shards = config.train.microbatches, mesh.shape[FSDP]
+    say(
+        f"devices     {devices}; {jax.process_count()} process{'es' if jax.process_count() > 1 else ''}, {batch // mesh.size} images a device"
+        + (f" in {microbatches} microbatches" if microbatches > 1 else "")
+        + (f"; parameters divided over {shards}" if shards > 1 else "")
+    )
+
+
+def describe_folder(config: ConfigDict) -> None:
+    """Says what a folder holds, and which options follow from it."""
+    found = index.look(pathlib.Path(config.data.path).expanduser())
+    for i, line in enumerate(index.summary_lines(found)):
+        say(f"{'' if i else 'folder':<12}{line}")
+    values = config_lib.flatten(config)
+    accelerator = jax.default_backend() != "cpu"
+    for i, choice in enumerate(suggest.settings(found.images, found.short_side, accelerator)):
+        option, suggested, reason = choice
+        given = values[option]
+        why = reason if given == suggested else f"given; the images suggest {suggested}"
+        say(f"{'' if i else 'settings':<12}{option}={given}  ({why})")

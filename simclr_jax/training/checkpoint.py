@@ -1,0 +1,199 @@
+"""Writing checkpoints, and going on from the newest one that can be read."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from simclr_jax.console import say
+from simclr_jax.errors import UserError
+from simclr_jax.training.saved import (
+    ENCODER,
+    HANDLERS,
+    OPTIONS,
+    TRAINER,
+    checkpoint_folder,
+    reason_of,
+    saved_steps,
+)
+from simclr_jax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Saving:
+    """When checkpoints are saved and how many are kept.
+
+    Attributes:
+      every_steps: a save is due at multiples of this.
+      keep_last: number of the newest checkpoints that are kept.
+      keep_every_steps: above 0: checkpoints at multiples of this are kept for ever.
+    """
+
+    every_steps: int
+    keep_last: int = 1
+    keep_every_steps: int = 0
+
+
+class Checkpoints:
+    """Saves asynchronously and restores; a context manager that waits for the last save."""
+
+    def __init__(self, workdir: str, saving: Saving):
+        """Opens WORKDIR/checkpoints, which need not be there yet."""
+        self._workdir = workdir
+        self._every_steps = saving.every_steps
+        self._manager = ocp.CheckpointManager(
+            checkpoint_folder(workdir),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=saving.keep_last,
+                keep_period=saving.keep_every_steps or None,
+                cleanup_tmp_directories=True,
+            ),
+            item_handlers={name: handler() for name, handler in HANDLERS.items()},
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self._manager.close()
+        except Exception as error:
+            if kind is None:  # else that error says more
+                raise self._failure(None, error) from error
+
+    def check(self, step: int) -> None:
+        """Raises a UserError if a save that was under way at `step` has failed."""
+        self._guard(step, self._manager.check_for_errors)
+
+    def wait(self, step: int) -> None:
+        """Waits until all is written. Raises a UserError if that fails."""
+        self._guard(step, self._manager.wait_until_finished)
+
+    def _guard(self, step: int, action: Callable) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever a storage may raise
+            raise self._failure(step, error) from error
+
+    def _failure(self, step: int | None, error: Exception) -> UserError:
+        whole = saved_steps(self._workdir)
+        newest = f"the newest whole one is of step {whole[-1]}" if whole else "there is none yet"
+        when = f"step {step}: " if step is not None else ""
+        return UserError(
+            f"{when}a checkpoint could not be written to {self._workdir} ({reason_of(error)}); {newest}. "
+            "Mend this, then the same command goes on from there"
+        )
+
+    def due(self, step: int) -> bool:
+        """Returns whether a save is due at `step`."""
+        return step % self._every_steps == 0
+
+    def save(self, step: int, state: TrainState, options: dict) -> None:
+        """Saves a state, and returns once its arrays are copied; the writing goes on.
+
+        Raises:
+          UserError: this checkpoint or the last one cannot be written.
+        """
+        encoder, trainer = _split(state)
+        arguments = ocp.args.Composite(
+            **{
+                ENCODER: ocp.args.StandardSave(encoder),
+                TRAINER: ocp.args.StandardSave(trainer),
+                OPTIONS: ocp.args.JsonSave(options),
+            }
+        )
+        self._guard(step, lambda: self._manager.save(step, args=arguments, force=True))
+
+    def restore_newest(self, abstract: TrainState) -> tuple[TrainState | None, dict]:
+        """Reads the newest state that can be read.
+
+        A checkpoint that cannot be read is set aside as WORKDIR/broken_checkpoints/STEP, and the
+        one before it is taken.
+
+        Args:
+          abstract: shapes, dtypes and shardings of the state.
+
+        Returns:
+          the state, laid out as `abstract` says, and the options saved with it; (None,
+          {"step": 0, "window": []}) where nothing was saved.
+
+        Raises:
+          UserError: there are checkpoints, and none can be read.
+        """
+        reasons, failed = [], []
+        for step in reversed(saved_steps(self._workdir)):
+            state: TrainState | None = None
+            options: dict = {}
+            reason = "another process cannot read it"
+            try:
+                state, options = self._restore(step, abstract)
+            except Exception as error:  # whatever a damaged file may lead to
+                reason = reason_of(error)
+            # A step is taken by all processes or by none.
+            if not np.all(multihost_utils.process_allgather(np.array(state is not None))):
+                reasons.append(f"step {step}: {reason}")
+                failed.append(step)
+                continue
+            for reason in reasons:
+                say(f"cannot read the checkpoint of {reason}")
+            self._set_aside(failed)
+            return state, options
+        if reasons:
+            raise UserError(
+                f"no checkpoint in {self._workdir} can be read ({'; '.join(reasons)}): use another "
+                "--workdir to begin anew"
+            )
+        return None, {"step": 0, "window": []}
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            aside = checkpoint_folder(self._workdir).parent / "broken_checkpoints"
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                target = aside / str(step)
+                while target.exists():
+                    target = target.with_name(f"{target.name}_again")
+                (checkpoint_folder(self._workdir) / str(step)).rename(target)
+        multihost_utils.sync_global_devices("broken checkpoints are set aside")
+        self._manager.reload()
+
+    def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
+        encoder, trainer = _split(abstract)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    ENCODER: ocp.args.StandardRestore(encoder),
+                    TRAINER: ocp.args.StandardRestore(trainer),
+                    OPTIONS: ocp.args.JsonRestore(),
+                }
+            ),
+        )
+        return _join(restored[ENCODER], restored[TRAINER]), restored[OPTIONS]
+
+
+def _split(state: TrainState) -> tuple[dict, dict]:
+    params, stats = dict(state.params), dict(state.batch_stats)
+    encoder = {"params": params.pop("encoder"), "batch_stats": stats.pop("encoder")}
+    trainer = {
+        "step": state.step,
+        "params": params,
+        "batch_stats": stats,
+        "opt_state": state.opt_state,
+    }
+    return encoder, trainer
+
+
+def _join(encoder: dict, trainer: dict) -> TrainState:
+    return TrainState(
+        step=trainer["step"],
+        params={"encoder": encoder["params"]} | trainer["params"],
+        batch_stats={"encoder": encoder["batch_stats"]} | trainer["batch_stats"],
+        opt_state=trainer["opt_state"],
+    )

@@ -1,0 +1,121 @@
+"""The gradient of a loss over the embeddings of the whole batch: at once, or in microbatches.
+
+In microbatches it is cached (Gao et al. 2021, arXiv 2101.06983): all microbatches are embedded
+without gradient, the loss and its gradient by every embedding are computed over the whole batch,
+and each microbatch is embedded again to carry its part of that gradient back. Memory for
+activations is one microbatch's; the price is a second forward pass. The gradient is that of the
+whole batch, not a mean over smaller losses: every anchor sees all negatives.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Embedding(NamedTuple):
+    """What an objective makes of b images.
+
+    Attributes:
+      z: [r b, D], the r rows of an image adjacent: what the loss over the whole batch is taken of.
+      loss: a scalar that is added to that loss, itself a mean over the b images.
+      metrics: {name: scalar}, each a mean over the b images.
+      batch_stats: {network: its new running BatchNorm statistics}.
+    """
+
+    z: jax.Array
+    loss: jax.Array
+    metrics: dict[str, jax.Array]
+    batch_stats: Any
+
+
+# (params, batch_stats, batch) -> Embedding. The batch is a tree of arrays [b, ...].
+Objective = Callable[[Any, Any, Any], Embedding]
+
+# (z [r B, D], labels int [B]) -> (scalar, {name: scalar}), see `losses.Loss`.
+BatchLoss = Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+class Gradient(NamedTuple):
+    """The gradient by the parameters, and what the embeddings and the losses said on the way.
+
+    Attributes:
+      grads: like the parameters.
+      loss: of the whole batch, without `Embedding.loss`.
+      metrics: of the loss and of the embeddings.
+      batch_stats: the new running statistics.
+    """
+
+    grads: Any
+    loss: jax.Array
+    metrics: dict[str, jax.Array]
+    batch_stats: Any
+
+
+def whole_gradient(objective: Objective, loss: BatchLoss, params, batch_stats, batch) -> Gradient:
+    """Computes d (loss(z) + embedding loss) / d params by backpropagation through the whole batch.
+
+    Args:
+      objective: see `Objective`.
+      loss: see `BatchLoss`.
+      params: to differentiate by.
+      batch_stats: running statistics before the step.
+      batch: tree of arrays [B, ...], "label" among them.
+    """
+
+    def total(params):
+        embedding = objective(params, batch_stats, batch)
+        value, metrics = loss(embedding.z, batch["label"])
+        return value + embedding.loss, (value, metrics, embedding)
+
+    grads, (value, metrics, embedding) = jax.grad(total, has_aux=True)(params)
+    return Gradient(grads, value, metrics | embedding.metrics, embedding.batch_stats)
+
+
+def cached_gradient(
+    objective: Objective, loss: BatchLoss, params, batch_stats, batch, microbatches: int
+) -> Gradient:
+    """Computes what `whole_gradient` does, one of `microbatches` equal parts of the batch at a time.
+
+    Equal up to rounding wherever an image's embedding does not depend on the rest of its batch.
+    BatchNorm in training makes it depend: its statistics then are those of a microbatch, and the
+    running statistics follow the mean over the microbatches.
+
+    Microbatch m holds the images m, m + k, m + 2k, ... of k microbatches: where the batch is
+    divided over devices, every device finds its part of each microbatch among its own images.
+    """
+    parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
+    z = lax.map(lambda part: objective(params, batch_stats, part).z, parts)  # [k, r b, D]
+    images = len(batch["label"])
+    rows = z.shape[0] * z.shape[1] // images  # r
+    together = z.reshape(microbatches, -1, rows, z.shape[-1]).swapaxes(0, 1)  # [b, k, r, D]
+
+    def whole(z):
+        return loss(z, batch["label"])
+
+    (value, metrics), dz = jax.value_and_grad(whole, has_aux=True)(
+        together.reshape(-1, z.shape[-1])
+    )
+    dz = _split(dz.reshape(images, rows, -1), microbatches).reshape(z.shape)
+
+    def add(total, part_and_dz):
+        part, dz = part_and_dz
+
+        def carried_back(params):
+            embedding = objective(params, batch_stats, part)
+            value = jnp.sum(embedding.z * dz) + embedding.loss / microbatches
+            return value, (embedding.metrics, embedding.batch_stats)
+
+        gradient, aux = jax.grad(carried_back, has_aux=True)(params)
+        return jax.tree.map(jnp.add, total, gradient), aux
+
+    grads, aux = lax.scan(add, jax.tree.map(jnp.zeros_like, params), (parts, dz))
+    embedding_metrics, seen = jax.tree.map(lambda x: jnp.mean(x, axis=0), aux)
+    return Gradient(grads, value, metrics | embedding_metrics, seen)
+
+
+def _split(x, microbatches: int):
+    """Reshapes [k b, ...] to [k, b, ...], row i going to part i mod k."""
+    return x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)

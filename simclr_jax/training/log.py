@@ -1,0 +1,178 @@
+"""The metrics of a training: read late, checked, averaged, reported."""
+
+import collections
+import dataclasses
+import json
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from simclr_jax.console import Progress
+from simclr_jax.errors import UserError
+from simclr_jax.files import write_text
+from simclr_jax.training.metrics import MetricWriter
+
+# Steps that may be under way before the loop waits for the oldest: the device always has the next
+# one queued, and no more than this many batches lie in its memory.
+_STEPS_AHEAD = 2
+
+# Steps in a row that may be skipped for a loss or gradient that is not finite. A scale that is only
+# too large for some batches recovers within a few; an encoder that has blown up never does.
+_SKIPPED_IN_A_ROW = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Reporting:
+    """How often metrics are reported, and what they are of.
+
+    Attributes:
+      every_steps: steps that a reported mean is over.
+      batch_size: B, images of the global batch, for images per second.
+      total_steps: steps of the training; the last one is reported whatever `every_steps` says.
+      advice: what the user can do about a loss that is not finite.
+    """
+
+    every_steps: int
+    batch_size: int
+    total_steps: int
+    advice: str = ""
+
+
+class Log:
+    """Reads every step's metrics, stops on a non-finite one, and reports means when due.
+
+    Metrics are read two steps late, when they are ready, so that the device never waits for them.
+
+    Attributes:
+      window: metrics of the steps since the last report; a checkpoint keeps them.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        writer: MetricWriter | None,
+        progress: Progress,
+        reporting: Reporting,
+        window: list[dict[str, float]],
+    ):
+        """Starts with no step under way.
+
+        Args:
+          workdir: where the images of a step that is not finite are named.
+          writer: writes the means; None: they are only shown.
+          progress: shows the means.
+          reporting: when, and what of.
+          window: the `window` of the log that this one goes on from.
+        """
+        self.window = list(window)
+        self._workdir, self._writer, self._progress = workdir, writer, progress
+        self._reporting = reporting
+        self._pending: collections.deque[tuple[int, Any, dict]] = collections.deque()
+        self._skipped = 0  # in a row
+        self._timed = 0  # steps of the window that ended while the clock was running
+        self._seconds = 0.0  # that those steps took
+        self._since: float | None = None  # the first step compiles, which is not timed
+
+    def add(self, step: int, metrics: Any, images: dict[str, np.ndarray]) -> None:
+        """Takes the metrics of `step`, still being computed, and {"epoch", "index"} of its images."""
+        self._pending.append((step, metrics, images))
+        if len(self._pending) > _STEPS_AHEAD:
+            self._read(*self._pending.popleft())
+
+    def drain(self) -> None:
+        """Waits for all metrics taken so far."""
+        while self._pending:
+            self._read(*self._pending.popleft())
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes a line of its own, such as an evaluation's. What it took is not timed as training."""
+        if values and self._writer is not None:
+            self._writer.write(step, values)
+        self._since = None if self._since is None else time.monotonic()
+
+    def _read(self, step: int, metrics: Any, images: dict[str, np.ndarray]) -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._check(step, values, images)
+        self.window.append(values)
+        now = time.monotonic()
+        if self._since is not None:
+            self._timed += 1
+            self._seconds += now - self._since
+        self._since = now
+        self._progress.advance(step)
+        if step % self._reporting.every_steps == 0 or step == self._reporting.total_steps:
+            self._report(step)
+
+    def _report(self, step: int) -> None:
+        means = mean_of(self.window)
+        if self._timed:
+            images = self._timed * self._reporting.batch_size
+            means["images_per_second"] = images / self._seconds
+        if self._writer is not None:
+            self._writer.write(step, means)
+        self._progress.report(step, means)
+        self.window, self._timed, self._seconds = [], 0, 0.0
+
+    def _check(self, step: int, values: dict[str, float], images: dict[str, np.ndarray]) -> None:
+        bad = [
+            f"{name} {values[name]}"
+            for name in ("loss", "grad_norm")
+            if not math.isfinite(values[name])
+        ]
+        if not bad:
+            self._skipped = 0
+            return
+        where = write_offender(self._workdir, step, values, images)
+        advice = self._reporting.advice
+        if "skipped_steps" not in values:
+            what = f"{', '.join(bad)},"
+            raise not_finite(step, what, advice, f" {where} names its images.")
+        self._skipped += 1
+        if self._skipped > _SKIPPED_IN_A_ROW:
+            what = f"{', '.join(bad)}, the {self._skipped}th in a row,"
+            raise not_finite(step, what, advice)
+
+
+def mean_of(window: list[dict[str, float]]) -> dict[str, float]:
+    """Averages metrics over steps.
+
+    Args:
+      window: the metrics of each step, one or more.
+
+    Returns:
+      means over the steps that were not skipped; "skipped_steps", their number, where steps can be
+      skipped; and the newest "learning_rate": a schedule has a value at a step, not a mean over some.
+    """
+    taken = [values for values in window if not values.get("skipped_steps")]
+    means = {
+        name: sum(values[name] for values in taken) / len(taken)
+        for name in window[-1]
+        if taken and name != "skipped_steps"
+    }
+    means["learning_rate"] = window[-1]["learning_rate"]
+    if "skipped_steps" in window[-1]:
+        means["skipped_steps"] = len(window) - len(taken)
+    return means
+
+
+def write_offender(
+    workdir: str, step: int, values: dict[str, float], images: dict[str, np.ndarray]
+) -> epath.Path:
+    """Writes WORKDIR/not_finite_step_N.json: the metrics of a step, and this process's images of it."""
+    process = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
+    path = epath.Path(workdir) / f"not_finite_step_{step}{process}.json"
+    content = {"step": step} | {name: str(value) for name, value in values.items()}
+    content |= {name: rows.tolist() for name, rows in images.items()}
+    write_text(path, json.dumps(content) + "\n")
+    return path
+
+
+def not_finite(step: int, what: str, advice: str, more: str = "") -> UserError:
+    """Makes the error of a training that cannot go on: what is not finite, and what to do about it."""
+    return UserError(
+        f"step {step}: {what} not finite.{more} The last checkpoint is from before it; {advice}"
+    )

@@ -1,0 +1,157 @@
+"""The one loop of every training: resume, signals, finite check, progress, evaluations on the way."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from simclr_jax.console import Progress, say
+from simclr_jax.errors import UserError
+from simclr_jax.training.checkpoint import Checkpoints, Saving
+from simclr_jax.training.log import Log, Reporting, not_finite
+from simclr_jax.training.metrics import MetricWriter
+from simclr_jax.training.state import TrainState
+from simclr_jax.training.step import Step
+from simclr_jax.training.stopping import Stop
+
+# start step -> generator of (global batch, {"epoch", "index"} of this process's images), without end.
+Batches = Callable[[int], Generator[tuple[Any, dict[str, np.ndarray]]]]
+
+
+class Job(NamedTuple):
+    """A training, assembled. Nothing is computed yet.
+
+    Attributes:
+      step: jitted; takes the memory of its state.
+      init: () -> the state before the first step, laid out over the devices.
+      abstract_state: shapes, dtypes and shardings of the state.
+      steps: steps of the whole training.
+      mesh: all devices.
+    """
+
+    step: Step
+    init: Callable[[], TrainState]
+    abstract_state: TrainState
+    steps: int
+    mesh: Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Where and how often a training writes.
+
+    Attributes:
+      workdir: a folder, which exists.
+      record: JSON-able, saved beside every checkpoint.
+      saving: of checkpoints.
+      reporting: of metrics.
+    """
+
+    workdir: str
+    record: dict
+    saving: Saving
+    reporting: Reporting
+
+
+class Hook(Protocol):
+    """Something done on the way, such as an evaluation.
+
+    Attributes:
+      name: names its memory in the checkpoints.
+      memory: JSON-able; saved with every checkpoint, and set before the first step of a resumed
+        training, so that it goes on as if it had never been stopped.
+    """
+
+    name: str
+    memory: Any
+
+    def due(self, step: int) -> bool:
+        """Returns whether to run after `step`, the same on all processes."""
+
+    def run(self, step: int, state: TrainState) -> dict[str, float]:
+        """Runs on all processes together. Returns metrics of this step, written as one line."""
+
+
+def fit(
+    job: Job, batches: Batches, run: Run, hooks: Sequence[Hook] = ()
+) -> tuple[TrainState, bool]:
+    """Trains from the workdir's newest checkpoint, or from the start, to the last step.
+
+    On SIGTERM or SIGINT it finishes the step, saves, and returns; on all processes at one step.
+
+    Args:
+      job: the step and how its state starts.
+      batches: what to train on.
+      run: where to write.
+      hooks: run in this order after each step at which they are due, before it is saved.
+
+    Returns:
+      the state, and whether it is that of the last step.
+
+    Raises:
+      UserError: the checkpoints are of a longer training, the loss or the state is not finite, or a
+        checkpoint cannot be read or written.
+    """
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(run.workdir, run.saving))
+        state, saved = checkpoints.restore_newest(job.abstract_state)
+        start = saved["step"]
+        if state is None:
+            state = job.init()
+        else:
+            say(f"resumed from step {start}")
+        if start > job.steps:
+            raise UserError(
+                f"{run.workdir} is at step {start} already, of {job.steps} now asked for"
+            )
+        for hook in hooks:
+            hook.memory = saved.get("hooks", {}).get(hook.name, hook.memory)
+        stream = stack.enter_context(contextlib.closing(batches(start)))
+        writer = None
+        if jax.process_index() == 0:
+            writer = stack.enter_context(MetricWriter(run.workdir, start))
+        progress = stack.enter_context(Progress(job.steps, start))
+        log = Log(run.workdir, writer, progress, run.reporting, saved["window"])
+        stop = stack.enter_context(Stop(job.mesh))
+        for step in range(start + 1, job.steps + 1):
+            batch, images = next(stream)
+            state, metrics = job.step(state, batch)
+            log.add(step, metrics, images)
+            last = step == job.steps
+            stopping = stop.now() and not last
+            checkpoints.check(step)
+            due = [hook for hook in hooks if hook.due(step)]
+            if due:
+                log.drain()
+                for hook in due:
+                    log.write(step, hook.run(step, state))
+            if stopping or last or checkpoints.due(step):
+                log.drain()  # nothing is saved after a loss that is not finite
+                check_state(step, state, run.reporting.advice)
+                memories = {hook.name: hook.memory for hook in hooks}
+                then = {"step": step, "window": log.window, "hooks": memories}
+                checkpoints.save(step, state, run.record | then)
+            if stopping or last:
+                checkpoints.wait(step)  # here, where a signal does not cut it off
+            if stopping:
+                say(f"stopped after step {step}, which is saved: the same command goes on from it")
+                return state, False
+    return state, True
+
+
+def check_state(step: int, state: TrainState, advice: str) -> None:
+    """Raises a UserError if the state after `step` holds a number that is not finite: an update may
+    overflow, or a BatchNorm statistic, that no loss has seen yet.
+    """
+    if not _all_finite(state):
+        raise not_finite(step, "the updated state is", advice)
+
+
+@jax.jit
+def _all_finite(tree) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))

@@ -1,0 +1,72 @@
+"""WORKDIR/metrics.jsonl and, beside it, TensorBoard events."""
+
+import contextlib
+import json
+from typing import Self
+
+from etils import epath
+from tensorboardX import SummaryWriter
+
+from simclr_jax.files import write_text, writing
+
+_ADVICE = "Mend this, then the same command goes on from the newest checkpoint"
+
+
+class MetricWriter:
+    """Appends one JSON object a line, {"step": int, "name": value, ...}; a context manager.
+
+    Lines past `resume_step` are dropped at the start: those steps are about to be run again.
+
+    A line that is no JSON object with a step, such as one cut off by a power failure, is dropped.
+
+    Args:
+      workdir: the folder, which exists.
+      resume_step: steps that the restored state has done.
+    """
+
+    def __init__(self, workdir: str, resume_step: int = 0):
+        self._path = epath.Path(workdir) / "metrics.jsonl"
+        before = self._path.read_bytes() if self._path.exists() else b""
+        whole = before.decode(errors="replace").split("\n")[:-1]
+        self._lines = [line for line in whole if 0 <= _step_of(line) <= resume_step]
+        if "".join(line + "\n" for line in self._lines).encode() != before:
+            self._write_all()
+        # TensorBoard hides what earlier event files hold from purge_step on.
+        self._events = SummaryWriter(str(workdir), purge_step=resume_step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes the values of this step; they are stored before it returns.
+
+        Raises:
+          UserError: they cannot be written.
+        """
+        line = json.dumps({"step": step} | values)
+        self._lines.append(line)
+        with writing(self._path, _ADVICE):
+            if "://" in str(self._path):
+                self._write_all()  # objects of a bucket cannot grow
+            else:
+                with self._path.open("a") as file:
+                    file.write(line + "\n")
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+            self._events.flush()
+
+    def _write_all(self) -> None:
+        write_text(self._path, "".join(line + "\n" for line in self._lines), _ADVICE)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        with contextlib.suppress(OSError):  # what matters is in the metrics, and has been said
+            self._events.close()
+
+
+def _step_of(line: str) -> int:
+    """Returns the step of a line, -1 if it is no JSON object with a step."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return -1
+    return step if isinstance(step, int) else -1

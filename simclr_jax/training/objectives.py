@@ -1,0 +1,78 @@
+"""What one step minimises: an objective embeds a batch, a loss is taken over all its embeddings."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from simclr_jax.encoders import run
+from simclr_jax.losses.classification import cross_entropy
+from simclr_jax.training.gradients import Embedding, Objective
+from simclr_jax.training.state import Networks
+
+
+def contrastive(networks: Networks, views: Callable[[Any], jax.Array]) -> Objective:
+    """Returns the objective of SimCLR: both views of each image to projections z [2b, D].
+
+    With a classifier the metrics hold classifier_loss and classifier_accuracy, over all training views.
+
+    Args:
+      networks: f, g and the online classifier, or None in its place.
+      views: a batch -> float views [b, 2, H, W, 3] in [0, 1].
+    """
+
+    def embed(params, batch_stats, batch) -> Embedding:
+        x = views(batch)
+        # [b, 2, ...] -> [2b, ...] with partners adjacent: a reshape, local on every device, where
+        # stacking view 0 on view 1 would move half the images between devices.
+        x = x.reshape(-1, *x.shape[2:])
+        seen = {}
+        h, seen["encoder"] = run(networks.encoder, _of(params, batch_stats, "encoder"), x, True)
+        outputs, seen["head"] = run(networks.head, _of(params, batch_stats, "head"), h, True)
+        if networks.classifier is None:
+            return Embedding(outputs[-1], jnp.zeros(()), {}, seen)
+        # A probe that trains along: no gradient of it reaches the encoder.
+        logits = networks.classifier.apply(
+            {"params": params["classifier"]}, jax.lax.stop_gradient(h)
+        )
+        loss, accuracy = cross_entropy(logits, jnp.repeat(batch["label"], 2))
+        metrics = {"classifier_loss": loss, "classifier_accuracy": accuracy}
+        return Embedding(outputs[-1], loss, metrics, seen)
+
+    return embed
+
+
+def supervised(
+    classify: Callable[[Any, Any, Any], tuple[jax.Array, Any]],
+    views: Callable[[Any], jax.Array],
+) -> Objective:
+    """Returns the objective of training with labels: the cross-entropy of the logits of all views.
+
+    Every image has as many views as `views` makes, one for the classifiers of the paper. The metrics
+    hold loss and classifier_accuracy; z is empty, so use it with `no_loss`.
+
+    Args:
+      classify: (params, batch_stats, images [n, H, W, 3]) -> (logits [n, C], new batch_stats).
+      views: a batch -> float views [b, V, H, W, 3] in [0, 1].
+    """
+
+    def embed(params, batch_stats, batch) -> Embedding:
+        x = views(batch)
+        labels = jnp.repeat(batch["label"], x.shape[1])
+        logits, seen = classify(params, batch_stats, x.reshape(-1, *x.shape[2:]))
+        loss, accuracy = cross_entropy(logits, labels)
+        metrics = {"loss": loss, "classifier_accuracy": accuracy}
+        return Embedding(jnp.zeros((len(x), 0)), loss, metrics, seen)
+
+    return embed
+
+
+def no_loss(z, labels) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Is the loss over all embeddings of an objective whose own loss is all there is: zero."""
+    del z, labels
+    return jnp.zeros(()), {}
+
+
+def _of(params: Any, batch_stats: Any, name: str) -> dict:
+    return {"params": params[name], "batch_stats": batch_stats[name]}

@@ -1,0 +1,117 @@
+"""Learning-rate schedules, masks and the optimizers."""
+
+import jax
+import optax
+
+
+def scaled_learning_rate(base: float, scaling: str, batch_size: int) -> float:
+    """Computes the peak learning rate for a global batch of `batch_size` images (paper, appendix B.1).
+
+    "linear": base * B / 256 (paper: base 0.3); "sqrt": base * sqrt(B) (paper: base 0.075);
+    "none": base.
+    """
+    factor = {"linear": batch_size / 256, "sqrt": batch_size**0.5, "none": 1.0}[scaling]
+    return base * factor
+
+
+def warmup_cosine(peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
+    """Makes step -> learning rate: 0 to `peak` in a line over `warmup_steps`, then half a cosine to 0.
+
+    The value used at step s (counted from 0) is peak * s / warmup_steps, then
+    peak / 2 * (1 + cos(pi (s - warmup) / (total - warmup))): the published code's.
+    """
+    cosine = optax.cosine_decay_schedule(peak, max(1, total_steps - warmup_steps))
+    if warmup_steps == 0:
+        return cosine
+    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
+    return optax.join_schedules([warmup, cosine], [warmup_steps])
+
+
+def adapted(params):
+    """Marks the parameters that get weight decay and, under LARS, a trust ratio.
+
+    They are the kernels of the encoder and the projection head. Norms, biases and the online
+    classifier get neither. The published code adapts the same ones, but decays the classifier's
+    kernel too.
+
+    Args:
+      params: tree of parameters.
+
+    Returns:
+      a tree of bools like it.
+    """
+
+    def is_adapted(path, _):
+        names = [entry.key for entry in path]
+        return names[-1] == "kernel" and "classifier" not in names
+
+    return jax.tree_util.tree_map_with_path(is_adapted, params)
+
+
+def make_optimizer(
+    name: str,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float,
+    momentum: float,
+    trust_coefficient: float,
+) -> optax.GradientTransformation:
+    """Makes the optimizer called `name`, with weight decay on `adapted` parameters only.
+
+    "lars": LARS (You et al. 2017), the learning rate inside the momentum as in the published code;
+    "sgd": SGD with Nesterov momentum, the decay added to the gradient;
+    "adamw": AdamW, decoupled decay; `momentum` and `trust_coefficient` do not apply.
+    """
+    if name == "lars":
+        return optax.lars(
+            learning_rate,
+            weight_decay=weight_decay,
+            weight_decay_mask=adapted,
+            trust_coefficient=trust_coefficient,
+            trust_ratio_mask=adapted,
+            momentum=momentum,
+        )
+    if name == "sgd":
+        return optax.chain(
+            optax.add_decayed_weights(weight_decay, mask=adapted),
+            optax.sgd(learning_rate, momentum=momentum, nesterov=True),
+        )
+    if name == "adamw":
+        return optax.adamw(learning_rate, weight_decay=weight_decay, mask=adapted)
+    raise ValueError(f"unknown optimizer {name!r}")
+
+
+def make_classifier_optimizer(
+    peak: float, steps: int, weight_decay: float, momentum: float, trained: frozenset[str]
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Makes the optimizer of linear evaluation and fine-tuning (paper, appendices B.5 and B.6).
+
+    SGD with Nesterov momentum, half a cosine without warm-up (the published code's), the decay on
+    every kernel.
+
+    Args:
+      peak: the first learning rate.
+      steps: steps of the training.
+      weight_decay: added to the gradient of every kernel, times the kernel.
+      momentum: Nesterov's.
+      trained: which of the top-level parts of the parameters are trained; the rest never changes.
+
+    Returns:
+      the optimizer, and step -> learning rate.
+    """
+    schedule = optax.cosine_decay_schedule(peak, steps)
+
+    def kernels(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+    def group(params):
+        return {
+            name: jax.tree.map(lambda _, name=name: name in trained, part)
+            for name, part in params.items()
+        }
+
+    sgd = optax.chain(
+        optax.add_decayed_weights(weight_decay, mask=kernels),
+        optax.sgd(schedule, momentum=momentum, nesterov=True),
+    )
+    return optax.partition({True: sgd, False: optax.set_to_zero()}, group), schedule

@@ -1,0 +1,171 @@
+"""Reading checkpoints: WORKDIR/checkpoints/STEP/, or such a folder copied anywhere.
+
+The encoder lies in an item of its own, so that reading it never reads the optimizer's state; the
+options lie beside it, so that a checkpoint folder can be copied anywhere and still be loaded.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from simclr_jax.errors import UserError
+
+ENCODER, TRAINER, OPTIONS = "encoder", "trainer", "config"  # items of a checkpoint
+HANDLERS = {
+    ENCODER: ocp.StandardCheckpointHandler,
+    TRAINER: ocp.StandardCheckpointHandler,
+    OPTIONS: ocp.JsonCheckpointHandler,
+}
+_T = TypeVar("_T")
+
+
+def checkpoint_folder(workdir: epath.PathLike) -> epath.Path:
+    """Returns WORKDIR/checkpoints, absolute."""
+    return _absolute(workdir) / "checkpoints"
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """Makes a local path absolute; leaves a bucket's, "gs://BUCKET/FOLDER", as it is."""
+    path = epath.Path(path).expanduser()
+    return path if "://" in str(path) else path.absolute()
+
+
+def saved_steps(path: epath.PathLike) -> list[int]:
+    """Lists the steps of the checkpoints below a workdir or its checkpoints folder, ascending."""
+    folder = _folder(path)
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and _is_whole(p))
+
+
+def _is_whole(checkpoint: epath.Path) -> bool:
+    # A local folder gets its number when it is whole; in a bucket, which cannot rename, orbax marks it.
+    return "://" not in str(checkpoint) or ocp.utils.is_checkpoint_finalized(checkpoint)
+
+
+def _folder(path: epath.PathLike) -> epath.Path:
+    # A workdir may be called "checkpoints" itself: what lies inside decides.
+    inner = checkpoint_folder(path)
+    return inner.parent if inner.parent.name == inner.name and not inner.is_dir() else inner
+
+
+def find(path: str, step: int | None) -> epath.Path:
+    """Finds the folder of one checkpoint.
+
+    Args:
+      path: a workdir, its checkpoints folder, or the folder of one checkpoint, wherever copied to.
+      step: None takes the newest.
+
+    Raises:
+      UserError: there is no such checkpoint; names those that are there.
+    """
+    root = _absolute(path)
+    if not root.is_dir():
+        raise UserError(f"no folder {path!r}: expected a workdir or a checkpoint folder")
+    if (root / ENCODER).is_dir() and (root / OPTIONS).is_dir():  # a checkpoint itself
+        if step is not None and step != (found := read_options(root)["step"]):
+            raise UserError(f"{path!r} is the checkpoint of step {found}, not of step {step}")
+        return root
+    steps = saved_steps(root)
+    if not steps:
+        raise UserError(
+            f"no checkpoint in {path!r}: expected a workdir in which training has saved one"
+        )
+    if step is not None and step not in steps:
+        there = ", ".join(map(str, steps))
+        raise UserError(f"no checkpoint of step {step} in {path!r}: there are {there}")
+    return _folder(path) / str(steps[-1] if step is None else step)
+
+
+def read_options(checkpoint: epath.Path) -> dict:
+    """Reads what was saved beside the arrays: {"step", "config", ...}."""
+    return _read(checkpoint, OPTIONS, ocp.args.JsonRestore())
+
+
+def read_encoder_arrays(checkpoint: epath.Path, abstract: dict) -> dict:
+    """Reads {"params", "batch_stats"} of the encoder alone, laid out as the abstract tree says."""
+    return _read(checkpoint, ENCODER, ocp.args.StandardRestore(abstract))
+
+
+def read_head_arrays(checkpoint: epath.Path, abstract: dict) -> dict:
+    """Reads {"params", "batch_stats"} of the projection head, laid out as the abstract tree says."""
+    wanted = {part: {"head": tree} for part, tree in abstract.items()}
+    args = ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,  # the optimizer's state lies beside it
+    )
+    read = _read(checkpoint, TRAINER, args, ocp.PyTreeCheckpointHandler)
+    return {part: tree["head"] for part, tree in read.items()}
+
+
+def read_newest(path: str, read: Callable[[epath.Path], _T]) -> _T:
+    """Returns read(folder of the newest checkpoint).
+
+    A training may be writing beside it, and may delete it for a newer one while it is read: then
+    the newer one is read.
+
+    Args:
+      path: see `find`.
+      read: the folder of a checkpoint -> anything; raises a UserError if it cannot be read.
+    """
+    while True:
+        found = find(path, _agreed_step(path))
+        try:
+            return read(found)
+        except UserError:
+            # What is still the newest is damaged. What is not may be half deleted: a folder is left
+            # when its files are gone.
+            steps = saved_steps(path)
+            if not steps or str(steps[-1]) == found.name or jax.process_count() > 1:
+                raise
+
+
+def _agreed_step(path: str) -> int | None:
+    """Returns the newest step that process 0 sees, so that all processes read the same one."""
+    if jax.process_count() == 1:
+        return None
+    steps = saved_steps(path)
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(steps[-1] if steps else -1)))
+    return step if step >= 0 else None
+
+
+def _read(checkpoint: epath.Path, item: str, args: Any, handler: Any = None) -> Any:
+    handlers = ocp.CompositeCheckpointHandler(**{item: (handler or HANDLERS[item])()})
+    try:
+        with ocp.Checkpointer(handlers) as checkpointer:
+            return checkpointer.restore(checkpoint, args=ocp.args.Composite(**{item: args}))[item]
+    except Exception as error:  # whatever a damaged file may lead to
+        raise UserError(
+            f"{checkpoint} cannot be read ({reason_of(error)}): use an older checkpoint, or run the "
+            "training command again, which sets it aside"
+        ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Shortens a storage library's error, which may have pages, to a few words."""
+    text = " ".join(str(error).split())
+    known = re.search(r"No space left on device|Disk quota exceeded|Read-only file system", text)
+    return known[0] if known else text[:200]
+
+
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+    """Adds to a tree of shapes and dtypes the shardings that its arrays are to be restored with.
+
+    Args:
+      abstract: tree of `jax.ShapeDtypeStruct`.
+      shardings: one sharding for all arrays, or a tree of them.
+    """
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, abstract)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )

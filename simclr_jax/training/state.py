@@ -1,0 +1,88 @@
+"""What training carries from step to step, and how it starts."""
+
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from simclr_jax.encoders import init_encoder, init_variables
+from simclr_jax.encoders.heads import LinearClassifier, ProjectionHead
+
+
+class Networks(NamedTuple):
+    """The parts of the model: f, g, and the online classifier, None where there are no labels."""
+
+    encoder: Any  # an encoders.Encoder
+    head: ProjectionHead
+    classifier: LinearClassifier | None
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The whole state of a training.
+
+    Attributes:
+      step: int32 scalar, steps done.
+      params: {"encoder", "head", "classifier"}: dicts of float32 arrays.
+      batch_stats: {"encoder", "head"}: the running BatchNorm statistics, float32; {} without BatchNorm.
+      opt_state: the state of the optimizer.
+    """
+
+    step: jax.Array
+    params: dict[str, Any]
+    batch_stats: dict[str, Any]
+    opt_state: optax.OptState
+
+
+def init_head(network: ProjectionHead, width: int, key: jax.Array) -> dict:
+    """Returns {"params", "batch_stats"} of a projection head before training.
+
+    Args:
+      network: the head.
+      width: D, of h.
+      key: the run's; the same key gives the same head as `init_state`.
+    """
+    return init_variables(network, jax.random.fold_in(key, 1), jnp.zeros((1, width)))
+
+
+def init_state(
+    networks: Networks, optimizer: optax.GradientTransformation, image_size: int, key: jax.Array
+) -> TrainState:
+    """Returns the state before the first step. Pure: `jax.jit` it with output shardings, or
+    `jax.eval_shape` it.
+
+    Args:
+      networks: f, g and the online classifier.
+      optimizer: whose state starts.
+      image_size: height and width of a view, pixels.
+      key: the same key gives the same state on any number of devices.
+    """
+    width = networks.encoder.width
+    encoder = init_encoder(networks.encoder, image_size, key)
+    head = init_head(networks.head, width, key)
+    params = {"encoder": encoder["params"], "head": head["params"]}
+    if networks.classifier is not None:
+        classifier = networks.classifier.init(jax.random.fold_in(key, 2), jnp.zeros((1, width)))
+        params["classifier"] = classifier["params"]
+    return start_of(
+        params, {"encoder": encoder["batch_stats"], "head": head["batch_stats"]}, optimizer
+    )
+
+
+def start_of(
+    params: dict, batch_stats: dict, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Returns the state at step 0 of a training that begins with these parameters and statistics."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+    )
+
+
+def count_parameters(tree) -> int:
+    """Counts the numbers that the arrays of the tree hold."""
+    return sum(x.size for x in jax.tree.leaves(tree))

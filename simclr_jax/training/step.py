@@ -1,0 +1,89 @@
+"""One training step: a pure function of the state and the global batch."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from simclr_jax.training.gradients import BatchLoss, Objective, cached_gradient, whole_gradient
+from simclr_jax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateRule:
+    """How a gradient becomes the next state.
+
+    Attributes:
+      optimizer: makes updates of gradients.
+      schedule: step -> the learning rate that the optimizer follows, for the metrics.
+      microbatches: above 1, the gradient is computed by `gradients.cached_gradient`.
+      skip_not_finite: a step whose loss or gradient is not finite changes nothing but its number.
+    """
+
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    microbatches: int = 1
+    skip_not_finite: bool = False
+
+
+def _as_it_is(x: Any) -> Any:
+    return x
+
+
+def make_step(
+    objective: Objective,
+    loss: BatchLoss,
+    rule: UpdateRule,
+    fetch: Callable[[Any], Any] = _as_it_is,
+    gather: Callable[[Any], Any] = _as_it_is,
+) -> Step:
+    """Makes step(state, batch) -> (state, metrics), to be jitted over any mesh.
+
+    Nothing in the step knows about devices: over a sharded batch, BatchNorm's means and the loss's
+    similarities are still the whole batch's, and the compiler adds the communication.
+
+    Args:
+      objective: embeds a batch, or a microbatch.
+      loss: of all embeddings of the batch; `losses.Loss.apply`, or `objectives.no_loss`.
+      rule: how the gradient becomes an update.
+      fetch: makes of the global batch one whose every array is [B, ...], "label" among them.
+      gather: makes a sharded tree like the parameters whole on every device.
+
+    Returns:
+      the step. Its metrics are float32 scalars: loss, those of the loss and of the objective,
+      grad_norm, learning_rate and, with `rule.skip_not_finite`, skipped_steps (0 or 1).
+    """
+    gradient: Callable = whole_gradient
+    if rule.microbatches > 1:
+        gradient = functools.partial(cached_gradient, microbatches=rule.microbatches)
+
+    def step(state: TrainState, batch) -> tuple[TrainState, Metrics]:
+        found = gradient(objective, loss, gather(state.params), state.batch_stats, fetch(batch))
+        # Whole before the optimizer takes its shard of them: left to itself, the TPU compiler
+        # computes the gradients of divided kernels in windows, with three times the memory.
+        grads = gather(found.grads)
+        updates, opt_state = rule.optimizer.update(grads, state.opt_state, state.params)
+        metrics = {"loss": found.loss} | found.metrics
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics["learning_rate"] = jnp.asarray(rule.schedule(state.step), jnp.float32)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=found.batch_stats,
+            opt_state=opt_state,
+        )
+        if rule.skip_not_finite:
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            metrics["skipped_steps"] = 1.0 - finite
+            kept = dataclasses.replace(state, step=new_state.step)
+            new_state = jax.tree.map(functools.partial(jnp.where, finite), new_state, kept)
+        return new_state, metrics
+
+    return step

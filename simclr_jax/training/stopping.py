@@ -1,0 +1,64 @@
+"""SIGTERM and SIGINT as a wish to stop after a step, which all processes follow at the same step."""
+
+import collections
+import os
+import signal
+import threading
+import time
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from simclr_jax.mesh import replicated, to_global
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+# Steps after which the processes' wishes are read, so that no step waits for them.
+_STEPS_LATE = 2
+
+
+# A terminal's Ctrl-C and a launcher that passes it on are one wish, not two.
+_SAME_WISH_SECONDS = 2.0
+
+
+class Stop:
+    """Takes note of the first signal; a second one, seconds later, acts as if this were not here.
+
+    A context manager. In another thread than the main one Python delivers no signals: there it only
+    agrees with the other processes.
+    """
+
+    def __init__(self, mesh: Mesh):
+        """Starts without a wish. The processes agree over `mesh`, which holds all devices."""
+        self._mesh = mesh
+        self._wished, self._since = False, 0.0
+        self._pending: collections.deque[jax.Array] = collections.deque()
+        self._any = jax.jit(jnp.any, out_shardings=replicated(mesh))
+
+    def __enter__(self) -> Self:
+        main = threading.current_thread() is threading.main_thread()
+        numbers = _SIGNALS if main else ()
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        if not self._wished:
+            self._wished, self._since = True, time.monotonic()
+        elif time.monotonic() - self._since > _SAME_WISH_SECONDS:
+            self.__exit__()
+            os.kill(os.getpid(), number)
+
+    def now(self) -> bool:
+        """Returns whether to stop after this step, the same on all processes. Call it once a step."""
+        if jax.process_count() == 1:
+            return self._wished
+        mine = np.full(jax.local_device_count(), self._wished)
+        self._pending.append(self._any(to_global(self._mesh, mine)))
+        return len(self._pending) > _STEPS_LATE and bool(self._pending.popleft())

@@ -1,0 +1,159 @@
+"""What a workdir remembers of its run, and refuses to mix with another."""
+
+import dataclasses
+import importlib.metadata
+import json
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from simclr_jax import config as config_lib
+from simclr_jax.data.split import Split
+from simclr_jax.errors import UserError
+from simclr_jax.files import write_json
+from simclr_jax.training.plan import Plan
+from simclr_jax.training.saved import find, read_newest, read_options, saved_steps
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+# What --extend lets differ.
+_LENGTH = ("train.epochs", "train.steps")
+
+
+def saved_config(path: str) -> dict:
+    """Reads the configuration that a workdir, or a checkpoint folder, was made with.
+
+    Raises:
+      UserError: there is no configuration.
+    """
+    file = epath.Path(path) / "config.json"
+    if file.exists():
+        try:
+            return json.loads(file.read_text())["config"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file} is not what training wrote: give a --config, or a checkpoint folder as --workdir"
+            ) from error
+    try:
+        return read_newest(path, read_options)["config"]
+    except UserError as error:
+        raise UserError(
+            f"no {file}: name the run's --workdir, or a checkpoint folder, or give a --config"
+        ) from error
+
+
+def check_encoder(config: ConfigDict, checkpoint: epath.Path) -> dict:
+    """Reads what was saved beside the arrays of a checkpoint: {"step", "config", ...}.
+
+    Args:
+      config: of an evaluation. Its data, and everything but the model, may differ from training's.
+      checkpoint: the folder.
+
+    Raises:
+      UserError: the checkpoint is of another model than `config` says.
+    """
+    saved = read_options(checkpoint)
+    changed = config_lib.differences(config_lib.from_dict(saved["config"]), config)
+    changed = [change for change in changed if change.startswith("model.")]
+    if changed:
+        raise UserError(
+            f"{checkpoint} is of another model ({'; '.join(changed)}): give the model's options as "
+            "they were in training, or no --config"
+        )
+    return saved
+
+
+def check_workdir(config: ConfigDict, workdir: str, extend: bool = False) -> dict | None:
+    """Checks that a run may go on in a workdir.
+
+    Args:
+      config: of the run that is to go on.
+      workdir: its folder.
+      extend: the run may get another length.
+
+    Returns:
+      what the newest checkpoint was saved with; None where nothing was saved yet, so that nothing
+      can be lost.
+
+    Raises:
+      UserError: the checkpoints are of another configuration; says what differs.
+    """
+    saved = _newest_options(workdir)
+    if saved is None:
+        return None
+    old = config_lib.from_dict(saved["config"])
+    changed = config_lib.differences(old, config, _LENGTH if extend else ())
+    if changed:
+        hint = ""
+        if all(change.startswith(_LENGTH) for change in changed):
+            hint = "; or --extend to change its length, and with it the rest of its schedule"
+        raise UserError(
+            f"{workdir} holds a run of another configuration ({'; '.join(changed)}): use another "
+            f"--workdir, or the old values to go on with it{hint}"
+        )
+    if config.model.norm_group < 0 and len(saved["devices"]) != jax.device_count():
+        raise UserError(
+            f"{workdir} holds a run with BatchNorm per device on {len(saved['devices'])} devices, "
+            f"and there are {jax.device_count()} now: use as many, or model.norm_group=IMAGES in "
+            "another --workdir"
+        )
+    return saved
+
+
+def _newest_options(workdir: str) -> dict | None:
+    for step in reversed(saved_steps(workdir)):
+        try:
+            return read_options(find(workdir, step))
+        except UserError:  # damaged: what restores the state says so
+            continue
+    return None
+
+
+def check_data(train: Split, fingerprint: str, saved: dict | None, workdir: str) -> None:
+    """Raises a UserError if the saved run began on other training images.
+
+    Args:
+      train: the training images now.
+      fingerprint: `train.fingerprint()`.
+      saved: what `check_workdir` returned.
+      workdir: for the message.
+    """
+    if saved is None or saved["data_fingerprint"] == fingerprint:
+        return
+    then, now = saved["training_images"], train.count
+    what = f"{then} training images and there are {now} now" if then != now else "other images"
+    raise UserError(
+        f"{workdir} holds a run on {what}, so it cannot go on: restore the old data, or use "
+        "another --workdir"
+    )
+
+
+def write_record(
+    config: ConfigDict, plan: Plan, train: Split, fingerprint: str, workdir: str
+) -> dict:
+    """Writes WORKDIR/config.json and returns what it holds.
+
+    Args:
+      config: of the run.
+      plan: its length and learning rate.
+      train: the training images.
+      fingerprint: `train.fingerprint()`.
+      workdir: the folder, made if it is not there.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    record = {
+        "config": config.to_dict(),
+        "plan": dataclasses.asdict(plan),
+        "training_images": train.count,
+        "data_fingerprint": fingerprint,
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "devices": [str(device) for device in jax.devices()],
+        "processes": jax.process_count(),
+    }
+    if jax.process_index() == 0:
+        advice = f"--workdir={workdir} must be a folder that can be written"
+        write_json(epath.Path(workdir) / "config.json", record, advice)
+    return record

@@ -1,0 +1,50 @@
+"""Views of images: what they differ by. To add a distortion, write its file and a row in `OPERATIONS`.
+
+A view is a crop, resized, and then the operations, in the order of the table (paper, appendix A).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from simclr_jax.views.blur import Blur
+from simclr_jax.views.color import ColorJitter, Flip, Grey
+from simclr_jax.views.crop import Crop
+from simclr_jax.views.distortion import Distortion, Operation
+from simclr_jax.views.solarize import Solarize
+
+OPERATIONS: tuple[type[Operation], ...] = (Flip, ColorJitter, Grey, Blur, Solarize)
+
+OPTIONS = (*Crop.OPTIONS, *(option for kind in OPERATIONS for option in kind.OPTIONS))
+
+_DEFAULTS = {option.name.removeprefix("views."): option.default for option in OPTIONS}
+
+
+def make_distortion(
+    options: Mapping[str, Any],
+    operations: Sequence[type[Operation]] = OPERATIONS,
+    views: int = 2,
+) -> Distortion:
+    """Makes a distortion of options.
+
+    Args:
+      options: {option of the group "views", without the group: value}; missing ones get defaults.
+      operations: what may happen to a view after its crop, in order.
+      views: views of each image.
+    """
+    values = _DEFAULTS | dict(options)
+
+    def made(kind: Any) -> Any:
+        names = [field.name for field in dataclasses.fields(kind)]
+        return kind(**{name: _as_tuple(values[name]) for name in names})
+
+    return Distortion(made(Crop), tuple(made(kind) for kind in operations), views)
+
+
+def crops_for_classifiers(options: Mapping[str, Any]) -> Distortion:
+    """Makes what classifiers are trained on (paper, appendix B.5): one view, cropped and flipped."""
+    return make_distortion(options, operations=(Flip,), views=1)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

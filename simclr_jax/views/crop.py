@@ -1,0 +1,96 @@
+"""The Inception crop and its resize (paper, appendix A), as formulas for host and device."""
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import numpy as np
+
+from simclr_jax.options import Option, interval
+
+CROP_ATTEMPTS = 10  # then the largest centred crop of an allowed aspect ratio is taken
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """Which part of an image a view shows.
+
+    Attributes:
+      crop_area: range of the crop's share of the image's area, uniform.
+      crop_aspect: range of the crop's width / height, log-uniform.
+    """
+
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+
+    OPTIONS: ClassVar[tuple[Option, ...]] = (
+        Option(
+            "views.crop_area", (0.08, 1.0), interval(1e-6, 1), "share of the image's area, uniform"
+        ),
+        Option(
+            "views.crop_aspect",
+            (3 / 4, 4 / 3),
+            interval(0.01, 100),
+            "width / height of a crop, log-uniform",
+        ),
+    )
+    NAME: ClassVar[str] = "crop"
+    DRAWS: ClassVar[dict[str, int]] = {"attempts": 2 * CROP_ATTEMPTS, "position": 2}
+
+    def window(self, xp: Any, height: Any, width: Any, u: dict[str, Any]) -> tuple:
+        """Computes where a crop lies.
+
+        Args:
+          xp: the module that computes.
+          height, width: of the image, float scalars, pixels.
+          u: "attempts" [2 n] in [0, 1), pairs of (area, aspect ratio): the first that fits into the
+            image is taken; if none does, the centred crop of the nearest allowed aspect ratio.
+            "position" [2] in [0, 1) places it.
+
+        Returns:
+          (top, left, height, width), whole numbers of pixels, as floats.
+        """
+        attempts, position = u["attempts"], u["position"]
+        area, aspect = self.crop_area, self.crop_aspect
+        areas = (area[0] + (area[1] - area[0]) * attempts[0::2]) * height * width
+        low, high = math.log(aspect[0]), math.log(aspect[1])
+        ratios = xp.exp(low + (high - low) * attempts[1::2])
+        widths, heights = xp.round(xp.sqrt(areas * ratios)), xp.round(xp.sqrt(areas / ratios))
+        fits = (widths >= 1) & (heights >= 1) & (widths <= width) & (heights <= height)
+        ratio = xp.minimum(xp.maximum(width / height, aspect[0]), aspect[1])
+        crop_width = xp.maximum(1.0, xp.minimum(width, xp.round(height * ratio)))
+        crop_height = xp.maximum(1.0, xp.minimum(height, xp.round(width / ratio)))
+        down, right = 0.5, 0.5
+        # From the last attempt to the first, which so has the last word. Not argmax and an index: in
+        # XLA on CPUs that takes a hundred times as long as all the rest of a small view.
+        for i in reversed(range(CROP_ATTEMPTS)):
+            crop_width = xp.where(fits[i], widths[i], crop_width)
+            crop_height = xp.where(fits[i], heights[i], crop_height)
+            down = xp.where(fits[i], position[0], down)
+            right = xp.where(fits[i], position[1], right)
+        top = xp.floor(down * (height - crop_height + 1))
+        left = xp.floor(right * (width - crop_width + 1))
+        return top, left, crop_height, crop_width
+
+
+def resize_matrix(xp: Any, start: Any, length: Any, source: int, size: int) -> Any:
+    """Computes the weights [size, source] that resize a window of one axis, as `tf.image.resize` does.
+
+    Bicubic (Keys, a = -0.5), not antialiased; at the window's edges the taps outside are left out and
+    the rest scaled to sum 1.
+
+    Args:
+      xp: the module that computes.
+      start, length: the window, pixels, floats.
+      source: pixels of the image along the axis.
+      size: pixels of the view.
+    """
+    outputs = np.arange(size, dtype=np.float32)[:, np.newaxis]
+    inputs = np.arange(source, dtype=np.float32)[np.newaxis]
+    distance = xp.abs(start + (outputs + 0.5) * (length / size) - 0.5 - inputs)
+    near = (1.5 * distance - 2.5) * distance * distance + 1.0
+    far = ((-0.5 * distance + 2.5) * distance - 4.0) * distance + 2.0
+    nothing = 0.0 * distance
+    weights = xp.where(distance < 1, near, xp.where(distance < 2, far, nothing))
+    weights = xp.where((inputs >= start) & (inputs < start + length), weights, nothing)
+    return weights / (weights @ np.ones((source, 1), np.float32))

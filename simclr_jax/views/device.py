@@ -1,0 +1,101 @@
+"""Views made on the device: the same formulas as on the host, for a batch at once. No TensorFlow."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from simclr_jax.views.crop import resize_matrix
+from simclr_jax.views.distortion import Distortion, key_of
+
+
+def draw(seed: int, epoch, index, distortion: Distortion):
+    """Draws the numbers in [0, 1) that decide both views of an image: [2, distortion.draws].
+
+    Each step's are a function of (seed, epoch, index, its name), as on the host; they are other
+    numbers than the host's.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), epoch), index)
+    parts = [
+        jax.random.uniform(jax.random.fold_in(key, key_of(name)), (2, size))
+        for name, size in distortion.sizes.items()
+    ]
+    return jnp.concatenate(parts, axis=1)
+
+
+def crops_of(images, seed: int, epochs, indices, size: int, distortion: Distortion):
+    """Makes the crops of the views of some images.
+
+    Args:
+      images: uint8 [N, H, W, C].
+      seed: of the run.
+      epochs, indices: int [b], which of the images are taken.
+      size: height and width of a view, pixels.
+      distortion: how strongly views differ.
+
+    Returns:
+      crops uint8 [b, views, size, size, C], and the draws that decide the rest of each view,
+      float32 [b, views, distortion.draws].
+    """
+
+    def of_one(epoch, index):
+        draws = draw(seed, epoch, index, distortion)[: distortion.views]
+        make = functools.partial(crop, images[index], size=size, distortion=distortion)
+        return jax.vmap(make)(draws), draws
+
+    return jax.vmap(of_one)(epochs, indices)
+
+
+def crop(image, draws, size: int, distortion: Distortion):
+    """Crops one view, uint8 [size, size, C], of image uint8 [H, W, C]."""
+    height, width, _ = image.shape
+    numbers = distortion.numbers_of(distortion.crop, draws)
+    top, left, crop_height, crop_width = distortion.crop.window(
+        jnp, float(height), float(width), numbers
+    )
+    rows = resize_matrix(jnp, top, crop_height, height, size)
+    columns = resize_matrix(jnp, left, crop_width, width, size)
+    return _resize(image, rows, columns)
+
+
+def center_crop(images, size: int, proportion: float):
+    """Makes the evaluation views, uint8 [N, size, size, C], of images uint8 [N, H, W, C]: the largest
+    centred square, of which the middle `proportion` of each side is kept and resized.
+    """
+    _, height, width, _ = images.shape
+    side = max(1, round(proportion * min(height, width)))
+    rows = resize_matrix(jnp, float((height - side + 1) // 2), float(side), height, size)
+    columns = resize_matrix(jnp, float((width - side + 1) // 2), float(side), width, size)
+    return jax.vmap(functools.partial(_resize, rows=rows, columns=columns))(images)
+
+
+def _resize(image, rows, columns):
+    # Products of integers up to 255 and weights: half a grey level needs more than bfloat16.
+    x = jnp.einsum(
+        "uh,hwc,vw->uvc",
+        rows,
+        image.astype(jnp.float32),
+        columns,
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return jnp.round(jnp.clip(x, 0.0, 255.0)).astype(jnp.uint8)
+
+
+def distort(crops, draws, distortion: Distortion):
+    """Makes views in [0, 1] of their crops: applies all operations of the distortion.
+
+    Args:
+      crops: uint8 [..., S, S, C], C 1 or 3.
+      draws: [..., distortion.draws] in [0, 1), for each crop.
+      distortion: how strongly views differ.
+
+    Returns:
+      float32 [..., S, S, 3].
+    """
+    x = crops.astype(jnp.float32) / 255.0
+    channels = tuple(x[..., c] for c in range(x.shape[-1]))
+    draws = draws[..., jnp.newaxis, jnp.newaxis, :]
+    for operation in distortion.chain:
+        channels = operation.device(channels, distortion.numbers_of(operation, draws))
+    x = jnp.stack(channels, axis=-1)
+    return jnp.broadcast_to(x, (*x.shape[:-1], 3))

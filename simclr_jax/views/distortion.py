@@ -1,0 +1,160 @@
+"""What a distortion is: a crop and a chain of operations, and the chance that decides them.
+
+Formulas take the module that computes, `xp`, and use only names that `tf` and `jax.numpy` share. So the
+host and the device cannot disagree on what a view is; they differ in how they batch and branch. All
+chance is drawn beforehand, as numbers in [0, 1); what follows is a pure function of them. An
+operation's numbers are keyed by its name: another operation more or less does not change them.
+"""
+
+import abc
+import dataclasses
+import zlib
+from typing import Any, ClassVar
+
+import numpy as np
+
+from simclr_jax.options import Option
+from simclr_jax.views.crop import Crop
+
+Channels = tuple[Any, ...]
+
+
+class Operation(abc.ABC):
+    """One step of a distortion after the crop: a frozen dataclass whose fields are its options.
+
+    Attributes:
+      OPTIONS: the options "views.FIELD", one for each field.
+      NAME: keys its chance; never to be changed.
+      DRAWS: name -> how many numbers in [0, 1) decide one view.
+      FUSED: on the host, large images: compiled together with its neighbours. One whose compiled code
+        depends on what was drawn is not.
+    """
+
+    OPTIONS: ClassVar[tuple[Option, ...]]
+    NAME: ClassVar[str]
+    DRAWS: ClassVar[dict[str, int]]
+    FUSED: ClassVar[bool] = True
+
+    @property
+    @abc.abstractmethod
+    def is_on(self) -> bool:
+        """Whether its options let it change any view."""
+
+    @abc.abstractmethod
+    def host(self, x: Any, u: dict[str, Any]) -> Any:
+        """Applies it to one view by TensorFlow.
+
+        Args:
+          x: float32 [C, S, S] in [0, 1], C 1 or 3.
+          u: the numbers drawn, by the names of DRAWS, each [n].
+
+        Returns:
+          float32 [C, S, S] in [0, 1].
+        """
+
+    def host_small(self, x: Any, u: dict[str, Any]) -> Any:
+        """Applies it like `host`, within a compiled program for a small view."""
+        return self.host(x, u)
+
+    @abc.abstractmethod
+    def device(self, channels: Channels, u: dict[str, Any]) -> Channels:
+        """Applies it to a batch of views by JAX. Devices do not branch by image.
+
+        Args:
+          channels: 1 or 3 arrays float32 [..., S, S] in [0, 1].
+          u: the numbers drawn, by the names of DRAWS, each [..., 1, 1, n].
+
+        Returns:
+          as many arrays.
+        """
+
+
+class PixelOperation(Operation):
+    """An operation that happens with some probability, and then changes all channels by one formula."""
+
+    @property
+    @abc.abstractmethod
+    def probability(self) -> float:
+        """How often it happens."""
+
+    @abc.abstractmethod
+    def formula(self, xp: Any, channels: Channels) -> Channels:
+        """Applies it to channels [..., S, S], computed by the module `xp`."""
+
+    @property
+    def is_on(self) -> bool:
+        return self.probability > 0
+
+    def host(self, x: Any, u: dict[str, Any]) -> Any:
+        import tensorflow as tf
+
+        (drawn,) = u.values()
+        return happening(
+            drawn[0] < self.probability, lambda x: tf.stack(self.formula(tf, tf.unstack(x))), x
+        )
+
+    def device(self, channels: Channels, u: dict[str, Any]) -> Channels:
+        import jax.numpy as jnp
+
+        (drawn,) = u.values()
+        happens = drawn[..., 0] < self.probability
+        changed = self.formula(jnp, channels)
+        return tuple(
+            jnp.where(happens, new, old) for new, old in zip(changed, channels, strict=True)
+        )
+
+
+def happening(condition: Any, function: Any, x: Any) -> Any:
+    """Returns function(x) where the TensorFlow condition holds, else x; computes only what is taken."""
+    import tensorflow as tf
+
+    return tf.cond(condition, lambda: function(x), lambda: x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Distortion:
+    """How strongly the views of an image differ. Hashable.
+
+    Attributes:
+      crop: the part of the image.
+      operations: what happens to a view after that, in order.
+      views: of each image: two to learn from, one to train a classifier on.
+    """
+
+    crop: Crop
+    operations: tuple[Operation, ...]
+    views: int = 2
+
+    @property
+    def chain(self) -> tuple[Operation, ...]:
+        """The operations that are on."""
+        return tuple(operation for operation in self.operations if operation.is_on)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many numbers decide a view, by what they are keyed by, in order."""
+        steps: tuple[Operation | Crop, ...] = (self.crop, *self.chain)
+        return {step.NAME: sum(step.DRAWS.values()) for step in steps}
+
+    @property
+    def draws(self) -> int:
+        """How many numbers in [0, 1) decide a view."""
+        return sum(self.sizes.values())
+
+    def numbers_of(self, step: Operation | Crop, draws: Any) -> dict[str, Any]:
+        """Picks the numbers of one step out of the draws [..., `draws`] of a view, by name, [..., n]."""
+        start = 0
+        for name, size in self.sizes.items():
+            if name == step.NAME:
+                break
+            start += size
+        ends = start + np.cumsum(list(step.DRAWS.values()))
+        return {
+            name: draws[..., end - n : end]
+            for (name, n), end in zip(step.DRAWS.items(), ends.tolist(), strict=True)
+        }
+
+
+def key_of(name: str) -> int:
+    """Returns the 32-bit number that keys the chance of an operation."""
+    return zlib.crc32(name.encode())

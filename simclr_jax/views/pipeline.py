@@ -1,0 +1,188 @@
+"""The host pipeline: a split to batches of views, as numpy arrays, for this process."""
+
+import dataclasses
+from collections.abc import Callable, Generator
+
+import numpy as np
+import tensorflow as tf
+
+from simclr_jax.data.broken import Images
+from simclr_jax.data.decode import reason_of
+from simclr_jax.data.order import Order, Share
+from simclr_jax.data.split import IndexedSplit
+from simclr_jax.errors import UserError
+from simclr_jax.views.distortion import Distortion
+from simclr_jax.views.host import SMALL, center_crop, draw, make_crops, make_views, of_each
+
+tf.config.set_visible_devices([], "GPU")  # the accelerators belong to JAX
+
+_PREFETCH_BATCHES = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class HostWork:
+    """What the host makes of an image.
+
+    Attributes:
+      size: height and width of a view, pixels.
+      distortion: how strongly the views of an image differ.
+      whole: make whole views; else only their crops, of as many channels as the images have.
+    """
+
+    size: int
+    distortion: Distortion
+    whole: bool = True
+
+
+def training_batches(
+    images: Images, order: Order, start_step: int, work: HostWork
+) -> Generator[dict[str, np.ndarray]]:
+    """Yields this process's part of the global batches from `start_step` on, without end.
+
+    Args:
+      images: to draw from. In the place of one that cannot be read stands the next whole one, so
+        what comes is still a function of the seed; more are noted when they are met.
+      order: which image comes when; with the epoch and the image's index its seed decides every view.
+      start_step: the first step to yield.
+      work: what is made of each image.
+
+    Yields:
+      {"views": uint8 [B / P, views, size, size, 3], "label": int32 [B / P], -1 where there is none,
+       "epoch", "index": int64 [B / P], which images they are}; without `work.whole` also
+       {"draws": float32 [B / P, views, distortion.draws]}, which decide the rest
+
+    Raises:
+      UserError: too many images cannot be read.
+    """
+    split, broken = images
+    make = make_views if work.whole else make_crops
+    size, distortion, seed = work.size, work.distortion, order.seed
+
+    def dataset(passed):
+        if isinstance(split, IndexedSplit) and _are_small(split):
+            batches = split.whole_batches(order, start_step + passed, broken.indices)
+            return batches.map(views_of_each, tf.data.AUTOTUNE)
+        return (
+            split.training(order, start_step + passed, broken.indices)
+            .map(views_of, num_parallel_calls=tf.data.AUTOTUNE)
+            .batch(order.batch_size // order.share.count, drop_remainder=True)
+        )
+
+    def indices(passed):
+        return split.batch_indices(order, start_step + passed, broken.indices)
+
+    def views_of(example):
+        draws = draw(seed, example["epoch"], example["index"], distortion)
+        views = make(split.decode(example["image"]), draws, size, distortion)
+        return finished(example, views, draws)
+
+    def views_of_each(examples):
+        views, draws = of_each(
+            examples["image"], seed, examples["epoch"], examples["index"], make, size, distortion
+        )
+        return finished(examples, views, draws)
+
+    def finished(example, views, draws):
+        kept = {name: example[name] for name in ("label", "epoch", "index")}
+        draws = draws[..., : distortion.views, :]
+        return {"views": views} | kept | ({} if work.whole else {"draws": draws})
+
+    return _run(images, dataset, indices)
+
+
+def _are_small(split: IndexedSplit) -> bool:
+    arrays = split.source.arrays
+    return arrays is not None and max(arrays.shape[1:3]) <= SMALL
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationView:
+    """The one view of an image that evaluation takes.
+
+    Attributes:
+      size: height and width, pixels.
+      proportion: of the centred square's side that is kept, in (0, 1].
+    """
+
+    size: int
+    proportion: float
+
+
+def evaluation_batches(
+    images: Images, batch_size: int, share: Share, view: EvaluationView, start: int = 0
+) -> Generator[dict[str, np.ndarray]]:
+    """Yields this process's share of the split, each image once, in order; the last batch may be short.
+
+    Args:
+      images: the split. In the place of an image that cannot be read stands another one, labelled
+        `split.BROKEN`; more are noted when they are met.
+      batch_size: images of a batch of this process.
+      share: this process's part.
+      view: what is made of each image.
+      start: batches that are passed over.
+
+    Yields:
+      {"image": uint8 [n, size, size, 3], "label": int32 [n]}
+    """
+    split, broken = images
+
+    def dataset(passed):
+        return (
+            split.once(share, passed * batch_size, broken.indices)
+            .map(image_of, num_parallel_calls=tf.data.AUTOTUNE)
+            .batch(batch_size)
+        )
+
+    def indices(passed):
+        first = share.index + passed * batch_size * share.count
+        own = range(first, split.count, share.count)[:batch_size]
+        if not isinstance(split, IndexedSplit):
+            return own
+        return [*own, *split.stand_ins(broken.indices)[own]]  # what is read for them
+
+    def image_of(example):
+        image = center_crop(split.decode(example["image"]), view.size, view.proportion)
+        return {"image": image, "label": example["label"]}
+
+    return _run(images, dataset, indices, start)
+
+
+def _run(
+    images: Images, dataset: Callable, indices: Callable, passed: int = 0
+) -> Generator[dict[str, np.ndarray]]:
+    """Iterates `dataset(passed)`, with prefetching, in order. Where an image cannot be read, notes the
+    broken images of that batch and goes on with `dataset(batches so far)`, made anew without them.
+
+    Args:
+      images: the split, and where its broken images are noted.
+      dataset: number of batches passed -> a tf.data.Dataset of those that follow.
+      indices: number of batches passed -> the images of the next batch.
+      passed: batches to begin after.
+
+    Raises:
+      UserError: too many images cannot be read, or something else than an image.
+    """
+    options = tf.data.Options()
+    options.deterministic = True
+    # Local names: the generator may be closed when the interpreter has already cleared `tf`.
+    unreadable = (
+        tf.errors.InvalidArgumentError,
+        tf.errors.NotFoundError,
+        tf.errors.PermissionDeniedError,
+        tf.errors.DataLossError,
+        tf.errors.ResourceExhaustedError,
+    )
+    in_python = tf.errors.UnknownError
+    while True:
+        batches = dataset(passed).with_options(options).prefetch(_PREFETCH_BATCHES)
+        try:
+            for batch in batches.as_numpy_iterator():
+                yield batch
+                passed += 1
+            return
+        except unreadable as error:
+            if not images.broken.find(indices(passed)):
+                raise UserError(f"the images cannot be read: {reason_of(error)}") from error
+        except in_python as error:  # "NAME: message", then a traceback
+            first = str(error.message).partition("\n")[0].partition(": ")[2]
+            raise UserError(f"the images cannot be read: {first}") from error
