@@ -3,7 +3,9 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Programs run for milliseconds here and are compiled for seconds: less optimisation halves that.
+QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK_COMPILATION}"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
 
@@ -13,10 +15,10 @@ import jax
 import numpy as np
 import pytest
 
-from simclr_jax import assemble, config, train
-from simclr_jax.checkpoint import Checkpoints
-from simclr_jax.data.sources import in_memory
+from simclr_jax import assemble, config
+from simclr_jax.data.arrays import in_memory
 from simclr_jax.mesh import make_mesh
+from simclr_jax.training.checkpoint import Checkpoints, Saving
 
 # Minutes each: begun first, so that the workers end together.
 _LONGEST = ("test_processes.py", "test_train.py", "test_stopping.py", "test_end_to_end.py")
@@ -28,10 +30,18 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_once(tmp_path_factory):
-    """Programs that several tests share are compiled by the first."""
+    """Programs that several tests, workers or programs started by tests share are compiled once.
+
+    JAX_COMPILATION_CACHE_DIR, where it is set, keeps them for the next run of the tests.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # all workers share it
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    cache = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "compiled"))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +69,33 @@ def small_split():
 
 @pytest.fixture
 def tiny(tmp_path):
-    """The configuration of a run of seconds: 8 steps on 48 images of 12 px, in three classes."""
+    """The configuration of a run of seconds: 8 steps on 48 images of 12 px, in three classes.
+
+    The encoder is a ViT of one layer, and views are only cropped and flipped: quick to compile. Use
+    `tiny_resnet` where BatchNorm or colour matters.
+    """
+    return _tiny(tmp_path)
+
+
+@pytest.fixture
+def tiny_resnet(tmp_path):
+    """`tiny` with a ResNet-10 of an eighth of the width, and views with colour."""
+    c = _tiny(tmp_path)
+    config.set_options(c, RESNET)
+    return c
+
+
+RESNET = {
+    "model.name": "resnet",
+    "model.depth": 10,
+    "model.width": 0.125,
+    "model.stem": "strided",
+    "views.color_strength": 1.0,
+    "views.grey_probability": 0.2,
+}
+
+
+def _tiny(tmp_path):
     path = tmp_path / "images.npz"
     np.savez(
         path,
@@ -69,25 +105,33 @@ def tiny(tmp_path):
         test_labels=np.arange(21) % 3,
     )
     c = config.default()
-    c.data.source = "arrays"
-    c.data.path = str(path)
-    c.data.placement = "device"  # no TensorFlow to import, no views for it to compile
-    c.data.image_size = 12
-    c.data.batch_size = 16
-    c.data.eval_crop = 1.0
-    c.model.depth = 10
-    c.model.width = 0.125
-    c.model.stem = "strided"
-    c.model.head_width = 16
-    c.loss.temperature = 0.5
-    c.optimizer.warmup_epochs = 1.0
-    c.train.steps = 8
-    c.train.log_every_steps = 2
-    c.checkpoint.every_steps = 4
-    c.eval.batch_size = 16
-    c.eval.labels_per_class = (1,)
-    c.eval.label_fraction = 0.0
-    c.eval.seeds = 2
+    options = {
+        "data.source": "arrays",
+        "data.path": str(path),
+        "data.placement": "device",  # no TensorFlow to import, no views for it to compile
+        "data.image_size": 12,
+        "data.batch_size": 16,
+        "data.eval_crop": 1.0,
+        "model.name": "vit",
+        "model.vit.patch_size": 4,
+        "model.vit.layers": 1,
+        "model.vit.width": 16,
+        "model.vit.heads": 2,
+        "model.head_width": 16,
+        "views.color_strength": 0.0,
+        "views.grey_probability": 0.0,
+        "views.blur_probability": 0.0,
+        "loss.temperature": 0.5,
+        "optimizer.warmup_epochs": 1.0,
+        "train.steps": 8,
+        "train.log_every_steps": 2,
+        "checkpoint.every_steps": 4,
+        "eval.batch_size": 16,
+        "eval.labels_per_class": (1,),
+        "eval.label_fraction": 0.0,
+        "eval.seeds": 2,
+    }
+    config.set_options(c, options)
     return c
 
 
@@ -95,9 +139,9 @@ def encoder_checkpoint(c, folder):
     """A workdir with a checkpoint of step 1 of configuration `c`, whose encoder is not trained but
     has random BatchNorm scales, biases and statistics. Returns its path.
     """
-    plan = config.plan(c, 1024)
-    job = train.make_job(c, plan, None, make_mesh(jax.devices()[:1]))
-    state = job.init(jax.random.key(3))
+    mesh = make_mesh(jax.devices()[:1])
+    job = assemble.pretraining_job(c, assemble.plan_of(c, 1024), None, mesh)
+    state = job.init()
     rng = np.random.default_rng(4)
 
     def shaken(path, x):
@@ -113,8 +157,8 @@ def encoder_checkpoint(c, folder):
         "config": c.to_dict(),
         "step": 1,
         "window": [],
-        "data_fingerprint": assemble.source(c).train.fingerprint(),
+        "data_fingerprint": assemble.data_set(c).train.fingerprint(),
     }
-    with Checkpoints(str(folder), every_steps=1, keep_last=1, keep_every_steps=0) as checkpoints:
+    with Checkpoints(str(folder), Saving(every_steps=1)) as checkpoints:
         checkpoints.save(1, state, record)
     return folder

@@ -214,10 +214,12 @@ def turn_hue(xp: Any, rgb: Channels, turn: Any) -> Channels:
     value, darkest = _value_and_darkest(xp, rgb)
     chroma = value - darkest
     per = 1.0 / xp.maximum(chroma, 1e-9)
+    # Channels are compared with each other, not with their maximum: a compiler may compute a channel
+    # twice and round it in two ways, and then no channel would equal the maximum.
     hue = xp.where(
-        value == r,
+        (r >= g) & (r >= b),
         (g - b) * per,
-        xp.where(value == g, 2.0 + (b - r) * per, 4.0 + (r - g) * per),
+        xp.where(g >= b, 2.0 + (b - r) * per, 4.0 + (r - g) * per),
     )
     hue = hue + 6.0 * turn + 6.0  # sixths of a turn, above 0
     # Each channel is the value, less the chroma where the hue is far: a trapezium.
