@@ -22,9 +22,16 @@ from simclr_jax import config
 
 
 def get_config(argument: str = ""):
-    """There is no argument."""
-    config.parse_argument(argument)
+    """`argument`: "" for a ResNet or "vit"."""
+    if argument not in ("", "vit"):
+        raise ValueError(f"unknown argument {argument!r}: expected vit or none")
     c = config.default()
+    if argument == "vit":
+        c.model.name = "vit"
+        c.model.vit.patch_size = 4  # 16 patches
+        c.model.vit.layers = 4
+        c.model.vit.width = 64
+        c.model.vit.heads = 4
     c.data.name = "digits"
     c.data.image_size = 16
     c.data.eval_crop = 1.0

@@ -29,6 +29,6 @@ def get_config(argument: str = ""):
     c.data.path = argument
     found = look(pathlib.Path(argument).expanduser())
     accelerator = jax.default_backend() != "cpu"
-    chosen = suggest.settings(max(1, found.images), found.short_side, accelerator)
+    chosen = suggest.suggest_settings(max(1, found.images), found.short_side, accelerator)
     config.set_options(c, {option: value for option, value, _ in chosen})
     return c

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on a slice of Cloud TPU VMs, from request to removal. launch/README.md tells the whole way.
+# A run on a slice of Cloud TPU VMs, from request to removal. docs/cluster.md tells the whole way.
 #
 #     launch/tpu_vm.sh ACTION NAME [OPTIONS] [-- ARGS of python -m simclr_jax.main]
 #
