@@ -22,14 +22,15 @@ def pretrain(
       config: a configuration, such as `simclr_jax.config.default()` with changes, or the path of a
         file in configs/, as "FILE.py" or "FILE.py:ARGUMENT".
       workdir: folder of everything that is written.
-      extend: the run may have another length than it was begun with.
-      options: other values of options, by name: pretrain(..., **{"train.steps": 100}).
+      extend: allow a length that differs from the one that the run was begun with.
+      options: values of options, by name: pretrain(..., **{"train.steps": 100}).
 
     Returns:
-      whether it came to the end; False if a signal stopped it: the same call goes on.
+      True if training finished; False if a signal stopped it: call again with the same arguments to
+      go on.
 
     Raises:
-      UserError: something that the user can mend; says what to do.
+      UserError: the user can mend the cause; the message says how.
     """
     from simclr_jax.modes.pretrain import pretrain
 
@@ -39,19 +40,21 @@ def pretrain(
 def evaluate(
     name: str, workdir: str, config: ConfigDict | str | None = None, **options: Any
 ) -> dict | None:
-    """Evaluates the newest checkpoint of a workdir, beside baselines; shows a table.
+    """Evaluates the newest checkpoint of a workdir, beside raw pixels and the untrained encoder; shows a
+    table.
 
     Args:
       name: "probe", "knn", "transfer", "linear" or "finetune".
-      workdir: of the run, or a checkpoint folder.
-      config: None: that of the run. Its data may be others than those of training.
-      options: other values of options, by name: evaluate(..., **{"eval.knn_k": 20}).
+      workdir: the run's folder, or a checkpoint folder.
+      config: settings of the evaluation, which may name a different data set; None: the run's own.
+      options: values of options, by name: evaluate(..., **{"eval.knn_k": 20}).
 
     Returns:
-      {"step", "rows", ...}, as in WORKDIR/NAME.json; None if a signal stopped it.
+      {"step", "rows": see `evals.results.row`, "train_images", "test_images", "settings"}, as in
+      WORKDIR/NAME.json; None if a signal stopped it.
 
     Raises:
-      UserError: something that the user can mend; says what to do.
+      UserError: the user can mend the cause; the message says how.
     """
     from simclr_jax.config import from_dict
     from simclr_jax.errors import UserError

@@ -37,11 +37,11 @@ class Pretraining:
 
     Attributes:
       train: the images to train on.
-      views: from these images to views.
-      plan: length and learning rate.
-      job: the step and how its state starts.
-      loss: for its description.
-      encoder: for its description.
+      views: makes views of the training images.
+      plan: number of steps and peak learning rate.
+      job: the jitted train step and the function that makes its first state.
+      loss: the loss, for its description.
+      encoder: the network f, for its description.
       norm_images: images that share BatchNorm statistics.
     """
 
@@ -60,7 +60,7 @@ def pretraining(
     """Assembles a pretraining run.
 
     Args:
-      config: of the run.
+      config: the run's configuration.
       train: the images; None: those of the configuration.
       mesh: None: all devices there are.
 
@@ -87,9 +87,9 @@ def pretraining_job(config: ConfigDict, plan: Plan, classes: int | None, mesh: M
     """Assembles the step of pretraining over a mesh.
 
     Args:
-      config: of the run.
-      plan: its length and learning rate.
-      classes: of the online classifier; None: there are no labels.
+      config: the run's configuration.
+      plan: number of steps and peak learning rate of the run.
+      classes: number of classes of the online classifier; None: there are no labels.
       mesh: the devices.
     """
     parts = networks(config, classes, mesh)
@@ -109,12 +109,12 @@ def pretraining_job(config: ConfigDict, plan: Plan, classes: int | None, mesh: M
 
 
 def job_of(step: Step, init: Callable, start: tuple, steps: int, mesh: Mesh) -> Job:
-    """Makes the job of a step over a mesh; programs are compiled when they are first needed.
+    """Makes the `Job` of a step over a mesh. Each program is compiled when it is first needed.
 
     Args:
       step: (state, batch) -> (state, metrics).
       init: (*start) -> the state before the first step.
-      start: arrays.
+      start: arguments of `init`: arrays, such as a random key.
       steps: steps of the whole training.
       mesh: all devices. The state lies on them as `mesh.state_shardings` says.
     """
@@ -136,7 +136,7 @@ def job_of(step: Step, init: Callable, start: tuple, steps: int, mesh: Mesh) -> 
 
 
 def data_set(config: ConfigDict) -> DataSet:
-    """Opens the data set of the configuration."""
+    """Opens the data set of the configuration. Raises a UserError if it is not there or not usable."""
     return open_source(config.data.to_dict() | {"seed": config.seed})
 
 
@@ -180,12 +180,13 @@ def images_of(
     report: epath.PathLike | None = None,
     whole: Split | None = None,
 ) -> Images:
-    """Pairs a split with the note of its images that this process cannot read.
+    """Makes `Images`: a split, and the list of those of its images that this process cannot read.
 
     Args:
-      config: of the run.
+      config: the run's configuration.
       split: the images.
-      report: the file that names the broken images of the first process; None: none.
+      report: file that lists the unreadable images of process 0; process i writes NAME_process_i beside
+        it; None: no file.
       whole: see `Broken`.
     """
     if report is not None:
@@ -196,9 +197,9 @@ def images_of(
 
 
 def encoder(config: ConfigDict, **changed: Any) -> Any:
-    """Makes f. `changed`: options of the group "model" with other values than the configuration's.
+    """Makes the encoder f. `changed` overrides options of the group "model".
 
-    Evaluation has no use for groups of BatchNorm: model.norm_group counts only if it is in `changed`.
+    model.norm_group is ignored unless it is in `changed`, as evaluation does not need it.
 
     Raises:
       UserError: the encoder cannot take images of the configuration's size.
@@ -210,7 +211,7 @@ def encoder(config: ConfigDict, **changed: Any) -> Any:
 
 
 def head(config: ConfigDict, **changed: Any) -> ProjectionHead:
-    """Makes g. `changed`: see `encoder`."""
+    """Makes the projection head g. `changed`: see `encoder`."""
     model = config.model.to_dict() | {"norm_group": 0} | changed
     return ProjectionHead(
         model["head"],
@@ -239,7 +240,7 @@ def networks(config: ConfigDict, classes: int | None, mesh: Mesh) -> Networks:
 
 
 def images_of_a_norm(config: ConfigDict, mesh: Mesh) -> int:
-    """Counts the images that share BatchNorm statistics, both views of each.
+    """Returns the number of images whose two views share one set of BatchNorm statistics.
 
     Raises:
       UserError: the images that a step sees at once do not divide into such groups.

@@ -1,4 +1,4 @@
-"""What a run says to the person at the terminal. Processes other than the first say nothing."""
+"""Lines, tables and progress at the terminal. Only the first process prints."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -31,44 +31,49 @@ def show_table(title: str, header: list[str], rows: list[list[str]]) -> None:
 
 
 class Progress:
-    """Shows how far a run is: a live bar on a terminal, else a plain line at each update.
+    """Shows how far a training is. A context manager.
 
-    A context manager. `total` and `start` are steps.
+    Metrics are plain lines. On a terminal a live bar of less than 80 columns stays below them.
     """
 
     def __init__(self, total: int, start: int = 0):
+        """Starts at step `start` of `total`."""
         self._total, self._start = total, start
-        self._began = time.monotonic()
-        self._text = ""
+        self._first: tuple[int, float] | None = None  # a step and when it ended: after compilation
         self._bar = None
         if _console.is_terminal and jax.process_index() == 0:
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("step {task.completed}/{task.total}"),
                 rich.progress.BarColumn(bar_width=20),
-                rich.progress.TextColumn("{task.fields[text]}"),
-                rich.progress.TextColumn("left"),
+                rich.progress.TextColumn("{task.percentage:>3.0f} %  {task.fields[text]}"),
                 rich.progress.TimeRemainingColumn(),
                 console=_console,
             )
-            self._task = self._bar.add_task("", total=total, completed=start, text="compiling ...")
+            self._task = self._bar.add_task("", total=total, completed=start, text="compiling")
 
     def advance(self, step: int) -> None:
-        """Moves the bar to `step`."""
+        """Moves the bar to `step`, which has just ended."""
+        self._first = self._first or (step, time.monotonic())
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=self._text)
+            self._bar.update(self._task, completed=step, text="left")
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
-        """Shows the newest metrics."""
-        self._text = describe(metrics)
-        if self._bar is not None:
-            self.advance(step)
-            return
-        elapsed = time.monotonic() - self._began
-        left = elapsed / max(1, step - self._start) * (self._total - step)
-        say(f"step {step}/{self._total}  {self._text}  left {duration(left)}")
+        """Shows metrics as a line, with the time that is left."""
+        self.advance(step)
+        left = self._left(step)
+        ending = f"  left {duration(left)}" if left is not None and self._bar is None else ""
+        say(f"step {step}/{self._total}  {summary_of(metrics)}{ending}")
+
+    def _left(self, step: int) -> float | None:
+        """Returns the seconds that are left, by the time of the steps after the first one."""
+        assert self._first is not None
+        first, began = self._first
+        if step == first:
+            return None
+        return (time.monotonic() - began) / (step - first) * (self._total - step)
 
     def track(self, items: Iterable) -> Iterator:
-        """Yields the items, each a step, and moves the bar with each."""
+        """Yields the items, each of which is a step, and moves the bar with each."""
         for step, item in enumerate(items, self._start + 1):
             self.advance(step)  # before: who takes the last item may not ask for another
             yield item
@@ -83,8 +88,8 @@ class Progress:
             self._bar.stop()
 
 
-def describe(metrics: dict[str, float]) -> str:
-    """The few metrics that a person watches, in one line."""
+def summary_of(metrics: dict[str, float]) -> str:
+    """Writes the few metrics that a person watches in one line."""
     parts = []
     if "loss" in metrics:  # else every step was skipped
         parts.append(f"loss {metrics['loss']:.3f}")
@@ -102,7 +107,7 @@ def describe(metrics: dict[str, float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
+    """Writes seconds as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,8 +1,10 @@
 """Writing files: whole or not at all, and in one line to the user where that fails."""
 
 import contextlib
+import fcntl
 import json
 import os
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,7 +55,7 @@ def write_text(path: epath.PathLike, content: str, advice: str = "") -> None:
     """Writes a text file whole or not at all, and makes its folder.
 
     Args:
-      path: of the file.
+      path: the file.
       content: its text.
       advice: what the user can do if it cannot be written.
 
@@ -69,6 +71,37 @@ def write_text(path: epath.PathLike, content: str, advice: str = "") -> None:
 def write_json(path: epath.PathLike, value: Any, advice: str = "") -> None:
     """Writes `value` as indented JSON, by `write_text`."""
     write_text(path, json.dumps(value, indent=2) + "\n", advice)
+
+
+@contextlib.contextmanager
+def locked(folder: epath.PathLike, advice: str) -> Iterator[None]:
+    """Keeps other programs that ask for it from writing into a folder while the block runs.
+
+    The lock is the file FOLDER/lock, made with the folder; the system releases it when the program
+    ends, however it ends. Buckets, and file systems without locks, cannot be locked.
+
+    Args:
+      folder: to write into.
+      advice: what the user can do if another program has it.
+
+    Raises:
+      UserError: another program has the lock, or the folder cannot be written.
+    """
+    if "://" in str(folder):
+        yield
+        return
+    path = pathlib.Path(folder) / "lock"
+    with writing(folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another program is writing into {folder}: {advice}") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def cache_folder() -> epath.Path:

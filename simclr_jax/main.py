@@ -42,7 +42,7 @@ def _evaluation(text: str) -> Mode:
 MODES = {
     "pretrain": Mode(
         "modes.pretrain",
-        "pretrain",
+        "pretrain_and_evaluate",
         "train the encoder; ends with a probe where the data have labels",
         takes=("extend",),
     ),
@@ -100,11 +100,7 @@ def main(argv: list[str]) -> None:
     if mode.function == "evaluate_features":
         run_mode(args.mode, config, args.workdir, **flags)
         return
-    finished = run_mode(config, args.workdir, **flags)
-    if args.mode == "pretrain" and finished:
-        evaluate = importlib.import_module("simclr_jax.evals.evaluate")
-        if evaluate.can_probe(config):
-            evaluate.evaluate_features("probe", config, args.workdir)
+    run_mode(config, args.workdir, **flags)
 
 
 def _flags_of(args: argparse.Namespace) -> dict:

@@ -50,8 +50,8 @@ def batch_sharded(mesh: Mesh) -> NamedSharding:
 def state_shardings(mesh: Mesh, abstract: Any) -> Any:
     """Returns the sharding of each array of a state.
 
-    Kernels, and what the optimizer keeps for them, are divided over "fsdp" along their last axis that
-    divides; every device holds all other arrays whole.
+    Kernels, and what the optimizer keeps for them, are divided over "fsdp" along their last axis whose
+    length is a multiple of it; every device holds all other arrays whole.
 
     Args:
       mesh: the devices.

@@ -1,7 +1,7 @@
 """One option: its name, its default, what it may be, and why it is there.
 
-`config.py` lists the options of a run. An encoder, a loss, a distortion or a source lists its own
-beside its code, and `config.py` collects them.
+`config/rows.py` lists the options of a run. An encoder, a loss, a distortion or a source lists its own
+beside its code, and `config/rows.py` collects them.
 """
 
 import math
@@ -29,7 +29,7 @@ class Option(NamedTuple):
       default: the value without a flag.
       allowed: the values that it may have.
       why: meaning, unit and reason, for a person.
-      resumable: a run may go on with another value, as the value does not change what is learned.
+      resumable: a resumed run may have another value, as it does not change what is learned.
     """
 
     name: str

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax.config import from_dict
-from simclr_jax.encoders import init_encoder, run, to_float
+from simclr_jax.encoders import apply_network, init_encoder, to_float
 from simclr_jax.training import saved
 
 _BATCH = 256
@@ -59,7 +59,7 @@ class Encoder:
 
 
 def _represent(network: Any, variables: dict, images):
-    return run(network, variables, to_float(images), train=False)[0]
+    return apply_network(network, variables, to_float(images), train=False)[0]
 
 
 def load_encoder(path, step: int | None = None) -> Encoder:
@@ -70,7 +70,7 @@ def load_encoder(path, step: int | None = None) -> Encoder:
       step: which checkpoint; None takes the newest.
 
     Raises:
-      UserError: there is no such saved.
+      UserError: there is no checkpoint at `path`, or none of this step.
     """
     if step is not None:
         return read_encoder(saved.find(str(path), step))

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from simclr_jax.errors import UserError
 
@@ -86,3 +88,10 @@ def end(error: Exception) -> NoReturn:
         )
     time.sleep(seconds)
     os._exit(1)  # an orderly exit would wait for the others, who wait for this one
+
+
+def as_first_process_says(number: int) -> int:
+    """Returns the number that process 0 gives; all processes call it together."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))

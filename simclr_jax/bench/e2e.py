@@ -14,8 +14,8 @@ def measure_e2e(config: ConfigDict, seconds: float) -> list[dict]:
     """Measures a run's batches and steps together, without what it writes.
 
     Args:
-      config: of the run.
-      seconds: to measure for.
+      config: the run's configuration.
+      seconds: time to measure for, s.
 
     Returns:
       one row: images_per_second, views_per_second_per_device, share_waiting_for_input,

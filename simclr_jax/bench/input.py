@@ -13,8 +13,8 @@ def measure_input(config: ConfigDict, seconds: float) -> list[dict]:
     """Measures the images a second that this process makes batches of, with nothing else to do.
 
     Args:
-      config: of a run.
-      seconds: to measure for.
+      config: a run's configuration.
+      seconds: time to measure for, s.
 
     Returns:
       one row: images_per_second, views_per_second, seconds_to_first_batch.

@@ -30,11 +30,13 @@ def measure_step(config: ConfigDict, seconds: float) -> list[dict]:
     one view each, in turns.
 
     Args:
-      config: of a run; its data are not opened.
-      seconds: to measure for.
+      config: a run's configuration; its data are not opened.
+      seconds: time to measure for, s.
 
     Returns:
-      a row for "SimCLR" and one for "supervised".
+      a row for "SimCLR" and one for "supervised": images_per_second, views_per_second (all devices and
+      per device), flops_per_second_per_device, share_of_peak, peak_memory_bytes, seconds_to_first_step,
+      steps.
     """
     mesh = make_mesh(fsdp=config.mesh.fsdp)
     check_divides(config.data.batch_size, mesh, config.train.microbatches)

@@ -101,7 +101,7 @@ def validate(config: ConfigDict) -> None:
 def differences(old: ConfigDict, new: ConfigDict, may_change: Sequence[str] = ()) -> list[str]:
     """Lists the options that change what is learned and differ, as "name: old -> new".
 
-    `may_change`: beginnings of names that are not listed.
+    `may_change`: beginnings of names that are left out.
     """
     before, after = flatten(old), flatten(new)
     return [
@@ -121,7 +121,8 @@ def parse_argument(argument: str, **allowed: type) -> dict:
       allowed: name -> the type that reads its value.
 
     Raises:
-      ValueError: a name is not allowed, or its value cannot be read.
+      ValueError: a name is not allowed, or its value cannot be read; `overrides.read_file` turns it into
+        a UserError.
     """
     values = {}
     for item in filter(None, argument.split(",")):

@@ -6,6 +6,13 @@ _MOST_IMAGES = 2**24  # of any batch
 
 OPTIONS: tuple[Option, ...] = (
     Option(
+        "eval.after_training",
+        "probe",
+        one_of("probe", "knn", "none"),
+        "evaluation that ends pretraining, where the data have labels",
+        True,
+    ),
+    Option(
         "eval.on_the_way",
         "knn",
         one_of("knn", "probe"),

@@ -17,9 +17,10 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
     """Loads the configuration of a run, validated and locked.
 
     Args:
-      spec: "FILE.py" or "FILE.py:ARGUMENT"; None: `saved`.
-      overrides: "--config.a.b=value", each.
-      saved: the configuration that a workdir was made with.
+      spec: "FILE.py" or "FILE.py:ARGUMENT", or the name of a configuration that comes with the package
+        in place of the file; None: use `saved`.
+      overrides: flags of the form "--config.a.b=value".
+      saved: the configuration that a workdir was made with; None: the defaults.
 
     Raises:
       UserError: a file or option is not there, or a value is not allowed.
@@ -31,15 +32,17 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
 
 
 def read_file(spec: str) -> ConfigDict:
-    """Runs `get_config(ARGUMENT)` of a configuration file "FILE.py[:ARGUMENT]".
+    """Runs `get_config(ARGUMENT)` of a configuration "FILE.py[:ARGUMENT]" or "NAME[:ARGUMENT]".
 
     Raises:
       UserError: there is no such file, or it fails; with the file and line of the failure.
     """
-    path, _, argument = spec.partition(":")
+    name, _, argument = spec.partition(":")
+    path = _packaged().get(name, name)
     if not pathlib.Path(path).is_file() or not path.endswith(".py"):
         raise UserError(
-            f"no configuration file {path!r}: expected --config=configs/NAME.py[:ARGUMENT]"
+            f"no configuration file {path!r}: expected --config=FILE.py[:ARGUMENT], or one of "
+            f"{', '.join(sorted(_packaged()))}"
         )
     module_spec = importlib.util.spec_from_file_location("simclr_jax_config_file", path)
     assert module_spec is not None
@@ -59,6 +62,13 @@ def read_file(spec: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: get_config returned {config!r}: expected a ConfigDict")
     return config
+
+
+def _packaged() -> dict[str, str]:
+    """Returns {name: file} of the configurations that come with the package or lie in its checkout."""
+    package = pathlib.Path(__file__).parent.parent
+    folders = (package.parent / "configs", package / "configs")
+    return {file.stem: str(file) for folder in folders for file in folder.glob("[!_]*.py")}
 
 
 def _line_of(error: Exception, path: str) -> str:

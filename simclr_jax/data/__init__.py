@@ -54,7 +54,7 @@ OPTIONS = (
 def open_source(data: Mapping[str, Any]) -> DataSet:
     """Opens a data set: what to train on and, where there is one, what to test on.
 
-    The last one is kept open, as training, then its probe, ask for the same data.
+    The most recent data set is kept, so that the probe uses the one that training opened.
 
     Args:
       data: {option of the group "data", without the group: value}, and "seed".

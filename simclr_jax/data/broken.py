@@ -29,14 +29,14 @@ class Broken:
         report: epath.Path | None = None,
         whole: Split | None = None,
     ):
-        """Reads an earlier report and keeps of it what is still broken.
+        """Reads an earlier report and keeps its entries that still cannot be read.
 
         Args:
           split: the images.
           limit: the share of the images that may be broken.
           report: a file of one JSON object a line, {"index", "image", "problem"}; None: none.
-          whole: the split that `split` was drawn from, whose images the limit counts: one of ten would
-            be many, and one of the thousand that the ten were drawn from is not.
+          whole: the split from which `split` was drawn; None: `split` itself. `limit` is a share of its
+            images, so that a small subset does not fail for one broken image.
         """
         self._split, self._limit, self.report = split, limit, report
         self._limit_of = (whole or split).count
@@ -102,7 +102,12 @@ def _index_of(line: str) -> int | None:
 
 
 class Images(NamedTuple):
-    """The images of a split, and which of them are known to be broken."""
+    """A split and its broken images.
+
+    Attributes:
+      split: the images.
+      broken: which of them are known to be broken.
+    """
 
     split: Split
     broken: Broken

@@ -54,7 +54,7 @@ def problem_of(data: bytes, how: Callable[[Any], Any] = decode) -> str | None:
 
 
 def reason_of(error: Any) -> str:
-    """Returns what a TensorFlow error says, without which node of which graph says it."""
+    """Returns the message of a TensorFlow error without the name of the graph's node."""
     text = " ".join(str(error.message).split())
     return text.rpartition("}} ")[2].partition(" [Op:")[0].partition(" Condition x ")[0]
 
@@ -74,7 +74,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """A picture in Pillow's mode RGB, of one in any mode."""
+    """Converts a picture in any mode to RGB, transparent parts on white."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     rgba = image.convert("RGBA")
@@ -82,9 +82,11 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def _checked(data):
-    """The encoded image `data`, a scalar string, if it says that it has at most MOST_PIXELS.
+    """Returns the encoded image `data`, a scalar string, as it is.
 
-    Raises InvalidArgumentError where the graph is run, if it has more.
+    Raises:
+      tf.errors.InvalidArgumentError: where the graph is run, if its header says that it has more than
+        MOST_PIXELS pixels.
     """
     size, most = _pixels_of_header(data), tf.constant(MOST_PIXELS, tf.int64)
     message = f"the image has more than {MOST_PIXELS} pixels"
@@ -93,8 +95,8 @@ def _checked(data):
 
 
 def _pixels_of_header(data):
-    """Width x height, int64, as the header of a JPEG, PNG, GIF, BMP or WebP file says; 0 for what
-    is none of them, and for headers that are cut off.
+    """Reads width x height, int64, from the header of a JPEG, PNG, GIF, BMP or WebP file. Returns 0 for
+    other files, and for headers that are cut off.
     """
     head = tf.io.decode_raw(tf.strings.substr(data, 0, 32), tf.uint8)
     head = tf.cast(tf.pad(head, [[0, 32 - tf.size(head)]]), tf.int64)
@@ -177,7 +179,7 @@ def _decode(data: Any) -> np.ndarray:
 
 
 def _by_tensorflow(data: Any):
-    """An encoded JPEG, PNG or WebP image, a scalar string, to uint8 [H, W, 3], in the tf.data graph.
+    """Decodes a JPEG, PNG or WebP image, a scalar string, to uint8 [H, W, 3], in the tf.data graph.
     Grey becomes three equal channels; of several frames the first is taken.
     """
 

@@ -55,8 +55,8 @@ class Files(Source):
         return str(self.paths[index])
 
     def fingerprint(self) -> str:
-        """Returns a digest of the names below the folder they share, and of the sizes: reading all
-        would take too long.
+        """Returns a digest of the labels, of the paths below their common folder and of the sizes, where
+        they are known. Contents are not read: that would take too long.
         """
         digest = hashlib.blake2b(self.labels.tobytes(), digest_size=16)
         root = os.path.commonpath([os.path.dirname(path) for path in self.paths])
@@ -67,7 +67,10 @@ class Files(Source):
 
 
 def open_data_set(data: Mapping[str, Any]) -> DataSet:
-    """Opens the folder "path" and, unless it is empty, "test_path"; "folder_labels": see `open_split`."""
+    """Opens the folder "path" to train on and, unless it is empty, "test_path" to test on.
+
+    "folder_labels" and the errors: see `open_split`.
+    """
     labels = data["folder_labels"]
     train = open_split(data["path"], labels)
     test = open_split(data["test_path"], labels, train.classes) if data["test_path"] else None

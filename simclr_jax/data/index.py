@@ -153,18 +153,18 @@ def _write_cache(file: pathlib.Path, folders: dict[str, dict]) -> None:
 
 
 class Look(NamedTuple):
-    """What a folder's images are like, from some of them.
+    """A summary of a folder's images, from the headers of some of them.
 
     Attributes:
-      images: how many.
-      total_bytes: of all.
-      kinds: format by suffix to how many.
+      images: number of image files.
+      total_bytes: size of all files.
+      kinds: {format, by suffix: number of files}.
       passed_over: see `Index`.
-      empty: files of no byte.
-      looked_at: files whose header was read.
-      unreadable: of these, those without one, with the reason.
-      sizes: int [n, 2], width and height of those with one, pixels.
-      modes: Pillow's name of the channel layout to how many of them.
+      empty: number of files without a byte.
+      looked_at: number of files whose header was read.
+      unreadable: {path: reason} of those whose header cannot be read.
+      sizes: int [n, 2], width and height of the n readable ones, pixels.
+      modes: {Pillow's name of the channel layout: number of readable ones}.
     """
 
     images: int

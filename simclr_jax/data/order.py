@@ -26,7 +26,7 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """What decides which image comes when.
+    """The settings that decide which image comes when.
 
     Attributes:
       seed: the run's.
@@ -49,8 +49,8 @@ def split_validation(y: np.ndarray, fraction: float, seed: int) -> tuple[np.ndar
 
     Args:
       y: labels [n], or anything of that length.
-      fraction: share of the validation part, which has at least one image.
-      seed: of the shuffle.
+      fraction: share of the images that is put into the validation part, at least one image.
+      seed: decides the shuffle.
 
     Returns:
       indices of the training part and of the validation part, ascending.
@@ -64,9 +64,9 @@ def few_labels(y: np.ndarray, per_class: int, seed: int) -> np.ndarray:
     """Draws `per_class` images of each class, or all of a class that has fewer.
 
     Args:
-      y: labels int [n]; below 0: none.
+      y: labels int [n]; an image with a negative one has no label and is never drawn.
       per_class: images of each class.
-      seed: of the draw.
+      seed: decides the draw.
 
     Returns:
       their indices, class by class.
@@ -78,10 +78,10 @@ def few_labels(y: np.ndarray, per_class: int, seed: int) -> np.ndarray:
 
 def next_whole(broken: np.ndarray) -> np.ndarray:
     """Returns int64 [n]: each place itself, or if broken [n] is True the next one, cyclically, that
-    is not.
+    is not, if there is one.
     """
     places = np.arange(len(broken))
-    if broken.any():
+    if broken.any() and not broken.all():
         whole, bad = np.flatnonzero(~broken), np.flatnonzero(broken)
         places[bad] = whole[np.searchsorted(whole, bad) % len(whole)]
     return places
@@ -120,10 +120,11 @@ def batch_positions(
 def windows(
     order: Order, lengths: np.ndarray, passed: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yields (epoch, shards [k], positions [n]) of this process's windows, without end: which of the
-    examples of these shards come, in which order.
+    """Yields (epoch, shards int [k], positions int [n]) of this process's windows, without end.
 
-    Of the first window only what is left after `passed` examples; what lies before it is not read.
+    A window is the examples of its k shards, read in turns, in one list; the positions in that list
+    say which of them come, in which order. The first window starts after the `passed` examples; shards
+    before it are not read.
 
     Args:
       order: seed and this process's part.

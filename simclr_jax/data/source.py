@@ -1,4 +1,4 @@
-"""What a data set has to say of itself. Everything else is derived from it in `split.py`.
+"""Sources of images: the little that each kind of data set has to implement. `split.py` derives the rest.
 
 A source of images that can be read in any order is a `Source`; one that is read a shard at a time,
 such as record files, is a `ShardedSource`. TensorFlow is imported where it is used.
@@ -7,11 +7,15 @@ such as record files, is a `ShardedSource`. TensorFlow is imported where it is u
 import abc
 import functools
 import hashlib
+import io
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 Classes = tuple[str, ...] | None
+
+_LABELS_AT_ONCE = 8192
 
 
 class Example(NamedTuple):
@@ -29,9 +33,11 @@ class Example(NamedTuple):
 class Source(abc.ABC):
     """Images that can be read in any order. Only `__len__` and `__getitem__` must be written.
 
+    Several threads may read at once.
+
     Attributes:
       classes: names of the classes; None: there are no labels.
-      arrays: uint8 [N, H, W, C], where all images are in memory; else None.
+      arrays: uint8 [N, H, W, C], all images of an `InMemory`; None in every other source.
     """
 
     classes: Classes = None
@@ -47,26 +53,52 @@ class Source(abc.ABC):
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """int32 [N], -1 where there is none. By default every image is read for it."""
-        return np.asarray([self[i].label for i in range(len(self))], np.int32)
+        """int32 [N], -1 where there is none. By default every image is read for it, if there are
+        classes.
+        """
+        if self.classes is None:
+            return np.full(len(self), -1, np.int32)
+        return np.asarray([self._read(i).label for i in range(len(self))], np.int32)
+
+    def encoded(self, index: int) -> bytes:
+        """Reads image `index` as the content of an image file, which is PNG for pixels.
+
+        Raises:
+          OSError: it cannot be read.
+          ValueError: it is neither bytes nor uint8 [H, W, 1 or 3].
+        """
+        image = self[index].image
+        return image if isinstance(image, bytes) else _as_png(image)
+
+    def _read(self, index: int) -> Example:
+        """Reads image `index`; one that cannot be read is empty and has no label."""
+        try:
+            return self[index]
+        except OSError:
+            return Example(b"")
 
     def take(self, indices: np.ndarray) -> "Source":
         """Returns a source of these images."""
         return _Taken(self, np.asarray(indices))
 
     def lookup(self) -> Any:
-        """Returns a function, for the tf.data graph: index int64 scalar -> "image" of an `Example`.
+        """Returns a function for the tf.data graph: index, an int64 scalar -> that image, the content of a
+        file or uint8 [H, W, C].
 
-        By default it calls `__getitem__`. A source whose images TensorFlow itself can read overrides
-        it, as Python reads one image at a time.
+        By default it calls `encoded`, and an image that cannot be read is empty, which nothing can
+        decode. A source whose images TensorFlow itself can read overrides it, as Python reads one image
+        at a time.
         """
         import tensorflow as tf
 
         def read(index):
-            return self[int(index)].image
+            try:
+                return self.encoded(int(index))
+            except (OSError, ValueError):
+                return b""
 
         def image(index):
-            return tf.numpy_function(read, [index], tf.string)
+            return tf.ensure_shape(tf.numpy_function(read, [index], tf.string), [])
 
         return image
 
@@ -81,9 +113,25 @@ class Source(abc.ABC):
         """
         digest = hashlib.blake2b(self.labels.tobytes(), digest_size=16)
         for i in range(len(self)):
-            image = self[i].image
-            digest.update(image if isinstance(image, bytes) else np.ascontiguousarray(image).data)
+            image = self._read(i).image
+            if isinstance(image, bytes):
+                digest.update(f"{len(image)} ".encode() + image)
+            else:
+                digest.update(f"{image.shape} ".encode() + image.tobytes())
         return digest.hexdigest()
+
+
+def _as_png(image: np.ndarray) -> bytes:
+    """Writes uint8 [H, W, 1 or 3] as PNG, not compressed. Raises a ValueError if it is something else."""
+    shape = np.shape(image)
+    if getattr(image, "dtype", None) != np.uint8 or len(shape) != 3 or shape[-1] not in (1, 3):
+        raise ValueError(
+            f"{np.asarray(image).dtype} {list(shape)}: expected bytes, or uint8 [H, W, 1 or 3]"
+        )
+    file = io.BytesIO()
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    picture.save(file, "png", compress_level=0)
+    return file.getvalue()
 
 
 class _Taken(Source):
@@ -181,6 +229,7 @@ class ShardedSource(abc.ABC):
       title: what a person calls the source.
       total_bytes: size of all encoded images.
       image_shape: (height, width, channels), None where it varies.
+      shard_name: what a person calls a shard.
     """
 
     classes: Classes
@@ -188,6 +237,7 @@ class ShardedSource(abc.ABC):
     title: str
     total_bytes: int
     image_shape: tuple[int | None, int | None, int] = (None, None, 3)
+    shard_name: str = "shard"
 
     @abc.abstractmethod
     def records(self, shard: Any) -> Any:
@@ -199,6 +249,20 @@ class ShardedSource(abc.ABC):
     @abc.abstractmethod
     def parse(self, record: Any) -> dict[str, Any]:
         """Turns a record into {"image": an encoded image, "label": int32}, in the tf.data graph."""
+
+    def labels(self, shards: np.ndarray) -> np.ndarray:
+        """Returns int32 [n], the labels of these shards' examples, in order; decodes no image.
+
+        By default all records are read for it, if there are classes.
+        """
+        if self.classes is None:
+            return np.full(self.lengths[shards].sum(), -1, np.int32)
+        import tensorflow as tf
+
+        # Numbered, as a record that is a tuple would become several arguments.
+        records = tf.data.Dataset.from_tensor_slices(shards).flat_map(self.records).enumerate()
+        found = records.map(lambda _, record: self.parse(record)["label"], tf.data.AUTOTUNE)
+        return np.concatenate(list(found.batch(_LABELS_AT_ONCE).as_numpy_iterator()))
 
     @abc.abstractmethod
     def fingerprint(self, shards: np.ndarray) -> str:

@@ -27,7 +27,6 @@ from simclr_jax.errors import UserError
 _MEMORY_FOR_SUBSETS = 0.25
 
 _FILES_AT_ONCE = 16  # shards that are read in turns
-_LABELS_AT_ONCE = 8192
 
 BROKEN = -2  # stands for the label of an image that cannot be read; -1 is an image without a label
 
@@ -38,6 +37,11 @@ _PIXEL = bytes.fromhex(
 )
 
 _NONE: Set[int] = frozenset()
+
+
+def memory() -> int:
+    """Returns the size of this machine's memory, bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Split(Protocol):
@@ -58,8 +62,8 @@ class Split(Protocol):
     def training(self, order: Order, start_step: int, broken: Set[int] = _NONE) -> Any:
         """Returns an endless tf.data.Dataset of {"image", "label", "index", "epoch"}.
 
-        They are this process's share of the global batches from `start_step` on, with a new shuffle
-        each epoch. Nothing that was passed over is decoded. In place of a broken image stands the next
+        Each element is one example. They are this process's part of the global batches from
+        `start_step` on, with a new shuffle each epoch; examples before it are skipped without decoding. In place of a broken image stands the next
         one that is not.
         """
 
@@ -69,8 +73,8 @@ class Split(Protocol):
     def once(self, share: Share, start: int = 0, broken: Set[int] = _NONE) -> Any:
         """Returns a tf.data.Dataset of {"image", "label"}: each image once over all processes.
 
-        Process p of P holds images p, p + P, ..., of which the first `start` are passed over. In
-        place of a broken image stands another, with the label BROKEN.
+        Process p of P holds images p, p + P, ...; the first `start` images of this process are skipped.
+        In place of a broken image stands another, with the label BROKEN.
         """
 
     def all_labels(self) -> np.ndarray:
@@ -83,7 +87,10 @@ class Split(Protocol):
         """Raises a UserError if `count` images are too many for `subset`."""
 
     def divided(self, fraction: float, seed: int) -> tuple["Split", "Split"]:
-        """Returns about 1 - fraction of the images, and the rest, chosen by the seed."""
+        """Divides the images at random: (about 1 - fraction of them, the remaining ones).
+
+        Raises a UserError if there are too few to divide.
+        """
 
     def decode(self, image: Any) -> Any:
         """Decodes "image" of an example to uint8 [H, W, C], in the tf.data graph."""
@@ -100,7 +107,12 @@ class Split(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """What to train on and, where there is one, what to test on."""
+    """A data set.
+
+    Attributes:
+      train: the split to train on.
+      test: the split to test on; None: there is none.
+    """
 
     train: Split
     test: Split | None
@@ -178,7 +190,7 @@ class IndexedSplit:
         return next(self.entries(order, step, broken))[1]
 
     def stand_ins(self, broken: Set[int]) -> np.ndarray:
-        """Returns int64 [N]: each image itself, or if it is broken the next one that is not."""
+        """Returns int64 [N]: i where image i is not broken, else the next image that is not, cyclically."""
         return next_whole(np.isin(np.arange(self.count), list(broken)))
 
     def once(self, share: Share, start: int = 0, broken: Set[int] = _NONE) -> Any:
@@ -194,7 +206,7 @@ class IndexedSplit:
             found = lookup(index)
             return found | {"label": tf.where(is_broken, BROKEN, found["label"])}
 
-        return entries.map(example)
+        return entries.map(example, num_parallel_calls=tf.data.AUTOTUNE)
 
     def all_labels(self) -> np.ndarray:
         return self.source.labels
@@ -225,10 +237,11 @@ class IndexedSplit:
         from simclr_jax.data.decode import problem_of
 
         try:
-            image = self.source[index].image
+            return problem_of(self.source.encoded(index))
         except OSError as error:
             return error.strerror or str(error)
-        return problem_of(image) if isinstance(image, bytes) else None
+        except ValueError as error:
+            return str(error)
 
     def fingerprint(self) -> str:
         return self.source.fingerprint()
@@ -275,11 +288,37 @@ class StreamedSplit:
     def training(self, order: Order, start_step: int, broken: Set[int] = _NONE) -> Any:
         import tensorflow as tf
 
+        def example(record, index, epoch):
+            return self._example(index, record, broken) | {"index": index, "epoch": epoch}
+
+        examples = self._shuffled(self.source.records, order, start_step, broken)
+        return examples.map(example, num_parallel_calls=tf.data.AUTOTUNE)
+
+    def batch_indices(self, order: Order, step: int, broken: Set[int] = _NONE) -> np.ndarray:
+        import tensorflow as tf
+
+        lengths = tf.constant(self.source.lengths)
+
+        def numbers(shard):  # as many as there are records, none of which has to be read
+            return tf.data.Dataset.range(tf.gather(lengths, shard))
+
+        own = order.batch_size // order.share.count
+        indices = self._shuffled(numbers, order, step, broken).map(lambda _, index, epoch: index)
+        return next(indices.batch(own).take(1).as_numpy_iterator())
+
+    def _shuffled(self, records: Any, order: Order, start_step: int, broken: Set[int]) -> Any:
+        """Returns an endless tf.data.Dataset of (record, index, epoch), in the order of training.
+
+        `records`: shard -> a tf.data.Dataset with one element for each of its examples.
+        """
+        import tensorflow as tf
+
         shards, lengths = self._shards, self._lengths
         if len(shards) < order.share.count:
+            what = f"{self.source.shard_name}s"
             raise UserError(
-                f"{self.source.title} has {len(shards)} shards, fewer than the "
-                f"{order.share.count} processes that would share them: prepare it with more shards"
+                f"{self.source.title} has {len(shards)} {what}, fewer than the "
+                f"{order.share.count} processes that would share them: prepare it with more {what}"
             )
         first_index = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         passed = start_step * (order.batch_size // order.share.count)
@@ -288,8 +327,8 @@ class StreamedSplit:
             for epoch, members, positions in windows(order, lengths, passed):
                 yield shards[members], first_index[members], positions, epoch
 
-        def records(shard, first):
-            return self.source.records(shard).enumerate(first)
+        def numbered(shard, first):
+            return records(shard).enumerate(first)
 
         def standing_in(index, positions):
             bad = np.isin(index, list(broken))
@@ -298,7 +337,7 @@ class StreamedSplit:
         def window(shards, first_indices, positions, epoch):
             files = tf.data.Dataset.from_tensor_slices((shards, first_indices))
             whole = files.interleave(
-                records, _FILES_AT_ONCE, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+                numbered, _FILES_AT_ONCE, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
             ).batch(tf.cast(lengths.sum(), tf.int64))
 
             def in_order(index, record):
@@ -320,50 +359,53 @@ class StreamedSplit:
             ),
         )
         # The next window is read while this one is used.
-        examples = stream.flat_map(window).prefetch(1).unbatch()
-        return examples.map(
-            lambda record, index, epoch: (
-                self.source.parse(record) | {"index": index, "epoch": epoch}
-            ),
-            num_parallel_calls=tf.data.AUTOTUNE,
-        )
+        return stream.flat_map(window).prefetch(1).unbatch()
 
-    def batch_indices(self, order: Order, step: int, broken: Set[int] = _NONE) -> np.ndarray:
-        own = order.batch_size // order.share.count
-        examples = self.training(order, step, broken).map(lambda example: example["index"])
-        return next(examples.batch(own).take(1).as_numpy_iterator())
+    def _example(self, index: Any, record: Any, broken: Set[int]) -> dict[str, Any]:
+        """Parses a record, in the tf.data graph: {"image", "label"}.
 
-    def _in_order(self) -> Any:
-        """Returns a tf.data.Dataset of (index, record) of all examples."""
+        Of a broken image it makes a white pixel with the label BROKEN. In training such an image has a
+        stand-in, unless all that are read with it are broken too.
+        """
         import tensorflow as tf
 
-        return (
-            tf.data.Dataset.from_tensor_slices(self._shards)
-            .flat_map(self.source.records)
-            .enumerate()
-        )
+        found = self.source.parse(record)
+        if not broken:
+            return found
+        is_broken = tf.reduce_any(tf.equal(tf.constant(sorted(broken), tf.int64), index))
+        return {
+            "image": tf.where(is_broken, _PIXEL, found["image"]),
+            "label": tf.where(is_broken, BROKEN, found["label"]),
+        }
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Returns the place of an example: which of `_shards`, and which example of that shard."""
+        ends = np.cumsum(self._lengths)
+        place = int(np.searchsorted(ends, index, side="right"))
+        return place, index - int(ends[place - 1] if place else 0)
+
+    def _from(self, index: int) -> Any:
+        """Returns a tf.data.Dataset of (index, record) of the examples from `index` on, in order. No
+        shard before is read.
+        """
+        import tensorflow as tf
+
+        place, passed = self._place(index)
+        shards = tf.data.Dataset.from_tensor_slices(self._shards[place:])
+        return shards.flat_map(self.source.records).enumerate(index - passed).skip(passed)
 
     def once(self, share: Share, start: int = 0, broken: Set[int] = _NONE) -> Any:
         import tensorflow as tf
 
-        bad = tf.constant(sorted(broken), tf.int64)
-
-        def example(index, record):
-            found = self.source.parse(record)
-            if not broken:
-                return found
-            is_broken = tf.reduce_any(tf.equal(bad, index))
-            return {
-                "image": tf.where(is_broken, _PIXEL, found["image"]),
-                "label": tf.where(is_broken, BROKEN, found["label"]),
-            }
-
-        mine = self._in_order().shard(share.count, share.index).skip(start)
-        return mine.map(example, num_parallel_calls=tf.data.AUTOTUNE)
+        # The first of the rest is this process's own.
+        mine = self._from(share.index + start * share.count).shard(share.count, 0)
+        return mine.map(
+            lambda index, record: self._example(index, record, broken),
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
 
     def all_labels(self) -> np.ndarray:
-        examples = self.once(Share()).map(lambda example: example["label"]).batch(_LABELS_AT_ONCE)
-        return np.concatenate(list(examples.as_numpy_iterator()))
+        return self.source.labels(self._shards)
 
     def subset(self, indices: np.ndarray) -> IndexedSplit:
         self.check_subset(len(indices))
@@ -376,7 +418,7 @@ class StreamedSplit:
 
     def check_subset(self, count: int) -> None:
         need = self.source.total_bytes / max(1, int(self.source.lengths.sum())) * count
-        room = _MEMORY_FOR_SUBSETS * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        room = _MEMORY_FOR_SUBSETS * memory()
         if need > room:
             raise UserError(
                 f"{count} images of {self.source.title} take {need / 1e9:.1f} GB of "
@@ -385,12 +427,13 @@ class StreamedSplit:
             )
 
     def divided(self, fraction: float, seed: int) -> tuple["StreamedSplit", "StreamedSplit"]:
-        # Whole shards: TFDS shuffles a data set before it divides it into files.
-        shards = self._shards
+        # Whole shards, so that neither part reads the other's. TFDS shuffles a data set before it
+        # divides it into files; row groups are many and small.
+        shards, name = self._shards, self.source.shard_name
         if len(shards) < 2:
             raise UserError(
-                f"{self.source.title} has one shard, so none can be held out for validation: "
-                "prepare it with more shards"
+                f"{self.source.title} has one {name}, so none can be held out for validation: "
+                f"prepare it with more {name}s"
             )
         part, rest = split_validation(shards, fraction, seed)
         return (
@@ -402,17 +445,16 @@ class StreamedSplit:
         return self.source.decode(image)
 
     def name_of(self, index: int) -> str:
-        shard = int(np.searchsorted(np.cumsum(self._lengths), index, side="right"))
-        before = int(self._lengths[:shard].sum())
-        first = int(self.source.lengths[: self._shards[shard]].sum())
-        return self.source.name_of(first + index - before)
+        place, inside = self._place(index)
+        first = int(self.source.lengths[: self._shards[place]].sum())
+        return self.source.name_of(first + inside)
 
     def problem(self, index: int) -> str | None:
         import tensorflow as tf
 
         from simclr_jax.data.decode import problem_of
 
-        _, record = next(self._in_order().skip(index).take(1).as_numpy_iterator())
+        _, record = next(self._from(index).take(1).as_numpy_iterator())
         image = tf.convert_to_tensor(self.source.parse(record)["image"])
         return problem_of(image.numpy(), self.source.decode)
 

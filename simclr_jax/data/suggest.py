@@ -11,13 +11,14 @@ class Choice(NamedTuple):
     reason: str
 
 
-def settings(count: int, short_side: int, accelerator: bool) -> list[Choice]:
-    """What to train on `count` images.
+def suggest_settings(count: int, short_side: int, accelerator: bool) -> list[Choice]:
+    """Chooses options for training on `count` images.
 
     Args:
       count: images.
-      short_side: of the median image, pixels.
-      accelerator: whether there is a GPU or TPU; else what two CPU cores do in a quarter of an hour.
+      short_side: shorter side of the median image, pixels.
+      accelerator: True: there is a GPU or TPU; False: two CPU cores, which are to finish in a quarter of
+        an hour.
     """
     sizes = (32, 64, 96, 128, 224) if accelerator else (32,)
     # A view shows a part of the image, so it may be a little larger than the image is.

@@ -20,6 +20,8 @@ _IN_MEMORY_BYTES = 2**30
 class RecordFiles(ShardedSource):
     """The record files of a TFDS split, each a shard."""
 
+    shard_name = "file"
+
     def __init__(self, builder: Any, split: str, classes: Classes):
         """Takes a prepared TFDS builder, the name of a split, and its classes."""
         info = builder.info.splits[split]

@@ -11,7 +11,7 @@ from simclr_jax.encoders import resnet, vit
 from simclr_jax.options import Option, one_of
 
 
-class Encoder(Protocol):
+class EncoderNetwork(Protocol):
     """A Flax module f with a representation of fixed width. BatchNorm statistics are optional.
 
     Its `__call__(images, train)` takes float [N, H, W, 3] in [0, 1] and returns h float32 [N, D].
@@ -27,18 +27,18 @@ class Encoder(Protocol):
     def check_image_size(self, size: int) -> None:
         """Raises a UserError if the encoder cannot take images of size x size px."""
 
-    def as_baseline(self) -> "Encoder":
-        """Returns the encoder whose random start stands for "untrained" in results.
+    def as_baseline(self) -> "EncoderNetwork":
+        """Returns the network whose random start stands for "untrained" in results.
 
-        It has the same parameters, started so that an untrained network is as good as it can be:
-        a weak baseline would make any training look good.
+        It has the same parameters, and an initialisation with which an untrained network is as good as
+        it can be: a weak baseline would make any training look good.
         """
 
     init: Callable[..., Any]
     apply: Callable[..., Any]
 
 
-# name: {option of the group "model", without the group: value} -> Encoder
+# name: {option of the group "model", without the group: value} -> EncoderNetwork
 ENCODERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "resnet": resnet.build,
     "vit": vit.build,
@@ -60,7 +60,7 @@ def to_float(images: Any) -> Any:
 
 
 def init_variables(network: nn.Module, key: jax.Array, *inputs: Any) -> dict:
-    """Returns {"params", "batch_stats"} of a network before training; no BatchNorm: {} for it."""
+    """Returns {"params", "batch_stats"} of a network before training; without BatchNorm the latter is {}."""
     variables = network.init(key, *inputs, train=False)
     return {name: variables.get(name, {}) for name in ("params", "batch_stats")}
 
@@ -69,15 +69,17 @@ def init_encoder(network: Any, image_size: int, key: jax.Array) -> dict:
     """Returns {"params", "batch_stats"} of an encoder before training.
 
     Args:
-      network: an `Encoder`.
+      network: an `EncoderNetwork`.
       image_size: height and width of an image, pixels.
-      key: the run's; the same key gives the same encoder as `training.state.init_state`.
+      key: the run's random key; `training.state.init_state` gives the same encoder for it.
     """
     images = jnp.zeros((1, image_size, image_size, 3))
     return init_variables(network, jax.random.fold_in(key, 0), images)
 
 
-def run(network: Any, variables: Mapping[str, Any], x: Any, train: bool) -> tuple[Any, Any]:
+def apply_network(
+    network: Any, variables: Mapping[str, Any], x: Any, train: bool
+) -> tuple[Any, Any]:
     """Applies an encoder or a head, with or without BatchNorm.
 
     Args:

@@ -13,15 +13,16 @@ _kernel_init = nn.initializers.normal(0.01)  # the published code's, for every d
 class ProjectionHead(nn.Module):
     """g: h [N, D] to the projection z [N, out_width], and every layer's output on the way.
 
-    Returns [h, layer 1, ..., z], float32, so that fine-tuning can start from layer k (SimCLR v2).
+    `__call__(h, train)` returns the list [h, layer 1, ..., z], float32, so that fine-tuning can start from
+    layer k (SimCLR v2).
     Every dense layer is followed by BatchNorm; all but the last of a nonlinear head have a ReLU.
     The last one's BatchNorm has no bias, as in the published code.
 
     Attributes:
-      kind: "none" (z is h), "linear" (one layer) or "nonlinear".
-      layers: of a nonlinear head: 2 in the paper, 3 in SimCLR v2.
+      kind: one of HEADS: "none" (z is h), "linear" (one layer) or "nonlinear".
+      layers: number of layers of a nonlinear head: 2 in the paper, 3 in SimCLR v2.
       out_width: width of z (128 in the paper).
-      dtype: of the matrix products.
+      dtype: data type of the matrix products.
       norm_momentum: share of the old running BatchNorm statistics that a step keeps.
       norm_group: rows that share BatchNorm statistics, see `norm.BatchNorm`.
     """

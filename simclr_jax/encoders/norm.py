@@ -17,7 +17,7 @@ from flax import linen as nn
 
 
 def batch_norm(train: bool, dtype, momentum: float, group: int = 0, epsilon: float = 1e-5):
-    """A factory of `BatchNorm` layers that share their settings.
+    """Returns a factory of `BatchNorm` layers that share their settings.
 
     Epsilon defaults to the published SimCLR code's.
     """
@@ -33,13 +33,13 @@ class BatchNorm(nn.Module):
 
     Attributes:
       train: use the batch's statistics and update the running ones; else use the running ones.
-      dtype: of the output.
+      dtype: data type of the output.
       momentum: share of the old running statistic kept at each step. With groups, the running
         mean and variance follow the means of the groups' means and variances.
       group: consecutive rows that share statistics; 0: all N. Must divide N.
       epsilon: added to the variance.
-      use_bias: whether there is one.
-      scale_init: of the scale.
+      use_bias: add a learned bias.
+      scale_init: initialiser of the scale.
     """
 
     train: bool
@@ -78,7 +78,7 @@ class BatchNorm(nn.Module):
 
 
 def moments(x):
-    """Mean and variance [G, C], float32, of x [G, n, ..., C] over all axes but the first and last.
+    """Computes mean and variance [G, C], float32, of x [G, n, ..., C] over all axes but the first and last.
 
     In float32 the variance is the mean squared distance from the mean: E[x^2] - E[x]^2 would keep
     no digit of it at a mean of 1000 standard deviations, and might be negative. bfloat16 cannot

@@ -43,11 +43,12 @@ def build(model: Mapping[str, Any]) -> "ViT":
 
 
 class Block(nn.Module):
-    """x [N, T, D] + attention, then + a two-layer network of width 4 D with GELU, each after LayerNorm.
+    """Maps x [N, T, D] to the same shape: adds self-attention, then a two-layer network of width 4 D with
+    GELU, each applied to a LayerNorm of x.
 
     Attributes:
-      heads: of the attention.
-      dtype: of the matrix products; LayerNorm is float32.
+      heads: number of attention heads.
+      dtype: data type of the matrix products; LayerNorm is float32.
     """
 
     heads: int
@@ -79,10 +80,10 @@ class ViT(nn.Module):
 
     Attributes:
       patch_size: pixels; H and W are multiples of it.
-      layers: transformer blocks.
+      layers: number of transformer blocks.
       width: D.
-      heads: of the attention.
-      dtype: of the matrix products; parameters and LayerNorm stay float32.
+      heads: number of attention heads.
+      dtype: data type of the matrix products; parameters and LayerNorm stay float32.
       remat: the backward pass computes each block again instead of keeping its activations.
     """
 

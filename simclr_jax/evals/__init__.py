@@ -1,4 +1,4 @@
-"""What the representations are worth. To add an evaluation of features, write its file and a row in
+"""Evaluations of representations. To add an evaluation of features, write its file and a row in
 `EVALUATIONS`.
 """
 

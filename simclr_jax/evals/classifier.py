@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from simclr_jax.encoders import run, to_float
+from simclr_jax.encoders import apply_network, to_float
 from simclr_jax.encoders.heads import LinearClassifier, ProjectionHead
 
 
 class Classified(NamedTuple):
-    """The classifier and what it stands on.
+    """A linear classifier with the encoder and the projection head below it.
 
     Attributes:
       encoder: f.
@@ -29,7 +29,7 @@ class Classified(NamedTuple):
 
     @property
     def trained(self) -> frozenset[str]:
-        """The parts of the parameters that are trained."""
+        """Names of the trained parts of the parameters: "encoder", "head", "classifier"."""
         return frozenset(
             ("encoder", "head", "classifier") if self.train_encoder else ("classifier",)
         )
@@ -37,7 +37,8 @@ class Classified(NamedTuple):
     def logits(self, params: dict, batch_stats: dict, images) -> tuple[jax.Array, dict]:
         """Computes logits [n, C] of images [n, H, W, 3] in training, and the new running statistics.
 
-        `params` and `batch_stats` are those of "encoder", "head" and, only params, "classifier".
+        `params` is {"encoder", "head", "classifier"}, `batch_stats` {"encoder", "head"}; images are float in
+        [0, 1].
         """
         return self._apply(params, batch_stats, images, self.train_encoder)
 
@@ -54,7 +55,7 @@ class Classified(NamedTuple):
     def _apply(self, params: dict, batch_stats: dict, images, train: bool):
         def through(network, name, x):
             own = {"params": params[name], "batch_stats": batch_stats[name]}
-            return run(network, own, x, train)
+            return apply_network(network, own, x, train)
 
         x, encoder_stats = through(self.encoder, "encoder", images)
         head_stats = batch_stats["head"]
@@ -71,7 +72,7 @@ class Classified(NamedTuple):
 
         Args:
           encoder, head: {"params", "batch_stats"} of f and g.
-          key: of the classifier's start.
+          key: random key of the classifier's weights.
         """
         width = self.encoder.width
         if self.layer > 0:

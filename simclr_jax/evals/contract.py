@@ -1,4 +1,4 @@
-"""What an evaluation of features is."""
+"""The contract of an evaluation of features."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -33,8 +33,9 @@ class Evaluation(NamedTuple):
     """One way to evaluate features.
 
     Attributes:
-      rows: (features, options, name of their kind) -> rows of the result, see `results.row`.
-      settings: (options, training images, classes) -> the settings that the rows hold for, JSON-able.
+      rows: (features, options, name of the features) -> rows of the result, see `results.row`.
+      settings: (options, number of training images, number of classes) -> the settings used, JSON-able,
+        saved beside the rows.
       title: (settings) -> the title of the table.
       table: rows -> the table.
       changes: configuration options that the evaluation sets for its features, {"a.b": value}.

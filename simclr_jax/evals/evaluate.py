@@ -7,31 +7,33 @@ import json
 import time
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from simclr_jax import assemble
+from simclr_jax import assemble, processes
 from simclr_jax import config as config_lib
 from simclr_jax.console import Progress, say
 from simclr_jax.data.broken import Images
 from simclr_jax.data.split import DataSet
-from simclr_jax.encoders import run, to_float
+from simclr_jax.encoders import apply_network, to_float
 from simclr_jax.errors import UserError
 from simclr_jax.evals import EVALUATIONS, results, subjects
 from simclr_jax.evals.contract import Evaluation, Features
 from simclr_jax.evals.features import Extractor, raw_pixels
 from simclr_jax.evals.subjects import ENCODER, RAW_PIXELS, UNTRAINED, Trained
-from simclr_jax.files import writing
+from simclr_jax.files import write_text
 from simclr_jax.mesh import make_mesh
 from simclr_jax.training.saved import saved_steps
 
 _LOOK_EVERY_SECONDS = 10.0  # of a run that is followed
+_NONE_YET, _NO_MORE = -1, -2  # in place of the step of a checkpoint
 
 
 class _Subject(NamedTuple):
-    """What is evaluated, on what."""
+    """An encoder and the data that it is evaluated on."""
 
     config: ConfigDict
     data: DataSet
@@ -41,38 +43,50 @@ class _Subject(NamedTuple):
 
 
 def evaluate_features(name: str, config: ConfigDict, workdir: str, follow: bool = False) -> dict:
-    """Runs one of `EVALUATIONS` and writes WORKDIR/NAME.json, or WORKDIR/NAME_DATA.json for other data
-    than those of training; shows a table.
+    """Runs one of `EVALUATIONS` and writes WORKDIR/NAME.json, or WORKDIR/NAME_DATA.json for data
+    that differ from the training data; shows a table.
 
     Args:
-      name: of the evaluation.
-      config: of the evaluation.
-      workdir: the run's.
+      name: the evaluation's name.
+      config: the evaluation's configuration.
+      workdir: the run's folder.
       follow: evaluate each new checkpoint of a run that another process trains, until the last.
 
     Returns:
       the result.
 
     Raises:
-      UserError: there are no labels or no checkpoint, or nothing to choose on.
+      UserError: there are no labels, no checkpoint, or no validation part to choose on.
+    """
+    config = config_for(name, config)
+    data, mesh = subjects.labelled(config), make_mesh()
+    if follow:
+        return _follow(name, config, workdir, data, mesh)
+    return _evaluate(name, config, workdir, data, mesh, subjects.trained(config, workdir, mesh))
+
+
+def config_for(name: str, config: ConfigDict) -> ConfigDict:
+    """Returns a copy of the configuration with the options that an evaluation sets for its features.
+
+    Raises:
+      UserError: the evaluation chooses something, and there is nothing to choose on.
     """
     evaluation = EVALUATIONS[name]
     if evaluation.chooses and config.eval.validation_fraction == 0:
         raise UserError("eval.validation_fraction=0: expected a part to choose regularisation on")
     config = config.copy_and_resolve_references()
     config_lib.set_options(config, dict(evaluation.changes))
-    data, mesh = subjects.labelled(config), make_mesh()
-    if follow:
-        return _follow(name, config, workdir, data, mesh)
-    return _evaluate(name, config, workdir, data, mesh)
+    return config
 
 
-def can_probe(config: ConfigDict) -> bool:
-    """Returns whether there are labels, a labelled test split, and a part to choose regularisation on."""
+def can_evaluate(config: ConfigDict, name: str) -> bool:
+    """Returns whether an evaluation has what it needs: labels, a labelled test split and, where it
+    chooses something, a validation part. Says which one is missing.
+    """
     if not subjects.is_labelled(assemble.data_set(config)):
         return False
-    if config.eval.validation_fraction == 0:
-        say("no probe    eval.validation_fraction=0 leaves nothing to choose its regularisation on")
+    if EVALUATIONS[name].chooses and config.eval.validation_fraction == 0:
+        say(f"no {name}    eval.validation_fraction=0 leaves nothing to choose its settings on")
         return False
     return True
 
@@ -83,9 +97,8 @@ def _evaluate(
     workdir: str,
     data: DataSet,
     mesh: Mesh,
-    step: int | None = None,
+    trained: Trained,
 ) -> dict:
-    trained = subjects.trained(config, workdir, mesh, step=step)
     path = results.path_of(config, trained.saved, data.train, workdir, name)
     evaluation = EVALUATIONS[name]
     features = _features_of_all(_Subject(config, data, trained, path, mesh))
@@ -132,7 +145,7 @@ def _features_of_all(subject: _Subject) -> dict[str, Features]:
     def forward(variables, images):
         x = to_float(images)
         raw = {RAW_PIXELS: raw_pixels(images, channels)} if config.eval.baselines else {}
-        return raw | {kind: run(network, v, x, False)[0] for kind, v in variables.items()}
+        return raw | {kind: apply_network(network, v, x, False)[0] for kind, v in variables.items()}
 
     extractor = Extractor(forward, batch_size=batch_size, size=config.data.image_size, mesh=mesh)
     views = assemble.views(config, mesh)
@@ -166,41 +179,66 @@ def pair(train: tuple, test: tuple, classes: int, mesh: Mesh) -> dict[str, Featu
 def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Mesh) -> dict:
     """Evaluates the checkpoints of a run as they appear, until that of its last step.
 
-    Each adds a line to WORKDIR/NAME_followed.jsonl: {"step", metric}.
+    Each adds a line to WORKDIR/NAME_followed.jsonl: {"step", metric}. After a restart, it goes on with
+    the first checkpoint after the last line.
+
+    Returns:
+      the result of the last step.
     """
     metric = EVALUATIONS[name].metric
-    lines = epath.Path(workdir) / f"{name}_followed.jsonl"
-    done = _steps_in(lines)
     say(f"following {workdir}: Ctrl-C ends it")
-    while True:
-        new = [step for step in saved_steps(workdir) if step not in done]
-        for step in new:
-            if step not in saved_steps(workdir):  # training keeps the newest ones only
-                continue
-            result = _evaluate(name, config, workdir, data, mesh, step)
-            done.add(step)
-            line = {"step": step, metric: score_of(result)}
-            with writing(lines), lines.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        last = _last_step(workdir)
-        if last in done:
-            say(f"followed to the last step, {last}: {lines}")
-            return _evaluate(name, config, workdir, data, mesh, last) if not new else result
-        time.sleep(0 if new else _LOOK_EVERY_SECONDS)
+    while (record := _record_of(workdir)) is None:
+        time.sleep(_LOOK_EVERY_SECONDS)
+    path = results.path_of(config, record, data.train, workdir, name)
+    file = path.with_name(f"{path.stem}_followed.jsonl")
+    lines = _lines_of(file) if path.exists() else []
+    done, result = lines[-1]["step"] if lines else -1, None
+    while (step := processes.as_first_process_says(_next_step(workdir, done))) != _NO_MORE:
+        if step == _NONE_YET:
+            time.sleep(_LOOK_EVERY_SECONDS)
+            continue
+        done = step
+        trained = _trained_at(step, config, workdir, mesh)
+        if trained is None:
+            continue
+        result = _evaluate(name, config, workdir, data, mesh, trained)
+        lines.append({"step": step, metric: score_of(result)})
+        if jax.process_index() == 0:
+            write_text(file, "".join(f"{json.dumps(line)}\n" for line in lines))
+    say(f"followed to the last step, {done}: {file}")
+    return json.loads(path.read_text()) if result is None else result
 
 
-def _steps_in(lines: epath.Path) -> set[int]:
-    if not lines.exists():
-        return set()
-    return {json.loads(line)["step"] for line in lines.read_text().splitlines() if line}
+def _next_step(workdir: str, done: int) -> int:
+    """Returns the step of the first checkpoint after step `done`, _NONE_YET or _NO_MORE."""
+    record = _record_of(workdir)  # read anew: the run may be extended
+    if record is not None and record["plan"]["steps"] == done:
+        return _NO_MORE
+    return next((step for step in saved_steps(workdir) if step > done), _NONE_YET)
 
 
-def _last_step(workdir: str) -> int | None:
-    """Returns the last step of the run, as WORKDIR/config.json says; None if it does not."""
+def _trained_at(step: int, config: ConfigDict, workdir: str, mesh: Mesh) -> Trained | None:
+    """Reads a checkpoint; returns None if training has deleted it for a newer one."""
     try:
-        return json.loads((epath.Path(workdir) / "config.json").read_text())["plan"]["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return subjects.trained(config, workdir, mesh, step=step)
+    except UserError:
+        # What is not the newest may be half deleted: a folder is left when its files are gone.
+        steps = saved_steps(workdir)
+        if not steps or steps[-1] == step or jax.process_count() > 1:
+            raise
         return None
+
+
+def _lines_of(file: epath.Path) -> list[dict]:
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _record_of(workdir: str) -> dict | None:
+    """Reads WORKDIR/config.json; returns None if no run has begun there."""
+    file = epath.Path(workdir) / "config.json"
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def score_of(result: dict) -> float:

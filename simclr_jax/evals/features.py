@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from simclr_jax.data.split import BROKEN
 from simclr_jax.mesh import replicated, to_global, traced_on
 
 # Pixels: larger images are averaged down to this before they serve as raw-pixel features.
@@ -24,9 +23,9 @@ class Extractor:
 
         Args:
           forward: (variables, images uint8 [n, H, W, 3]) to {kind: features [n, D]}, jit-able.
-          batch_size: of the global batch, a multiple of the number of devices.
+          batch_size: images of the global batch, a multiple of the number of devices.
           size: height and width of an image, pixels.
-          mesh: of all devices.
+          mesh: all devices.
         """
         self._batch_size, self._size, self._mesh = batch_size, size, mesh
         everywhere = replicated(mesh)
@@ -51,7 +50,7 @@ class Extractor:
           count: images of all batches, over all processes.
 
         Yields:
-          {kind: features float32 [n, D]}, labels int32 [n], `BROKEN` for a broken image.
+          {kind: features float32 [n, D]}, labels int32 [n], `split.BROKEN` for a broken image.
         """
         processes = jax.process_count()
         local, size = self._batch_size // processes, self._size
@@ -77,11 +76,11 @@ class Extractor:
     def extract(
         self, variables: Any, batches: Iterable[dict], count: int
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Returns all that `stream` yields, less the images that are broken."""
+        """Returns all that `stream` yields, less the images that are broken or have no label."""
         parts = list(self.stream(variables, batches, count))
         features, labels = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
-        whole = labels != BROKEN
-        return jax.tree.map(lambda rows: rows[whole], features), labels[whole]
+        labelled = labels >= 0
+        return jax.tree.map(lambda rows: rows[labelled], features), labels[labelled]
 
 
 def raw_pixels(images, channels: int):

@@ -3,8 +3,9 @@
 What is reported is the accuracy of the last step, and, where a validation part was held out of the
 training split, of the step that did best on it. The test split chooses nothing.
 
-Every training runs through `training.loop.fit` in a folder of its own below WORKDIR/MODE, so the same
-command goes on where it was stopped, and nothing that was finished is trained again.
+Every training runs through `training.loop.fit` in a folder of its own below WORKDIR/MODE (for other
+data than those of pretraining: WORKDIR/MODE_DATA), so the same command goes on where it was stopped,
+and nothing that was finished is trained again.
 """
 
 import hashlib
@@ -44,14 +45,14 @@ _VALIDATIONS = 10  # evenly spaced moments of a training among which the validat
 
 
 class Protocol(NamedTuple):
-    """What --mode=linear or --mode=finetune does.
+    """The settings of --mode=linear or --mode=finetune.
 
     Attributes:
       mode: "linear" or "finetune", also the group of its options.
       title: of the table.
       options: batch_size, learning_rate, weight_decay and momentum.
       train_encoder: train f and g too, or only the classifier.
-      layer: of the projection head that is classified; 0 is h.
+      layer: layer of the projection head whose output is classified; 0 is h.
       trainings: (fraction of each class's labels, epochs) of each.
     """
 
@@ -145,7 +146,7 @@ def _run(config: ConfigDict, workdir: str, protocol: Protocol) -> dict | None:
         "test_images": setup.test.split.count,
         "settings": protocol.options.to_dict() | {"seed": config.seed},
     }
-    path = results.path_of(config, setup.saved, setup.whole, workdir, protocol.mode)
+    path = setup.path
     try:
         for kind in setup.starts:
             for fraction, epochs in protocol.trainings:
@@ -189,6 +190,8 @@ class _Setup:
       test: the test split.
       starts: kind -> {"params", "batch_stats"} of f and of g before training.
       saved: what was saved beside the encoder.
+      path: WORKDIR/MODE.json, or WORKDIR/MODE_DATA.json for other data than those of training; the
+        trainings lie in the folder of the same name.
     """
 
     def __init__(self, config: ConfigDict, workdir: str, protocol: Protocol):
@@ -216,8 +219,10 @@ class _Setup:
         self.starts = {ENCODER: (trained.encoder, trained.head)}
         if config.eval.baselines:
             self.starts = {UNTRAINED: self._untrained()} | self.starts
-        self._root = epath.Path(workdir) / name
-        self._encoder = subjects.digest_of(trained.encoder)
+        self.path = results.path_of(config, self.saved, self.whole, workdir, name)
+        self._digest = subjects.digest_of({"encoder": trained.encoder, "head": trained.head})
+        judges = [images for images in (self.validation, self.test) if images]
+        self._judged_on = [images.split.fingerprint() for images in judges]
         self._views = assemble.classifier_views(config, self.mesh, options.batch_size)
         self._batch_size = subjects.batch_size_of(config, self.mesh)
         self._predict = Extractor(
@@ -304,7 +309,7 @@ class _Setup:
         """Trains with one setting, or reads its outcome where it was trained before."""
         per_epoch = images.split.count / self.protocol.options.batch_size
         steps = max(1, round(setting.epochs * per_epoch))
-        folder = self._root / setting.folder
+        folder = self.path.with_name(self.path.stem) / setting.folder
         finished = folder / "outcome.json"
         self._begin(folder, setting, images)
         if finished.exists():
@@ -328,11 +333,13 @@ class _Setup:
     def _begin(self, folder: epath.Path, setting: Setting, images: Images) -> None:
         """Makes the folder of a training; empties it if it holds one of something else."""
         config = self.config
+        options = {name: self.protocol.options[name] for name in ("batch_size", "momentum")}
         about = {
             "setting": setting._asdict(),
-            "encoder": self._encoder,
+            "start": self._digest,
             "images": images.split.fingerprint(),
-            "options": self.protocol.options.to_dict(),
+            "judged_on": self._judged_on,
+            "options": options | {"layer": self.protocol.layer},
             "data": {name: config.data[name] for name in ("image_size", "placement", "eval_crop")},
             "crops": repr(self._views.making.distortion),
             "model": config.model.to_dict(),
@@ -398,10 +405,10 @@ class Selection:
         """Remembers nothing yet.
 
         Args:
-          steps: of the training.
+          steps: number of training steps.
           accuracy: (state, images) -> accuracy in [0, 1].
-          validation: chooses; None: nothing is chosen.
-          test: evaluated at the best moment, for the result alone.
+          validation: images that choose the best step; None: none is chosen.
+          test: images evaluated at the best step, for the result alone.
         """
         self.memory: dict | None = None
         self._moments = {round((i + 1) * steps / _VALIDATIONS) for i in range(_VALIDATIONS)}

@@ -22,7 +22,7 @@ def rows(features: Features, options: Options, kind: str) -> list[dict]:
 
 
 def settings(options: Options, images: int, classes: int) -> dict:
-    """Returns the settings that the rows hold for: at most as many neighbours as training images."""
+    """Returns the settings used; k is at most the number of training images."""
     return {"k": min(options["knn_k"], images), "temperature": options["knn_temperature"]}
 
 
@@ -32,9 +32,9 @@ def knn_accuracy(features: Features, *, k: int, temperature: float) -> float:
     The k training images of largest cosine similarity s vote with weight exp(s / temperature).
 
     Args:
-      features: of the training images, which are the neighbours, and of the test images.
+      features: features of the training images, which are the neighbours, and of the test images.
       k: at most the number of training images.
-      temperature: of the votes.
+      temperature: divides s in the weight of a vote.
     """
     train, test, classes, mesh = features
     bank, bank_labels = normalize(jnp.asarray(train[0])), jnp.asarray(train[1])

@@ -20,13 +20,13 @@ _TOLERANCE, _TOLERANCE_OF_LAMBDAS = 1e-5, 1e-7
 _DIVIDE_FROM = 2**24
 
 
-def fit(x, y, l2, classes: int, max_iterations: int) -> dict:
-    """Minimises mean cross-entropy + l2 / 2 * |kernel|^2; the bias is free.
+def fit_logistic(x, y, l2, classes: int, max_iterations: int) -> dict:
+    """Minimises mean cross-entropy + l2 / 2 * |kernel|^2; the bias is not penalised.
 
     Args:
       x: features float32 [n, D].
       y: labels int [n]; rows of -1 do not count.
-      l2: scalar.
+      l2: weight of the penalty, a scalar of at least 0.
       classes: C.
       max_iterations: of L-BFGS; it stops earlier when the gradient's norm is below 1e-5.
 
@@ -39,7 +39,9 @@ def fit(x, y, l2, classes: int, max_iterations: int) -> dict:
 
 @functools.partial(jax.jit, static_argnames=("max_iterations",))
 def fit_from(start: dict, x, y, l2, max_iterations: int, tolerance=_TOLERANCE) -> dict:
-    """Fits like `fit`, from the weights `start` until the gradient's norm is below `tolerance`."""
+    """Fits like `fit_logistic`, from the weights `start`, {"kernel": [D, C], "bias": [C]}, until the
+    gradient's norm is below `tolerance`.
+    """
     counts = (y >= 0).astype(jnp.float32)
     n = jnp.sum(counts)
 
@@ -80,8 +82,8 @@ def accuracy(weights: dict, x, y):
 
 
 def scale(train: np.ndarray, *rest: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Centres all features by the mean of `train` and divides them by one number, so that the mean
-    square norm of `train` is 1: an l2 then means the same for features of any size.
+    """Returns (train, *rest), all features [n, D] less the mean of `train` and divided by one number, so
+    that the mean square norm of `train` is 1: an l2 then means the same for features of any size.
     """
     mean, factor = _mean_and_factor(train)
     return tuple((x - mean) * np.float32(factor) for x in (train, *rest))
@@ -93,8 +95,9 @@ def _mean_and_factor(x: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def divided(mesh: Mesh | None, x: np.ndarray, y: np.ndarray) -> tuple[Any, Any]:
-    """Lays features x [n, D] and labels y [n] out over the devices of `mesh`, filled up with rows that
-    do not count. Returns them as they are if there is no mesh, or too little to do for it.
+    """Lays features x [n, D] and labels y [n] out over the devices of `mesh`, padded with rows of
+    label -1, which fits ignore. Returns them as they are if there is no mesh, or the problem is too small
+    to be worth dividing.
     """
     if mesh is None or mesh.size == 1 or x.size < _DIVIDE_FROM:
         return x, y

@@ -8,10 +8,10 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble
 from simclr_jax.assemble import Pretraining
 from simclr_jax.console import say
-from simclr_jax.encoders import run, to_float
+from simclr_jax.encoders import apply_network, to_float
 from simclr_jax.errors import UserError
 from simclr_jax.evals import EVALUATIONS, subjects
-from simclr_jax.evals.evaluate import pair, result_of, score_of
+from simclr_jax.evals.evaluate import config_for, pair, result_of, score_of
 from simclr_jax.evals.features import Extractor
 from simclr_jax.evals.subjects import ENCODER
 from simclr_jax.training.loop import Hook
@@ -19,10 +19,10 @@ from simclr_jax.training.state import TrainState
 
 
 class Watch:
-    """Runs an evaluation of features every so many steps. It needs no memory.
+    """Runs an evaluation of features every so many steps. It keeps nothing between them.
 
     Attributes:
-      name: of the evaluation.
+      name: the evaluation's name.
       memory: None.
     """
 
@@ -30,20 +30,22 @@ class Watch:
         """Compiles nothing yet.
 
         Args:
-          config: of the run; config.eval.on_the_way names the evaluation.
+          config: the run's configuration; config.eval.on_the_way names the evaluation.
           every_steps: steps between evaluations, above 0.
-          made: the run.
+          made: the assembled run.
 
         Raises:
-          UserError: the data have no labels or no test split.
+          UserError: the data have no labels or no test split, or nothing to choose on.
         """
         self.name, self.memory = config.eval.on_the_way, None
-        self._every, self._config, self._views = every_steps, config, made.views
-        self._mesh, self._data = made.job.mesh, subjects.labelled(config)
+        config = config_for(self.name, config)
+        config.eval.labels_per_class, config.eval.label_fraction = (), 0.0  # all labels only
+        self._every, self._config, self._mesh = every_steps, config, made.job.mesh
+        self._data, self._views = subjects.labelled(config), assemble.views(config, self._mesh)
         network = made.encoder
 
         def forward(variables, images):
-            return {ENCODER: run(network, variables, to_float(images), False)[0]}
+            return {ENCODER: apply_network(network, variables, to_float(images), False)[0]}
 
         self._extractor = Extractor(
             forward,
@@ -65,9 +67,7 @@ class Watch:
         assert self._data.test is not None
         train, test = (self._features(variables, s) for s in (self._data.train, self._data.test))
         features = pair(train, test, len(self._data.train.classes or ()), self._mesh)
-        config = self._config.copy_and_resolve_references()
-        config.eval.labels_per_class, config.eval.label_fraction = (), 0.0
-        score = score_of(result_of(evaluation, config, features, step))
+        score = score_of(result_of(evaluation, self._config, features, step))
         say(f"step {step}  {evaluation.metric} {score:.1%}")
         return {evaluation.metric: score}
 

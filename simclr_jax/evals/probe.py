@@ -13,12 +13,12 @@ from simclr_jax.console import say
 from simclr_jax.data.order import few_labels, split_validation
 from simclr_jax.evals import results
 from simclr_jax.evals.contract import Evaluation, Features, Options
-from simclr_jax.evals.logistic import accuracy, divided, fit, scale, to_host
+from simclr_jax.evals.logistic import accuracy, divided, fit_logistic, scale, to_host
 
 
 def rows(features: Features, options: Options, kind: str) -> list[dict]:
-    """Probes with few labels of each class, each number of "labels_per_class" and what
-    "label_fraction" comes to, and with all labels.
+    """Probes with each number of "labels_per_class", with the number of labels a class that
+    "label_fraction" of the data gives, and with all labels.
     """
     x_train, x_test = scale(features.train[0], features.test[0])
     scaled = features._replace(train=(x_train, features.train[1]), test=(x_test, features.test[1]))
@@ -36,7 +36,7 @@ def rows(features: Features, options: Options, kind: str) -> list[dict]:
 
 
 def settings(options: Options, images: int, classes: int) -> dict:
-    """Returns the settings that the rows hold for."""
+    """Returns the settings used."""
     names = ("l2", "validation_fraction", "seed", "max_iterations")
     return {name: options[name] for name in names} | {"classes": classes}
 
@@ -57,14 +57,15 @@ def probe_all_labels(features: Features, options: Options) -> tuple[float, float
     best, _ = _choose_l2(chosen_from, (x[held], y[held]), options, features.classes)
     l2 = options["l2"][best]
     everything = divided(features.mesh, x, y)
-    weights = fit(*everything, l2, features.classes, options["max_iterations"])
+    weights = fit_logistic(*everything, l2, features.classes, options["max_iterations"])
     return float(accuracy(to_host(weights), *features.test)), l2
 
 
 def probe_few_labels(features: Features, options: Options, per_class: int) -> list[float]:
     """Fits with `per_class` labels of each class, for each of "seeds" draws of them.
 
-    The labels are drawn outside the validation part, which only chooses the l2, for each draw.
+    The labels are drawn outside the validation part, which is used only to choose the l2, separately
+    for each draw.
 
     Returns:
       test accuracies, one for each draw.
@@ -92,7 +93,7 @@ def _choose_l2(some: tuple, validation: tuple, options: Options, classes: int) -
 def _fit_each_l2(x, y, l2, classes: int, max_iterations: int) -> dict:
     # One after the other: most converge long before the weakest regularisation does, and the
     # logits of one fit at a time are held.
-    return jax.lax.map(lambda one: fit(x, y, one, classes, max_iterations), l2)
+    return jax.lax.map(lambda one: fit_logistic(x, y, one, classes, max_iterations), l2)
 
 
 EVALUATION = Evaluation(

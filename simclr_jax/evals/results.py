@@ -1,4 +1,4 @@
-"""What an evaluation leaves: WORKDIR/NAME.json, and a table at the terminal."""
+"""Results of evaluations: WORKDIR/NAME.json, and a table at the terminal."""
 
 import pathlib
 
@@ -14,7 +14,8 @@ from simclr_jax.files import write_json
 
 
 def row(kind: str, per_class: int | None, accuracies: list[float]) -> dict:
-    """Makes one line of a result: mean and spread over the draws of the labels.
+    """Makes one row of a result: {"features", "labels_per_class", "accuracy", "std", "seeds"}, mean and
+    standard deviation over the draws of the labels.
 
     Args:
       kind: name of the features.
@@ -31,7 +32,7 @@ def row(kind: str, per_class: int | None, accuracies: list[float]) -> dict:
 
 
 def cell(of: dict, which: str = "") -> str:
-    """Writes a row's accuracy as people read it; `which` may be "selected_"."""
+    """Writes a row's accuracy as people read it; `which`: prefix of its keys, "" or "selected_"."""
     spread = f" ± {of[f'{which}std']:.1%}" if of["seeds"] > 1 else ""
     return f"{of[f'{which}accuracy']:.1%}{spread}"
 
@@ -50,11 +51,11 @@ def path_of(config: ConfigDict, saved: dict, train: Split, workdir: str, mode: s
     """Returns WORKDIR/MODE.json, or WORKDIR/MODE_NAME.json for other data than those of training.
 
     Args:
-      config: of the evaluation.
-      saved: what was saved beside the encoder, which knows the data it was trained on.
+      config: the evaluation's configuration.
+      saved: the checkpoint's record, which holds the fingerprint of the training data.
       train: the training split of the evaluation.
-      workdir: the run's.
-      mode: the evaluation's.
+      workdir: the run's folder.
+      mode: the evaluation's name.
     """
     data, name = config.data, ""
     if train.fingerprint() != saved["data_fingerprint"]:

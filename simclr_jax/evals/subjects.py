@@ -1,4 +1,4 @@
-"""What is evaluated: the newest encoder of a workdir, and an untrained one to compare it with."""
+"""The encoders that are evaluated: the newest of a workdir, and an untrained one beside it."""
 
 import contextlib
 import hashlib
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble
 from simclr_jax.data.broken import Images
 from simclr_jax.data.split import DataSet
-from simclr_jax.encoders import init_encoder, run
+from simclr_jax.encoders import apply_network, init_encoder
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import replicated, traced_on
 from simclr_jax.pretrained import read_variables
@@ -25,7 +25,13 @@ KINDS = RAW_PIXELS, UNTRAINED, ENCODER = "raw pixels", "untrained encoder", "enc
 
 
 class Trained(NamedTuple):
-    """{"params", "batch_stats"} of f and, if asked for, of g; and what was saved beside them."""
+    """A trained encoder.
+
+    Attributes:
+      encoder: {"params", "batch_stats"} of f.
+      head: {"params", "batch_stats"} of g; None: it was not asked for.
+      saved: the checkpoint's record: {"step", "config", ...}.
+    """
 
     encoder: dict
     head: dict | None
@@ -38,14 +44,14 @@ def trained(
     """Reads an encoder onto every device.
 
     Args:
-      config: of the evaluation.
-      workdir: or a checkpoint folder.
+      config: the evaluation's configuration.
+      workdir: a run's folder, or a checkpoint folder.
       mesh: all devices.
       head: read the projection head too.
-      step: of the checkpoint; None: the newest.
+      step: the checkpoint's step; None: the newest.
 
     Raises:
-      UserError: there is none, or it is of another model than the configuration says.
+      UserError: there is no checkpoint, or its model differs from the configuration's.
     """
 
     def read(checkpoint: epath.Path) -> Trained:
@@ -82,7 +88,7 @@ def labelled(config: ConfigDict) -> DataSet:
 
 
 def digest_of(variables: dict) -> str:
-    """Returns a text that is equal for encoders of equal weights."""
+    """Returns a digest that is equal for encoders of equal weights."""
     digest = hashlib.blake2b(digest_size=16)
     for leaf in jax.tree.leaves(jax.device_get(variables)):
         digest.update(np.ascontiguousarray(leaf).data)
@@ -98,7 +104,7 @@ def untrained(config: ConfigDict, images: Images, mesh: Mesh) -> dict:
     """Makes {"params", "batch_stats"} of the encoder before training, as good as it can be.
 
     Where the encoder has BatchNorm, its running statistics are those of one batch of views of the
-    training images; see also `Encoder.as_baseline`.
+    training images; see also `EncoderNetwork.as_baseline`.
     """
     network = assemble.encoder(config, norm_momentum=0.0).as_baseline()
     config = config.copy_and_resolve_references()
@@ -110,7 +116,7 @@ def untrained(config: ConfigDict, images: Images, mesh: Mesh) -> dict:
     def calibrated(key, batch):
         variables = init_encoder(network, config.data.image_size, key)
         first = made.views(made.fetch(batch))[:, 0]
-        _, seen = run(network, variables, first, train=True)
+        _, seen = apply_network(network, variables, first, train=True)
         return {"params": variables["params"], "batch_stats": seen}
 
     compiled = jax.jit(traced_on(mesh, calibrated), out_shardings=replicated(mesh))

@@ -25,7 +25,7 @@ def rows(features: Features, options: Options, kind: str) -> list[dict]:
 
 
 def settings(options: Options, images: int, classes: int) -> dict:
-    """Returns the settings that the rows hold for."""
+    """Returns the settings used."""
     names = ("validation_fraction", "seed", "max_iterations")
     return {"lambdas": LAMBDAS} | {name: options[name] for name in names}
 

@@ -1,4 +1,4 @@
-"""What every loss is, and what all of them share: unit vectors, similarities and their metrics."""
+"""The contract of a loss, and what losses share: unit vectors, similarities and their metrics."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -72,7 +72,9 @@ def similarities(z, temperature: float):
 
 
 def positives(logits, is_partner):
-    """Picks each row's similarity with its partner, [2B]. A masked sum, not a gather: local to shards."""
+    """Returns each row's similarity with its partner / tau, [2B]. A masked sum, not a gather, is local to
+    every shard.
+    """
     return jnp.sum(jnp.where(is_partner, logits, 0.0), axis=1)
 
 
@@ -98,7 +100,10 @@ def contrastive_metrics(logits, positive) -> dict[str, jax.Array]:
 
 
 def ranks(nearer) -> dict[str, jax.Array]:
-    """Turns int [2B], candidates at least as near as the positive, into top-1 and top-5 accuracy."""
+    """Returns contrastive_top1 and contrastive_top5.
+
+    `nearer`: int [2B], number of candidates, without the positive, at least as similar as the positive.
+    """
     return {
         "contrastive_top1": jnp.mean(nearer < 1, dtype=jnp.float32),
         "contrastive_top5": jnp.mean(nearer < 5, dtype=jnp.float32),

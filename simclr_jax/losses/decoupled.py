@@ -37,7 +37,7 @@ def build(options: Mapping[str, Any], mesh: Mesh, batch_size: int) -> Loss:
 
 
 def dcl(z, temperature):
-    """Computes DCL over all pairs of the batch.
+    """Computes DCL over all pairs of the batch; in tiles: `nt_xent_tiles.softmax_in_tiles`.
 
     Args:
       z: projections [2B, D]; rows 2i and 2i + 1 are the two views of image i. Not normalised.

@@ -1,1 +1,1 @@
-"""What the program does besides training loops and evaluations: one file a mode."""
+"""The modes of the program that are neither a training loop nor an evaluation: one file a mode."""

@@ -1,4 +1,4 @@
-"""What one device of each kind can do at most."""
+"""Peak rates of devices, by kind."""
 
 import dataclasses
 

@@ -42,7 +42,7 @@ def compile_for(config: ConfigDict, workdir: str | None, topology: str) -> dict:
     Prints tables and, as the last line, JSON; with a workdir also writes WORKDIR/compile.json.
 
     Args:
-      config: of the run; `data.batch_size` is the global batch.
+      config: the run's configuration; `data.batch_size` is the global batch.
       workdir: where to write; None: nowhere.
       topology: "KIND:SHAPE", such as "v5e:16x16"; the shape counts chips.
 
@@ -122,7 +122,7 @@ def compile_step(config: ConfigDict, mesh: Mesh, topology: str) -> Any:
 
 
 def too_large(topology: str, message: str) -> UserError:
-    """Makes one line of the compiler's error about a program that does not fit."""
+    """Returns a UserError: the compiler's message about a program that does not fit, in one line."""
     numbers = re.search(
         r"Used ([\d.]+)([GM]) of ([\d.]+)([GM])|"
         r"\(([\d.]+)([GM])\) exceeds available HBM \(([\d.]+)([GM])\)",

@@ -19,12 +19,12 @@ from simclr_jax.data import folder, open_source
 from simclr_jax.data.broken import Images
 from simclr_jax.data.source import InMemory
 from simclr_jax.data.split import BROKEN, IndexedSplit, Split
-from simclr_jax.encoders import run, to_float
+from simclr_jax.encoders import apply_network, to_float
 from simclr_jax.errors import UserError
 from simclr_jax.evals import subjects
 from simclr_jax.evals.features import Extractor
 from simclr_jax.mesh import make_mesh
-from simclr_jax.modes.feature_file import SUFFIXES, Parts, alone
+from simclr_jax.modes.feature_file import OUTPUT_SUFFIXES, Parts, alone
 
 
 class Input(NamedTuple):
@@ -33,7 +33,7 @@ class Input(NamedTuple):
     Attributes:
       split: the images.
       root: the folder that their names are relative to, if they have one.
-      name: what opens the same again, from any folder.
+      name: text that `open_input` turns into the same images, from any current folder.
     """
 
     split: Split
@@ -87,18 +87,21 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
     Images that cannot be read have no row; they are named in OUTPUT.broken_images.jsonl.
 
     Args:
-      config: of the run; of its data options, how a folder is read and what is cropped.
-      workdir: or a checkpoint folder.
+      config: the run's configuration; of its data options, those for reading folders and for cropping.
+      workdir: a run's folder, or a checkpoint folder.
       input: see `open_input`.
       output: a file that ends in .parquet or .npz.
       with_z: whether z is written too.
 
     Raises:
-      UserError: no such input or output, or what lies half done is of something else.
+      UserError: there is no such input or no checkpoint, the output cannot be written, or an unfinished
+        output was made from another input or encoder.
     """
     path = pathlib.Path(output).expanduser()
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"--output={output}: expected a file that ends in {' or '.join(SUFFIXES)}")
+    if path.suffix not in OUTPUT_SUFFIXES:
+        raise UserError(
+            f"--output={output}: expected a file that ends in {' or '.join(OUTPUT_SUFFIXES)}"
+        )
     source = open_input(config, input)
     config = config.copy_and_resolve_references()
     if not (isinstance(source.split, IndexedSplit) and isinstance(source.split.source, InMemory)):
@@ -145,8 +148,10 @@ def _rows(
     network, head = assemble.encoder(config), assemble.head(config)
 
     def forward(variables, images):
-        h, _ = run(network, variables[0], to_float(images), train=False)
-        return {"h": h} | ({"z": run(head, variables[1], h, train=False)[0][-1]} if with_z else {})
+        h, _ = apply_network(network, variables[0], to_float(images), train=False)
+        return {"h": h} | (
+            {"z": apply_network(head, variables[1], h, train=False)[0][-1]} if with_z else {}
+        )
 
     size, count, batch_size = config.data.image_size, source.split.count, parts.batch_size
     extractor = Extractor(forward, batch_size=batch_size, size=size, mesh=mesh)

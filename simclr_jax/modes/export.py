@@ -15,7 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from simclr_jax.console import say
-from simclr_jax.encoders import run
+from simclr_jax.encoders import apply_network
 from simclr_jax.encoders.resnet import ResNet
 from simclr_jax.encoders.torchvision import pytorch_loading, torchvision_weights
 from simclr_jax.errors import UserError
@@ -31,8 +31,8 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
     """Writes the newest encoder of a workdir, or of a checkpoint folder, and says how to load it.
 
     Args:
-      config: of the run; its data.image_size is that of the images the export takes.
-      workdir: or a checkpoint folder.
+      config: the run's configuration; its data.image_size is that of the images the export takes.
+      workdir: a run's folder, or a checkpoint folder.
       format: one of FORMATS.
       output: the file, or for "savedmodel" the folder; None: WORKDIR/encoder.FORMAT.
 
@@ -133,7 +133,7 @@ def _write_savedmodel(encoder: Encoder, path: epath.Path) -> str:
 
 
 def _represent(network: Any, variables: dict, images):
-    return run(network, variables, images, train=False)[0]
+    return apply_network(network, variables, images, train=False)[0]
 
 
 FORMATS = {

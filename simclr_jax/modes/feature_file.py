@@ -5,7 +5,6 @@ cut off goes on, and are put together at the end.
 """
 
 import contextlib
-import fcntl
 import itertools
 import json
 import pathlib
@@ -16,15 +15,15 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
+from simclr_jax import processes
 from simclr_jax.errors import UserError
-from simclr_jax.files import replacing, write_text, writing
+from simclr_jax.files import locked, replacing, write_text, writing
 from simclr_jax.training.saved import saved_steps
 
 _PART = 4096  # rows, about: 34 MB of h at D = 2048
 _BLOCK = 4096  # rows read at a time
-SUFFIXES = ".parquet", ".npz"
+OUTPUT_SUFFIXES = ".parquet", ".npz"
 
 
 @contextlib.contextmanager
@@ -38,23 +37,11 @@ def alone(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     if jax.process_index() > 0:
         yield folder
         return
-    file = folder / "lock"
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = file.open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another program is writing into {folder}: wait for it, or give another --output"
-            ) from error
-        except OSError:  # a file system without locks
-            pass
+    with locked(folder, "wait for it, or give another --output"):
         try:
             yield folder
         finally:
-            if folder.is_dir() and list(folder.iterdir()) == [file]:
+            if folder.is_dir() and [path.name for path in folder.iterdir()] == ["lock"]:
                 shutil.rmtree(folder)
 
 
@@ -73,10 +60,17 @@ class Parts:
         self.batches = max(1, _PART // batch_size)
 
     def begun_with(self, workdir: str) -> int | None:
-        """Returns the step of the encoder that the rows so far are of, None if there are none."""
+        """Returns the step of the encoder that made the rows so far; None if there are none.
+
+        Args:
+          workdir: of the encoder, or a checkpoint folder.
+
+        Raises:
+          UserError: that encoder is gone.
+        """
         about = self.folder / "about.json"
         step = json.loads(about.read_text())["step"] if about.exists() else -1
-        step = _as_first_process_says(step)
+        step = processes.as_first_process_says(step)
         if step < 0:
             return None
         if step in saved_steps(workdir) or not saved_steps(workdir):
@@ -111,7 +105,7 @@ class Parts:
             write_text(file, json.dumps(about))
         self._about = about
         there = itertools.takewhile(lambda n: self._file(n).exists(), itertools.count())
-        self._count = _as_first_process_says(len(list(there)))
+        self._count = processes.as_first_process_says(len(list(there)))
         self.batches_done = self._count * self.batches
 
     def _file(self, number: int) -> pathlib.Path:
@@ -137,12 +131,6 @@ class Parts:
         (self.folder / "about.json").unlink()
         shutil.rmtree(self.folder)
         return count
-
-
-def _as_first_process_says(number: int) -> int:
-    if jax.process_count() == 1:
-        return number
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def _write_parquet(output: pathlib.Path, parts: list[pathlib.Path], about: dict) -> int:
@@ -205,7 +193,7 @@ class FeatureFile(NamedTuple):
     Attributes:
       about: what it was made of.
       images: text [N], names of the images.
-      path: of the file.
+      path: the file.
     """
 
     about: dict

@@ -66,14 +66,14 @@ def neighbours(
     cosine similarities.
 
     Args:
-      config: of the run.
-      workdir: of the run.
+      config: the run's configuration.
+      workdir: the run's folder.
       input: the file that --mode=embed wrote.
       output: the picture; None: WORKDIR/neighbours.png.
       query: images, as named in the file, separated by commas; "": eight, evenly spaced.
 
     Raises:
-      UserError: no such file or image, or the images that it names are gone or others.
+      UserError: no such file or image, or the images that it names are missing or have changed.
     """
     features = read_feature_file(input)
     count = len(features.images)

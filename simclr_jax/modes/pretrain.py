@@ -1,6 +1,7 @@
 """--mode=pretrain: trains the encoder, with its summary before and its evaluations on the way."""
 
 import collections
+import contextlib
 import pathlib
 
 import jax
@@ -12,7 +13,9 @@ from simclr_jax import config as config_lib
 from simclr_jax.assemble import Pretraining
 from simclr_jax.console import say
 from simclr_jax.data import index, suggest
+from simclr_jax.evals.evaluate import can_evaluate, evaluate_features
 from simclr_jax.evals.on_the_way import watch
+from simclr_jax.files import locked
 from simclr_jax.mesh import FSDP
 from simclr_jax.training.checkpoint import Saving
 from simclr_jax.training.log import Reporting
@@ -33,7 +36,7 @@ def pretrain(config: ConfigDict, workdir: str, extend: bool = False) -> bool:
     On SIGTERM or SIGINT it finishes the step, saves, and returns; on all processes at one step.
 
     Args:
-      config: of the run.
+      config: the run's configuration.
       workdir: its folder.
       extend: the run may have another length than it was begun with.
 
@@ -42,9 +45,39 @@ def pretrain(config: ConfigDict, workdir: str, extend: bool = False) -> bool:
 
     Raises:
       UserError: the batch does not divide, the data are not there, the workdir holds a run of
-        another configuration, too many images cannot be read, the loss or the gradient is not
+        another configuration, another program trains in it, too many images cannot be read, the loss or the gradient is not
         finite, or a checkpoint cannot be read or written.
     """
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            advice = "wait for it, stop it, or use another --workdir"
+            stack.enter_context(locked(workdir, advice))
+        return _pretrain(config, workdir, extend)
+
+
+def pretrain_and_evaluate(config: ConfigDict, workdir: str, extend: bool = False) -> bool:
+    """Pretrains, and then evaluates as eval.after_training says, where the data have labels.
+
+    The arguments, the result and the errors are those of `pretrain`.
+    """
+    if not pretrain(config, workdir, extend):
+        return False
+    evaluation = config.eval.after_training
+    if evaluation == "none":
+        return True
+    if can_evaluate(config, evaluation):
+        evaluate_features(evaluation, config, workdir)
+    else:
+        say(
+            "next        --mode=embed --input=FOLDER --output=features.parquet writes the features of"
+        )
+        say(
+            "            images, --mode=neighbours shows what is near what, --mode=export hands it on"
+        )
+    return True
+
+
+def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
     saved = check_workdir(config, workdir, extend)
     made = assemble.pretraining(config)
     train, plan = made.train, made.plan
@@ -107,7 +140,9 @@ def describe_folder(config: ConfigDict) -> None:
         say(f"{'' if i else 'folder':<12}{line}")
     values = config_lib.flatten(config)
     accelerator = jax.default_backend() != "cpu"
-    for i, choice in enumerate(suggest.settings(found.images, found.short_side, accelerator)):
+    for i, choice in enumerate(
+        suggest.suggest_settings(found.images, found.short_side, accelerator)
+    ):
         option, suggested, reason = choice
         given = values[option]
         why = reason if given == suggested else f"given; the images suggest {suggested}"

@@ -1,5 +1,6 @@
 """Writing checkpoints, and going on from the newest one that can be read."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Self
@@ -17,8 +18,8 @@ from simclr_jax.training.saved import (
     OPTIONS,
     TRAINER,
     checkpoint_folder,
-    reason_of,
     saved_steps,
+    short_reason,
 )
 from simclr_jax.training.state import TrainState
 
@@ -84,7 +85,7 @@ class Checkpoints:
         newest = f"the newest whole one is of step {whole[-1]}" if whole else "there is none yet"
         when = f"step {step}: " if step is not None else ""
         return UserError(
-            f"{when}a checkpoint could not be written to {self._workdir} ({reason_of(error)}); {newest}. "
+            f"{when}a checkpoint could not be written to {self._workdir} ({short_reason(error)}); {newest}. "
             "Mend this, then the same command goes on from there"
         )
 
@@ -93,7 +94,7 @@ class Checkpoints:
         return step % self._every_steps == 0
 
     def save(self, step: int, state: TrainState, options: dict) -> None:
-        """Saves a state, and returns once its arrays are copied; the writing goes on.
+        """Saves a state, and returns once it and the options are copied; the writing goes on.
 
         Raises:
           UserError: this checkpoint or the last one cannot be written.
@@ -103,7 +104,8 @@ class Checkpoints:
             **{
                 ENCODER: ocp.args.StandardSave(encoder),
                 TRAINER: ocp.args.StandardSave(trainer),
-                OPTIONS: ocp.args.JsonSave(options),
+                # A thread writes it while the caller goes on, and may change what it gave.
+                OPTIONS: ocp.args.JsonSave(copy.deepcopy(options)),
             }
         )
         self._guard(step, lambda: self._manager.save(step, args=arguments, force=True))
@@ -132,7 +134,7 @@ class Checkpoints:
             try:
                 state, options = self._restore(step, abstract)
             except Exception as error:  # whatever a damaged file may lead to
-                reason = reason_of(error)
+                reason = short_reason(error)
             # A step is taken by all processes or by none.
             if not np.all(multihost_utils.process_allgather(np.array(state is not None))):
                 reasons.append(f"step {step}: {reason}")

@@ -16,11 +16,11 @@ from jax import lax
 
 
 class Embedding(NamedTuple):
-    """What an objective makes of b images.
+    """The result of an objective for b images.
 
     Attributes:
-      z: [r b, D], the r rows of an image adjacent: what the loss over the whole batch is taken of.
-      loss: a scalar that is added to that loss, itself a mean over the b images.
+      z: [r b, D], the input of the loss over the whole batch; the r rows of an image are adjacent.
+      loss: a scalar, mean over the b images, that is added to the loss over the whole batch.
       metrics: {name: scalar}, each a mean over the b images.
       batch_stats: {network: its new running BatchNorm statistics}.
     """
@@ -42,9 +42,9 @@ class Gradient(NamedTuple):
     """The gradient by the parameters, and what the embeddings and the losses said on the way.
 
     Attributes:
-      grads: like the parameters.
-      loss: of the whole batch, without `Embedding.loss`.
-      metrics: of the loss and of the embeddings.
+      grads: a tree like the parameters.
+      loss: the loss over the whole batch, without `Embedding.loss`.
+      metrics: {name: scalar} from the loss and the embeddings together.
       batch_stats: the new running statistics.
     """
 
@@ -58,8 +58,8 @@ def whole_gradient(objective: Objective, loss: BatchLoss, params, batch_stats, b
     """Computes d (loss(z) + embedding loss) / d params by backpropagation through the whole batch.
 
     Args:
-      objective: see `Objective`.
-      loss: see `BatchLoss`.
+      objective: (params, batch_stats, batch) -> `Embedding`.
+      loss: (z [r B, D], labels [B]) -> (scalar, metrics).
       params: to differentiate by.
       batch_stats: running statistics before the step.
       batch: tree of arrays [B, ...], "label" among them.

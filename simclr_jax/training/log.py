@@ -89,7 +89,9 @@ class Log:
             self._read(*self._pending.popleft())
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes a line of its own, such as an evaluation's. What it took is not timed as training."""
+        """Writes a line of its own, such as an evaluation's. The time since the last step is left out of
+        images_per_second.
+        """
         if values and self._writer is not None:
             self._writer.write(step, values)
         self._since = None if self._since is None else time.monotonic()

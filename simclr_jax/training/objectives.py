@@ -1,4 +1,4 @@
-"""What one step minimises: an objective embeds a batch, a loss is taken over all its embeddings."""
+"""Objectives: one embeds a batch, and a step minimises a loss over all its embeddings."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from simclr_jax.encoders import run
+from simclr_jax.encoders import apply_network
 from simclr_jax.losses.classification import cross_entropy
 from simclr_jax.training.gradients import Embedding, Objective
 from simclr_jax.training.state import Networks
@@ -28,8 +28,12 @@ def contrastive(networks: Networks, views: Callable[[Any], jax.Array]) -> Object
         # stacking view 0 on view 1 would move half the images between devices.
         x = x.reshape(-1, *x.shape[2:])
         seen = {}
-        h, seen["encoder"] = run(networks.encoder, _of(params, batch_stats, "encoder"), x, True)
-        outputs, seen["head"] = run(networks.head, _of(params, batch_stats, "head"), h, True)
+        h, seen["encoder"] = apply_network(
+            networks.encoder, _of(params, batch_stats, "encoder"), x, True
+        )
+        outputs, seen["head"] = apply_network(
+            networks.head, _of(params, batch_stats, "head"), h, True
+        )
         if networks.classifier is None:
             return Embedding(outputs[-1], jnp.zeros(()), {}, seen)
         # A probe that trains along: no gradient of it reaches the encoder.
@@ -69,7 +73,7 @@ def supervised(
 
 
 def no_loss(z, labels) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Is the loss over all embeddings of an objective whose own loss is all there is: zero."""
+    """Returns a zero loss and no metrics: for objectives that already hold their whole loss."""
     del z, labels
     return jnp.zeros(()), {}
 

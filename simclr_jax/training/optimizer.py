@@ -58,6 +58,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Makes the optimizer called `name`, with weight decay on `adapted` parameters only.
 
+    `trust_coefficient` is LARS's factor of |parameter| / |gradient|.
+
     "lars": LARS (You et al. 2017), the learning rate inside the momentum as in the published code;
     "sgd": SGD with Nesterov momentum, the decay added to the gradient;
     "adamw": AdamW, decoupled decay; `momentum` and `trust_coefficient` do not apply.

@@ -68,11 +68,12 @@ def find(path: str, step: int | None) -> epath.Path:
     root = _absolute(path)
     if not root.is_dir():
         raise UserError(f"no folder {path!r}: expected a workdir or a checkpoint folder")
-    if (root / ENCODER).is_dir() and (root / OPTIONS).is_dir():  # a checkpoint itself
+    steps = saved_steps(root)
+    # A checkpoint itself. A workdir may have folders of these names too, beside its checkpoints.
+    if not steps and (root / ENCODER).is_dir() and (root / OPTIONS).is_dir():
         if step is not None and step != (found := read_options(root)["step"]):
             raise UserError(f"{path!r} is the checkpoint of step {found}, not of step {step}")
         return root
-    steps = saved_steps(root)
     if not steps:
         raise UserError(
             f"no checkpoint in {path!r}: expected a workdir in which training has saved one"
@@ -143,12 +144,12 @@ def _read(checkpoint: epath.Path, item: str, args: Any, handler: Any = None) -> 
             return checkpointer.restore(checkpoint, args=ocp.args.Composite(**{item: args}))[item]
     except Exception as error:  # whatever a damaged file may lead to
         raise UserError(
-            f"{checkpoint} cannot be read ({reason_of(error)}): use an older checkpoint, or run the "
+            f"{checkpoint} cannot be read ({short_reason(error)}): use an older checkpoint, or run the "
             "training command again, which sets it aside"
         ) from error
 
 
-def reason_of(error: Exception) -> str:
+def short_reason(error: Exception) -> str:
     """Shortens a storage library's error, which may have pages, to a few words."""
     text = " ".join(str(error).split())
     known = re.search(r"No space left on device|Disk quota exceeded|Read-only file system", text)

@@ -1,4 +1,4 @@
-"""What training carries from step to step, and how it starts."""
+"""The state that training carries from step to step, and how it starts."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from simclr_jax.encoders.heads import LinearClassifier, ProjectionHead
 class Networks(NamedTuple):
     """The parts of the model: f, g, and the online classifier, None where there are no labels."""
 
-    encoder: Any  # an encoders.Encoder
+    encoder: Any  # an encoders.EncoderNetwork
     head: ProjectionHead
     classifier: LinearClassifier | None
 

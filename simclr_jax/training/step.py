@@ -53,7 +53,7 @@ def make_step(
       objective: embeds a batch, or a microbatch.
       loss: of all embeddings of the batch; `losses.Loss.apply`, or `objectives.no_loss`.
       rule: how the gradient becomes an update.
-      fetch: makes of the global batch one whose every array is [B, ...], "label" among them.
+      fetch: turns the global batch into one whose every array is [B, ...], "label" among them.
       gather: makes a sharded tree like the parameters whole on every device.
 
     Returns:

@@ -25,7 +25,7 @@ _SAME_WISH_SECONDS = 2.0
 
 
 class Stop:
-    """Takes note of the first signal; a second one, seconds later, acts as if this were not here.
+    """Takes note of the first signal; a second one, seconds later, gets the handling it had before.
 
     A context manager. In another thread than the main one Python delivers no signals: there it only
     agrees with the other processes.

@@ -1,8 +1,12 @@
-"""What a workdir remembers of its run, and refuses to mix with another."""
+"""The record of a workdir, which keeps it from being mixed with another run."""
 
 import dataclasses
+import datetime
 import importlib.metadata
 import json
+import pathlib
+import subprocess
+import sys
 
 import jax
 from etils import epath
@@ -15,7 +19,7 @@ from simclr_jax.files import write_json
 from simclr_jax.training.plan import Plan
 from simclr_jax.training.saved import find, read_newest, read_options, saved_steps
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_PACKAGES = ("simclr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 # What --extend lets differ.
 _LENGTH = ("train.epochs", "train.steps")
@@ -47,7 +51,8 @@ def check_encoder(config: ConfigDict, checkpoint: epath.Path) -> dict:
     """Reads what was saved beside the arrays of a checkpoint: {"step", "config", ...}.
 
     Args:
-      config: of an evaluation. Its data, and everything but the model, may differ from training's.
+      config: configuration of an evaluation. Its data, and everything but the model, may differ from
+        training's.
       checkpoint: the folder.
 
     Raises:
@@ -68,13 +73,12 @@ def check_workdir(config: ConfigDict, workdir: str, extend: bool = False) -> dic
     """Checks that a run may go on in a workdir.
 
     Args:
-      config: of the run that is to go on.
+      config: configuration of the run that is to go on.
       workdir: its folder.
       extend: the run may get another length.
 
     Returns:
-      what the newest checkpoint was saved with; None where nothing was saved yet, so that nothing
-      can be lost.
+      the newest checkpoint's record; None if there is no checkpoint, so that nothing can be lost.
 
     Raises:
       UserError: the checkpoints are of another configuration; says what differs.
@@ -135,7 +139,7 @@ def write_record(
     """Writes WORKDIR/config.json and returns what it holds.
 
     Args:
-      config: of the run.
+      config: the run's configuration.
       plan: its length and learning rate.
       train: the training images.
       fingerprint: `train.fingerprint()`.
@@ -150,6 +154,9 @@ def write_record(
         "training_images": train.count,
         "data_fingerprint": fingerprint,
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "commit": _commit(),
+        "command": sys.argv,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "devices": [str(device) for device in jax.devices()],
         "processes": jax.process_count(),
     }
@@ -157,3 +164,19 @@ def write_record(
         advice = f"--workdir={workdir} must be a folder that can be written"
         write_json(epath.Path(workdir) / "config.json", record, advice)
     return record
+
+
+def _commit() -> str | None:
+    """Returns the commit of the checkout that this package runs from; None: it is no checkout."""
+    here = pathlib.Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

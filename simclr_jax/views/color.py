@@ -66,7 +66,7 @@ class ColorJitter(Operation):
 
     Attributes:
       color_strength: s; brightness, contrast and saturation vary by 0.8 s, hue by 0.2 s of a turn.
-      jitter_probability: of the jitter as a whole.
+      jitter_probability: how often any of it happens.
       brightness: "additive" (the paper's code) or "multiplicative" (the published code).
     """
 

@@ -42,9 +42,9 @@ class Crop:
 
         Args:
           xp: the module that computes.
-          height, width: of the image, float scalars, pixels.
-          u: "attempts" [2 n] in [0, 1), pairs of (area, aspect ratio): the first that fits into the
-            image is taken; if none does, the centred crop of the nearest allowed aspect ratio.
+          height, width: the image's size, float scalars, pixels.
+          u: "attempts" [2 * CROP_ATTEMPTS] in [0, 1), area and aspect ratio in turns: the first pair that
+            fits into the image is taken; if none does, the centred crop of the nearest allowed aspect ratio.
             "position" [2] in [0, 1) places it.
 
         Returns:

@@ -28,7 +28,7 @@ def crops_of(images, seed: int, epochs, indices, size: int, distortion: Distorti
 
     Args:
       images: uint8 [N, H, W, C].
-      seed: of the run.
+      seed: the run's seed.
       epochs, indices: int [b], which of the images are taken.
       size: height and width of a view, pixels.
       distortion: how strongly views differ.

@@ -1,4 +1,4 @@
-"""What a distortion is: a crop and a chain of operations, and the chance that decides them.
+"""A distortion: a crop and a chain of operations, and the random numbers that decide them.
 
 Formulas take the module that computes, `xp`, and use only names that `tf` and `jax.numpy` share. So the
 host and the device cannot disagree on what a view is; they differ in how they batch and branch. All
@@ -65,7 +65,7 @@ class Operation(abc.ABC):
           u: the numbers drawn, by the names of DRAWS, each [..., 1, 1, n].
 
         Returns:
-          as many arrays.
+          1 or 3 arrays float32 [..., S, S], as many as were given.
         """
 
 
@@ -118,7 +118,7 @@ class Distortion:
     Attributes:
       crop: the part of the image.
       operations: what happens to a view after that, in order.
-      views: of each image: two to learn from, one to train a classifier on.
+      views: how many views an image gets: two to learn from, one to train a classifier on.
     """
 
     crop: Crop

@@ -92,12 +92,13 @@ def of_each(images, seed, epochs, indices, make, size: int, distortion: Distorti
 
     Args:
       images: uint8 [n, H, W, C].
-      seed: of the run.
+      seed: the run's seed.
       epochs, indices: int64 [n].
       make, size, distortion: see `make_views`.
 
     Returns:
-      [n, views, size, size, ...], and the draws float32 [n, 2, distortion.draws].
+      [n, views, size, size, ...], and the numbers drawn, float32 [n, 2, distortion.draws]: always for two
+      views, of which `distortion.views` are made.
     """
 
     def of_one(entry):

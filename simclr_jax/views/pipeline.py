@@ -21,7 +21,7 @@ _PREFETCH_BATCHES = 2
 
 @dataclasses.dataclass(frozen=True)
 class HostWork:
-    """What the host makes of an image.
+    """The work that the host does on an image.
 
     Attributes:
       size: height and width of a view, pixels.
@@ -101,7 +101,7 @@ class EvaluationView:
 
     Attributes:
       size: height and width, pixels.
-      proportion: of the centred square's side that is kept, in (0, 1].
+      proportion: share of the centred square's side that is kept, in (0, 1].
     """
 
     size: int
@@ -116,10 +116,10 @@ def evaluation_batches(
     Args:
       images: the split. In the place of an image that cannot be read stands another one, labelled
         `split.BROKEN`; more are noted when they are met.
-      batch_size: images of a batch of this process.
+      batch_size: images of a batch of this process alone, unlike in `Views.evaluation_batches`.
       share: this process's part.
       view: what is made of each image.
-      start: batches that are passed over.
+      start: batches that are skipped.
 
     Yields:
       {"image": uint8 [n, size, size, 3], "label": int32 [n]}

@@ -26,7 +26,7 @@ from simclr_jax.views.distortion import Distortion
 
 @dataclasses.dataclass(frozen=True)
 class Making:
-    """What all ways of making views need to know.
+    """The settings that all ways of making views share.
 
     Attributes:
       order: the seed, the global batch's size and this process's part.
@@ -48,7 +48,7 @@ class Views(Protocol):
 
     @property
     def making(self) -> Making:
-        """What the views need to know."""
+        """The settings of the views."""
 
     def batches(self, images: Images, start_step: int) -> Generator[dict[str, np.ndarray]]:
         """Yields this process's part of the global batches from `start_step` on, without end.
@@ -59,7 +59,7 @@ class Views(Protocol):
     def placer(self, split: Split) -> Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]:
         """Returns put(batch of `batches`) -> the global batch, over the mesh.
 
-        What has to lie on the devices for all batches of the split is placed there now.
+        What all batches share, such as images that lie on the devices, is copied there now.
         """
 
     def fetch(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Views(Protocol):
         Args:
           images: the split.
           batch_size: images of a batch over all processes.
-          start: batches that are passed over.
+          start: batches that are skipped.
 
         Yields:
           {"image": uint8 [n, S, S, 3], "label": int32 [n]}; image i of it is image p + i P of the
