@@ -91,7 +91,7 @@ def locked(folder: epath.PathLike, advice: str) -> Iterator[None]:
         yield
         return
     path = pathlib.Path(folder) / "lock"
-    with writing(folder):
+    with writing(folder, "It must be a folder that can be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.open("w")
     with lock:

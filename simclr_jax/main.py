@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -216,7 +217,21 @@ def shell(command: Callable[[list[str]], None], arguments: list[str]) -> None:
 
 def run() -> None:
     """Runs `main` for the shell; the console script simclr_jax."""
+    _hide_tracebacks_of_threads()
     shell(main, sys.argv[1:])
+
+
+def _hide_tracebacks_of_threads() -> None:
+    """Hides the pages that Orbax's threads write where a disk is full: `shell` says it in one line."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    show = sys.unraisablehook
+
+    def show_others(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # of the save that was given up
+            show(unraisable)
+
+    sys.unraisablehook = show_others
 
 
 if __name__ == "__main__":

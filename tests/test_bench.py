@@ -5,7 +5,8 @@ import json
 import jax
 import pytest
 
-from simclr_jax import bench
+from simclr_jax.bench import __main__ as bench
+from simclr_jax.bench import loss
 from simclr_jax.errors import UserError
 
 
@@ -54,7 +55,7 @@ def test_input_and_a_whole_run_are_measured(measured):
 
 
 def test_losses_are_measured_by_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "_LOSS_PAIRS", (16, 32))
+    monkeypatch.setattr(loss, "_LOSS_PAIRS", (16, 32))
     bench.main(["loss", "--seconds=0.1", f"--output={tmp_path / 'loss.json'}"])
     rows = json.loads((tmp_path / "loss.json").read_text())["rows"]
     assert {(row["of"], row["pairs"]) for row in rows} == {

@@ -1,21 +1,32 @@
 """Images as they lie about on disks: read as Pillow reads them, or skipped, counted and named."""
 
+import contextlib
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import random_images
 from PIL import Image
+from test_sources import STREAMING
 
-from simclr_jax import train
-from simclr_jax.data import header
-from simclr_jax.data.broken import Broken
-from simclr_jax.data.distortion import Distortion
-from simclr_jax.data.pipeline import evaluation_batches, training_batches
-from simclr_jax.data.sources import BROKEN, Share, folder
+from simclr_jax import config
+from simclr_jax.data import decode
+from simclr_jax.data.broken import Broken, Images
+from simclr_jax.data.folder import open_split
+from simclr_jax.data.order import Order, Share
+from simclr_jax.data.split import BROKEN
 from simclr_jax.errors import UserError
+from simclr_jax.modes.pretrain import pretrain
+from simclr_jax.views import make_distortion
+from simclr_jax.views.pipeline import (
+    EvaluationView,
+    HostWork,
+    evaluation_batches,
+    training_batches,
+)
 
 
 def smooth(height=24, width=20):
@@ -103,17 +114,19 @@ def broken_images(where):
 
 def test_every_format_and_layout_is_read_as_pillow_reads_it(tmp_path):
     shown = good_images(tmp_path)
-    split = folder(str(tmp_path), labels=False)
+    split = open_split(str(tmp_path), labels=False)
     assert split.count == len(shown)
-    for path in split.images:
-        name = path.rpartition("/")[2]
-        found = split.decode(tf.constant(path)).numpy()
+    size_of = tf.function(decode._pixels_of_header)
+    for i in range(split.count):
+        name = split.name_of(i).rpartition("/")[2]
+        data = tf.constant(split.source[i].image)
+        found = split.decode(data).numpy()
         assert found.shape == shown[name].shape, name
         if not name.endswith(
             (".tif", ".tiff", ".ppm", ".jp2", ".j2k", ".avif")
         ):  # Pillow says theirs
             area = found.shape[0] * found.shape[1]
-            assert header.pixels(tf.io.read_file(path)) == area, name
+            assert size_of(data) == area, name
         # Two decoders may differ in how they enlarge the halved colour planes of a JPEG.
         difference = np.abs(found.astype(int) - shown[name]).max()
         lossy = name.endswith((".jpg", "r.webp", "SUFFIX.png"))
@@ -124,24 +137,37 @@ def test_every_format_and_layout_is_read_as_pillow_reads_it(tmp_path):
 @pytest.mark.parametrize("options", [{"lossless": True}, {"quality": 80}, {"exif": b"Exif"}])
 def test_the_three_kinds_of_webp_say_their_size(tmp_path, options):
     Image.fromarray(smooth(33, 21)).save(tmp_path / "x.webp", **options)
-    assert header.pixels(tf.io.read_file(str(tmp_path / "x.webp"))) == 33 * 21
+    assert decode._pixels_of_header(tf.io.read_file(str(tmp_path / "x.webp"))) == 33 * 21
 
 
 def test_a_header_that_is_cut_off_has_no_size():
     for data in (b"", b"\x89PNG", b"GIF", b"RIFF", b"BM"):
-        assert header.pixels(tf.constant(data)) == 0
+        assert decode._pixels_of_header(tf.constant(data)) == 0
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """(folder, names of the broken images): 30 good images, 15 more, and 5 broken ones."""
+    where = tmp_path_factory.mktemp("photos")
+    good_images(where)
+    for i in range(15):
+        Image.fromarray(random_images(15, 24, 20)[i]).save(where / f"x{i:02}.png")
+    return where, broken_images(where)
+
+
+@pytest.fixture(scope="module")
+def mixed(photos):
+    """(split, names of its broken images)."""
+    where, names = photos
+    return open_split(str(where), labels=False), names
 
 
 @pytest.fixture
-def mixed(tmp_path):
-    """(split, names of its broken images): 30 good images, 15 more, and 5 broken ones."""
-    where = tmp_path / "photos"
-    where.mkdir()
-    good_images(where)
-    for i in range(15):
-        Image.fromarray(random_images(1, 20, 20 + i)[0]).save(where / f"x{i:02}.png")
-    names = broken_images(where)
-    return folder(str(where), labels=False), names
+def own(photos, tmp_path):
+    """`mixed`, of files that the test may change."""
+    where, names = photos
+    shutil.copytree(where, tmp_path / "own")
+    return open_split(str(tmp_path / "own"), labels=False), names
 
 
 def indices_of(split, names):
@@ -149,57 +175,53 @@ def indices_of(split, names):
 
 
 def batches(split, broken, steps, start=0, share=Share()):
-    stream = training_batches(
-        split,
-        seed=1,
-        batch_size=8,
-        start_step=start,
-        share=share,
-        size=16,
-        distortion=Distortion(),
-        broken=broken,
-    )
-    taken = list(itertools.islice(stream, steps))
-    stream.close()
-    return taken
+    """A broken image that is met makes a new pipeline: with 48 images a step these are few."""
+    work = HostWork(16, make_distortion({}), whole=False)
+    stream = training_batches(Images(split, broken), Order(1, 48, share), start, work)
+    with contextlib.closing(stream):
+        return list(itertools.islice(stream, steps))
 
 
-def report(path):
+def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_broken_images_are_skipped_counted_and_named(mixed, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def two_epochs(mixed, tmp_path_factory):
+    """(3 batches of 48 of 50 images, what is known to be broken after them)."""
+    split, _ = mixed
+    broken = Broken(split, 0.2, tmp_path_factory.mktemp("w") / "broken.jsonl")
+    return batches(split, broken, 3), broken
+
+
+def test_broken_images_are_skipped_counted_and_named(mixed, two_epochs):
     split, names = mixed
-    broken = Broken(split, 0.2, tmp_path / "broken.jsonl")
-    whole = batches(split, broken, 16)  # two epochs of 50 images
+    whole, broken = two_epochs
     bad = set(indices_of(split, names))
     assert broken.indices == bad
-    named = {line["image"].rpartition("/")[2]: line["problem"] for line in report(broken.report)}
+    named = {line["image"].rpartition("/")[2]: line["problem"] for line in lines_of(broken.report)}
     assert named.keys() == names
     assert all(named.values())
-    assert len([s for s in capsys.readouterr().out.splitlines() if s.startswith("skipped")]) == 5
     seen = np.concatenate([batch["index"] for batch in whole])
     assert set(seen) == set(range(50)) - bad
 
 
-def test_what_comes_does_not_depend_on_when_a_broken_image_is_met(mixed, tmp_path):
-    """Bit for bit: met at different times, known from the report, entered late, on 2 processes."""
+def test_what_comes_does_not_depend_on_when_a_broken_image_is_met(mixed, two_epochs):
+    """Bit for bit, on 2 processes: one enters late and meets them then, one has them in its report."""
     split, _ = mixed
-    whole = batches(split, Broken(split, 0.2, tmp_path / "broken.jsonl"), 10)
-    known = batches(split, Broken(split, 0.2, tmp_path / "broken.jsonl"), 10)
-    late = batches(split, Broken(split, 0.2), 4, start=6)
-    halves = [batches(split, Broken(split, 0.2), 10, share=Share(p, 2)) for p in range(2)]
-    for i in range(10):
-        np.testing.assert_array_equal(known[i]["views"], whole[i]["views"])
-        both = np.concatenate([half[i]["views"] for half in halves])
-        np.testing.assert_array_equal(both, whole[i]["views"])
-        if i >= 6:
-            np.testing.assert_array_equal(late[i - 6]["views"], whole[i]["views"])
+    whole, broken = two_epochs
+    late = batches(split, Broken(split, 0.2), 2, start=1, share=Share(0, 2))
+    known = batches(split, Broken(split, 0.2, broken.report), 3, share=Share(1, 2))
+    for key in ("views", "draws", "index", "epoch"):
+        np.testing.assert_array_equal(known[0][key], whole[0][key][24:])
+        for i in (1, 2):
+            both = np.concatenate([late[i - 1][key], known[i][key]])
+            np.testing.assert_array_equal(both, whole[i][key])
 
 
-def test_a_mended_image_is_taken_again(mixed, tmp_path):
-    split, _ = mixed
-    batches(split, Broken(split, 0.2, tmp_path / "broken.jsonl"), 7)  # every image
+def test_a_mended_image_is_taken_again(own, tmp_path):
+    split, _ = own
+    Broken(split, 0.2, tmp_path / "broken.jsonl").find(range(50))
     (index,) = indices_of(split, {"text.jpg"})
     Image.fromarray(smooth()).save(split.name_of(index))
     again = Broken(split, 0.2, tmp_path / "broken.jsonl")
@@ -210,10 +232,8 @@ def test_a_mended_image_is_taken_again(mixed, tmp_path):
 @pytest.mark.parametrize("share", [Share(), Share(0, 2), Share(1, 2)])
 def test_evaluation_leaves_broken_images_out(mixed, share):
     split, names = mixed
-    broken = Broken(split, 0.2)
-    found = list(
-        evaluation_batches(split, batch_size=5, share=share, size=8, proportion=1.0, broken=broken)
-    )
+    images = Images(split, Broken(split, 0.2))
+    found = list(evaluation_batches(images, 50, share, EvaluationView(8, 1.0)))
     labels = np.concatenate([batch["label"] for batch in found])
     mine = np.arange(share.index, 50, share.count)
     np.testing.assert_array_equal(labels == BROKEN, np.isin(mine, indices_of(split, names)))
@@ -222,7 +242,7 @@ def test_evaluation_leaves_broken_images_out(mixed, share):
 def test_too_many_broken_images_stop_the_run_with_examples(mixed):
     split, _ = mixed
     with pytest.raises(UserError, match=r"of 50 images cannot be read, .*max_broken.*such as /"):
-        batches(split, Broken(split, 0.02), 12)
+        batches(split, Broken(split, 0.02), 3)
 
 
 def test_of_a_part_as_many_may_be_broken_as_of_the_whole(mixed):
@@ -236,23 +256,33 @@ def test_of_a_part_as_many_may_be_broken_as_of_the_whole(mixed):
     assert broken.indices == {4}
 
 
-def test_the_report_is_of_what_is_broken_now(mixed, tmp_path):
-    split, names = mixed
+def test_the_report_is_of_what_is_broken_now(own, tmp_path):
+    split, names = own
     file = tmp_path / "broken.jsonl"
     Broken(split, 0.2, file).find(range(50))
-    assert len(report(file)) == len(names)
+    assert len(lines_of(file)) == len(names)
     for index in indices_of(split, names):
         Image.fromarray(smooth()).save(split.name_of(index), format="png")
     Broken(split, 0.2, file)
     assert not file.exists()
 
 
-def test_a_run_on_such_a_folder(mixed, tiny, tmp_path, capsys):
-    tiny.data.source, tiny.data.path = "folder", str(tmp_path / "photos")
-    tiny.data.placement = "host"
-    tiny.data.max_broken = 0.2
-    train.pretrain(tiny, str(tmp_path / "w"))
+def test_five_broken_images_are_named_on_the_terminal_and_all_in_the_report(own, tmp_path, capsys):
+    split, names = own
+    (also,) = indices_of(split, {"x00.png"})
+    with open(split.name_of(also), "w") as file:
+        file.write("not an image either")
+    Broken(split, 0.2, tmp_path / "broken.jsonl").find(range(50))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped")]
+    assert len(said) == 6
+    assert "only the report names" in said[-1]
+    assert len(lines_of(tmp_path / "broken.jsonl")) == len(names) + 1
+
+
+def test_a_run_on_such_a_folder(photos, tiny, tmp_path, capsys):
+    where, names = photos
+    config.set_options(tiny, STREAMING | {"data.source": "folder", "data.path": str(where)})
+    pretrain(tiny, str(tmp_path / "w"))
     assert "skipped    5 images that cannot be read, see" in capsys.readouterr().out
-    assert {
-        line["image"].rpartition("/")[2] for line in report(tmp_path / "w/broken_images.jsonl")
-    } == mixed[1]
+    found = lines_of(tmp_path / "w/broken_images.jsonl")
+    assert {line["image"].rpartition("/")[2] for line in found} == names

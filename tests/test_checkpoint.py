@@ -1,6 +1,7 @@
 """Checkpoints: what is kept, what comes back, and on which devices."""
 
 import concurrent.futures
+import functools
 import itertools
 import pathlib
 import shutil
@@ -8,62 +9,118 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import simclr_jax
-from simclr_jax import config as config_lib
-from simclr_jax.checkpoint import (
-    Checkpoints,
+from simclr_jax import assemble
+from simclr_jax.errors import UserError
+from simclr_jax.mesh import make_mesh, state_shardings
+from simclr_jax.training.checkpoint import Checkpoints, Saving
+from simclr_jax.training.saved import (
     find,
-    read_encoder,
+    read_encoder_arrays,
     read_newest,
     read_options,
     saved_steps,
+    with_shardings,
 )
-from simclr_jax.errors import UserError
-from simclr_jax.mesh import make_mesh
-from simclr_jax.train import make_job
+from simclr_jax.training.state import start_of
 
 
-def job_on(config, devices):
-    return make_job(config, config_lib.plan(config, 48), 3, make_mesh(devices))
+def abstract_of(config):
+    """The shapes of the state of a pretraining."""
+    plan = assemble.plan_of(config, 48)
+    return assemble.pretraining_job(config, plan, 3, make_mesh()).abstract_state
 
 
-def save(workdir, config, steps, **options):
-    job = job_on(config, jax.devices()[:2])
-    state = job.init(jax.random.key(0))
-    settings = {"every_steps": 2, "keep_last": 3, "keep_every_steps": 0} | options
-    with Checkpoints(str(workdir), **settings) as checkpoints:
+def laid_out_on(abstract, mesh):
+    return with_shardings(abstract, state_shardings(mesh, abstract))
+
+
+def random_state(abstract):
+    """A state of these shapes and shardings."""
+    rng = np.random.default_rng(0)
+
+    def filled(x):
+        return jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding)
+
+    return jax.tree.map(filled, abstract)
+
+
+@functools.cache
+def small_state():
+    """The smallest state that is saved as a training's is."""
+    params = {"encoder": {"kernel": np.arange(6.0)}, "head": {"kernel": np.ones(3)}}
+    stats = {"encoder": {"mean": np.full(2, 0.5)}, "head": {}}
+    return jax.tree.map(jnp.asarray, start_of(params, stats, optax.sgd(0.1, 0.9)))
+
+
+def save(workdir, steps, state=None, config=None, **saving):
+    options = {"every_steps": 2, "keep_last": 3} | saving
+    with Checkpoints(str(workdir), Saving(**options)) as checkpoints:
         for step in steps:
-            checkpoints.save(step, state, {"config": config.to_dict(), "step": step})
-    return jax.device_get(state)
+            checkpoints.save(step, state or small_state(), {"config": config or {}, "step": step})
 
 
-def test_the_state_comes_back_on_any_number_of_devices(tmp_path, tiny, devices):
-    saved = save(tmp_path, tiny, [4])
-    job = job_on(tiny, devices)
-    with Checkpoints(str(tmp_path), **tiny.checkpoint.to_dict()) as checkpoints:
-        state, options = checkpoints.restore_newest(job.abstract_state)
+def test_the_state_comes_back_on_any_number_of_devices(tmp_path, tiny_resnet):
+    """Saved from 2 devices, with BatchNorm's statistics and the optimizer's state."""
+    abstract = abstract_of(tiny_resnet)
+    assert jax.tree.leaves(abstract.batch_stats)
+    state = random_state(laid_out_on(abstract, make_mesh(jax.devices()[:2])))
+    save(tmp_path, [4], state)
+    for count, fsdp in ((1, 1), (2, 1), (4, 1), (8, 1), (4, 2)):
+        mesh = make_mesh(jax.devices()[:count], fsdp)
+        expected = laid_out_on(abstract, mesh)
+        with Checkpoints(str(tmp_path), Saving(every_steps=4)) as checkpoints:
+            restored, options = checkpoints.restore_newest(expected)
         assert options["step"] == 4
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), saved)
-    for leaf in jax.tree.leaves(state):
-        assert set(leaf.sharding.device_set) == set(devices)
+        for leaf, saved, wanted in zip(
+            *map(jax.tree.leaves, (restored, state, expected)), strict=True
+        ):
+            np.testing.assert_array_equal(np.asarray(leaf), np.asarray(saved))
+            assert set(leaf.sharding.device_set) == set(mesh.devices.flat)
+            assert leaf.sharding == wanted.sharding
 
 
-def test_the_newest_and_the_multiples_are_kept(tmp_path, tiny):
-    save(tmp_path, tiny, range(2, 15, 2), keep_last=2, keep_every_steps=6)
+def test_where_nothing_was_saved_training_starts_at_step_0(tmp_path):
+    with Checkpoints(str(tmp_path), Saving(every_steps=1)) as checkpoints:
+        assert checkpoints.restore_newest(small_state()) == (None, {"step": 0, "window": []})
+
+
+def test_the_newest_and_the_multiples_are_kept(tmp_path):
+    save(tmp_path, range(2, 15, 2), keep_last=2, keep_every_steps=6)
     assert saved_steps(tmp_path) == [6, 12, 14]
 
 
+def test_what_the_caller_changes_after_a_save_is_not_in_it(tmp_path, monkeypatch):
+    """A thread writes the options while training goes on and adds to its window of metrics."""
+    original = ocp.JsonCheckpointHandler._save_fn
+    went_on = threading.Event()
+
+    async def late(handler, item, directory):
+        assert went_on.wait(20)
+        await original(handler, item, directory)
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", late)
+    options = {"step": 1, "window": [{"loss": 1.0}]}
+    with Checkpoints(str(tmp_path), Saving(every_steps=1)) as checkpoints:
+        checkpoints.save(1, small_state(), options)
+        options["window"].append({"loss": 2.0})
+        went_on.set()
+    assert read_options(find(str(tmp_path), 1)) == {"step": 1, "window": [{"loss": 1.0}]}
+
+
 def test_encoders_are_read_while_training_saves_and_deletes(tmp_path, tiny):
-    job = job_on(tiny, jax.devices()[:1])
-    state = job.init(jax.random.key(0))
+    one = make_mesh(jax.devices()[:1])
+    state = random_state(laid_out_on(abstract_of(tiny), one))
     stop = threading.Event()
 
     def train():
-        options = {"every_steps": 1, "keep_last": 1, "keep_every_steps": 0}
-        with Checkpoints(str(tmp_path), **options) as checkpoints:
+        with Checkpoints(str(tmp_path), Saving(every_steps=1, keep_last=1)) as checkpoints:
             for step in itertools.count(1):
                 checkpoints.save(step, state, {"config": tiny.to_dict(), "step": step})
                 checkpoints.wait(step)
@@ -89,17 +146,21 @@ def empty(folder):
             file.unlink()
 
 
-def test_what_is_half_deleted_is_read_no_more(tmp_path, tiny):
+def step_in(checkpoint):
+    return read_options(checkpoint)["step"]
+
+
+def test_what_is_half_deleted_is_read_no_more(tmp_path):
     """Training deletes the files of an old checkpoint first, and its folders last."""
-    save(tmp_path, tiny, [2])
+    save(tmp_path, [2])
     seen = []
 
     def read(checkpoint):
         seen.append(checkpoint.name)
         if len(seen) == 1:
-            save(tmp_path, tiny, [4])
+            save(tmp_path, [4])
             empty(checkpoint)
-        return read_options(checkpoint)["step"]
+        return step_in(checkpoint)
 
     assert read_newest(str(tmp_path), read) == 4
     assert seen == ["2", "4"]
@@ -108,31 +169,65 @@ def test_what_is_half_deleted_is_read_no_more(tmp_path, tiny):
         read_newest(str(tmp_path), read)
 
 
+def in_time(function, *arguments):
+    """Returns function(*arguments), or fails if that takes for ever."""
+    outcome = concurrent.futures.Future()  # type: ignore[var-annotated]
+
+    def run():
+        try:
+            outcome.set_result(function(*arguments))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome.result(timeout=20)
+
+
+def test_folders_named_like_those_of_a_checkpoint_do_not_make_readers_loop(tmp_path):
+    save(tmp_path, [2])
+    (tmp_path / "encoder").mkdir()  # such as an export
+    assert in_time(read_newest, str(tmp_path), step_in) == 2
+    (tmp_path / "config").mkdir()
+    assert in_time(read_newest, str(tmp_path), step_in) == 2
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match="cannot be read"):
+        in_time(read_newest, str(tmp_path), step_in)
+
+
+def test_a_damaged_copy_of_a_checkpoint_is_refused(tmp_path):
+    save(tmp_path, [2])
+    copied = shutil.copytree(tmp_path / "checkpoints/2", tmp_path / "elsewhere")
+    empty(copied)
+    with pytest.raises(UserError, match="elsewhere cannot be read"):
+        in_time(read_newest, str(copied), step_in)
+
+
 def test_saves_are_due_at_multiples(tmp_path):
-    with Checkpoints(str(tmp_path), every_steps=3, keep_last=1, keep_every_steps=0) as checkpoints:
+    with Checkpoints(str(tmp_path), Saving(every_steps=3)) as checkpoints:
         assert [s for s in range(1, 10) if checkpoints.due(s)] == [3, 6, 9]
 
 
-def test_the_encoder_is_read_without_the_rest(tmp_path, tiny):
-    saved = save(tmp_path, tiny, [2, 4])
+def test_the_encoder_is_read_without_the_rest(tmp_path):
+    save(tmp_path, [2, 4])
     folder = find(str(tmp_path), None)
     assert folder.name == "4"
     shutil.rmtree(folder / "trainer")  # the optimizer's state: not needed
-    expected = {"params": saved.params["encoder"], "batch_stats": saved.batch_stats["encoder"]}
+    state = small_state()
+    expected = {"params": state.params["encoder"], "batch_stats": state.batch_stats["encoder"]}
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)
-    jax.tree.map(np.testing.assert_array_equal, read_encoder(folder, abstract), expected)
-    assert read_options(folder)["step"] == 4
+    jax.tree.map(np.testing.assert_array_equal, read_encoder_arrays(folder, abstract), expected)
+    assert step_in(folder) == 4
 
 
-def test_a_workdir_may_be_called_checkpoints(tmp_path, tiny):
+def test_a_workdir_may_be_called_checkpoints(tmp_path):
     workdir = tmp_path / "checkpoints"
-    save(workdir, tiny, [2])
+    save(workdir, [2])
     assert saved_steps(workdir) == [2]
     assert find(str(workdir), None) == workdir / "checkpoints" / "2"
 
 
-def test_checkpoints_are_found_from_any_of_their_folders(tmp_path, tiny):
-    save(tmp_path, tiny, [2, 4])
+def test_checkpoints_are_found_from_any_of_their_folders(tmp_path):
+    save(tmp_path, [2, 4])
     copied = tmp_path / "elsewhere"
     shutil.copytree(tmp_path / "checkpoints" / "2", copied)
     assert find(str(tmp_path), 2) == tmp_path / "checkpoints" / "2"

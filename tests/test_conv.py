@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simclr_jax.conv import conv2d, filter_gradient
+from simclr_jax.encoders.conv import conv2d, filter_gradient
+from simclr_jax.mesh import batch_sharded, make_mesh, replicated, traced_on
 
 # images, size, channels in, out, filter size, stride. The first are convolved in blocks, the last
 # three are smaller than the filter.
@@ -45,29 +46,32 @@ def native(x, kernel, strides, padding):
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
 
 
-@pytest.mark.parametrize("parts", [1, 8])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward_equals_loops(shape, parts):
+def test_forward_equals_loops_and_gradients_equal_xlas(shape):
+    """By one device, and as 8 devices would walk through the blocks."""
     x, kernel, strides, padding = arguments(*shape)
     expected = reference(x, kernel, strides, padding)
-    found = conv2d(x, kernel, strides, padding, parts)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
+    def value_and_gradients(convolve):
+        def value(x, kernel):
+            y = convolve(x, kernel, strides, padding)
+            return jnp.sum(jnp.sin(y)), y
 
-@pytest.mark.parametrize("parts", [1, 8])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_gradients_equal_xlas(shape, parts):
-    x, kernel, strides, padding = arguments(*shape)
+        (_, y), gradients = jax.value_and_grad(value, (0, 1), has_aux=True)(x, kernel)
+        return y, gradients
 
-    def gradients(convolve, *parts):
-        return jax.grad(
-            lambda x, k: jnp.sum(jnp.sin(convolve(x, k, strides, padding, *parts))), (0, 1)
-        )(x, kernel)
+    @jax.jit
+    def all_ways():
+        on_eight = traced_on(make_mesh(), lambda: value_and_gradients(conv2d))
+        return value_and_gradients(conv2d), on_eight(), value_and_gradients(native)
 
-    for ours, theirs in zip(gradients(conv2d, parts), gradients(native), strict=True):
-        # Sums of up to 2,000 products of either sign: rounding follows the largest.
-        atol = max(1e-4, 1e-5 * np.abs(theirs).max())
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=atol)
+    *ours, (_, theirs) = all_ways()
+    for found, gradients in ours:
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+        for own, other in zip(gradients, theirs, strict=True):
+            # Sums of up to 2,000 products of either sign: rounding follows the largest.
+            atol = max(1e-4, 1e-5 * np.abs(other).max())
+            np.testing.assert_allclose(own, other, rtol=1e-4, atol=atol)
 
 
 def test_filter_gradients_in_bfloat16_add_up_in_float32():
@@ -82,24 +86,49 @@ def test_filter_gradients_in_bfloat16_add_up_in_float32():
     np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=2**-8, atol=0.05)
 
 
+MOVES = ("all-gather", "all-to-all", "collective-permute")
+
+
+def forward_and_backward(x, dy):
+    _, kernel, strides, padding = arguments(32, 16, 4, 6, 3, 1)
+    y, back = jax.vjp(lambda x, k: conv2d(x, k, strides, padding), x, kernel)
+    return y, *back(dy)
+
+
+def compiled_over_eight(function):
+    mesh = make_mesh()
+    lies = batch_sharded(mesh)
+    run = jax.jit(function, in_shardings=lies, out_shardings=(lies, lies, replicated(mesh)))
+    x, *_ = arguments(32, 16, 4, 6, 3, 1)
+    dy = np.ones((32, 16, 16, 6), np.float32)
+    return run.lower(x, dy).compile().as_text(), run(x, dy), (x, dy)
+
+
 def test_a_sharded_batch_is_convolved_where_it_lies():
     """Over 8 devices the only communication is one sum of the filter's gradient."""
-    from simclr_jax.mesh import batch_sharded, make_mesh, replicated
-
-    mesh = make_mesh()
-    x, kernel, strides, padding = arguments(32, 16, 4, 6, 3, 1)
-    dy = np.ones((32, 16, 16, 6), np.float32)
-
-    def forward_and_backward(x, dy):
-        y, back = jax.vjp(lambda x, k: conv2d(x, k, strides, padding, mesh.size), x, kernel)
-        return y, *back(dy)
-
-    lies, everywhere = batch_sharded(mesh), replicated(mesh)
-    run = jax.jit(forward_and_backward, in_shardings=lies, out_shardings=(lies, lies, everywhere))
-    program = run.lower(x, dy).compile().as_text()
-    assert "all-gather" not in program
-    assert "all-to-all" not in program
+    program, found, (x, dy) = compiled_over_eight(traced_on(make_mesh(), forward_and_backward))
+    assert not any(name in program for name in MOVES)
     assert program.count(" all-reduce(") + program.count(" all-reduce-start(") == 1
+    _, kernel, strides, padding = arguments(32, 16, 4, 6, 3, 1)
     y, back = jax.vjp(lambda x, k: native(x, k, strides, padding), x, kernel)
-    for found, expected in zip(run(x, dy), (y, *back(dy)), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    for own, expected in zip(found, (y, *back(dy)), strict=True):
+        np.testing.assert_allclose(own, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_not_told_of_the_devices_it_moves_images():
+    """What `traced_on` is for."""
+    program, _, _ = compiled_over_eight(forward_and_backward)
+    assert any(name in program for name in MOVES)
+
+
+def test_inside_a_trace_the_mesh_can_be_asked_for():
+    seen = []
+
+    def ask(x):
+        seen.append(jax.sharding.get_abstract_mesh().size)
+        return x
+
+    jax.eval_shape(traced_on(make_mesh(), ask), jnp.zeros(8))
+    jax.eval_shape(traced_on(make_mesh(jax.devices()[:2]), ask), jnp.zeros(8))
+    jax.eval_shape(ask, jnp.zeros(8))
+    assert seen == [8, 2, 0]

@@ -6,13 +6,18 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from conftest import _tiny as tiny_in
 from conftest import encoder_checkpoint, random_images
 from PIL import Image
 
 import simclr_jax
-from simclr_jax import checkpoint, embed, feature_file, neighbours
-from simclr_jax.checkpoint import find, read_newest
 from simclr_jax.errors import UserError
+from simclr_jax.evals import subjects
+from simclr_jax.main import main
+from simclr_jax.mesh import make_mesh
+from simclr_jax.modes import feature_file, neighbours
+from simclr_jax.modes.embed import embed, open_input
+from simclr_jax.training.saved import checkpoint_folder, find, read_newest, read_options
 
 COUNT = 40
 
@@ -20,6 +25,10 @@ COUNT = 40
 @pytest.fixture
 def run(tiny, tmp_path, monkeypatch):
     """A configuration, a workdir with an encoder, and a folder of 40 images, two of them broken."""
+    return begin(tiny, tmp_path, monkeypatch)
+
+
+def begin(config, tmp_path, monkeypatch):
     monkeypatch.setattr(feature_file, "_PART", 16)
     root = tmp_path / "photos"
     for i, image in enumerate(random_images(COUNT, 12, 12)):
@@ -27,10 +36,20 @@ def run(tiny, tmp_path, monkeypatch):
         Image.fromarray(image).save(root / f"class{i % 2}" / f"{i:02}.png")
     for i in (4, 21):
         (root / f"class{i % 2}" / f"{i:02}.png").write_bytes(b"\x89PNG, or so it seems")
-    tiny.data.max_broken = 0.1
-    tiny.data.folder_labels = True
-    tiny.train.online_classifier = False
-    return tiny, str(encoder_checkpoint(tiny, tmp_path / "w")), root
+    config.data.max_broken = 0.1
+    config.data.folder_labels = True
+    return config, str(encoder_checkpoint(config, tmp_path / "w")), root
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """A run, and the folder where its images are embedded with z, as f.npz and f.parquet."""
+    folder = tmp_path_factory.mktemp("embedded")
+    with pytest.MonkeyPatch.context() as patch:
+        config, workdir, root = begin(tiny_in(folder), folder, patch)
+        for suffix in feature_file.OUTPUT_SUFFIXES:
+            embed(config, workdir, str(root), str(folder / f"f{suffix}"), with_z=True)
+    return (config, workdir, root), folder
 
 
 def expected_rows(root):
@@ -51,33 +70,27 @@ def read(path):
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".npz"])
-def test_a_row_for_every_whole_image(run, tmp_path, suffix):
-    config, workdir, root = run
-    output = tmp_path / f"features{suffix}"
-    embed.embed(config, workdir, str(root), str(output), with_z=True)
+def test_a_row_for_every_whole_image(embedded, suffix):
+    (config, workdir, root), folder = embedded
     names, labels, pixels = expected_rows(root)
-    rows = read(output)
+    rows = read(folder / f"f{suffix}")
     assert rows["image"].tolist() == names
     assert rows["label"].tolist() == labels
-    # On eight devices here, on one there, and both divide the sums of a convolution differently.
+    # On eight devices here, on one there, and both divide sums differently.
     h = simclr_jax.load_encoder(workdir)(pixels)
     np.testing.assert_allclose(rows["h"], h, rtol=1e-4, atol=1e-5)
     assert rows["z"].shape == (len(names), config.model.head_width)
     assert rows["z"].std(axis=0).min() > 0
-    assert not list(tmp_path.glob("*.parts"))
-    broken = (tmp_path / f"features{suffix}.broken_images.jsonl").read_text().splitlines()
+    assert not list(folder.glob("*.parts"))
+    broken = (folder / f"f{suffix}.broken_images.jsonl").read_text().splitlines()
     assert [json.loads(line)["image"].rpartition("/")[2] for line in broken] == ["04.png", "21.png"]
 
 
-def test_z_is_the_heads_projection_of_h(run, tmp_path):
-    from simclr_jax import assemble
-    from simclr_jax.evals import encoders
-    from simclr_jax.mesh import make_mesh
-
-    config, workdir, root = run
-    embed.embed(config, workdir, str(root), str(tmp_path / "f.npz"), with_z=True)
-    rows = read(tmp_path / "f.npz")
-    head = encoders.trained(config, workdir, make_mesh(), head=True).head
+def test_z_is_the_heads_projection_of_h(embedded):
+    (config, workdir, _), folder = embedded
+    rows = read(folder / "f.npz")
+    head = subjects.trained(config, workdir, make_mesh(), head=True).head
+    assert head is not None
     # The paper's head: dense, BatchNorm with running statistics, ReLU, dense, BatchNorm.
     x = rows["h"].astype(np.float64)
     for layer in (1, 2):
@@ -88,7 +101,7 @@ def test_z_is_the_heads_projection_of_h(run, tmp_path):
         x = x * norm["scale"] + norm.get("bias", 0.0)
         x = np.maximum(x, 0) if layer == 1 else x
     np.testing.assert_allclose(rows["z"], x, rtol=1e-4, atol=1e-5)
-    assert assemble.head(config).layers == 2
+    assert config.model.head_layers == 2
 
 
 def cut_off(monkeypatch, method, parts):
@@ -104,61 +117,68 @@ def cut_off(monkeypatch, method, parts):
     return lambda: monkeypatch.setattr(feature_file.Parts, method, original)
 
 
+def assert_same_rows(output, whole):
+    rows, expected = read(output), read(whole)
+    for name in ("image", "label", "h"):
+        np.testing.assert_array_equal(rows[name], expected[name])
+
+
 @pytest.mark.parametrize(("method", "parts", "images"), [("add", 2, 32), ("join", 3, 40)])
-def test_what_was_cut_off_goes_on(run, tmp_path, monkeypatch, capsys, method, parts, images):
-    config, workdir, root = run
-    embed.embed(config, workdir, str(root), str(tmp_path / "whole.npz"))
+def test_what_was_cut_off_goes_on(
+    embedded, tmp_path, monkeypatch, capsys, method, parts, images
+):
+    (config, workdir, root), whole = embedded
+    monkeypatch.setattr(feature_file, "_PART", 16)
     restore = cut_off(monkeypatch, method, parts)
     output = tmp_path / "f.npz"
     with pytest.raises(KeyboardInterrupt):
-        embed.embed(config, workdir, str(root), str(output))
+        embed(config, workdir, str(root), str(output))
     restore()
     assert not output.exists()
     with pytest.raises(UserError, match="begun with another z: remove that folder"):
-        embed.embed(config, workdir, str(root), str(output), with_z=True)
+        embed(config, workdir, str(root), str(output), with_z=True)
     capsys.readouterr()
-    embed.embed(config, workdir, str(root), str(output))
+    embed(config, workdir, str(root), str(output))
     assert f"goes on after {images} of 40 images" in capsys.readouterr().out
-    for name, column in read(tmp_path / "whole.npz").items():
-        np.testing.assert_array_equal(read(output)[name], column)
+    assert_same_rows(output, whole / "f.npz")
 
 
-def test_parts_of_a_join_that_was_cut_off_are_not_used_again(run, tmp_path, monkeypatch):
-    config, workdir, root = run
+def test_parts_of_a_join_that_was_cut_off_are_not_used_again(embedded, tmp_path, monkeypatch):
+    (config, workdir, root), whole = embedded
+    monkeypatch.setattr(feature_file, "_PART", 16)
     output = tmp_path / "f.npz"
-    embed.embed(config, workdir, str(root), str(output))
-    whole = read(output)
+    output.write_bytes(b"of an earlier command")
     restore = cut_off(monkeypatch, "join", 3)
     with pytest.raises(KeyboardInterrupt):
-        embed.embed(config, workdir, str(root), str(output))
+        embed(config, workdir, str(root), str(output))
     restore()
+    assert output.read_bytes() == b"of an earlier command"
     # What a kill amid the removal leaves, and a part lost besides.
     (tmp_path / "f.npz.parts" / "about.json").unlink()
     (tmp_path / "f.npz.parts" / "00000001.npz").unlink()
-    embed.embed(config, workdir, str(root), str(output))
-    for name, column in whole.items():
-        np.testing.assert_array_equal(read(output)[name], column)
+    embed(config, workdir, str(root), str(output))
+    assert_same_rows(output, whole / "f.npz")
 
 
 def test_two_programs_do_not_write_one_file(run, tmp_path):
-    config, workdir, root = run
-    output = tmp_path / "f.npz"
+    config, workdir, _ = run
+    output, parts = tmp_path / "f.npz", tmp_path / "f.npz.parts"
     with (
-        feature_file.alone(tmp_path / "f.npz.parts"),
+        feature_file.alone(parts),
         pytest.raises(UserError, match=r"another program is writing into .* give another --output"),
     ):
-        embed.embed(config, workdir, str(root), str(output))
-    assert not list(tmp_path.glob("*.parts"))  # nothing lay there
-    embed.embed(config, workdir, str(root), str(output))
+        embed(config, workdir, "test", str(output))
+    assert not parts.exists()  # nothing lay there
+    embed(config, workdir, "test", str(output))
 
 
 def test_the_runs_own_splits_and_tfds(run, tmp_path):
     config, workdir, _ = run
-    embed.embed(config, workdir, "test", str(tmp_path / "f.npz"))
+    embed(config, workdir, "test", str(tmp_path / "f.npz"))
     rows = read(tmp_path / "f.npz")
     assert rows["image"].tolist() == [str(i) for i in range(21)]
     assert rows["label"].tolist() == [i % 3 for i in range(21)]
-    source = embed.open_input(config, "digits:test")
+    source = open_input(config, "digits:test")
     assert source.split.count == 360
     assert source.names(5, 2).tolist() == ["5", "6"]
 
@@ -175,30 +195,21 @@ def test_mistakes(run, tmp_path, input, output, says):
     config, workdir, _ = run
     (tmp_path / "w" / "config").write_text("a file")
     with pytest.raises(UserError, match=says):
-        embed.embed(config, workdir, input, str(tmp_path / output))
+        embed(config, workdir, input, str(tmp_path / output))
 
 
-def test_a_copied_checkpoint_folder_is_enough(run, tmp_path, monkeypatch):
-    from simclr_jax import main
-
-    _, workdir, root = run
+def test_a_copied_checkpoint_folder_is_enough(run, tmp_path):
+    _, workdir, _ = run
     shutil.copytree(find(workdir, None), tmp_path / "copy")
     shutil.rmtree(workdir)
-    monkeypatch.setattr(main.processes, "start", lambda *_: None)
-    main.main(
-        [
-            "--mode=embed",
-            f"--workdir={tmp_path / 'copy'}",
-            f"--input={root}",
-            f"--output={tmp_path / 'f.npz'}",
-        ]
-    )
-    assert len(read(tmp_path / "f.npz")["h"]) == COUNT - 2
+    output = tmp_path / "f.npz"
+    main(["--mode=embed", f"--workdir={tmp_path / 'copy'}", "--input=test", f"--output={output}"])
+    assert len(read(output)["h"]) == 21
 
 
 def test_a_checkpoint_that_training_deletes_while_it_is_read(run, tmp_path):
     _, workdir, _ = run
-    newer = checkpoint.checkpoint_folder(workdir) / "2"
+    newer = checkpoint_folder(workdir) / "2"
     tried = []
 
     def read_slowly(folder):
@@ -206,14 +217,14 @@ def test_a_checkpoint_that_training_deletes_while_it_is_read(run, tmp_path):
         if folder.name == "1":  # training saves step 2, and keeps only the newest
             shutil.copytree(folder, newer)
             shutil.rmtree(folder)
-        return checkpoint.read_options(folder)
+        return read_options(folder)
 
     assert read_newest(workdir, read_slowly)["step"] == 1  # a copy
     assert tried == ["1", "2"]
     (newer / "encoder").rename(newer / "gone")
     shutil.rmtree(newer / "config")
     with pytest.raises(UserError, match="cannot be read"):
-        read_newest(workdir, checkpoint.read_options)
+        read_newest(workdir, read_options)
 
 
 def test_the_nearest_are_those_of_largest_cosine(tmp_path, monkeypatch):
@@ -221,7 +232,7 @@ def test_the_nearest_are_those_of_largest_cosine(tmp_path, monkeypatch):
     h = np.random.default_rng(0).normal(size=(50, 5)).astype(np.float32)
     path = tmp_path / "f.npz"
     np.savez(path, image=np.arange(50).astype(str), h=h, about=np.asarray('{"input": "train"}'))
-    features = feature_file.read_features(str(path))
+    features = feature_file.read_feature_file(str(path))
     found, similar = neighbours.nearest(features, np.asarray([3, 49, 8]), 4)
     unit = h / np.linalg.norm(h, axis=1, keepdims=True)
     for row, q in enumerate((3, 49, 8)):
@@ -233,10 +244,9 @@ def test_the_nearest_are_those_of_largest_cosine(tmp_path, monkeypatch):
 def test_a_picture_of_neighbours(run, tmp_path):
     config, workdir, root = run
     features = tmp_path / "f.parquet"
-    embed.embed(config, workdir, str(root), str(features))
     # A copy of an image is its nearest neighbour.
     (root / "class0" / "zz.png").write_bytes((root / "class0" / "02.png").read_bytes())
-    embed.embed(config, workdir, str(root), str(features))
+    embed(config, workdir, str(root), str(features))
     picture = tmp_path / "grid.png"
     queries = "class0/02.png,class1/01.png"
     neighbours.neighbours(config, workdir, str(features), str(picture), queries)

@@ -1,45 +1,55 @@
-"""Probes against scikit-learn and loops; features of every image exactly once."""
+"""Probes against scikit-learn and loops; features of every image exactly once; a run that is followed."""
 
 import json
+import shutil
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import encoder_checkpoint
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from simclr_jax import record, train
+import simclr_jax
+from simclr_jax import assemble
 from simclr_jax.data.order import few_labels, split_validation
 from simclr_jax.errors import UserError
-from simclr_jax.evals import encoders, linear_probe, run
+from simclr_jax.evals import EVALUATIONS, evaluate, logistic, on_the_way, results, subjects, transfer
+from simclr_jax.evals.contract import Evaluation, Features
+from simclr_jax.evals.evaluate import can_evaluate, evaluate_features
 from simclr_jax.evals.features import Extractor, raw_pixels
 from simclr_jax.evals.knn import knn_accuracy
-from simclr_jax.evals.linear_probe import (
-    LAMBDAS,
-    accuracy,
-    fit,
-    fit_chosen_lambda,
-    fit_lambdas,
-    probe_all_labels,
-    probe_few_labels,
-    scale,
-)
+from simclr_jax.evals.logistic import accuracy, fit_lambdas, fit_logistic, scale
+from simclr_jax.evals.probe import probe_all_labels, probe_few_labels
+from simclr_jax.evals.transfer import LAMBDAS, fit_chosen_lambda
 from simclr_jax.mesh import make_mesh
+from simclr_jax.training.checkpoint import Checkpoints, Saving
+from simclr_jax.training.saved import checkpoint_folder, read_options
+from simclr_jax.training.state import TrainState
+from simclr_jax.training.workdir import saved_config, write_record
+
+KINDS = ("raw pixels", "untrained encoder", "encoder")
 
 
 @pytest.fixture(scope="module")
 def digits():
     data = load_digits()
     x, y = data.data.astype(np.float32), data.target
-    x_train, x_test = scale(x[:1200], x[1200:])
-    return (x_train, y[:1200]), (x_test, y[1200:])
+    # Few: scikit-learn needs minutes to come as close to the optimum of all.
+    x_train, x_test = scale(x[:400], x[1200:])
+    return Features((x_train, y[:400]), (x_test, y[1200:]), 10)
+
+
+def with_test_labels(features, labels):
+    return features._replace(test=(features.test[0], labels))
 
 
 @pytest.mark.parametrize("l2", [1e-4, 1e-2])
 def test_the_fit_is_scikit_learns_optimum(digits, l2):
-    (x, y), (x_test, y_test) = digits
-    weights = fit(x, y, l2, 10, 1000)
+    (x, y), (x_test, y_test), *_ = digits
+    weights = fit_logistic(x, y, l2, 10, 1000)
     # scikit-learn minimises the sum of cross-entropies + 1 / (2 C) |w|^2.
     theirs = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-8, max_iter=5000).fit(x, y)
 
@@ -58,20 +68,20 @@ def test_the_fit_is_scikit_learns_optimum(digits, l2):
 
 
 def test_the_regularisation_is_chosen_without_the_test_split(digits):
-    train_split, (x_test, y_test) = digits
-    settings = {
+    options = {
         "l2": (1e-6, 1e-3, 1e3),
         "validation_fraction": 0.1,
         "seed": 0,
-        "classes": 10,
-        "max_iterations": 200,
+        "seeds": 3,
+        "max_iterations": 1000,
     }
-    best, l2 = probe_all_labels(train_split, (x_test, y_test), **settings)
-    _, same = probe_all_labels(train_split, (x_test, (y_test + 1) % 10), **settings)
+    wrong = with_test_labels(digits, (digits.test[1] + 1) % 10)
+    best, l2 = probe_all_labels(digits, options)
+    _, same = probe_all_labels(wrong, options)
     assert l2 == same
     assert l2 != 1e3
     assert best > 0.85
-    few = probe_few_labels(train_split, (x_test, y_test), per_class=5, seeds=3, **settings)
+    few = probe_few_labels(digits, options, per_class=5)
     assert len(few) == len(set(few)) == 3
     assert 0.5 < np.mean(few) < best
 
@@ -86,7 +96,7 @@ def objective(x, y, kernel, bias, value):
 
 @pytest.mark.parametrize("value", [1e-2, 1.0, 100.0])
 def test_a_lambda_reaches_scikit_learns_optimum(digits, value):
-    (x, y), (x_test, _) = digits
+    (x, y), (x_test, _), *_ = digits
     weaker, weights, _ = fit_lambdas(x, y, [value / 10, value, value * 10], 10, 1000)
     theirs = LogisticRegression(C=1 / value, tol=1e-8, max_iter=5000).fit(x, y)
     optimum = objective(x, y, theirs.coef_.T, theirs.intercept_, value)
@@ -100,7 +110,7 @@ def test_a_lambda_reaches_scikit_learns_optimum(digits, value):
 
 def test_features_need_not_be_centred_or_scaled(digits):
     """The same optimum, where scikit-learn's solver ends above it."""
-    (x, y), _ = digits
+    (x, y), *_ = digits
     x = 7 * x + 3
     (weights,) = fit_lambdas(x, y, [1.0], 10, 1000)
     theirs = LogisticRegression(tol=1e-8, max_iter=20000).fit(x, y)
@@ -109,40 +119,34 @@ def test_features_need_not_be_centred_or_scaled(digits):
 
 
 def test_the_lambda_is_chosen_on_validation_and_fitted_to_all(digits):
-    train_split, (x_test, y_test) = digits
     assert len(LAMBDAS) == 45
     np.testing.assert_allclose([LAMBDAS[0], LAMBDAS[-1]], [1e-6, 1e5])
-    settings = {
-        "lambdas": (1e-2, 1.0, 1e2, 1e5),
-        "validation_fraction": 0.2,
-        "seed": 0,
-        "classes": 10,
-        "max_iterations": 300,
-    }
-    found = fit_chosen_lambda(train_split, (x_test, y_test), **settings)
-    wrong = fit_chosen_lambda(train_split, (x_test, (y_test + 1) % 10), **settings)
+    lambdas = (1e-2, 1.0, 1e2, 1e5)
+    options = {"validation_fraction": 0.2, "seed": 0, "max_iterations": 1000}
+    x_test, y_test = digits.test
+    found = fit_chosen_lambda(digits, options, lambdas)
+    wrong = fit_chosen_lambda(with_test_labels(digits, (y_test + 1) % 10), options, lambdas)
     assert found["lambda"] == wrong["lambda"] != 1e5
     assert found["validation_accuracies"] == wrong["validation_accuracies"]
-    theirs = LogisticRegression(C=1 / found["lambda"], tol=1e-8, max_iter=5000).fit(*train_split)
+    theirs = LogisticRegression(C=1 / found["lambda"], tol=1e-8, max_iter=5000).fit(*digits.train)
     assert found["accuracy"] == pytest.approx(theirs.score(x_test, y_test), abs=2.5 / len(y_test))
     right = theirs.predict(x_test) == y_test
     by_class = np.mean([right[y_test == c].mean() for c in range(10)])
     assert found["mean_per_class_accuracy"] == pytest.approx(by_class, abs=0.01)
 
 
-def test_probes_and_neighbours_are_the_same_on_any_devices(digits, devices, monkeypatch):
+@pytest.mark.parametrize("count", [3, 8])  # devices; neither divides 398
+def test_probes_and_neighbours_are_the_same_on_any_devices(digits, count, monkeypatch):
     """Fits that converge: until then, L-BFGS follows the rounding of the sums."""
-    (x, y), test = digits
-    monkeypatch.setattr(linear_probe, "_DIVIDE_FROM", 0)
-    mesh = make_mesh(devices)
-    (one,), (many,) = (fit_lambdas(x[:999], y[:999], [1.0], 10, 300, m) for m in (None, mesh))
+    x, y = digits.train
+    monkeypatch.setattr(logistic, "_DIVIDE_FROM", 0)
+    mesh = make_mesh(jax.devices()[:count])
+    (one,), (many,) = (fit_lambdas(x[:398], y[:398], [1.0], 10, 1000, m) for m in (None, mesh))
     np.testing.assert_allclose(
         many["kernel"], one["kernel"], atol=2e-3 * np.abs(one["kernel"]).max()
     )
-    settings = {"k": 20, "temperature": 0.1, "classes": 10}
-    assert knn_accuracy((x, y), test, mesh=mesh, **settings) == knn_accuracy(
-        (x, y), test, **settings
-    )
+    settings = {"k": 20, "temperature": 0.1}
+    assert knn_accuracy(digits._replace(mesh=mesh), **settings) == knn_accuracy(digits, **settings)
 
 
 def test_few_labels_are_as_many_of_each_class():
@@ -175,11 +179,10 @@ def knn_loop(train, test, k, temperature):
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (20, 0.1), (200, 0.01)])
 def test_knn_equals_its_definition(digits, k, temperature):
-    train_split, test_split = digits
-    found = knn_accuracy(train_split, test_split, k=k, temperature=temperature, classes=10)
+    found = knn_accuracy(digits, k=k, temperature=temperature)
     # A tie between two neighbours may be broken either way.
-    expected = knn_loop(train_split, test_split, k, temperature)
-    assert found == pytest.approx(expected, abs=1.5 / len(test_split[1]))
+    expected = knn_loop(digits.train, digits.test, k, temperature)
+    assert found == pytest.approx(expected, abs=1.5 / len(digits.test[1]))
 
 
 @pytest.mark.parametrize("count", [1, 16, 37])
@@ -209,97 +212,281 @@ def test_raw_pixels_are_the_pixels():
     np.testing.assert_allclose(raw_pixels(large, 3), 100 / 255, rtol=1e-5)
 
 
-def test_probe_and_knn_write_their_settings_and_all_rows(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "LAMBDAS", LAMBDAS[::11])
-    tiny.train.steps = 4
-    train.pretrain(tiny, str(tmp_path / "w"))
-    run.probe(tiny, str(tmp_path / "w"))
-    result = json.loads((tmp_path / "w" / "probe.json").read_text())
-    assert result["step"] == 4
+def test_evaluations_write_their_settings_and_all_rows(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "LAMBDAS", LAMBDAS[::11])
+    # 16 pixels and 16 numbers of h: every kind is fitted by the same programs.
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"{split}_{name}": x
+        for split, count in (("train", 48), ("test", 21))
+        for name, x in (
+            ("images", rng.integers(0, 256, (count, 4, 4, 1)).astype(np.uint8)),
+            ("labels", np.arange(count) % 3),
+        )
+    }
+    np.savez(tiny.data.path, **arrays)
+    tiny.data.image_size = 4
+    workdir = encoder_checkpoint(tiny, tmp_path / "w")
+    evaluate_features("probe", tiny, str(workdir))
+    result = json.loads((workdir / "probe.json").read_text())
+    assert result["step"] == 1
     assert (result["train_images"], result["test_images"]) == (48, 21)
     rows = {(row["features"], row["labels_per_class"]): row for row in result["rows"]}
-    kinds = ("raw pixels", "untrained encoder", "encoder")
-    assert set(rows) == {(kind, labels) for kind in kinds for labels in (1, None)}
+    assert set(rows) == {(kind, labels) for kind in KINDS for labels in (1, None)}
     for (_, labels), row in rows.items():
         assert 0 <= row["accuracy"] <= 1
         assert row["seeds"] == (2 if labels else 1)
     assert result["settings"]["validation_fraction"] == 0.1
 
-    transferred = run.transfer(tiny, str(tmp_path / "w"))
-    assert [row["features"] for row in transferred["rows"]] == list(kinds)
+    tiny.data.eval_crop = 0.875
+    transferred = evaluate_features("transfer", tiny, str(workdir))
+    assert [row["features"] for row in transferred["rows"]] == list(KINDS)
     assert len(transferred["rows"][0]["validation_accuracies"]) == 5
-    assert (tmp_path / "w" / "transfer.json").exists()
+    written = json.loads((workdir / "transfer.json").read_text())
+    assert written["config"]["data"]["eval_crop"] == 1.0  # appendix B.8: the whole square
+    assert tiny.data.eval_crop == 0.875  # the caller's stays as it is
 
-    run.knn(tiny, str(tmp_path / "w"))
-    result = json.loads((tmp_path / "w" / "knn.json").read_text())
+    evaluate_features("knn", tiny, str(workdir))
+    result = json.loads((workdir / "knn.json").read_text())
     assert result["settings"] == {"k": 48, "temperature": 0.1}
-    assert [row["features"] for row in result["rows"]] == list(kinds)
+    assert [row["features"] for row in result["rows"]] == list(KINDS)
 
     # On other data than those of training: a result of its own, without the baselines if so wished.
-    with np.load(tiny.data.path) as file:
-        np.savez(tmp_path / "fewer.npz", **{name: x[:20] for name, x in file.items()})
+    np.savez(tmp_path / "fewer.npz", **{name: x[:20] for name, x in arrays.items()})
     tiny.data.path = str(tmp_path / "fewer.npz")
-    assert run.knn(tiny, str(tmp_path / "w"))["train_images"] == 20
-    assert (tmp_path / "w" / "knn_fewer.json").exists()
-    assert json.loads((tmp_path / "w" / "knn.json").read_text()) == result
+    assert evaluate_features("knn", tiny, str(workdir))["train_images"] == 20
+    assert (workdir / "knn_fewer.json").exists()
+    assert json.loads((workdir / "knn.json").read_text()) == result
     tiny.data.source, tiny.data.name, tiny.data.path = "tfds", "digits", ""
     tiny.eval.baselines = False
-    other = run.knn(tiny, str(tmp_path / "w"))
+    other = evaluate_features("knn", tiny, str(workdir))
     assert (other["train_images"], other["test_images"]) == (1437, 360)
     assert [row["features"] for row in other["rows"]] == ["encoder"]
-    assert json.loads((tmp_path / "w" / "knn_digits.json").read_text())["rows"] == other["rows"]
+    assert json.loads((workdir / "knn_digits.json").read_text())["rows"] == other["rows"]
+
+
+def nearest_mean(x, y, x_test, y_test):
+    """The share of test images that are nearest to the mean of their class, by a loop."""
+    means = [np.mean([v for v, c in zip(x, y, strict=True) if c == k], axis=0) for k in range(3)]
+    found = [np.argmin([np.linalg.norm(v - mean) for mean in means]) for v in x_test]
+    return float(np.mean(found == y_test))
+
+
+MEANS = Evaluation(
+    rows=lambda features, options, kind: [
+        results.row(kind, None, [nearest_mean(*features.train, *features.test)])
+    ],
+    settings=lambda options, images, classes: {"classes": classes, "seed": options["seed"]},
+    title=lambda settings: f"The nearest of {settings['classes']} means, test accuracy",
+    table=results.labels_table,
+    changes={"data.eval_crop": 0.5},
+    chooses=True,
+    metric="mean_accuracy",
+)
+
+
+def test_an_evaluation_is_one_row_of_the_table(tiny, tmp_path, monkeypatch, capsys):
+    """It is run by name, on the way too, with its own settings, title, options and metric."""
+    monkeypatch.setitem(EVALUATIONS, "means", MEANS)
+    workdir = encoder_checkpoint(tiny, tmp_path / "w")
+    tiny.eval.on_the_way = "means"
+    watch = on_the_way.Watch(tiny, 1, assemble.pretraining(tiny))
+    trained = subjects.trained(tiny, str(workdir), make_mesh()).encoder
+    parts = {part: {"encoder": tree} for part, tree in trained.items()}
+    on_the_way_metrics = watch.run(1, TrainState(step=None, opt_state=None, **parts))
+    capsys.readouterr()
+    result = simclr_jax.evaluate("means", str(workdir), **{"seed": 3})
+    said = capsys.readouterr().out
+    assert "The nearest of 3 means, test accuracy" in said
+    assert [row["features"] for row in result["rows"]] == list(KINDS)
+    assert result["settings"] == {"classes": 3, "seed": 3}
+    written = json.loads((workdir / "means.json").read_text())
+    assert written["rows"] == result["rows"]
+    assert written["config"]["data"]["eval_crop"] == 0.5
+
+    with np.load(tiny.data.path) as file:
+        arrays = dict(file)
+    encoder = simclr_jax.load_encoder(workdir)
+    scores = {}
+    for crop in (0.5, 1.0):
+        tiny.data.eval_crop = crop
+        views = assemble.views(tiny, make_mesh(jax.devices()[:1]))
+        h = []
+        for split in ("train", "test"):
+            images = assemble.images_of(tiny, getattr(assemble.data_set(tiny), split))
+            seen = [batch["image"] for batch in views.evaluation_batches(images, 16)]
+            h.append(encoder(np.concatenate(seen)))
+        scores[crop] = nearest_mean(h[0], arrays["train_labels"], h[1], arrays["test_labels"])
+    assert result["rows"][2]["accuracy"] == pytest.approx(scores[0.5])
+    assert on_the_way_metrics == {"mean_accuracy": pytest.approx(scores[0.5])}
+    assert scores[0.5] != scores[1.0]  # else a crop that is not changed would pass
+
+    with pytest.raises(UserError, match=r"eval\.validation_fraction=0: expected a part to choose"):
+        simclr_jax.evaluate("means", str(workdir), **{"eval.validation_fraction": 0.0})
+    with pytest.raises(UserError, match="unknown evaluation 'mean': expected one of probe, knn"):
+        simclr_jax.evaluate("mean", str(workdir))
 
 
 def test_without_a_validation_part_there_is_no_probe(tiny, tmp_path, capsys):
-    assert run.can_evaluate(tiny)
+    assert can_evaluate(tiny, "probe")
     tiny.eval.validation_fraction = 0.0
-    assert not run.can_evaluate(tiny)
+    assert not can_evaluate(tiny, "probe")
     assert "no probe    eval.validation_fraction=0" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"eval\.validation_fraction=0: expected a part"):
-        run.probe(tiny, str(tmp_path))
+        evaluate_features("probe", tiny, str(tmp_path))
+    tiny.eval.on_the_way, tiny.eval.every_steps = "probe", 2
+    with pytest.raises(UserError, match=r"eval\.validation_fraction=0: expected a part"):
+        on_the_way.watch(tiny, assemble.pretraining(tiny))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])
 def test_a_damaged_record_of_a_run_is_one_line(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match="is not what training wrote: give a --config"):
-        record.saved_config(str(tmp_path))
+        saved_config(str(tmp_path))
 
 
-def test_the_untrained_encoder_is_not_a_straw_man(tiny, tmp_path):
+def test_the_untrained_encoder_is_not_a_straw_man(tiny_resnet):
     """It sees the whole image, at the scale that training would give it."""
-    from simclr_jax import assemble
-
-    network = assemble.encoder(tiny)
-    variables = encoders.untrained(
-        tiny, assemble.source(tiny).train, str(tmp_path), 48, make_mesh()
-    )
+    tiny_resnet.views.color_strength = tiny_resnet.views.grey_probability = 0.0
+    network = assemble.encoder(tiny_resnet)
+    train = assemble.data_set(tiny_resnet).train
+    tiny_resnet.eval.batch_size = 48
+    images = assemble.images_of(tiny_resnet, train)
+    variables = subjects.untrained(tiny_resnet, images, make_mesh(jax.devices()[:1]))
     scales = [
         leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"])
         if path[-1].key == "scale"
     ]
+    assert scales
     assert all(np.all(np.asarray(scale) == 1) for scale in scales)
-    images = np.array(assemble.source(tiny).train.images)
-    views = images.astype(np.float32) / 255
-    _, seen = network.apply(
-        jax.device_get(variables),
-        views,
-        train=False,
-        capture_intermediates=True,
-        mutable=["intermediates"],
-    )
+
+    @jax.jit
+    def apply(views):
+        return network.apply(
+            jax.device_get(variables),
+            views,
+            train=False,
+            capture_intermediates=lambda module, _: module.name == "stem_norm",
+            mutable=["intermediates"],
+        )
+
+    views = train.source.arrays.astype(np.float32) / 255
+    h, seen = apply(views)
     normed = np.asarray(seen["intermediates"]["stem_norm"]["__call__"][0])
     assert 0.5 < normed.std() < 2
     changed = views.copy()
     changed[:, -3:, -3:] = 1 - changed[:, -3:, -3:]
-    h = network.apply(variables, views, train=False)
-    assert np.all(np.abs(h - network.apply(variables, changed, train=False)).max(axis=1) > 1e-4)
+    assert np.all(np.abs(h - apply(changed)[0]).max(axis=1) > 1e-4)
 
 
 def test_data_without_labels_cannot_be_probed(tiny, tmp_path):
     np.savez(tmp_path / "bare.npz", train_images=np.zeros((16, 12, 12, 3), np.uint8))
     tiny.data.path = str(tmp_path / "bare.npz")
-    assert not run.can_evaluate(tiny)
+    assert not can_evaluate(tiny, "probe")
     with pytest.raises(UserError, match="the data have no labels"):
-        run.probe(tiny, str(tmp_path))
+        evaluate_features("probe", tiny, str(tmp_path))
+
+
+def save(workdir, c, step, state):
+    """Saves a checkpoint as pretraining does; the ones before it are deleted."""
+    train = assemble.data_set(c).train
+    record = {
+        "config": c.to_dict(),
+        "step": step,
+        "window": [],
+        "data_fingerprint": train.fingerprint(),
+    }
+    with Checkpoints(str(workdir), Saving(every_steps=1, keep_last=1)) as checkpoints:
+        checkpoints.save(step, state, record)
+
+
+@pytest.fixture
+def trained_beside(tiny, tmp_path, monkeypatch):
+    """(configuration, workdir, moments, evaluated): while a follower sleeps, the next of `moments` of
+    a training of 6 steps comes to pass: "begins", a step that is saved, or an error that is raised.
+    `evaluated` collects the steps that were evaluated.
+    """
+    tiny.train.steps = 6
+    tiny.eval.baselines, tiny.eval.labels_per_class = False, ()
+    workdir, train = tmp_path / "w", assemble.data_set(tiny).train
+    plan, mesh = assemble.plan_of(tiny, train.count), make_mesh(jax.devices()[:1])
+    state = jax.device_get(assemble.pretraining_job(tiny, plan, None, mesh).init())
+    moments, evaluated = [], []
+
+    def passes(moment):
+        if moment == "begins":
+            write_record(tiny, plan, train, train.fingerprint(), str(workdir))
+        elif isinstance(moment, int):
+            rng = np.random.default_rng(moment)
+            params = jax.tree.map(
+                lambda x: x + rng.normal(size=x.shape).astype(np.float32), state.params
+            )
+            save(workdir, tiny, moment, state.replace(params=params))
+        else:
+            raise moment
+
+    def sleep(_):
+        assert moments, "it waits for ever"
+        passes(moments.pop(0))
+
+    def result_of(evaluation, c, features, step):
+        evaluated.append(step)
+        return original(evaluation, c, features, step)
+
+    original = evaluate.result_of
+    monkeypatch.setattr(evaluate, "result_of", result_of)
+    monkeypatch.setattr(evaluate, "time", types.SimpleNamespace(sleep=sleep))
+    return tiny, workdir, moments, evaluated
+
+
+def test_a_run_is_followed_to_its_last_step(trained_beside):
+    """Also from before it begins, and after a restart; no step is evaluated twice."""
+    c, workdir, moments, evaluated = trained_beside
+    moments += ["begins", 2, 3, KeyboardInterrupt(), 5, 6]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_features("probe", c, str(workdir), follow=True)
+    assert evaluated == [2, 3]
+    result = evaluate_features("probe", c, str(workdir), follow=True)
+    assert evaluated == [2, 3, 5, 6]
+    file = workdir / "probe_followed.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3, 5, 6]
+    assert result["step"] == 6
+    assert lines[-1] == {"step": 6, "probe_accuracy": result["rows"][0]["accuracy"]}
+    assert json.loads((workdir / "probe.json").read_text())["rows"] == result["rows"]
+    # Once more, with nothing left to do.
+    again = evaluate_features("probe", c, str(workdir), follow=True)
+    assert again["rows"] == result["rows"]
+    assert evaluated == [2, 3, 5, 6]
+    assert [json.loads(line) for line in file.read_text().splitlines()] == lines
+    # Each line is what the evaluation of that checkpoint says.
+    assert evaluate_features("probe", c, str(workdir))["rows"] == result["rows"]
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read_is_passed_over(trained_beside, monkeypatch):
+    c, workdir, moments, evaluated = trained_beside
+    moments += ["begins", 2, 4]
+    original = subjects.trained
+
+    def read_slowly(*args, step=None, **more):
+        if step == 4:  # training saves step 6, and keeps only the newest
+            moments.append(6)
+            evaluate.time.sleep(0)
+            folder = checkpoint_folder(workdir) / "4"
+            assert not folder.exists()
+            folder.mkdir()  # half deleted
+        return original(*args, step=step, **more)
+
+    monkeypatch.setattr(subjects, "trained", read_slowly)
+    assert evaluate_features("knn", c, str(workdir), follow=True)["step"] == 6
+    assert evaluated == [2, 6]
+    # The newest one is never deleted: if it cannot be read, it is damaged.
+    c.train.steps = 8
+    newest = checkpoint_folder(workdir) / "6"
+    shutil.rmtree(newest / "encoder")
+    (workdir / "knn.json").unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        evaluate_features("knn", c, str(workdir), follow=True)
+    assert read_options(newest)["step"] == 6

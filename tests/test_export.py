@@ -14,9 +14,11 @@ from conftest import encoder_checkpoint, random_images
 
 import simclr_jax
 from simclr_jax import config
+from simclr_jax.encoders import init_encoder
+from simclr_jax.encoders.resnet import ResNet
+from simclr_jax.encoders.torchvision import pytorch_loading, torchvision_weights
 from simclr_jax.errors import UserError
-from simclr_jax.export import export, pytorch_loading, torchvision_weights
-from simclr_jax.resnet import ResNet
+from simclr_jax.modes.export import export
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -96,8 +98,6 @@ TORCHVISION_50 = {"conv1.weight"} | {
 
 
 def test_weights_have_torchvisions_names_and_shapes():
-    from simclr_jax.train_state import init_encoder
-
     network = ResNet(50)
     abstract = jax.eval_shape(lambda: init_encoder(network, 64, jax.random.key(0)))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
@@ -128,9 +128,12 @@ def test_options_of_another_model_are_refused_and_another_size_is_taken(workdir,
     np.testing.assert_allclose(program.call(images), expected, rtol=2e-5, atol=1e-5)
 
 
-def test_what_torchvision_cannot_compute_is_not_exported(workdir, tmp_path):
+def test_what_torchvision_cannot_compute_is_not_exported(workdir, tiny, tmp_path):
     with pytest.raises(UserError, match=r"no width of 0\.125 times: use --format=stablehlo"):
         export(small(), str(workdir), "safetensors", str(tmp_path / "x"))
+    vit = encoder_checkpoint(tiny, tmp_path / "vit")
+    with pytest.raises(UserError, match="torchvision has no ViT with 1 layers.*format=stablehlo"):
+        export(tiny, str(vit), "safetensors", str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
 
 

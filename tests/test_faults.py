@@ -1,23 +1,25 @@
 """What breaks around a run: storage that is full, damaged, read-only or gone. Nothing is lost."""
 
 import os
+import re
 import shutil
 import subprocess
 
 import pytest
-from test_train import assert_same_run
+from conftest import encoder_checkpoint
+from test_loop import STEPS, Average, assert_same_training, config_file, run_python, train
 
-from simclr_jax import assemble, train
-from simclr_jax.checkpoint import saved_steps
-from simclr_jax.encoder import load_encoder
+from simclr_jax import load_encoder, main
 from simclr_jax.errors import UserError
+from simclr_jax.training.saved import saved_steps
 
 
-@pytest.fixture
-def whole(tiny, tmp_path):
-    """A run of 8 steps, saved at 4 and 8."""
-    train.pretrain(tiny, str(tmp_path / "whole"))
-    return tmp_path / "whole"
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A training of 8 steps, saved at 4 and 8."""
+    workdir = tmp_path_factory.mktemp("trained") / "whole"
+    train(workdir, hooks=[Average()])
+    return workdir
 
 
 @pytest.fixture
@@ -46,56 +48,86 @@ def disk(tmp_path):
         subprocess.run(["umount", "-l", str(where)], check=True)
 
 
+def seen_at_the_terminal(capfd, *arguments):
+    """Runs the command, which must fail, in this process. Returns the one line of its error."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main.shell(main.main, [*arguments])
+    line = caught.value.code  # Python prints it and exits with status 1
+    assert isinstance(line, str)
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    said = capfd.readouterr()
+    assert "Traceback" not in said.out + said.err
+    return line
+
+
 def size_of(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_full_disk_stops_the_run_at_the_step_and_costs_no_checkpoint(
-    tiny, whole, disk, monkeypatch
-):
-    one = size_of(whole / "checkpoints/8")
-    where = disk(f"size={int(3.5 * one)}")
-    tiny.checkpoint.every_steps, tiny.checkpoint.keep_last = 1, 100
+def test_a_full_disk_stops_the_run_at_the_step_and_costs_no_checkpoint(whole, disk):
+    where = disk(f"size={int(3.5 * size_of(whole / 'checkpoints/8'))}")
     with pytest.raises(UserError, match="a checkpoint could not be written") as caught:
-        train.pretrain(tiny, str(where / "w"))
+        train(where / "w", hooks=[Average()], every=1)
     said = str(caught.value)
     assert "No space left on device" in said
     assert "\n" not in said
     kept = saved_steps(where / "w")
     assert kept
+    assert kept[-1] < STEPS
     assert f"the newest whole one is of step {kept[-1]}" in said
     assert said.startswith((f"step {kept[-1] + 1}: ", f"step {kept[-1] + 2}: "))
     disk("size=1g")
-    train.pretrain(tiny, str(where / "w"))
-    assert_same_run(where / "w", whole)
+    train(where / "w", hooks=[Average()], every=1)
+    assert_same_training(where / "w", whole)
 
 
-def test_a_full_disk_under_the_metrics_is_said(tiny, disk, monkeypatch):
+ON_A_FULL_DISK = """
+import pathlib, shutil, sys
+from simclr_jax import main
+from test_loop import train
+
+where, every = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+
+def filling(step, _):
+    if step == 5 and every > 60:
+        (where / "ballast").write_bytes(bytes(2**20)[: shutil.disk_usage(where).free])
+
+# Lines until the page that the file already has is full.
+main.main = lambda _: train(where / "w", before=filling, steps=60, every=every, log_every=1)
+main.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("every", "says"),
+    [
+        (100, "cannot write .*/metrics.jsonl: No space left on device. Mend this, then the same"),
+        (1, "(a checkpoint could not|cannot write) .*No space left on device.* the same"),
+    ],
+)
+def test_of_a_full_disk_the_terminal_shows_one_line(disk, every, says):
+    """Nothing of Orbax's and TensorBoard's threads, which fail too, and again at the exit."""
     where = disk("size=1m")
-    tiny.checkpoint.every_steps = 100
-    (where / "w").mkdir()
-    original = assemble.training_batches
-
-    def filling(*args):
-        for i, batch in enumerate(original(*args)):
-            if i == 4:
-                (where / "ballast").write_bytes(bytes(2**20)[: shutil.disk_usage(where).free])
-            yield batch
-
-    monkeypatch.setattr(assemble, "training_batches", filling)
-    # Lines until the page that the file already has is full.
-    tiny.train.log_every_steps, tiny.train.steps = 1, 60
-    with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl: No space left on device"):
-        train.pretrain(tiny, str(where / "w"))
+    done = run_python(ON_A_FULL_DISK, where, every)
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert re.fullmatch(f"error: .*{says} command goes on from .*", line)
+    assert "step 2/60  loss" in done.stdout
 
 
 def largest(folder):
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
+def truncate(folder, share=0.5):
+    os.truncate(largest(folder), int(largest(folder).stat().st_size * share))
+
+
 DAMAGES = {
-    "truncated": lambda folder: os.truncate(largest(folder), largest(folder).stat().st_size // 2),
-    "emptied": lambda folder: os.truncate(largest(folder), 0),
+    "truncated": truncate,
+    "emptied": lambda folder: truncate(folder, 0),
     "data missing": lambda folder: largest(folder).unlink(),
     "item missing": lambda folder: shutil.rmtree(folder / "trainer"),
     "options missing": lambda folder: shutil.rmtree(folder / "config"),
@@ -103,53 +135,60 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_set_aside_and_the_older_one_taken(
-    tiny, whole, tmp_path, damage, capsys
-):
+def test_a_damaged_checkpoint_is_set_aside_and_the_older_one_taken(whole, tmp_path, damage, capsys):
     shutil.copytree(whole, tmp_path / "w")
     DAMAGES[damage](tmp_path / "w/checkpoints/8")
     capsys.readouterr()
-    train.pretrain(tiny, str(tmp_path / "w"))
+    train(tmp_path / "w", hooks=[Average()])
     said = capsys.readouterr().out
     assert "cannot read the checkpoint of step 8: " in said
     assert "resumed from step 4" in said
-    assert_same_run(tmp_path / "w", whole)
+    assert_same_training(tmp_path / "w", whole)
     assert (tmp_path / "w/broken_checkpoints/8").is_dir()
 
 
-def test_when_no_checkpoint_can_be_read_nothing_is_begun_over(tiny, whole):
+def test_when_no_checkpoint_can_be_read_nothing_is_begun_over(whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "w")
     for step in (4, 8):
-        DAMAGES["truncated"](whole / f"checkpoints/{step}")
+        truncate(workdir / f"checkpoints/{step}")
     with pytest.raises(UserError, match=r"no checkpoint in .* can be read \(step 8: .*step 4: "):
-        train.pretrain(tiny, str(whole))
-    assert saved_steps(whole) == [4, 8]
+        train(workdir)
+    assert saved_steps(workdir) == [4, 8]
 
 
-def test_a_damaged_checkpoint_is_not_evaluated(whole):
-    DAMAGES["truncated"](whole / "checkpoints/8/encoder")
-    with pytest.raises(UserError, match=r"checkpoints/8 cannot be read"):
-        load_encoder(whole)
-    assert load_encoder(whole, step=4).step == 4
+def test_a_workdir_that_is_removed_stops_the_run(tmp_path):
+    def removing(step, _):
+        if step == 5:
+            while (tmp_path / "w").exists():  # a save may be writing into it
+                shutil.rmtree(tmp_path / "w", ignore_errors=True)
+
+    with pytest.raises(UserError, match=r"cannot write .*: No such file|could not be written"):
+        train(tmp_path / "w", before=removing)
 
 
-def test_a_workdir_on_a_read_only_disk_is_refused_before_anything_is_computed(tiny, disk):
+def test_a_damaged_checkpoint_is_not_evaluated(tiny, tmp_path, capfd):
+    workdir = encoder_checkpoint(tiny, tmp_path / "w")
+    shutil.copytree(workdir / "checkpoints/1", workdir / "checkpoints/2")
+    truncate(workdir / "checkpoints/2/encoder")
+    with pytest.raises(UserError, match=r"checkpoints/2 cannot be read"):
+        load_encoder(workdir)
+    assert load_encoder(workdir, step=1).step == 1
+    said = seen_at_the_terminal(capfd, f"--workdir={workdir}", "--mode=knn")
+    assert said.startswith(f"error: {workdir}/checkpoints/2 cannot be read (")
+    assert said.endswith(
+        "use an older checkpoint, or run the training command again, which sets it aside"
+    )
+
+
+def test_a_workdir_on_a_read_only_disk_is_refused_before_anything_is_computed(
+    tiny, tmp_path, disk, capfd
+):
+    file = config_file(tiny, tmp_path)
     where = disk("size=10m")
     (where / "w").mkdir()
     disk("ro")
-    with pytest.raises(UserError, match=r"cannot write into --workdir .*: Read-only file system"):
-        train.pretrain(tiny, str(where / "w"))
-
-
-def test_a_workdir_that_is_removed_stops_the_run(tiny, tmp_path, monkeypatch):
-    original = assemble.training_batches
-
-    def removing(*args):
-        for i, batch in enumerate(original(*args)):
-            if i == 4:
-                while (tmp_path / "w").exists():  # a save may be writing into it
-                    shutil.rmtree(tmp_path / "w", ignore_errors=True)
-            yield batch
-
-    monkeypatch.setattr(assemble, "training_batches", removing)
-    with pytest.raises(UserError, match=r"cannot write .*: No such file|could not be written"):
-        train.pretrain(tiny, str(tmp_path / "w"))
+    said = seen_at_the_terminal(capfd, f"--config={file}", f"--workdir={where}/w")
+    assert said == (
+        f"error: cannot write {where}/w: Read-only file system. "
+        "It must be a folder that can be written"
+    )

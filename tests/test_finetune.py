@@ -1,27 +1,37 @@
-"""Classifiers by SGD: against a loop in float64, on any number of devices, chosen without the test."""
+"""Classifiers by SGD: against a loop in float64, on any number of devices, chosen without the test
+split, and resumed bit for bit.
+"""
 
+import contextlib
 import json
+import os
+import shutil
+import signal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import encoder_checkpoint, random_images
 
+import simclr_jax
 from simclr_jax import assemble
+from simclr_jax.encoders import apply_network, init_encoder
+from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.errors import UserError
 from simclr_jax.evals import finetune
-from simclr_jax.evals.supervised import Classified, make_optimizer, make_step
-from simclr_jax.heads import LinearClassifier
-from simclr_jax.mesh import make_mesh, replicated, to_global
-from simclr_jax.train_state import TrainState, init_encoder, init_head
+from simclr_jax.evals.classifier import Classified
+from simclr_jax.mesh import make_mesh, to_global
+from simclr_jax.training.objectives import no_loss, supervised
+from simclr_jax.training.optimizer import make_classifier_optimizer
+from simclr_jax.training.state import init_head, start_of
+from simclr_jax.training.step import UpdateRule, make_step
 
 CLASSES, BATCH = 3, 16
 
 
 def model_of(config, layer=0, train_encoder=True):
     return Classified(
-        assemble.encoder(config),
+        assemble.encoder(config).as_baseline(),
         assemble.head(config),
         layer,
         LinearClassifier(CLASSES),
@@ -29,33 +39,30 @@ def model_of(config, layer=0, train_encoder=True):
     )
 
 
-def trained(config, model, steps, devices, weight_decay=0.0):
-    """State after some steps on random images, what was frozen, and the losses."""
+def trained(model, steps, devices, weight_decay=0.0, moved=None):
+    """State before and after some steps on random images, and the losses.
+
+    `moved`: the parts of the parameters that the optimizer takes for trained; None: the model's.
+    """
     mesh = make_mesh(devices)
-    network = model.encoder
-    key = jax.random.key(0)
-    variables = model.start(
-        init_encoder(network.clone(zero_init_residual=False), 12, key),
-        init_head(model.head, network.width_of_h, key),
-        key,
+    optimizer, schedule = make_classifier_optimizer(
+        0.3, steps, weight_decay, 0.9, model.trained if moved is None else moved
     )
-    optimizer, schedule = make_optimizer(0.3, steps, weight_decay, 0.9)
-    params = model.trained_part(variables["params"])
-    state = TrainState(
-        jnp.zeros((), jnp.int32), params, variables["batch_stats"], optimizer.init(params)
-    )
-    frozen = {k: v for k, v in variables["params"].items() if k not in params}
-    state, frozen = jax.device_put((state, frozen), replicated(mesh))
-    step = jax.jit(
-        make_step(model, optimizer, schedule, lambda b: b, lambda b: b["views"]),
-        out_shardings=replicated(mesh),
-    )
-    losses = []
+
+    def init(key):
+        encoder = init_encoder(model.encoder, 12, key)
+        head = init_head(model.head, model.encoder.width, key)
+        return start_of(*model.start(encoder, head, key), optimizer)
+
+    objective = supervised(model.logits, lambda batch: batch["views"])
+    step = make_step(objective, no_loss, UpdateRule(optimizer, schedule))
+    job = assemble.job_of(step, init, (jax.random.key(0),), steps, mesh)
+    state = job.init()
+    start, losses = jax.device_get(state), []
     for number in range(steps):
-        batch = to_global(mesh, batch_of(number))
-        state, metrics = step(state, frozen, batch)
+        state, metrics = job.step(state, to_global(mesh, batch_of(number)))
         losses.append(float(metrics["loss"]))
-    return jax.device_get((state, frozen)), losses
+    return start, jax.device_get(state), losses
 
 
 def batch_of(number):
@@ -63,19 +70,38 @@ def batch_of(number):
     return {"views": images[:, None], "label": (np.arange(BATCH) + number) % CLASSES}
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
-def test_linear_evaluation_equals_a_loop(tiny, weight_decay):
+def numbers_in(tree):
+    """Counts the numbers of float arrays: a momentum's, but no step counter."""
+    return sum(x.size for x in jax.tree.leaves(tree) if np.issubdtype(x.dtype, np.floating))
+
+
+def assert_frozen(start, state):
+    """f and g are as they were, bit for bit, and nothing of the optimizer is kept for them."""
+    for part in ("encoder", "head"):
+        jax.tree.map(np.testing.assert_array_equal, start.params[part], state.params[part])
+    jax.tree.map(np.testing.assert_array_equal, start.batch_stats, state.batch_stats)
+    assert numbers_in(state.opt_state) == numbers_in(state.params["classifier"])
+
+
+@pytest.mark.parametrize(("network", "weight_decay"), [("tiny_resnet", 0.01), ("tiny", 0.0)])
+def test_linear_evaluation_equals_a_loop(network, weight_decay, request):
     """Nesterov momentum 0.9, half a cosine, no warm-up; f frozen, with its running statistics."""
     steps = 6
-    model = model_of(tiny, train_encoder=False)
-    (state, frozen), losses = trained(tiny, model, steps, jax.devices()[:1], weight_decay)
-    start = model.classifier.init(jax.random.key(0), jnp.zeros((1, model.encoder.width_of_h)))
-    w, b = (np.asarray(start["params"]["dense"][name], np.float64) for name in ("kernel", "bias"))
+    model = model_of(request.getfixturevalue(network), train_encoder=False)
+    start, state, losses = trained(model, steps, jax.devices()[:1], weight_decay)
+    assert_frozen(start, state)
+    assert state.batch_stats["head"]  # of a BatchNorm
+    dense = start.params["classifier"]["dense"]
+    w, b = (np.asarray(dense[name], np.float64) for name in ("kernel", "bias"))
     momentum = [np.zeros_like(w), np.zeros_like(b)]
-    encoder = {"params": frozen["encoder"], "batch_stats": state.batch_stats["encoder"]}
+    encoder = {
+        "params": start.params["encoder"],
+        "batch_stats": start.batch_stats["encoder"],
+    }
+    represent = jax.jit(lambda x: apply_network(model.encoder, encoder, x, train=False)[0])
     for number in range(steps):
         batch = batch_of(number)
-        h = np.asarray(model.encoder.apply(encoder, batch["views"][:, 0], train=False), np.float64)
+        h = np.asarray(represent(batch["views"][:, 0]), np.float64)
         logits = h @ w + b
         p = np.exp(logits - logits.max(axis=1, keepdims=True))
         p /= p.sum(axis=1, keepdims=True)
@@ -88,17 +114,30 @@ def test_linear_evaluation_equals_a_loop(tiny, weight_decay):
             x - rate * (g + 0.9 * m) for x, g, m in zip((w, b), gradients, momentum, strict=True)
         )
     # float32 against float64.
-    np.testing.assert_allclose(
-        state.params["classifier"]["dense"]["kernel"], w, rtol=1e-4, atol=1e-5
-    )
-    np.testing.assert_allclose(state.params["classifier"]["dense"]["bias"], b, rtol=1e-4, atol=1e-5)
-    assert set(state.params) == {"classifier"}
+    dense = state.params["classifier"]["dense"]
+    np.testing.assert_allclose(dense["kernel"], w, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dense["bias"], b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("layer", [0, 1])
-def test_fine_tuning_is_the_same_on_any_devices(tiny, layer):
-    (one, _), losses = trained(tiny, model_of(tiny, layer), 4, jax.devices()[:1])
-    (many, _), others = trained(tiny, model_of(tiny, layer), 4, jax.devices())
+def test_an_encoder_that_is_not_frozen_is_told_apart(tiny):
+    """Weight decay moves what has no gradient; BatchNorm in training moves its statistics."""
+    frozen, devices = model_of(tiny, train_encoder=False), jax.devices()[:1]
+    everything = model_of(tiny).trained
+    with pytest.raises(AssertionError):
+        assert_frozen(*trained(frozen, 2, devices, weight_decay=0.01, moved=everything)[:2])
+    with pytest.raises(AssertionError):
+        model = model_of(tiny, layer=1)
+        assert_frozen(*trained(model, 2, devices, moved=frozen.trained)[:2])
+
+
+@pytest.mark.parametrize(
+    ("network", "layer"),
+    [("tiny", 1), pytest.param("tiny_resnet", 0, marks=pytest.mark.slow)],
+)
+def test_fine_tuning_is_the_same_on_any_devices(network, layer, request):
+    model = model_of(request.getfixturevalue(network), layer)
+    _, one, losses = trained(model, 4, jax.devices()[:1])
+    _, many, others = trained(model, 4, jax.devices())
     # Sums over the batch in another order; BatchNorm of 16 images passes it on, step by step.
     np.testing.assert_allclose(losses, others, rtol=1e-4)
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(many.params), strict=True):
@@ -106,26 +145,45 @@ def test_fine_tuning_is_the_same_on_any_devices(tiny, layer):
 
 
 def test_a_layer_of_the_head_is_trained_and_what_follows_is_not(tiny):
-    def moved(layer):
-        model = model_of(tiny, layer)
-        key = jax.random.key(0)
-        (state, _), _ = trained(tiny, model, 2, jax.devices()[:1])
-        start = init_head(model.head, model.encoder.width_of_h, key)["params"]
-        return {
-            name: np.abs(state.params["head"][name]["kernel"] - start[name]["kernel"]).max() > 0
-            for name in ("dense1", "dense2")
-        }
+    models = [model_of(tiny, layer) for layer in range(3)]
+    assert all(model.trained == {"encoder", "head", "classifier"} for model in models)
 
-    assert moved(0) == {"dense1": False, "dense2": False}
-    assert moved(1) == {"dense1": True, "dense2": False}
-    assert moved(2) == {"dense1": True, "dense2": True}
+    @jax.jit
+    def gradients(key, batch):
+        encoder = init_encoder(models[0].encoder, 12, key)
+        head = init_head(models[0].head, models[0].encoder.width, key)
+
+        def gradient(model):
+            params, batch_stats = model.start(encoder, head, key)
+            embed = supervised(model.logits, lambda batch: batch["views"])
+            return jax.grad(lambda params: embed(params, batch_stats, batch).loss)(params)
+
+        return [gradient(model) for model in models]
+
+    moved = [
+        {
+            part: any(np.abs(x).max() > 0 for x in jax.tree.leaves(tree))
+            for part, tree in (
+                ("encoder", found["encoder"]),
+                ("dense1", found["head"]["dense1"]),
+                ("dense2", found["head"]["dense2"]),
+            )
+        }
+        for found in gradients(jax.random.key(0), batch_of(0))
+    ]
+    assert moved == [
+        {"encoder": True, "dense1": False, "dense2": False},
+        {"encoder": True, "dense1": True, "dense2": False},
+        {"encoder": True, "dense1": True, "dense2": True},
+    ]
 
 
 @pytest.fixture
 def run(tiny, tmp_path):
+    """A configuration, and a workdir with an encoder: 36 images to train on, 12 to choose on."""
     for group in (tiny.linear, tiny.finetune):
         group.batch_size = BATCH
-    tiny.linear.epochs = 6.0
+    tiny.linear.epochs = 2.0
     tiny.finetune.label_fractions = (0.2, 1.0)
     tiny.finetune.epochs = (2.0, 2.0)
     tiny.eval.validation_fraction = 0.25
@@ -133,7 +191,13 @@ def run(tiny, tmp_path):
     return tiny, workdir
 
 
-def test_fine_tuning_with_few_labels_and_all(run):
+@pytest.fixture
+def one_device(monkeypatch):
+    """Trains on one device: quicker to compile."""
+    monkeypatch.setattr(finetune, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+
+
+def test_fine_tuning_with_few_labels_and_all(run, capsys):
     config, workdir = run
     result = finetune.finetune(config, str(workdir))
     assert json.loads((workdir / "finetune.json").read_text())["rows"] == result["rows"]
@@ -150,34 +214,245 @@ def test_fine_tuning_with_few_labels_and_all(run):
         assert row["labels_per_class"] == (3 if fraction < 1 else None)
         assert {r["images"] for r in row["runs"]} == {9 if fraction < 1 else 36}
         assert 0 <= row["selected_accuracy"] <= 1
+    said = capsys.readouterr().out
+    assert "encoder, 9 labels, draw 2, 2 epochs, learning rate 0.05 x 16 / 256\n" in said
+    assert "step 4/4  loss " in said
+    assert "training acc" in said
+    folders = {path.name for path in (workdir / "finetune").iterdir()}
+    assert len(folders) == 6  # two starts, each with two draws of the few labels and with all
+    assert "untrained_0.2_of_labels_draw_1_2_epochs_rate_0.05_decay_0" in folders
+    # What remains of a training is small.
+    files = {path.name for path in (workdir / "finetune").glob("*/*")}
+    assert files == {"about.json", "metrics.jsonl", "outcome.json"} | {
+        name for name in files if name.startswith("events.")
+    }
 
 
-def test_selection_never_sees_the_test_split(run, tmp_path):
-    config, workdir = run
-    config.eval.baselines = False
-    config.linear.learning_rate = (0.1, 1.6)
+@contextlib.contextmanager
+def states_of_fit():
+    """Collects the state after each training."""
+    states: list = []
+
+    def fit(*args):
+        state, done = original(*args)
+        states.append(jax.device_get(state))
+        return state, done
+
+    original = finetune.fit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "fit", fit)
+        yield states
+
+
+def choices(config, workdir, tmp_path, labels):
+    """The runs of linear evaluation, for test images that are all said to be of one class, each."""
     with np.load(config.data.path) as file:
-        arrays = {name: file[name] for name in file.files}
+        arrays = dict(file)
     runs = []
-    for label in range(3):  # every test image is said to be of this class
+    for label in labels:
         arrays["test_labels"] = np.full(21, label)
         config.data.path = str(tmp_path / f"{label}.npz")
         np.savez(config.data.path, **arrays)
         (row,) = finetune.linear(config, str(workdir))["rows"]
         assert row["features"] == "encoder"
         runs += row["runs"]
+    return runs
+
+
+def assert_chosen_alike(runs):
     for name in ("selected_step", "validation", "learning_rate", "steps"):
         assert len({run[name] for run in runs}) == 1
+
+
+class Peeking(finetune.Selection):
+    """A wrong selection: the test split chooses."""
+
+    def __init__(self, steps, accuracy, validation, test):
+        super().__init__(steps, accuracy, test, test)
+
+
+def test_selection_never_sees_the_test_split(run, tmp_path, monkeypatch, one_device):
+    config, workdir = run
+    config.eval.baselines = False
+    config.linear.learning_rate = (0.1, 1.6)
+    config.linear.weight_decay = (0.01,)
+    with states_of_fit() as states:
+        runs = choices(config, workdir, tmp_path, range(3))
+    assert_chosen_alike(runs)
     # Each test image was put into one class.
     for name in ("last", "selected"):
         assert sum(run[name] for run in runs) == pytest.approx(1)
+    # Other test images are other data: each rate was trained with each.
+    assert len(states) == 6
+    encoder = simclr_jax.load_encoder(workdir).variables
+    for state in states:
+        for part in ("params", "batch_stats"):
+            found = getattr(state, part)["encoder"]
+            jax.tree.map(np.testing.assert_array_equal, found, encoder[part])
+        assert numbers_in(state.opt_state) == numbers_in(state.params["classifier"])
+    shutil.rmtree(workdir / "linear")
+    monkeypatch.setattr(finetune, "Selection", Peeking)
+    with pytest.raises(AssertionError):
+        assert_chosen_alike(choices(config, workdir, tmp_path, range(3)))
 
 
-def test_without_a_validation_part_all_is_trained_on_and_nothing_chosen(run):
+@contextlib.contextmanager
+def at_moment(number, action):
+    """Has `action` done once, at the `number`-th moment of the next trainings at which settings are
+    chosen.
+    """
+    seen = []
+
+    class Interrupted(finetune.Selection):
+        def run(self, step, state):
+            seen.append(step)
+            if len(seen) == number:
+                action()
+            return super().run(step, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "Selection", Interrupted)
+        yield
+
+
+def metrics_of(folder):
+    """Every line that the trainings below a folder wrote, without what depends on the clock."""
+    return {
+        path.parent.name: [
+            {k: v for k, v in json.loads(line).items() if k != "images_per_second"}
+            for line in path.read_text().splitlines()
+        ]
+        for path in folder.glob("*/metrics.jsonl")
+    }
+
+
+class Killed(Exception):
+    pass
+
+
+def kill():
+    raise Killed
+
+
+def test_a_stopped_evaluation_goes_on_bit_for_bit(run, tmp_path, capsys, one_device):
+    """Of two trainings of 7 steps, saved every 4: the first is stopped by a signal after step 4, the
+    second dies at step 6. From a layer of the head: its BatchNorm has statistics to go on with.
+    """
+    config, workdir = run
+    config.finetune.label_fractions, config.finetune.epochs = (1.0,), (3.0,)
+    config.finetune.from_layer = 1
+    whole = tmp_path / "whole"
+    shutil.copytree(workdir, whole)
+    expected = finetune.finetune(config, str(whole))
+    assert expected["rows"][0]["runs"][0]["steps"] == 7
+    capsys.readouterr()
+
+    with states_of_fit() as states:
+        with at_moment(3, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+            assert finetune.finetune(config, str(workdir)) is None
+        assert "stopped after step 4, which is saved" in capsys.readouterr().out
+        assert [int(state.step) for state in states] == [4]
+        assert not (workdir / "finetune.json").exists()
+
+        with at_moment(9, kill), pytest.raises(Killed):
+            finetune.finetune(config, str(workdir))
+        assert "resumed from step 4" in capsys.readouterr().out
+        assert [int(state.step) for state in states] == [4, 7]
+
+        result = finetune.finetune(config, str(workdir))
+        assert "resumed from step 4" in capsys.readouterr().out
+        assert [int(state.step) for state in states] == [4, 7, 7]  # the first one is not repeated
+    assert result == expected
+    assert metrics_of(workdir / "finetune") == metrics_of(whole / "finetune")
+
+
+@pytest.fixture
+def begun(run, monkeypatch, one_device):
+    """(configuration, workdir, begun): where no step is done, `begun` holds the folders' names of the
+    trainings that would have been.
+    """
     config, workdir = run
     config.eval.baselines = False
+    names: list[str] = []
+
+    def fit(job, batches, run, hooks):
+        folder = type(workdir)(run.workdir)
+        names.append(f"{folder.parent.name}/{folder.name}")
+        (folder / "checkpoints").mkdir()
+        return job.init(), True
+
+    monkeypatch.setattr(finetune, "fit", fit)
+    return config, workdir, names
+
+
+def test_what_was_trained_is_not_trained_again_unless_something_else_is_asked(begun, tmp_path):
+    config, workdir, names = begun
+
+    def trains():
+        names.clear()
+        finetune.linear(config, str(workdir))
+        return len(names)
+
+    assert trains() == 1
+    assert trains() == 0
+    config.eval.batch_size = 32  # changes nothing that is learned
+    assert trains() == 0
+    config.linear.learning_rate = (0.1, 0.2)
+    assert trains() == 1  # the other one is there
+    config.linear.momentum = 0.5
+    assert trains() == 2
+    config.seed = 1
+    assert trains() == 2
+    config.views.crop_area = (0.5, 1.0)
+    assert trains() == 2
+    config.linear.learning_rate = (0.1,)
+    assert trains() == 0
+    config.eval.validation_fraction = 0.5
+    assert trains() == 1
+
+    # Another encoder in the workdir.
+    shutil.rmtree(workdir / "checkpoints")
+    encoder_checkpoint(config, workdir)  # of another seed
+    assert trains() == 1
+    assert trains() == 0
+
+    # Other data than those of pretraining have a folder and a result of their own.
+    with np.load(config.data.path) as file:
+        arrays = dict(file)
+    first = config.data.path
+    config.data.path = str(tmp_path / "other.npz")
+    np.savez(config.data.path, **(arrays | {"train_labels": np.roll(arrays["train_labels"], 1)}))
+    assert trains() == 1
+    assert names[0].startswith("linear_other/")
+    assert (workdir / "linear_other.json").exists()
+    config.data.path = first
+    assert trains() == 0
+    # Other test images: what was chosen holds, but not the accuracy.
+    config.data.path = str(tmp_path / "tested.npz")
+    np.savez(config.data.path, **(arrays | {"test_images": arrays["test_images"][::-1]}))
+    assert trains() == 1
+    assert names[0].startswith("linear/")
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_line(run, one_device):
+    config, workdir = run
+    config.eval.baselines = False
+    # Each step multiplies the weights by 6e7: past 1e38 in six of them.
+    config.linear.learning_rate, config.linear.weight_decay = (1e6,), (1e3,)
+    config.linear.momentum, config.linear.epochs = 0.0, 60.0
+    with pytest.raises(UserError, match=r"^step \d+: .*not finite.*try a lower linear\.learning") as e:
+        finetune.linear(config, str(workdir))
+    assert "\n" not in str(e.value)
+    (named,) = workdir.glob("linear/*/not_finite_step_*.json")
+    assert str(named) in str(e.value)
+    assert len(json.loads(named.read_text())["index"]) == BATCH
+
+
+def test_without_a_validation_part_all_is_trained_on_and_nothing_chosen(begun):
+    config, workdir, _ = begun
     config.eval.validation_fraction = 0.0
     result = finetune.linear(config, str(workdir))
+    assert result is not None
     assert (result["train_images"], result["validation_images"]) == (48, 0)
     assert "selected_accuracy" not in result["rows"][0]
     config.linear.learning_rate = (0.1, 0.2)
@@ -190,6 +465,6 @@ def test_mistakes(run):
     config.linear.batch_size = 12
     with pytest.raises(UserError, match=r"linear\.batch_size=12 does not divide over 8 devices"):
         finetune.linear(config, str(workdir))
-    config.model.width = 0.25
-    with pytest.raises(UserError, match=r"of another model \(model\.width: 0\.125 -> 0\.25\)"):
+    config.model.vit.width = 32
+    with pytest.raises(UserError, match=r"of another model \(model\.vit\.width: 16 -> 32\)"):
         finetune.finetune(config, str(workdir))

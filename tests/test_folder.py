@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr_jax import config, suggest
-from simclr_jax.data import folder, sources
+from simclr_jax import config
+from simclr_jax.config.overrides import load
+from simclr_jax.data import index, suggest
+from simclr_jax.data.folder import open_split
 from simclr_jax.errors import UserError
 
 
@@ -43,12 +45,12 @@ def folders_read(monkeypatch):
         read.append(pathlib.Path(path).name)
         return scan(path)
 
-    monkeypatch.setattr(folder.os, "scandir", noted)
+    monkeypatch.setattr(index.os, "scandir", noted)
     return read
 
 
 def test_the_index_is_of_every_image_file(photos):
-    found = folder.index(photos)
+    found = index.index(photos)
     expected = [
         f"{where}/{name}" for where in ("a", "b/deep", "b/other") for name in ("1.png", "2.PNG")
     ]
@@ -58,15 +60,15 @@ def test_the_index_is_of_every_image_file(photos):
 
 
 def test_only_folders_that_changed_are_read_again(photos, monkeypatch):
-    first = folder.index(photos)
+    first = index.index(photos)
     read = folders_read(monkeypatch)
-    again = folder.index(photos)
+    again = index.index(photos)
     assert read == []
     np.testing.assert_array_equal(again.paths, first.paths)
     np.testing.assert_array_equal(again.sizes, first.sizes)
     Image.new("RGB", (2, 3)).save(photos / "b" / "deep" / "3.png")
     (photos / "a" / "1.png").unlink()
-    assert folder.index(photos).paths.tolist() == [
+    assert index.index(photos).paths.tolist() == [
         "a/2.PNG",
         *(f"b/deep/{name}" for name in ("1.png", "2.PNG", "3.png")),
         *(f"b/other/{name}" for name in ("1.png", "2.PNG")),
@@ -76,9 +78,9 @@ def test_only_folders_that_changed_are_read_again(photos, monkeypatch):
 
 def test_a_folder_that_changed_just_now_is_not_trusted(photos, monkeypatch):
     Image.new("RGB", (2, 3)).save(photos / "a" / "3.png")
-    folder.index(photos)
+    index.index(photos)
     read = folders_read(monkeypatch)
-    folder.index(photos)
+    index.index(photos)
     assert read == ["a"]
 
 
@@ -86,63 +88,63 @@ def test_a_file_that_is_still_written_is_looked_at_again(photos):
     with (photos / "a" / "1.png").open("ab") as file:  # changes no folder
         file.write(b"more")
         file.flush()
-        before = folder.index(photos).sizes[0]
+        before = index.index(photos).sizes[0]
         file.write(b"and more")
-    assert folder.index(photos).sizes[0] == before + 8
+    assert index.index(photos).sizes[0] == before + 8
 
 
 def test_a_folder_whose_time_was_set_back_is_read_again(photos):
     times = (os.stat(photos / "a").st_mtime_ns,) * 2
-    folder.index(photos)
+    index.index(photos)
     Image.new("RGB", (2, 3)).save(photos / "a" / "3.png")
     os.utime(photos / "a" / "3.png", ns=times)
     os.utime(photos / "a", ns=times)
-    assert len(folder.index(photos).paths) == 7
+    assert len(index.index(photos).paths) == 7
 
 
 def test_a_link_to_what_comes_later_is_followed_then(photos, tmp_path):
     (photos / "drive").symlink_to(tmp_path / "drive", target_is_directory=True)
     os.utime(photos, (time.time() - 3600,) * 2)
-    assert len(folder.index(photos).paths) == 6
+    assert len(index.index(photos).paths) == 6
     (tmp_path / "drive").mkdir()
     Image.new("RGB", (2, 3)).save(tmp_path / "drive" / "4.png")
-    assert folder.index(photos).paths[-1] == "drive/4.png"
+    assert index.index(photos).paths[-1] == "drive/4.png"
 
 
 def test_a_name_that_is_not_utf8_is_shown(photos):
     os.rename(photos / "a" / "1.png", os.path.join(os.fsencode(photos / "a"), b"caf\xe9.png"))
     with pytest.raises(UserError, match=r"1 files .* not UTF-8, such as b'a/caf\\xe9.png': rename"):
-        sources.folder(str(photos), labels=False)
+        open_split(str(photos), labels=False)
 
 
 def test_folders_that_are_gone_and_links_in_circles(photos):
     (photos / "a" / "up").symlink_to(photos, target_is_directory=True)
     (photos / "dead").symlink_to(photos / "nowhere")
-    assert len(folder.index(photos).paths) == 6
+    assert len(index.index(photos).paths) == 6
     for path in (photos / "b" / "deep").iterdir():
         path.unlink()
     (photos / "b" / "deep").rmdir()
-    assert len(folder.index(photos).paths) == 4
+    assert len(index.index(photos).paths) == 4
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"": {"changed": 1}}'])
 def test_a_damaged_cache_is_read_anew(photos, content):
-    expected = folder.index(photos).paths
-    (file,) = folder._cache_file(photos).parent.iterdir()
+    expected = index.index(photos).paths
+    (file,) = index._cache_file(photos).parent.iterdir()
     file.write_bytes(content)
-    np.testing.assert_array_equal(folder.index(photos).paths, expected)
+    np.testing.assert_array_equal(index.index(photos).paths, expected)
 
 
 def test_without_room_for_a_cache_all_is_read(photos, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert len(folder.index(photos).paths) == 6
+    assert len(index.index(photos).paths) == 6
 
 
 def test_the_summary_says_what_a_person_would_ask(photos):
     (photos / "empty.jpg").write_bytes(b"")
     Image.new("L", (20, 10)).save(photos / "grey.tif")
-    said = "\n".join(folder.describe(folder.look(photos)))
+    said = "\n".join(index.summary_lines(index.look(photos)))
     assert "8 files" in said
     assert "6 PNG, 1 JPEG, 1 TIFF" in said
     assert "2 x 3 px to 20 x 10 px, shorter side 2 px in the middle" in said
@@ -158,17 +160,16 @@ def test_settings_are_valid_and_have_reasons(count, short_side, accelerator):
     c = config.default()
     c.data.source, c.data.path = "folder", "x"
     options = config.flatten(c)
-    for option, value, reason in suggest.settings(count, short_side, accelerator):
+    for option, value, reason in suggest.suggest_settings(count, short_side, accelerator):
         assert type(value) is type(options[option])
         assert reason
-        group, _, name = option.partition(".")
-        c[group][name] = value
+        config.set_options(c, {option: value})
     config.validate(c)
     assert c.data.image_size <= max(32, 1.4 * short_side)
 
 
 def test_large_photographs_on_an_accelerator_get_the_papers_settings():
-    chosen = {c.option: c.value for c in suggest.settings(1_281_167, 375, True)}
+    chosen = {c.option: c.value for c in suggest.suggest_settings(1_281_167, 375, True)}
     assert chosen["data.image_size"] == 224
     assert chosen["model.stem"] == "imagenet"
     assert chosen["model.depth"] == 50
@@ -178,7 +179,7 @@ def test_large_photographs_on_an_accelerator_get_the_papers_settings():
 
 def test_the_configuration_chooses_from_the_folder(photos):
     spec = f"{pathlib.Path(__file__).parent.parent}/configs/folder.py:{photos}"
-    c = config.load(spec, ["--config.data.batch_size=16"])
+    c = load(spec, ["--config.data.batch_size=16"])
     assert (c.data.image_size, c.data.batch_size, c.model.depth) == (32, 16, 10)
     with pytest.raises(UserError, match="which folder"):
-        config.load(spec.partition(":")[0], [])
+        load(spec.partition(":")[0], [])

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simclr_jax.losses import cross_entropy, normalize, nt_xent
+from simclr_jax.losses import nt_xent
+from simclr_jax.losses.classification import cross_entropy
+from simclr_jax.losses.contract import normalize
 
 
 def algorithm_1(z, tau):

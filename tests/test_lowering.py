@@ -11,9 +11,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from simclr_jax import aot, config, main, train_step
+from simclr_jax import config, main
+from simclr_jax.config.overrides import read_file
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import make_mesh
+from simclr_jax.modes import compile as compiling
+from simclr_jax.modes.collectives import collectives
+from simclr_jax.views import placement
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -58,10 +62,10 @@ def compiled_as(options):
 
 
 def compiled(config):
-    _, devices = aot.slice_of(TOPOLOGY)
+    _, devices = compiling.slice_of(TOPOLOGY)
     mesh = make_mesh(devices, config.mesh.fsdp)
-    program = aot.compile_step(config, mesh, TOPOLOGY)
-    return program, aot.collectives(program.as_text(), mesh.size)
+    program = compiling.compile_step(config, mesh, TOPOLOGY)
+    return program, collectives(program.as_text(), mesh.size)
 
 
 def all_reduced(program):
@@ -72,6 +76,7 @@ def all_reduced(program):
     return [shapes for shapes in found if re.search(r"\[\d+,\d+", shapes)]
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_the_dense_step_gathers_the_projections_once_and_moves_nothing_else(small):
     program, found = compiled_as(())
@@ -85,6 +90,7 @@ def test_the_dense_step_gathers_the_projections_once_and_moves_nothing_else(smal
     assert len(all_reduced(program)) <= 3
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_the_step_in_tiles_gathers_projections_and_normalisers(small):
     small.loss.implementation = "chunked"
@@ -96,6 +102,7 @@ def test_the_step_in_tiles_gathers_projections_and_normalisers(small):
     assert f"[{2 * BATCH},{2 * BATCH}]" not in program.as_text()
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_sharded_parameters_are_gathered_and_need_less_memory(small):
     whole, _ = compiled_as(())
@@ -127,16 +134,17 @@ def test_microbatches_are_found_on_their_own_devices(small):
 def test_a_step_that_stacks_view_on_view_is_told_by_its_collectives(small, monkeypatch):
     """What the reshape in the step avoids."""
     views_stacked = lambda x: jnp.concatenate([x[0::2], x[1::2]])  # noqa: E731
-    original = train_step.to_float
-    monkeypatch.setattr(train_step, "to_float", lambda x: views_stacked(original(x)))
+    original = placement.to_float
+    monkeypatch.setattr(placement, "to_float", lambda x: views_stacked(original(x)))
     _, found = compiled(small)
     assert {"all-to-all", "collective-permute"} & found.keys()
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_the_report_is_a_table_and_json(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(aot, "compile_step", lambda *_: compiled_as(())[0])
-    result = aot.report(small, str(tmp_path / "w"), TOPOLOGY)
+    monkeypatch.setattr(compiling, "compile_step", lambda *_: compiled_as(())[0])
+    result = compiling.compile_for(small, str(tmp_path / "w"), TOPOLOGY)
     said = capsys.readouterr().out
     assert "compiled for 4 devices of v5e:2x2 (TPU v5 lite)" in said
     assert "(bound, not measured)" in said
@@ -157,7 +165,7 @@ def test_the_report_is_a_table_and_json(small, tmp_path, capsys, monkeypatch):
     [("v3:4x4", 32), ("v4:2x2x4", 16), ("v5e:16x16", 256), ("v5p:2x2x2", 8), ("v6e:2x4", 8)],
 )
 def test_slices_have_the_devices_that_jax_sees_there(topology, devices):
-    assert len(aot.slice_of(topology)[1]) == devices
+    assert len(compiling.slice_of(topology)[1]) == devices
 
 
 @pytest.mark.parametrize(
@@ -193,7 +201,7 @@ def test_other_modes_need_a_workdir():
     ],
 )
 def test_a_step_that_does_not_fit_is_said_with_by_how_much_and_what_to_try(message):
-    said = str(aot.too_large("v5e:4x4", message))
+    said = str(compiling.too_large("v5e:4x4", message))
     assert "it needs 20.58 GiB of 15.75 GiB, 4.83 GiB too much: try" in said
     assert "model.remat=True" in said
     assert "\n" not in said
@@ -210,7 +218,7 @@ PROGRAM = """
 
 
 def test_collectives_are_counted_by_channel_and_weighed():
-    found = aot.collectives(PROGRAM, 4)
+    found = collectives(PROGRAM, 4)
     reduced, gathered = 16 * 4 + 9 * 64 * 2, 128 * 128 * 4 + 4 * 8 * 4
     assert found == {
         "all-gather": {"count": 2, "bytes": gathered, "sent": gathered / 2},
@@ -224,9 +232,9 @@ def test_collectives_are_counted_by_channel_and_weighed():
 @pytest.mark.parametrize(("topology", "batch"), [("v5e:4x4", 1024), ("v3:4x4", 4096)])
 def test_resnet_50_fits(topology, batch):
     """The paper's batch of 4096 on the 32 cores it ran on, and 64 images a chip of a small slice."""
-    c = config.read_file("configs/imagenet.py")
+    c = read_file("configs/imagenet.py")
     c.data.batch_size = batch
-    result = aot.report(c, None, topology)
+    result = compiling.compile_for(c, None, topology)
     assert result["memory_total"] < result["memory_limit"]
     assert result["collectives"].keys() == {"all-gather", "all-reduce"}
     assert result["collectives"]["all-gather"]["count"] == 1
@@ -236,10 +244,10 @@ def test_resnet_50_fits(topology, batch):
 @needs_libtpu
 @pytest.mark.slow
 def test_resnet_50_with_too_many_images_is_refused():
-    c = config.read_file("configs/imagenet.py")
+    c = read_file("configs/imagenet.py")
     c.data.batch_size = 8192
     with pytest.raises(UserError, match=r"GiB of 15\.75 GiB, .* GiB too much"):
-        aot.report(c, None, "v5e:4x4")
+        compiling.compile_for(c, None, "v5e:4x4")
 
 
 def test_the_programs_of_these_tests_are_for_no_device_of_this_machine():

@@ -1,27 +1,92 @@
-"""TensorBoard's view of a run, read back with the protocol buffers of the writer."""
+"""WORKDIR/metrics.jsonl, and TensorBoard's view of it, read back with its protocol buffers."""
 
 import json
 import struct
 
-from tensorboardX.proto.event_pb2 import Event
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 
-from simclr_jax.metrics import MetricWriter
+from simclr_jax.training.metrics import MetricWriter
 
 
 def events(path):
     data = path.read_bytes()
     while data:
         (length,) = struct.unpack("<Q", data[:8])
+        (check,) = struct.unpack("<I", data[12 + length : 16 + length])
+        assert check == masked_crc32c(data[12 : 12 + length])
         yield Event.FromString(data[12 : 12 + length])
         data = data[12 + length + 4 :]
+
+
+def lines_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_scalars_reach_tensorboard(tmp_path):
     with MetricWriter(str(tmp_path)) as writer:
         writer.write(3, {"loss": 0.5, "grad_norm": 2.0})
-    (path,) = tmp_path.glob("events.out.tfevents.*")
-    seen = {(v.tag, e.step): v.simple_value for e in events(path) for v in e.summary.value}
+        (path,) = tmp_path.glob("events.out.tfevents.*")
+        there = list(events(path))  # while the run goes on
+    assert list(events(path)) == there
+    seen = {(v.tag, e.step): v.simple_value for e in there for v in e.summary.value}
     assert seen == {("loss", 3): 0.5, ("grad_norm", 3): 2.0}
+
+
+def test_tensorboard_hides_the_steps_that_are_run_again(tmp_path):
+    with MetricWriter(str(tmp_path), resume_step=4):
+        pass
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    version, start = events(path)
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (5, SessionLog.START)
+
+
+def test_metrics_past_the_restored_step_are_dropped(tmp_path):
+    with MetricWriter(str(tmp_path)) as writer:
+        for step in (2, 4, 6):
+            writer.write(step, {"loss": 1.0 / step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # cut off while writing
+    with MetricWriter(str(tmp_path), resume_step=4) as writer:
+        writer.write(6, {"loss": 7.0})
+    assert lines_of(tmp_path) == [
+        {"step": 2, "loss": 0.5},
+        {"step": 4, "loss": 0.25},
+        {"step": 6, "loss": 7.0},
+    ]
+
+
+GOOD = b'{"step": 2, "loss": 0.5}\n'
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        bytes(4096),
+        bytes(64) + b"\n",
+        b'{"step": 3, "lo\n',
+        b'{"step": 3, "loss": 0.',
+        b"\xff\xfe\x80\n",
+        b'\xff{"step": 3}\n',
+        b"\n",
+        b"3\n",
+        b"null\n",
+        b'["step"]\n',
+        b'{"loss": 1}\n',
+        b'{"step": "3"}\n',
+        b'{"step": -3}\n',
+        b'{"step": null}\n',
+    ],
+)
+def test_damaged_lines_are_dropped_and_the_others_kept(tmp_path, damage):
+    before = damage if damage.endswith(b"\n") else b""
+    (tmp_path / "metrics.jsonl").write_bytes(before + GOOD + damage)
+    with MetricWriter(str(tmp_path), resume_step=4) as writer:
+        assert (tmp_path / "metrics.jsonl").read_bytes() == GOOD
+        writer.write(6, {"loss": 7.0})
+    assert lines_of(tmp_path) == [{"step": 2, "loss": 0.5}, {"step": 6, "loss": 7.0}]
 
 
 class Bucket:
@@ -33,11 +98,15 @@ class Bucket:
     def __str__(self):
         return "gs://bucket/metrics.jsonl"
 
-    def write_text(self, text):
-        self.path.write_text(text)
 
+def test_metrics_in_a_bucket_are_written_whole(tmp_path, monkeypatch):
+    from simclr_jax.training import metrics
 
-def test_metrics_in_a_bucket_are_written_whole(tmp_path):
+    def write_text(path, content, advice):
+        assert "://" in str(path)
+        path.path.write_text(content)
+
+    monkeypatch.setattr(metrics, "write_text", write_text)
     with MetricWriter(str(tmp_path)) as writer:
         writer._path = Bucket(tmp_path / "bucket.jsonl")
         for step in (1, 2):

@@ -2,12 +2,19 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from simclr_jax.optimizer import adapted, make_optimizer, scaled_learning_rate, warmup_cosine
+from simclr_jax.training.optimizer import (
+    adapted,
+    make_classifier_optimizer,
+    make_optimizer,
+    scaled_learning_rate,
+    warmup_cosine,
+)
 
 SETTINGS = {"weight_decay": 1e-4, "momentum": 0.9, "trust_coefficient": 0.001}
 
@@ -99,3 +106,29 @@ def test_learning_rate_scaling():
     assert scaled_learning_rate(0.3, "linear", 4096) == pytest.approx(4.8)
     assert scaled_learning_rate(0.075, "sqrt", 4096) == pytest.approx(4.8)
     assert scaled_learning_rate(0.3, "none", 4096) == pytest.approx(0.3)
+
+
+def test_the_classifiers_optimizer_moves_and_remembers_trained_parts_only():
+    """Nesterov momentum and decay on kernels, as a loop; the frozen part has no momentum at all."""
+    optimizer, schedule = make_classifier_optimizer(0.5, 4, 0.1, 0.9, frozenset({"classifier"}))
+    start = {
+        "encoder": {"kernel": jnp.ones(3)},
+        "classifier": {"kernel": jnp.ones(3), "bias": jnp.ones(3)},
+    }
+    grads = [{k: {n: (i + 1.0) * x for n, x in v.items()} for k, v in start.items()} for i in (0, 1)]
+    path = trajectory(optimizer, start, grads)
+    kernel, bias, velocity = 1.0, 1.0, [0.0, 0.0]
+    for step, reached in enumerate(path):
+        rate = 0.25 * (1 + math.cos(math.pi * step / 4))
+        assert schedule(step) == pytest.approx(rate)
+        gradients = (step + 1 + 0.1 * kernel, step + 1)
+        velocity = [0.9 * v + g for v, g in zip(velocity, gradients, strict=True)]
+        kernel, bias = (
+            x - rate * (g + 0.9 * v)
+            for x, g, v in zip((kernel, bias), gradients, velocity, strict=True)
+        )
+        np.testing.assert_allclose(reached["classifier"]["kernel"], kernel, rtol=1e-5)
+        np.testing.assert_allclose(reached["classifier"]["bias"], bias, rtol=1e-5)
+        np.testing.assert_array_equal(reached["encoder"]["kernel"], 1.0)
+    momenta = [x for x in jax.tree.leaves(optimizer.init(start)) if x.shape == (3,)]
+    assert len(momenta) == 2

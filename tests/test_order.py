@@ -5,11 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
-from simclr_jax.data.order import batch_positions, epoch_order
+from simclr_jax.data.order import Order, Share, batch_positions, epoch_order, next_whole
 
 
-def batches(count, batch_size, steps, start=0, rows=slice(None), seed=3):
-    return list(itertools.islice(batch_positions(seed, count, batch_size, start, rows), steps))
+def batches(count, batch_size, steps, start=0, share=Share(), seed=3):
+    order = Order(seed, batch_size, share)
+    return list(itertools.islice(batch_positions(order, count, start), steps))
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 5), (10, 4), (7, 20), (1, 3)])
@@ -37,7 +38,17 @@ def test_starting_late_gives_what_came_then():
 
 def test_the_processes_parts_make_up_the_global_batch():
     whole = batches(11, 6, 5)
-    parts = [batches(11, 6, 5, rows=slice(3 * p, 3 * p + 3)) for p in range(2)]
+    parts = [batches(11, 6, 5, share=Share(p, 2)) for p in range(2)]
     for step, (epochs, indices) in enumerate(whole):
         np.testing.assert_array_equal(epochs, np.concatenate([p[step][0] for p in parts]))
         np.testing.assert_array_equal(indices, np.concatenate([p[step][1] for p in parts]))
+
+
+@pytest.mark.parametrize("broken", [(), (0,), (3,), (2, 3), (3, 0), (0, 1, 2), (0, 1, 2, 3)])
+def test_the_stand_in_of_a_broken_image_is_the_next_whole_one(broken):
+    def stand_in(place):
+        cycle = [(place + i) % 4 for i in range(4)]
+        return next((p for p in cycle if p not in broken), place)
+
+    found = next_whole(np.isin(np.arange(4), broken))
+    assert found.tolist() == [stand_in(place) for place in range(4)]

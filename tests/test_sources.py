@@ -1,16 +1,61 @@
-"""Every kind of source: what it holds, in which order, shared by processes, and what it refuses."""
+"""Every kind of source: what it holds, in which order, shared by processes, and what it refuses.
 
+The kinds whose order is tested: record files of TFDS and row groups of Parquet files, which are
+streamed; arrays; and a source of two methods, as somebody would add it.
+"""
+
+import io
 import itertools
+import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from conftest import random_images
+from PIL import Image
 
-from simclr_jax.data import sources
-from simclr_jax.data.sources import FilesSplit, Share, in_memory, open_source
+from simclr_jax import assemble, config
+from simclr_jax.data import open_source, order
+from simclr_jax.data import split as splits
+from simclr_jax.data.arrays import in_memory
+from simclr_jax.data.broken import Broken, Images
+from simclr_jax.data.folder import open_split
+from simclr_jax.data.order import Order, Share
+from simclr_jax.data.source import Example, Source
+from simclr_jax.data.split import BROKEN, DataSet, IndexedSplit, StreamedSplit
 from simclr_jax.errors import UserError
+from simclr_jax.modes.pretrain import pretrain
+from simclr_jax.views import pipeline
+
+COUNT = 60
+STREAMED = ["files", "row_groups"]
+
+# One step meets nearly all images, as a broken one that is met makes a new pipeline of TensorFlow's.
+STREAMING = {
+    "data.placement": "host",
+    "data.color_on": "device",
+    "data.batch_size": 48,
+    "data.max_broken": 0.2,
+    "train.online_classifier": False,  # one program for data with labels and without
+    "train.steps": 3,
+}
+
+
+def picture(i):
+    return random_images(1, 4 + i % 3, 5)[0]
+
+
+def png(image):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "png")
+    return file.getvalue()
+
+
+def opened(**options):
+    return open_source(config.default().data.to_dict() | {"seed": 0} | options)
 
 
 class Streamed(tfds.core.GeneratorBasedBuilder):
@@ -24,183 +69,225 @@ class Streamed(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-                    "label": tfds.features.ClassLabel(num_classes=60),
+                    "label": tfds.features.ClassLabel(num_classes=COUNT),
                 }
             ),
         )
 
     def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(60), "test": self._generate_examples(7)}
+        return {"train": self._generate_examples(COUNT), "test": self._generate_examples(7)}
 
     def _generate_examples(self, count):
         for i in range(count):
-            yield i, {"image": random_images(1, 4 + i % 3, 5)[0], "label": i}
+            yield i, {"image": picture(i), "label": i}
+
+
+class Drawn(Source):
+    """60 images of differing sizes, as pixels and as image files. The images `lost` cannot be read."""
+
+    def __init__(self, lost=(), classes=None):
+        self.lost, self.classes = lost, classes
+
+    def __len__(self):
+        return COUNT
+
+    def __getitem__(self, index):
+        if index in self.lost:
+            raise OSError(5, "the drawer jams")
+        image = picture(index)
+        label = index % len(self.classes) if self.classes else index
+        return Example(png(image) if index % 2 else image, label)
 
 
 @pytest.fixture(scope="module")
-def streamed(tmp_path_factory):
+def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
     builder = Streamed(data_dir=folder)
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=6))
-    return folder
+    return opened(name="streamed", path=str(folder)).train
 
 
-@pytest.fixture
-def files(streamed):
-    split = open_source("tfds", name="streamed", path=str(streamed)).train
-    assert isinstance(split, FilesSplit)
-    return split
+@pytest.fixture(scope="module")
+def row_groups(tmp_path_factory):
+    """Three files of two row groups each, of differing lengths."""
+    folder = tmp_path_factory.mktemp("parquet")
+    for i, first in enumerate((0, 17, 42)):
+        numbers = range(first, (17, 42, COUNT)[i])
+        rows = [{"image": {"bytes": png(picture(n)), "path": None}, "label": n} for n in numbers]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{i}.parquet", row_group_size=13)
+    return opened(source="parquet", path=str(folder)).train
 
 
-def stream(split, steps, batch_size=10, start=0, share=Share(), seed=5):
+@pytest.fixture(scope="module")
+def drawn():
+    return IndexedSplit(Drawn(classes=tuple(f"{i:02}" for i in range(COUNT))))
+
+
+def stream(split, steps, batch_size=10, start=0, share=Share(), seed=5, broken=frozenset()):
     """(epoch, index, label) of every example, [n, 3]."""
-    examples = split.training(seed, batch_size, start, share)
-    take = steps * (batch_size // share.count)
-    return np.array([[int(x[k]) for k in ("epoch", "index", "label")] for x in examples.take(take)])
+    examples = split.training(Order(seed, batch_size, share), start, broken)
+    some = examples.take(steps * (batch_size // share.count)).as_numpy_iterator()
+    return np.array([[x[k] for k in ("epoch", "index", "label")] for x in some])
 
 
-def test_arrays_stream_every_image_once_an_epoch(small_split):
-    seen = stream(small_split, steps=8)
+def labels_once(split, share=Share(), start=0, broken=frozenset()):
+    return [int(x["label"]) for x in split.once(share, start, broken).as_numpy_iterator()]
+
+
+@pytest.mark.parametrize("kind", ["small_split", "drawn"])
+def test_images_in_any_order_come_every_one_once_an_epoch(kind, request):
+    split = request.getfixturevalue(kind)
+    seen = stream(split, steps=-(-2 * split.count // 10))
     for epoch in range(2):
-        np.testing.assert_array_equal(np.sort(seen[seen[:, 0] == epoch][:, 1]), np.arange(37))
-    np.testing.assert_array_equal(seen[:, 2], seen[:, 1] % 3)
+        np.testing.assert_array_equal(np.sort(seen[seen[:, 0] == epoch][:, 1]), range(split.count))
+    np.testing.assert_array_equal(seen[:, 2], seen[:, 1] % len(split.classes))
 
 
 def test_arrays_give_the_image_of_the_index(small_split):
-    for example in small_split.training(0, 10, 0, Share()).take(20).as_numpy_iterator():
-        np.testing.assert_array_equal(example["image"], small_split.images[example["index"]])
+    for example in small_split.training(Order(0, 10), 0).take(20).as_numpy_iterator():
+        np.testing.assert_array_equal(example["image"], small_split.source[example["index"]].image)
 
 
-def test_files_stream_every_image_once_an_epoch_in_a_new_order(files):
-    seen = stream(files, steps=18)
+@pytest.mark.parametrize("kind", STREAMED)
+def test_streams_come_every_image_once_an_epoch_in_a_new_order(kind, request):
+    split = request.getfixturevalue(kind)
+    assert isinstance(split, StreamedSplit)
+    assert len(split.source.lengths) == 6
+    seen = stream(split, steps=18)
     orders = [seen[seen[:, 0] == epoch][:, 2] for epoch in range(3)]
-    for order in orders:
-        np.testing.assert_array_equal(np.sort(order), np.arange(60))
+    for labels in orders:
+        np.testing.assert_array_equal(np.sort(labels), np.arange(COUNT))
     assert np.mean(orders[0] == orders[1]) < 0.2
     # An index names one image for ever: it keys the views.
     pairs = {(index, label) for _, index, label in seen}
-    assert len(pairs) == 60
+    assert len(pairs) == COUNT
 
 
-@pytest.mark.parametrize("kind", ["files", "small_split"])
+@pytest.mark.parametrize("kind", [*STREAMED, "small_split", "drawn"])
 def test_the_order_repeats_and_can_be_entered_anywhere(kind, request):
     split = request.getfixturevalue(kind)
     whole = stream(split, steps=15)
     np.testing.assert_array_equal(stream(split, steps=15), whole)
     for start in (1, 6, 9):
         np.testing.assert_array_equal(stream(split, 15 - start, start=start), whole[start * 10 :])
+        indices = split.batch_indices(Order(5, 10), start)
+        np.testing.assert_array_equal(indices, whole[start * 10 : start * 10 + 10, 1])
     assert not np.array_equal(stream(split, steps=15, seed=6), whole)
 
 
-def test_processes_share_files_without_overlap(files):
-    seen = [stream(files, steps=6, share=Share(p, 2)) for p in range(2)]
+@pytest.mark.parametrize("kind", STREAMED)
+def test_processes_share_streams_without_overlap(kind, request):
+    split = request.getfixturevalue(kind)
+    seen = [stream(split, steps=8, share=Share(p, 2)) for p in range(2)]
     first = [part[part[:, 0] == 0][:, 1] for part in seen]
-    np.testing.assert_array_equal(np.sort(np.concatenate(first)), np.arange(60))
+    np.testing.assert_array_equal(np.sort(np.concatenate(first)), np.arange(COUNT))
 
 
-def test_more_processes_than_files_is_refused(files):
-    with pytest.raises(UserError, match="6 files, fewer than the 7 processes"):
-        files.training(0, 14, 0, Share(0, 7))
+@pytest.mark.parametrize(("kind", "shards"), [("files", "files"), ("row_groups", "row groups")])
+def test_more_processes_than_shards_is_refused(kind, shards, request):
+    with pytest.raises(UserError, match=f"6 {shards}, fewer than the 7 processes .* more {shards}"):
+        request.getfixturevalue(kind).training(Order(0, 14, Share(0, 7)), 0)
 
 
-@pytest.mark.parametrize("kind", ["files", "small_split"])
+@pytest.mark.parametrize("kind", [*STREAMED, "small_split", "drawn"])
 @pytest.mark.parametrize("processes", [1, 3])
 def test_evaluation_sees_every_image_once(kind, processes, request):
     split = request.getfixturevalue(kind)
-    parts = [[int(x["label"]) for x in split.once(Share(p, processes))] for p in range(processes)]
+    parts = [labels_once(split, Share(p, processes)) for p in range(processes)]
     # Process p holds images p, p + P, ...
-    whole = [int(x["label"]) for x in split.once(Share())]
+    whole = labels_once(split)
     assert len(whole) == split.count
     assert [whole[p::processes] for p in range(processes)] == parts
+    assert labels_once(split, Share(1, 3), start=6) == whole[19::3]
+    assert labels_once(split, Share(1, 3), start=20) == []
+    assert split.all_labels().tolist() == whole
 
 
-def test_files_decode_to_their_images(files):
-    example = next(iter(files.once(Share())))
-    image = files.decode(example["image"]).numpy()
-    i = int(example["label"])
-    np.testing.assert_array_equal(image, random_images(1, 4 + i % 3, 5)[0])
+@pytest.mark.parametrize("kind", [*STREAMED, "drawn"])
+def test_encoded_images_decode_to_what_was_written(kind, request):
+    split = request.getfixturevalue(kind)
+    for example in split.once(Share()).take(4).as_numpy_iterator():
+        image = split.decode(tf.constant(example["image"])).numpy()
+        np.testing.assert_array_equal(image, picture(int(example["label"])))
 
 
 def test_digits_are_scikit_learns(tmp_path):
     from sklearn.datasets import load_digits
 
-    source = open_source("tfds", name="digits", path=str(tmp_path))
-    images = np.concatenate([source.train.images, source.test.images])
+    source = opened(name="digits", path=str(tmp_path))
+    train, test = source.train.source, source.test.source
+    images = np.concatenate([train.arrays, test.arrays])
     assert images.shape == (1797, 8, 8, 1)
     assert images.dtype == np.uint8
-    assert len(source.test.images) == 360
-    assert source.train.classes == tuple("0123456789")
+    assert len(test) == 360
+    assert train.classes == tuple("0123456789")
     expected = np.round(load_digits().images * 255 / 16).astype(np.uint8)
     assert sorted(x.tobytes() for x in images) == sorted(x.tobytes() for x in expected)
-    np.testing.assert_allclose(np.bincount(source.test.labels), 36, atol=1)
+    np.testing.assert_allclose(np.bincount(test.labels), 36, atol=1)
 
 
 def write(path, image):
     path.parent.mkdir(parents=True, exist_ok=True)
-    encode = tf.io.encode_png if path.suffix == ".png" else tf.io.encode_jpeg
-    path.write_bytes(encode(image).numpy())
+    Image.fromarray(image).save(path)
 
 
 def test_a_folder_without_labels(tmp_path):
     for name in ("b/deep/2.png", "a/1.JPG", "0.jpeg"):
         write(tmp_path / name, random_images(1, 9, 7)[0])
-    write(tmp_path / "grey.png", random_images(1, 9, 7, channels=1)[0])
+    write(tmp_path / "grey.png", random_images(1, 9, 7, channels=1)[0, ..., 0])
     (tmp_path / "notes.txt").write_text("no image")
-    split = open_source("folder", path=str(tmp_path)).train
-    assert [p.removeprefix(f"{tmp_path}/") for p in split.images] == [
-        "0.jpeg",
-        "a/1.JPG",
-        "b/deep/2.png",
-        "grey.png",
-    ]
+    split = opened(source="folder", path=str(tmp_path)).train
+    names = [split.name_of(i).removeprefix(f"{tmp_path}/") for i in range(split.count)]
+    assert names == ["0.jpeg", "a/1.JPG", "b/deep/2.png", "grey.png"]
     assert split.classes is None
-    for path in split.images:
-        assert split.decode(tf.constant(path)).shape == (9, 7, 3)
+    for example in split.once(Share()):
+        assert split.decode(example["image"]).shape == (9, 7, 3)
+        assert example["label"] == -1
 
 
 def test_a_folder_with_labels_takes_the_first_folder(tmp_path):
     for name in ("cat/1.png", "dog/x/2.png", "dog/3.png"):
         write(tmp_path / name, random_images(1)[0])
-    split = open_source("folder", path=str(tmp_path), folder_labels=True).train
+    split = opened(source="folder", path=str(tmp_path), folder_labels=True).train
     assert split.classes == ("cat", "dog")
-    np.testing.assert_array_equal(split.labels, [0, 1, 1])
+    np.testing.assert_array_equal(split.all_labels(), [0, 1, 1])
     write(tmp_path / "loose.png", random_images(1)[0])
     with pytest.raises(UserError, match=r"1 images lie in no class folder, such as .*loose\.png"):
-        sources.folder(str(tmp_path), labels=True)
+        open_split(str(tmp_path), labels=True)
 
 
 def test_a_test_folder_has_the_classes_of_the_training_folder(tmp_path):
     for name in ("train/cat/1.png", "train/dog/2.png", "test/dog/3.png"):
         write(tmp_path / name, random_images(1)[0])
-    options = {"path": str(tmp_path / "train"), "folder_labels": True}
-    source = open_source("folder", test_path=str(tmp_path / "test"), **options)
-    np.testing.assert_array_equal(source.test.labels, [1])
+    options = {"source": "folder", "path": str(tmp_path / "train"), "folder_labels": True}
+    source = opened(test_path=str(tmp_path / "test"), **options)
+    np.testing.assert_array_equal(source.test.all_labels(), [1])
     write(tmp_path / "other/bird/4.png", random_images(1)[0])
     with pytest.raises(UserError, match="bird"):
-        open_source("folder", test_path=str(tmp_path / "other"), **options)
+        opened(test_path=str(tmp_path / "other"), **options)
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"kind": "folder", "path": "/nowhere"}, "no folder '/nowhere'"),
-        ({"kind": "arrays", "path": "/nowhere.npz"}, "no file '/nowhere.npz'"),
-        ({"kind": "tfds", "name": "cifar11"}, "near names: cifar10"),
+        ({"source": "folder", "path": "/nowhere"}, "no folder '/nowhere'"),
+        ({"source": "arrays", "path": "/nowhere.npz"}, "no file '/nowhere.npz'"),
+        ({"source": "tfds", "name": "cifar11"}, "near names: cifar10"),
         (
-            {"kind": "tfds", "name": "digits", "train_split": "tran"},
+            {"source": "tfds", "name": "digits", "train_split": "tran"},
             "it has test, train|train, test",
         ),
     ],
 )
 def test_what_is_not_there_is_said_in_one_line(options, says):
     with pytest.raises(UserError, match=says) as caught:
-        open_source(**options)
+        opened(**options)
     assert "\n" not in str(caught.value)
 
 
 def test_an_empty_folder_and_bad_arrays_are_refused(tmp_path):
     with pytest.raises(UserError, match="no image below"):
-        open_source("folder", path=str(tmp_path))
+        opened(source="folder", path=str(tmp_path))
     with pytest.raises(UserError, match="expected uint8"):
         in_memory(np.zeros((3, 8, 8, 3), np.float32))
     with pytest.raises(UserError, match="expected one integer each"):
@@ -214,57 +301,63 @@ def test_an_empty_folder_and_bad_arrays_are_refused(tmp_path):
         in_memory(np.zeros((0, 8, 8, 3), np.uint8))
     np.savez(tmp_path / "x.npz", images=np.zeros((3, 8, 8, 3), np.uint8))
     with pytest.raises(UserError, match="expected train_images"):
-        open_source("arrays", path=str(tmp_path / "x.npz"))
+        opened(source="arrays", path=str(tmp_path / "x.npz"))
     np.savez(tmp_path / "y.npz", train_images=np.array([{}], dtype=object))
     with pytest.raises(UserError, match="pickle"):
-        open_source("arrays", path=str(tmp_path / "y.npz"))
+        opened(source="arrays", path=str(tmp_path / "y.npz"))
     (tmp_path / "z.npz").write_text("no arrays")
     with pytest.raises(UserError, match="cannot be read"):
-        open_source("arrays", path=str(tmp_path / "z.npz"))
+        opened(source="arrays", path=str(tmp_path / "z.npz"))
 
 
 def test_synthetic_images_have_classes():
-    source = open_source("synthetic", seed=1)
+    source = opened(source="synthetic", seed=1)
     assert source.train.count == 4 * source.test.count
     assert len(source.train.classes) == 10
 
 
-def test_entering_late_reads_one_window_in_vain_at_most(files, monkeypatch):
-    monkeypatch.setattr(sources, "_WINDOW", 1)  # each file a window of its own
-    lengths = np.asarray(files._files[1])
+@pytest.mark.parametrize("kind", STREAMED)
+def test_entering_late_reads_one_window_in_vain_at_most(kind, request, monkeypatch):
+    split = request.getfixturevalue(kind)
+    monkeypatch.setattr(order, "WINDOW", 1)  # each shard a window of its own
+    lengths = split.source.lengths
     read = used = 0
-    for _, members, order in itertools.islice(sources._windows(5, lengths, Share(), 35), 3):
-        read, used = read + lengths[members].sum(), used + len(order)
+    for _, members, positions in itertools.islice(order.windows(Order(5, 10), lengths, 35), 3):
+        read, used = read + lengths[members].sum(), used + len(positions)
     assert 0 < read - used < lengths.max()
-    whole = stream(files, steps=9)
-    np.testing.assert_array_equal(np.sort(whole[:60, 1]), np.arange(60))
-    np.testing.assert_array_equal(stream(files, 6, start=3), whole[30:])
+    whole = stream(split, steps=9)
+    np.testing.assert_array_equal(np.sort(whole[:COUNT, 1]), np.arange(COUNT))
+    np.testing.assert_array_equal(stream(split, 6, start=3), whole[30:])
 
 
-def test_a_part_of_a_stream_is_a_subset_of_it(files):
-    labels = files.all_labels()
-    np.testing.assert_array_equal(np.sort(labels), np.arange(60))
-    some = files.subset(np.asarray([40, 3, 17]))
-    assert some.labels.tolist() == labels[[3, 17, 40]].tolist()  # in the stream's order
-    examples = list(files.once(Share()).as_numpy_iterator())
-    for i, encoded in zip((3, 17, 40), some.images, strict=True):
-        whole = files.decode(tf.constant(examples[i]["image"])).numpy()
-        np.testing.assert_array_equal(some.decode(tf.constant(encoded)).numpy(), whole)
+@pytest.mark.parametrize("kind", STREAMED)
+def test_a_part_of_a_stream_is_a_subset_of_it(kind, request):
+    split = request.getfixturevalue(kind)
+    labels = split.all_labels()
+    np.testing.assert_array_equal(np.sort(labels), np.arange(COUNT))
+    some = split.subset(np.asarray([40, 3, 17]))
+    assert some.all_labels().tolist() == labels[[3, 17, 40]].tolist()  # in the stream's order
+    for example, label in zip(some.once(Share()), labels[[3, 17, 40]], strict=True):
+        np.testing.assert_array_equal(some.decode(example["image"]).numpy(), picture(label))
     assert some.name_of(1) == "image 1"
-    assert int(next(iter(some.once(Share(), 1)))["label"]) == labels[17]
+    assert labels_once(some, start=1) == labels[[17, 40]].tolist()
 
 
-def test_a_subset_of_a_stream_that_memory_cannot_hold(files, monkeypatch):
-    monkeypatch.setattr(sources, "_MEMORY_FOR_SUBSETS", 1e-9)
+@pytest.mark.parametrize("kind", STREAMED)
+def test_a_subset_of_a_stream_that_memory_cannot_hold(kind, request, monkeypatch):
+    monkeypatch.setattr(splits, "_MEMORY_FOR_SUBSETS", 1e-9)
     with pytest.raises(
         UserError, match=r"50 images of .* GB of memory.* prepare them as a data set"
     ):
-        files.subset(np.arange(50))
+        request.getfixturevalue(kind).subset(np.arange(50))
 
 
-@pytest.mark.parametrize("kind", ["files", "arrays"])
-def test_a_split_is_divided_by_the_seed(kind, files, small_split):
-    split = files if kind == "files" else in_memory(small_split.images, np.arange(37))
+@pytest.mark.parametrize("kind", [*STREAMED, "arrays", "drawn"])
+def test_a_split_is_divided_by_the_seed(kind, small_split, request):
+    if kind == "arrays":
+        split = in_memory(small_split.source.arrays, np.arange(37))
+    else:
+        split = request.getfixturevalue(kind)
     one, two = split.divided(0.3, seed=0)
     parts = [part.all_labels() for part in (one, two)]
     assert [len(part) for part in parts] == [one.count, two.count]
@@ -273,34 +366,125 @@ def test_a_split_is_divided_by_the_seed(kind, files, small_split):
     others = [split.divided(0.3, seed)[1].all_labels().tolist() for seed in range(1, 4)]
     assert any(other != parts[1].tolist() for other in others)
     assert split.divided(0.3, 0)[1].all_labels().tolist() == parts[1].tolist()
-    if kind == "files":  # which trains on its own examples only
-        seen = set(stream(one, 20)[:, 2].tolist())
-        assert seen == set(parts[0].tolist())
+    assert labels_once(one) == parts[0].tolist()
+    if kind in STREAMED:  # which trains on its own examples only
+        seen = stream(one, 20)
+        assert set(seen[:, 2].tolist()) == set(parts[0].tolist())
+        # Its images are its own from 0 on; by name they are those of the whole.
+        names = [split.name_of(i) for i in split.all_labels().argsort()]
+        for _, index, label in seen[:5]:
+            assert parts[0][index] == label
+            assert one.name_of(index) == names[label]
 
 
 def test_a_broken_image_is_replaced_by_the_next_whole_one(small_split):
     broken = frozenset({3, 4, 36})
     plain = stream(small_split, steps=8)
-    examples = small_split.training(5, 10, 0, Share(), broken).take(80)
-    seen = np.array([[int(x[k]) for k in ("epoch", "index", "label")] for x in examples])
+    seen = stream(small_split, steps=8, broken=broken)
     stand_in = {3: 5, 4: 5, 36: 0}
     np.testing.assert_array_equal(seen[:, 1], [stand_in.get(i, i) for i in plain[:, 1]])
-    labels = [int(x["label"]) for x in small_split.once(Share(0, 2), start=1, broken=broken)]
-    expected = [sources.BROKEN if i in broken else i % 3 for i in range(2, 37, 2)]
-    assert labels == expected
+    labels = labels_once(small_split, Share(0, 2), start=1, broken=broken)
+    assert labels == [BROKEN if i in broken else i % 3 for i in range(2, 37, 2)]
 
 
-def test_fingerprints_tell_contents_apart(small_split, files, tmp_path):
-    other = in_memory(small_split.images[::-1], small_split.labels, small_split.classes)
-    relabelled = in_memory(small_split.images, small_split.labels[::-1], small_split.classes)
-    same = in_memory(small_split.images.copy(), small_split.labels, small_split.classes)
-    prints = [s.fingerprint() for s in (small_split, other, relabelled, files)]
-    assert len(set(prints)) == 4
+@pytest.mark.parametrize("kind", STREAMED)
+def test_a_broken_image_of_a_stream_has_a_whole_one_in_its_place(kind, request):
+    split = request.getfixturevalue(kind)
+    broken = frozenset({0, 7, 8, 30, 59})
+    plain, seen = stream(split, steps=12), stream(split, steps=12, broken=broken)
+    bad = np.isin(plain[:, 1], list(broken))
+    assert 9 <= bad.sum() <= 10
+    np.testing.assert_array_equal(seen[~bad], plain[~bad])
+    assert not broken.intersection(seen[:, 1].tolist())
+    labels = split.all_labels()
+    np.testing.assert_array_equal(seen[:, 2], labels[seen[:, 1]])
+    np.testing.assert_array_equal(stream(split, 7, start=5, broken=broken), seen[50:])
+    indices = split.batch_indices(Order(5, 10), 5, broken)
+    np.testing.assert_array_equal(indices, seen[50:60, 1])
+    found = labels_once(split, Share(0, 2), start=1, broken=broken)
+    assert found == [BROKEN if i in broken else labels[i] for i in range(2, COUNT, 2)]
+
+
+@pytest.mark.parametrize("kind", STREAMED)
+def test_where_all_that_are_read_together_are_broken_a_white_pixel_comes(
+    kind, request, monkeypatch
+):
+    monkeypatch.setattr(order, "WINDOW", 1)  # each shard a window of its own
+    split = request.getfixturevalue(kind)
+    first = frozenset(range(split.source.lengths[0]))
+    examples = split.training(Order(5, 10), 0, first).take(COUNT).as_numpy_iterator()
+    blank = [x for x in examples if x["label"] == BROKEN]
+    assert {x["index"] for x in blank} == first
+    assert np.all(split.decode(tf.constant(blank[0]["image"])).numpy() == 255)
+
+
+def test_fingerprints_tell_contents_apart(small_split, files, row_groups, drawn, tmp_path):
+    images, labels = small_split.source.arrays, small_split.source.labels
+    other = in_memory(images[::-1], labels, small_split.classes)
+    relabelled = in_memory(images, labels[::-1], small_split.classes)
+    same = in_memory(images.copy(), labels, small_split.classes)
+    lost = IndexedSplit(Drawn((3,), drawn.classes))
+    unlike = small_split, other, relabelled, files, row_groups, drawn, lost
+    prints = [split.fingerprint() for split in unlike]
+    assert len(set(prints)) == len(unlike)
     assert same.fingerprint() == prints[0]
     for place in ("one", "two"):
         for i in range(3):
             write(tmp_path / place / f"{i}.png", random_images(i + 1)[0])
-    one, two = (sources.folder(str(tmp_path / p), labels=False) for p in ("one", "two"))
+    one, two = (open_split(str(tmp_path / place), labels=False) for place in ("one", "two"))
     assert one.fingerprint() == two.fingerprint()
     write(tmp_path / "two/1.png", random_images(1, 30, 30)[0])
-    assert sources.folder(str(tmp_path / "two"), False).fingerprint() != one.fingerprint()
+    assert open_split(str(tmp_path / "two"), False).fingerprint() != one.fingerprint()
+
+
+def test_a_source_without_classes_is_not_read_for_its_labels():
+    split = IndexedSplit(Drawn(lost=range(COUNT)))
+    assert split.all_labels().tolist() == [-1] * COUNT
+
+
+def test_a_subset_of_a_source_of_two_methods(drawn):
+    some = drawn.subset(np.asarray([40, 3, 17]))
+    assert some.all_labels().tolist() == [40, 3, 17]
+    assert some.name_of(1) == "image 3"
+    for example, label in zip(some.once(Share()), (40, 3, 17), strict=True):
+        np.testing.assert_array_equal(some.decode(example["image"]).numpy(), picture(label))
+    again = IndexedSplit(Drawn(classes=drawn.classes)).subset(np.asarray([40, 3, 17]))
+    assert again.fingerprint() == some.fingerprint()
+    assert drawn.subset(np.asarray([3, 40, 17])).fingerprint() != some.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "image",
+    [np.zeros((2, 2, 3), np.float32), np.zeros((2, 2, 4), np.uint8), np.zeros((2, 2), np.uint8)],
+)
+def test_pixels_of_another_type_are_broken_and_say_so(image):
+    class Odd(Source):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return Example(image)
+
+    assert "expected bytes, or uint8 [H, W, 1 or 3]" in IndexedSplit(Odd()).problems([0])[0]
+
+
+def test_a_source_of_two_methods_trains(tiny, tmp_path, monkeypatch, capsys):
+    """The images that it cannot read have stand-ins and are named."""
+    split = IndexedSplit(Drawn(lost=(5, 6), classes=("a", "b", "c")))
+    monkeypatch.setattr(assemble, "data_set", lambda config: DataSet(split, None))
+    config.set_options(tiny, STREAMING)
+    assert pretrain(tiny, str(tmp_path / "w"))
+    report = (tmp_path / "w/broken_images.jsonl").read_text().splitlines()
+    assert {
+        (line["index"], line["image"], line["problem"]) for line in map(json.loads, report)
+    } == {(i, f"image {i}", "the drawer jams") for i in (5, 6)}
+    assert "2 images that cannot be read" in capsys.readouterr().out
+
+
+def test_evaluation_leaves_out_what_a_source_of_two_methods_cannot_read():
+    split = IndexedSplit(Drawn(lost=(5, 6), classes=("a", "b", "c")))
+    images = Images(split, Broken(split, 0.1))
+    view = pipeline.EvaluationView(4, 1.0)
+    found = list(pipeline.evaluation_batches(images, 16, Share(), view))
+    labels = np.concatenate([batch["label"] for batch in found])
+    assert labels.tolist() == [BROKEN if i in (5, 6) else i % 3 for i in range(COUNT)]

@@ -1,4 +1,4 @@
-"""Real processes and real signals: SIGTERM, SIGINT and SIGKILL cost nothing but time."""
+"""Real signals and real processes: SIGTERM, SIGINT and SIGKILL cost nothing but time."""
 
 import json
 import os
@@ -10,68 +10,146 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
-from test_train import assert_same_run
+from test_loop import (
+    ROOT,
+    STEPS,
+    Average,
+    assert_same_training,
+    config_file,
+    mesh,
+    metrics_of,
+    run_python,
+    train,
+)
 
-from simclr_jax.checkpoint import saved_steps
+from simclr_jax import load_encoder
+from simclr_jax.modes.pretrain import pretrain
+from simclr_jax.training import stopping
+from simclr_jax.training.saved import saved_steps
 
-ROOT = pathlib.Path(__file__).parent.parent
-STEPS = 60
+HOST_STEPS = 60
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
+def whole(tmp_path_factory):
+    """A training of 8 steps that was never stopped."""
+    workdir = tmp_path_factory.mktemp("trained") / "whole"
+    train(workdir, hooks=[Average()])
+    return workdir
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "images.npz"
-    rng = np.random.default_rng(0)
-    np.savez(path, train_images=rng.integers(0, 256, (48, 12, 12, 3)).astype(np.uint8))
-    return path
+def sends(number, at, times=1):
+    """Sends a signal to this process while the batch of step `at` is made."""
+
+    def before(step, _):
+        if step == at:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+
+    return before
 
 
-def command(images, workdir, processes=1):
-    start = (
-        [sys.executable, "-m", "simclr_jax.main"]
-        if processes == 1
-        else ["launch/local.sh", str(processes), "--"]
-    )
-    return [
-        *start,
-        "--config=configs/cifar10.py",
-        f"--workdir={workdir}",
-        "--config.data.source=arrays",
-        f"--config.data.path={images}",
-        "--config.data.image_size=12",
-        "--config.data.batch_size=16",
-        "--config.model.depth=10",
-        "--config.model.width=0.125",
-        "--config.model.stem=strided",
-        "--config.model.dtype=float32",
-        f"--config.train.steps={STEPS}",
-        "--config.train.log_every_steps=7",
-        "--config.checkpoint.every_steps=5",
-        "--config.checkpoint.keep_last=100",
-    ]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("at", [1, 4, 6])
+def test_a_signal_lets_the_step_finish_and_saves(whole, tmp_path, capsys, number, at):
+    before = signal.getsignal(number)
+    # Twice, as from a terminal and a launcher.
+    _, finished = train(tmp_path / "w", hooks=[Average()], before=sends(number, at, times=2))
+    assert not finished
+    assert signal.getsignal(number) is before
+    assert saved_steps(tmp_path / "w") == sorted({at} | ({4} if at > 4 else set()))
+    said = capsys.readouterr().out
+    assert f"stopped after step {at}, which is saved: the same command goes on from it" in said
+    _, finished = train(tmp_path / "w", hooks=[Average()])
+    assert finished
+    assert f"resumed from step {at}" in capsys.readouterr().out
+    assert_same_training(tmp_path / "w", whole)
 
 
-def start(cache, images, workdir, processes=1):
+def test_a_signal_in_the_last_step_changes_nothing(whole, tmp_path):
+    _, finished = train(tmp_path / "w", hooks=[Average()], before=sends(signal.SIGTERM, STEPS))
+    assert finished
+    assert_same_training(tmp_path / "w", whole)
+
+
+def test_a_second_signal_seconds_later_ends_the_run_at_once(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "_SAME_WISH_SECONDS", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "w", hooks=[Average()], before=sends(signal.SIGINT, 6, times=2))
+    assert saved_steps(tmp_path / "w") == [4]
+    train(tmp_path / "w", hooks=[Average()])
+    assert_same_training(tmp_path / "w", whole)
+
+
+def test_processes_stop_together_some_steps_after_the_wish(monkeypatch):
+    """No step waits for the others' wishes: they are read two steps late."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "local_device_count", lambda: mesh().size)
+    stop = stopping.Stop(mesh())
+    with stop:
+        assert [stop.now() for _ in range(4)] == [False] * 4
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert [stop.now() for _ in range(3)] == [False, False, True]
+
+
+KILLED_WHILE_IT_SAVES = """
+import os, pathlib, signal, sys
+import orbax.checkpoint as ocp
+from test_loop import Average, train
+
+saves, original = [], ocp.JsonCheckpointHandler._save_fn
+
+async def killed_in_the_second(handler, item, directory):
+    saves.append(directory)
+    if len(saves) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    await original(handler, item, directory)
+
+ocp.JsonCheckpointHandler._save_fn = killed_in_the_second
+train(pathlib.Path(sys.argv[1]), hooks=[Average()], every=2)
+"""
+
+
+def test_killed_in_the_middle_of_a_save(whole, tmp_path):
+    """What a save leaves that never came to its end is not taken for a checkpoint."""
+    workdir = tmp_path / "w"
+    done = run_python(KILLED_WHILE_IT_SAVES, workdir)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = sorted(os.listdir(workdir / "checkpoints"))
+    assert left[0] == "2"
+    assert left[1].startswith("4.")  # half of a checkpoint
+    assert len(left) == 2
+    assert saved_steps(workdir) == [2]
+    train(workdir, hooks=[Average()])
+    assert_same_training(workdir, whole)
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["2", "4", "8"]
+
+
+def variables_of(workdir):
+    return load_encoder(workdir).variables
+
+
+def assert_same_run(workdir, whole):
+    """Bit for bit the same encoder and metrics."""
+    jax.tree.map(np.testing.assert_array_equal, variables_of(workdir), variables_of(whole))
+    assert metrics_of(workdir) == metrics_of(whole)
+
+
+def start(arguments, workdir, processes=1, **environment):
     """The running command; all it says goes to WORKDIR.log."""
+    command = [sys.executable, "-m", "simclr_jax.main"]
+    if processes > 1:
+        command = ["launch/local.sh", str(processes), "--"]
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     log = pathlib.Path(f"{workdir}.log")
     with log.open("w") as file:
         process = subprocess.Popen(
-            command(images, workdir, processes),
+            [*command, f"--workdir={workdir}", *arguments],
             cwd=ROOT,
-            env=os.environ
-            | {
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={2 // processes}",
-                "JAX_COMPILATION_CACHE_DIR": str(cache),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
-            },
+            env=os.environ | {"PATH": path} | environment,
             stdout=file,
             stderr=subprocess.STDOUT,
         )
@@ -91,43 +169,92 @@ def wait_for(text, process, log):
         time.sleep(0.02)
 
 
-@pytest.fixture(scope="module")
-def whole(cache, images, tmp_path_factory):
-    """A run that is never stopped."""
-    workdir = tmp_path_factory.mktemp("whole") / "w"
-    finish(*start(cache, images, workdir))
-    return workdir
-
-
-@pytest.mark.slow
-def test_two_runs_are_bit_for_bit_the_same(cache, images, whole, tmp_path):
-    finish(*start(cache, images, tmp_path / "w"))
-    assert_same_run(tmp_path / "w", whole)
-
-
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
-def test_a_signal_lets_the_step_finish_and_saves(cache, images, whole, tmp_path, number):
-    process, log = start(cache, images, tmp_path / "w")
-    wait_for("step 14/", process, log)
-    process.send_signal(number)
-    process.send_signal(number)  # as from a terminal and a launcher
+def test_the_command_stops_when_it_is_told_and_goes_on_where_it_was(tiny, tmp_path):
+    """The real command, stopped; the rest, and the run that is never stopped, in this process."""
+    file = config_file(tiny, tmp_path)
+    assert pretrain(tiny, str(tmp_path / "whole"))
+    # A save at each step, so that there is time to send a signal.
+    process, log = start([f"--config={file}", "--config.checkpoint.every_steps=1"], tmp_path / "w")
+    wait_for("step 2/", process, log)
+    process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     said = finish(process, log)
     assert time.monotonic() - began < 30
     step = int(re.search(r"stopped after step (\d+), which is saved: the same command", said)[1])
-    assert 14 <= step < STEPS
+    assert 2 <= step < tiny.train.steps
     assert saved_steps(tmp_path / "w")[-1] == step
-    said = finish(*start(cache, images, tmp_path / "w"))
-    assert f"resumed from step {step}" in said
-    assert_same_run(tmp_path / "w", whole)
+    assert "probe" not in said
+    assert pretrain(tiny, str(tmp_path / "w"))
+    assert_same_run(tmp_path / "w", tmp_path / "whole")
+
+
+# From here on: minutes, with views made by the host.
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    path = folder / "images.npz"
+    rng = np.random.default_rng(0)
+    np.savez(path, train_images=rng.integers(0, 256, (48, 12, 12, 3)).astype(np.uint8))
+    return [
+        "--config=configs/cifar10.py",
+        "--config.data.source=arrays",
+        f"--config.data.path={path}",
+        "--config.data.image_size=12",
+        "--config.data.batch_size=16",
+        "--config.model.depth=10",
+        "--config.model.width=0.125",
+        "--config.model.stem=strided",
+        "--config.model.dtype=float32",
+        f"--config.train.steps={HOST_STEPS}",
+        "--config.train.log_every_steps=7",
+        "--config.checkpoint.every_steps=5",
+        "--config.checkpoint.keep_last=100",
+    ]
+
+
+def start_on_host(options, workdir, processes=1):
+    flags = f"--xla_force_host_platform_device_count={2 // processes}"
+    return start(options, workdir, processes, XLA_FLAGS=flags)
+
+
+@pytest.fixture(scope="module")
+def whole_on_host(options, tmp_path_factory):
+    """A run that is never stopped."""
+    workdir = tmp_path_factory.mktemp("host") / "w"
+    finish(*start_on_host(options, workdir))
+    return workdir
 
 
 @pytest.mark.slow
-def test_all_processes_stop_at_the_same_step(cache, images, tmp_path):
+def test_two_runs_are_bit_for_bit_the_same(options, whole_on_host, tmp_path):
+    finish(*start_on_host(options, tmp_path / "w"))
+    assert_same_run(tmp_path / "w", whole_on_host)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_with_views_of_the_host_stops_and_goes_on(
+    options, whole_on_host, tmp_path, number
+):
+    process, log = start_on_host(options, tmp_path / "w")
+    wait_for("step 14/", process, log)
+    process.send_signal(number)
+    process.send_signal(number)
+    said = finish(process, log)
+    step = int(re.search(r"stopped after step (\d+), which is saved: the same command", said)[1])
+    assert 14 <= step < HOST_STEPS
+    assert saved_steps(tmp_path / "w")[-1] == step
+    said = finish(*start_on_host(options, tmp_path / "w"))
+    assert f"resumed from step {step}" in said
+    assert_same_run(tmp_path / "w", whole_on_host)
+
+
+@pytest.mark.slow
+def test_all_processes_stop_at_the_same_step(options, tmp_path):
     """The launcher passes the signal on to both; they would hang if they disagreed."""
-    process, log = start(cache, images, tmp_path / "w", processes=2)
+    process, log = start_on_host(options, tmp_path / "w", processes=2)
     wait_for("step 14/", process, log)
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     second = next(
@@ -141,53 +268,35 @@ def test_all_processes_stop_at_the_same_step(cache, images, tmp_path):
     assert saved_steps(tmp_path / "w")[-1] == step
 
 
-def kill_at_random(cache, images, workdir, whole, kills, seed):
+def kill_at_random(options, workdir, whole, kills, seed):
     """Runs to the end in spite of `kills` SIGKILLs, each some way into what is left to do."""
     rng = random.Random(seed)
     for _ in range(kills):
-        process, log = start(cache, images, workdir)
+        process, log = start_on_host(options, workdir)
         wait_for("devices ", process, log)
         time.sleep(rng.uniform(0, 4))  # a run takes some 3 s from here
         process.kill()
         process.wait()
-    finish(*start(cache, images, workdir))
+    finish(*start_on_host(options, workdir))
     assert_same_run(workdir, whole)
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(cache, images, whole, tmp_path):
-    kill_at_random(cache, images, tmp_path / "w", whole, kills=3, seed=0)
+def test_killed_at_random_moments(options, whole_on_host, tmp_path):
+    kill_at_random(options, tmp_path / "w", whole_on_host, kills=3, seed=0)
 
 
 @pytest.mark.slow
-def test_killed_at_20_random_moments(cache, images, whole, tmp_path):
+def test_killed_at_20_random_moments(options, whole_on_host, tmp_path):
     """Each begins anew once it has come to the end, so that all 20 hit a run under way."""
     done = 0
     while done < 20:
         workdir = tmp_path / f"w{done}"
-        kill_at_random(cache, images, workdir, whole, kills=4, seed=done)
+        kill_at_random(options, workdir, whole_on_host, kills=4, seed=done)
         done += 4
 
 
-def test_killed_in_the_middle_of_a_save(cache, images, whole, tmp_path):
-    """What a save leaves that never came to its end is not taken for a checkpoint."""
-    process, log = start(cache, images, tmp_path / "w")
-    wait_for("devices ", process, log)
-    deadline = time.monotonic() + 100
-    caught = False
-    while not caught and time.monotonic() < deadline and process.poll() is None:
-        names = (
-            os.listdir(tmp_path / "w/checkpoints") if (tmp_path / "w/checkpoints").is_dir() else []
-        )
-        caught = any("tmp" in name for name in names) and len(names) > 1
-    process.kill()
-    process.wait()
-    assert caught, log.read_text()
-    finish(*start(cache, images, tmp_path / "w"))
-    assert_same_run(tmp_path / "w", whole)
-    assert not [n for n in os.listdir(tmp_path / "w/checkpoints") if "tmp" in n]
-
-
-def test_metrics_hold_each_step_once(whole):
-    steps = [json.loads(line)["step"] for line in (whole / "metrics.jsonl").open()]
-    assert steps == [*range(7, STEPS, 7), STEPS]
+@pytest.mark.slow
+def test_metrics_hold_each_step_once(whole_on_host):
+    steps = [json.loads(line)["step"] for line in (whole_on_host / "metrics.jsonl").open()]
+    assert steps == [*range(7, HOST_STEPS, 7), HOST_STEPS]

@@ -47,13 +47,22 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def set_options(config: ConfigDict, flat: dict[str, Any]) -> None:
-    """Sets options, {"a.b": value}, of a configuration. A list becomes a tuple: JSON has no tuples."""
+    """Sets options, {"a.b": value}, of a configuration. A list becomes a tuple: JSON has no tuples.
+
+    Raises:
+      UserError: a value is of another type than the option's.
+    """
     for name, value in flat.items():
         *groups, last = name.split(".")
         holder = config
         for group in groups:
             holder = holder[group]
-        holder[last] = tuple(value) if isinstance(value, list) else value
+        try:
+            holder[last] = tuple(value) if isinstance(value, list) else value
+        except TypeError as error:
+            raise UserError(
+                _BY_NAME[name].problem(value) or f"{name}={value!r}: {error}"
+            ) from error
 
 
 def from_dict(values: dict) -> ConfigDict:

@@ -72,10 +72,8 @@ class Broken:
             )
 
     def _note(self, indices: Iterable[int], say_it: bool) -> None:
-        for index in sorted(set(map(int, indices))):
-            problem = self._split.problem(index)
-            if problem is None:
-                continue
+        problems = self._split.problems(set(map(int, indices)))
+        for index, problem in sorted(problems.items()):
             self.indices.add(index)
             name = self._split.name_of(index)
             self._lines.append(json.dumps({"index": index, "image": name, "problem": problem}))

@@ -8,6 +8,7 @@ TensorFlow reads neither its palettes nor, into three channels, its alpha; GIF b
 transparent pixels black, and decodes all frames for the first.
 """
 
+import contextlib
 import io
 import warnings
 from collections.abc import Callable
@@ -39,15 +40,26 @@ def decode(data: Any) -> Any:
       tf.errors.InvalidArgumentError: where the graph is run, if it is no image that can be read, has
         more than MOST_PIXELS pixels or more than 16 bits a channel.
     """
+    # A graph takes a second to trace: once for all pipelines.
+    return _traced(data)
+
+
+def _any_format(data):
     data = _checked(data)
     decoded = tf.cond(_is_other(data), lambda: _by_pillow(data), lambda: _by_tensorflow(data))
     return tf.ensure_shape(decoded, [None, None, 3])
 
 
+_traced = tf.function(_any_format, [tf.TensorSpec([], tf.string)], autograph=False)
+
+
 def problem_of(data: bytes, how: Callable[[Any], Any] = decode) -> str | None:
     """Returns why the content of an image file cannot be decoded, or None if it can."""
-    try:
+    with contextlib.suppress(tf.errors.OpError):
         how(tf.constant(data))
+        return None
+    try:  # without a graph, whose error says where in the program before it says what
+        (_any_format if how is decode else how)(tf.constant(data))
     except tf.errors.OpError as error:
         return reason_of(error)
     return None

@@ -274,6 +274,12 @@ class ShardedSource(abc.ABC):
 
         return decode(image)
 
+    def problem(self, image: bytes) -> str | None:
+        """Returns why `decode` cannot decode an encoded image, or None if it can."""
+        from simclr_jax.data.decode import problem_of
+
+        return problem_of(image)
+
     def name_of(self, index: int) -> str:
         """Returns what a person calls example `index`, counted over all shards."""
         return f"{self.title}, example {index}"

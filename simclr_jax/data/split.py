@@ -6,7 +6,7 @@ which are all of them for evaluation. TensorFlow is imported where it is used.
 
 import dataclasses
 import os
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from typing import Any, Protocol
 
 import numpy as np
@@ -98,8 +98,8 @@ class Split(Protocol):
     def name_of(self, index: int) -> str:
         """Returns what a person calls an image."""
 
-    def problem(self, index: int) -> str | None:
-        """Returns why the image cannot be read, or None if it can."""
+    def problems(self, indices: Iterable[int]) -> dict[int, str]:
+        """Tries to read images. Returns {index: why it cannot be read} of those that cannot."""
 
     def fingerprint(self) -> str:
         """Returns a text that is equal for splits of equal content, wherever they lie."""
@@ -231,7 +231,11 @@ class IndexedSplit:
     def name_of(self, index: int) -> str:
         return self.source.name_of(index)
 
-    def problem(self, index: int) -> str | None:
+    def problems(self, indices: Iterable[int]) -> dict[int, str]:
+        found = ((index, self._problem(index)) for index in indices)
+        return {index: problem for index, problem in found if problem is not None}
+
+    def _problem(self, index: int) -> str | None:
         if self.source.arrays is not None:
             return None
         from simclr_jax.data.decode import problem_of
@@ -344,6 +348,7 @@ class StreamedSplit:
                 places = positions
                 if broken:
                     places = tf.numpy_function(standing_in, [index, positions], tf.int64)
+                    places = tf.ensure_shape(places, [None])
                 picked = tf.nest.map_structure(lambda x: tf.gather(x, places), record)
                 return picked, tf.gather(index, places), tf.fill(tf.shape(places), epoch)
 
@@ -449,14 +454,23 @@ class StreamedSplit:
         first = int(self.source.lengths[: self._shards[place]].sum())
         return self.source.name_of(first + inside)
 
-    def problem(self, index: int) -> str | None:
+    def problems(self, indices: Iterable[int]) -> dict[int, str]:
         import tensorflow as tf
 
-        from simclr_jax.data.decode import problem_of
-
-        _, record = next(self._from(index).take(1).as_numpy_iterator())
-        image = tf.convert_to_tensor(self.source.parse(record)["image"])
-        return problem_of(image.numpy(), self.source.decode)
+        # Each shard is read once, however many of its images are asked for.
+        wanted = set(indices)
+        places = sorted({self._place(index)[0] for index in wanted})
+        shards = tf.data.Dataset.from_tensor_slices(self._shards[places])
+        records = shards.flat_map(self.source.records).as_numpy_iterator()
+        ends = np.cumsum(self._lengths)
+        numbers = [i for p in places for i in range(ends[p] - self._lengths[p], ends[p])]
+        found = {}
+        for index, record in zip(numbers, records, strict=True):
+            if index in wanted:
+                image = tf.convert_to_tensor(self.source.parse(record)["image"])
+                problem = self.source.problem(image.numpy())
+                found |= {} if problem is None else {index: problem}
+        return found
 
     def fingerprint(self) -> str:
         return self.source.fingerprint(self._shards)

@@ -50,6 +50,11 @@ class RecordFiles(ShardedSource):
     def decode(self, image: Any) -> Any:
         return self._builder.info.features["image"].decode_example(image)
 
+    def problem(self, image: bytes) -> str | None:
+        from simclr_jax.data.decode import problem_of
+
+        return problem_of(image, self.decode)
+
     def fingerprint(self, shards: np.ndarray) -> str:
         lengths = ",".join(map(str, self.lengths[shards]))
         return f"{self._builder.info.full_name}/{self._split}:{lengths}"

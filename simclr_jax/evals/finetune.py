@@ -11,6 +11,7 @@ and nothing that was finished is trained again.
 import hashlib
 import itertools
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +39,7 @@ from simclr_jax.training.loop import Job, Run, fit
 from simclr_jax.training.objectives import no_loss, supervised
 from simclr_jax.training.optimizer import make_classifier_optimizer
 from simclr_jax.training.state import TrainState, init_head, start_of
-from simclr_jax.training.step import Step, UpdateRule, make_step
+from simclr_jax.training.step import UpdateRule, make_step
 from simclr_jax.views.placement import stream
 
 _VALIDATIONS = 10  # evenly spaced moments of a training among which the validation part chooses
@@ -231,7 +232,7 @@ class _Setup:
             size=config.data.image_size,
             mesh=self.mesh,
         )
-        self._compiled: tuple[Any, Step] | None = None  # the draws of a setting follow each other
+        self._compiled: tuple[Any, Job, Callable] | None = None  # the draws of a setting follow each other
 
     def per_class(self, fraction: float) -> int:
         """Counts the labels of each class that a fraction of the training split is, at least one."""
@@ -379,10 +380,11 @@ class _Setup:
             UpdateRule(optimizer, schedule),
             fetch=self._views.fetch,
         )
-        job = assemble.job_of(step, init, start, steps, self.mesh)
         if self._compiled is None or self._compiled[0] != key:
-            self._compiled = key, job.step
-        return job._replace(step=self._compiled[1])
+            begin = jax.jit(init, out_shardings=replicated(self.mesh))
+            self._compiled = key, assemble.job_of(step, init, start, steps, self.mesh), begin
+        _, job, begin = self._compiled
+        return job._replace(init=lambda: begin(*start))
 
     def _accuracy(self, state: TrainState, images: Images) -> float:
         variables = {"params": state.params, "batch_stats": state.batch_stats}

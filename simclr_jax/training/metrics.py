@@ -2,10 +2,13 @@
 
 import contextlib
 import json
-from typing import Self
+import time
+from typing import Any, Self
 
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from simclr_jax.files import write_text, writing
 
@@ -31,8 +34,11 @@ class MetricWriter:
         self._lines = [line for line in whole if 0 <= _step_of(line) <= resume_step]
         if "".join(line + "\n" for line in self._lines).encode() != before:
             self._write_all()
-        # TensorBoard hides what earlier event files hold from purge_step on.
-        self._events = SummaryWriter(str(workdir), purge_step=resume_step + 1)
+        # Not tensorboardX's SummaryWriter, whose thread and exit handler show a full disk's traceback
+        # after the one line that says it.
+        self._events = EventsWriter(str(epath.Path(workdir) / "events"))
+        # TensorBoard hides what earlier event files hold from this step on.
+        self._add_event(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes the values of this step; they are stored before it returns.
@@ -49,8 +55,11 @@ class MetricWriter:
                 with self._path.open("a") as file:
                     file.write(line + "\n")
             for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+                self._add_event(step, summary=scalar(name, value))
             self._events.flush()
+
+    def _add_event(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def _write_all(self) -> None:
         write_text(self._path, "".join(line + "\n" for line in self._lines), _ADVICE)

@@ -32,27 +32,33 @@ def draw(seed, epoch, index, distortion: Distortion):
     """Draws the numbers in [0, 1) that decide both views of an image.
 
     Args:
-      seed, epoch, index: int64 scalars; seed and epoch lie under 2^31.
+      seed, epoch, index: int64 scalars under 2^31.
       distortion: says how many numbers each of its steps needs.
 
     Returns:
       float32 [2, distortion.draws]. Each step's are a function of (seed, epoch, index, its name).
     """
-    # The stateless generators scramble their two 64-bit seed words, so neighbouring seeds are
-    # independent; seed and epoch share a word, which keeps every triple distinct.
     return _uniform(tf.stack([seed * 2**32 + epoch, index]), tuple(distortion.sizes.items()))
 
 
 @_compiled  # always: the compiled generator's numbers are others than the plain one's
-def _uniform(key, sizes: tuple):
-    key, counter = tf.raw_ops.StatelessRandomGetKeyCounter(seed=key)
+def _uniform(words, sizes: tuple):
+    """Draws numbers float32 [2, size] for each (name, size), keyed by the name and two words, int64.
+
+    Philox takes a 64-bit key and a 128-bit counter, whose lower half counts the numbers; every
+    (words, name) has a key and upper half of its own. No `seed` of TensorFlow's stateless operations:
+    some of them, when compiled, take no notice of a word's upper 32 bits.
+    """
+    key, index = tf.unstack(words)
     numbers = []
     for name, size in sizes:
-        # The second word of the 128-bit counter, which no image's numbers run into.
-        place = counter + tf.constant([0, key_of(name)], tf.uint64)
+        counter = tf.stack([tf.zeros_like(index), index * 2**32 + key_of(name)])
         numbers.append(
             tf.raw_ops.StatelessRandomUniformV2(
-                shape=[2, size], key=key, counter=place, alg=_PHILOX
+                shape=[2, size],
+                key=tf.cast([key], tf.uint64),
+                counter=tf.cast(counter, tf.uint64),
+                alg=_PHILOX,
             )
         )
     return tf.concat(numbers, axis=1)

@@ -18,6 +18,9 @@ tf.config.set_visible_devices([], "GPU")  # the accelerators belong to JAX
 
 _PREFETCH_BATCHES = 2
 
+# AutoGraph would read the source of these functions again, long after the program has started.
+_as_written = tf.autograph.experimental.do_not_convert
+
 
 @dataclasses.dataclass(frozen=True)
 class HostWork:
@@ -71,11 +74,13 @@ def training_batches(
     def indices(passed):
         return split.batch_indices(order, start_step + passed, broken.indices)
 
+    @_as_written
     def views_of(example):
         draws = draw(seed, example["epoch"], example["index"], distortion)
         views = make(split.decode(example["image"]), draws, size, distortion)
         return finished(example, views, draws)
 
+    @_as_written
     def views_of_each(examples):
         views, draws = of_each(
             examples["image"], seed, examples["epoch"], examples["index"], make, size, distortion
@@ -140,6 +145,7 @@ def evaluation_batches(
             return own
         return [*own, *split.stand_ins(broken.indices)[own]]  # what is read for them
 
+    @_as_written
     def image_of(example):
         image = center_crop(split.decode(example["image"]), view.size, view.proportion)
         return {"image": image, "label": example["label"]}

@@ -1,4 +1,4 @@
-"""Every operation of the views against an independent one, and the draws against their odds."""
+"""Every operation of the host's views against an independent one, and the draws against their odds."""
 
 import colorsys
 
@@ -7,12 +7,20 @@ import pytest
 import scipy.ndimage
 import tensorflow as tf
 
-from simclr_jax.data import distortion
-from simclr_jax.data import host_augment as ha
-from simclr_jax.data.distortion import Distortion
+from simclr_jax.views import crop, host, make_distortion
+from simclr_jax.views.blur import blurred
+from simclr_jax.views.color import ColorJitter, Grey
+from simclr_jax.views.crop import Crop
+from simclr_jax.views.distortion import Distortion
+
+# One distortion for whole views, as TensorFlow compiles each anew; and one size, as also each size.
+EVERYTHING = make_distortion(
+    {"grey_probability": 0.2, "blur_probability": 0.5, "solarize_probability": 0.3}
+)
+SIZE = 40
 
 
-def image(height=40, width=30, channels=3, seed=0):
+def image(height=SIZE, width=SIZE, channels=3, seed=0):
     rng = np.random.default_rng(seed)
     return rng.integers(0, 256, (height, width, channels)).astype(np.uint8)
 
@@ -26,10 +34,20 @@ def interleaved(x):
     return np.moveaxis(np.asarray(x), 0, -1)
 
 
+def draw(seed=0, epoch=0, index=0, kind=EVERYTHING):
+    epoch, index = (tf.constant(i, tf.int64) for i in (epoch, index))
+    return host.draw(seed, epoch, index, kind).numpy()
+
+
 def many_windows(count, shape, **ranges):
-    draws = tf.random.stateless_uniform([count, distortion.DRAWS_OF_A_VIEW], seed=[1, 2])
-    window = tf.function(lambda u: ha.crop_window(tf.constant(shape), u, Distortion(**ranges)))
-    return np.stack([window(u) for u in draws]).T
+    kind = Distortion(Crop(**ranges), ())
+    draws = tf.random.stateless_uniform([count, kind.draws], seed=[1, 2])
+    window = tf.function(
+        lambda draws: tf.map_fn(
+            lambda u: tf.stack(host.crop_window(tf.constant(shape), u, kind)), draws
+        )
+    )
+    return window(draws).numpy().T
 
 
 def test_crops_lie_in_the_image_and_have_the_asked_shapes():
@@ -66,8 +84,8 @@ def test_crop_areas_are_uniform_and_aspects_log_uniform():
     ],
 )
 def test_images_that_no_attempt_fits_are_cropped_at_their_centre(shape, expected):
-    draws = tf.fill([distortion.DRAWS_OF_A_VIEW], 0.999)
-    window = ha.crop_window(tf.constant([*shape, 3]), draws, Distortion(crop_area=(0.9, 1.0)))
+    kind = Distortion(Crop(crop_area=(0.9, 1.0)), ())
+    window = host.crop_window(tf.constant([*shape, 3]), tf.fill([kind.draws], 0.999), kind)
     found = tuple(int(v) for v in window)
     assert found[2:] == expected[2:]
     assert abs(found[0] - expected[0]) <= 1
@@ -76,7 +94,7 @@ def test_images_that_no_attempt_fits_are_cropped_at_their_centre(shape, expected
 
 def test_resize_is_the_identity_at_its_own_size():
     x = image(16, 16)
-    np.testing.assert_allclose(ha.resize(tf.constant(x), 16), x / 255, atol=1e-6)
+    np.testing.assert_allclose(host.resize(tf.constant(x), 16), x / 255, atol=1e-6)
 
 
 @pytest.mark.parametrize("window", [(0, 0, 12, 10), (3, 2, 7, 5), (11, 9, 1, 1), (0, 1, 3, 8)])
@@ -85,24 +103,25 @@ def test_a_crop_by_matrices_equals_tensorflows_resize(window):
     top, left, height, width = window
     cut = x[np.newaxis, top : top + height, left : left + width]
     expected = tf.image.resize(cut, [9, 9], "bicubic")[0]
-    rows = distortion.resize_matrix(tf, float(top), float(height), 12, 9)
-    columns = distortion.resize_matrix(tf, float(left), float(width), 10, 9)
+    rows = crop.resize_matrix(tf, float(top), float(height), 12, 9)
+    columns = crop.resize_matrix(tf, float(left), float(width), 10, 9)
     found = np.einsum("uh,hwc,vw->uvc", rows, x, columns)
     # TensorFlow rounds the offset of a tap to 1 / 1024 px.
     np.testing.assert_allclose(found, expected, atol=0.3)
     assert np.mean(np.abs(found - expected)) < 0.1
 
 
+def jittered(x, factors, order=(0.0, 0.1, 0.2, 0.3), strength=1.0, brightness="additive"):
+    jitter = ColorJitter(strength, 1.0, brightness)
+    return interleaved(jitter.jittered(planar(x), factors, tf.constant(order)))
+
+
 def test_brightness_and_contrast():
     x = tf.constant(image(8, 8) / 255, tf.float32)
-    # Operation i alone: factor 0.5 is the neutral middle of each range.
-    middle = [0.5] * 4
 
-    def jitter(**changed):
-        factors = [changed.get(k, m) for k, m in zip("bcsh", middle, strict=True)]
-        return interleaved(
-            ha.color_jitter(planar(x), factors, tf.range(4.0), 0.5, changed.get("kind", "additive"))
-        )
+    def jitter(b=0.5, c=0.5, kind="additive"):
+        # 0.5 is the neutral middle of each range.
+        return jittered(x, [b, c, 0.5, 0.5], strength=0.5, brightness=kind)
 
     np.testing.assert_allclose(jitter(), x, atol=2e-6)
     np.testing.assert_allclose(jitter(b=0.75), np.clip(x + 0.2, 0, 1), atol=2e-6)
@@ -115,8 +134,7 @@ def test_brightness_and_contrast():
 
 def test_saturation_and_hue_equal_colorsys():
     x = image(6, 6) / 255
-    factors = [0.5, 0.5, 0.25, 0.75]  # saturation x 0.8, hue + 0.05 of a turn
-    found = interleaved(ha.color_jitter(planar(x), factors, tf.range(4.0), 0.5, "additive"))
+    found = jittered(x, [0.5, 0.5, 0.25, 0.75], strength=0.5)  # saturation x 0.8, hue + 0.05
     expected = np.empty_like(x)
     for index in np.ndindex(6, 6):
         hue, saturation, value = colorsys.rgb_to_hsv(*x[index])
@@ -127,10 +145,8 @@ def test_saturation_and_hue_equal_colorsys():
 def test_the_order_of_the_jitter_matters_and_is_drawn():
     x = tf.constant(image(8, 8) / 255, tf.float32)
     factors = [0.95, 0.05, 0.5, 0.5]
-    forward, swapped = (
-        interleaved(ha.color_jitter(planar(x), factors, order, 1.0, "additive"))
-        for order in ([0.0, 0.1, 0.2, 0.3], [0.1, 0.0, 0.2, 0.3])
-    )
+    forward = jittered(x, factors, [0.0, 0.1, 0.2, 0.3])
+    swapped = jittered(x, factors, [0.1, 0.0, 0.2, 0.3])
     b = np.clip(x + 0.8 * 0.9, 0, 1)
     mean = b.mean(axis=(0, 1))
     factor = 0.2 + 1.6 * 0.05
@@ -140,18 +156,16 @@ def test_the_order_of_the_jitter_matters_and_is_drawn():
 
 def test_one_channel_jitters_as_three_equal_ones():
     grey = image(8, 8, 1) / 255
-    factors, order = [0.7, 0.2, 0.9, 0.9], tf.constant([0.3, 0.1, 0.2, 0.0])
-    one, three = (
-        interleaved(ha.color_jitter(planar(x), factors, order, 1.0, "additive"))
-        for x in (grey, grey.repeat(3, -1))
-    )
+    factors, order = [0.7, 0.2, 0.9, 0.9], [0.3, 0.1, 0.2, 0.0]
+    one, three = (jittered(x, factors, order) for x in (grey, grey.repeat(3, -1)))
     np.testing.assert_allclose(one.repeat(3, -1), three, atol=1e-5)
 
 
 def test_grey_is_bt601_luma():
     x = image(5, 5) / 255
     expected = (x @ [0.2989, 0.5870, 0.1140])[..., np.newaxis].repeat(3, -1)
-    np.testing.assert_allclose(interleaved(ha.grey(planar(x))), expected, atol=1e-6)
+    found = Grey(1.0).host(planar(x), {"grey": tf.constant([0.0])})
+    np.testing.assert_allclose(interleaved(found), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
@@ -161,33 +175,22 @@ def test_blur_equals_scipys(sigma):
         x, (sigma, sigma, 0), mode="constant", radius=(3, 3, 0)
     )
     # 0.005 of a grey level: the taps that are left out where sigma is small.
-    np.testing.assert_allclose(interleaved(ha.blur(planar(x), sigma)), expected, atol=2e-5)
+    np.testing.assert_allclose(interleaved(blurred(planar(x), sigma)), expected, atol=2e-5)
 
 
-def views(count, kind, shape=(40, 30, 3), size=20, seed=7):
-    x = tf.constant(image(*shape))
-    found, _ = ha.of_each(
-        tf.stack([x] * count),
-        seed,
-        np.zeros(count, int),
-        np.arange(count),
-        ha.two_views,
-        size,
-        kind,
-    )
-    return found.numpy()
+def make_views(x, draws):
+    return host.make_views(tf.constant(x), draws, SIZE, EVERYTHING).numpy()
 
 
 def test_views_are_a_function_of_seed_epoch_and_index():
-    x, d = tf.constant(image()), Distortion()
+    x = image()
 
-    def two(seed, epoch, index):
-        draws = ha.draw(seed, tf.constant(epoch, tf.int64), tf.constant(index, tf.int64))
-        return ha.two_views(x, draws, 24, d).numpy()
+    def two(*key):
+        return make_views(x, draw(*key))
 
     first = two(0, 0, 0)
     np.testing.assert_array_equal(first, two(0, 0, 0))
-    assert first.shape == (2, 24, 24, 3)
+    assert first.shape == (2, SIZE, SIZE, 3)
     assert first.dtype == np.uint8
     others = [first[1], *(two(*key)[0] for key in ((1, 0, 0), (0, 1, 0), (0, 0, 1)))]
     for other in others:
@@ -196,61 +199,77 @@ def test_views_are_a_function_of_seed_epoch_and_index():
 
 def test_small_images_have_the_views_of_large_ones():
     """One compiled program of both views, and one operation after the other."""
-    x, kind = image(40, 30), Distortion()
+    x = image()
     large = tf.function(
-        lambda x, draws: ha.two_views(x, draws, 24, kind),
+        lambda x, draws: host.make_views(x, draws, SIZE, EVERYTHING),
         input_signature=[
             tf.TensorSpec([None, None, 3], tf.uint8),
-            tf.TensorSpec([2, distortion.DRAWS_OF_A_VIEW]),
+            tf.TensorSpec([2, EVERYTHING.draws]),
         ],
     )
-    draws = [ha.draw(0, tf.constant(0, tf.int64), tf.constant(i, tf.int64)) for i in range(20)]
-    small = np.stack([ha.two_views(tf.constant(x), u, 24, kind) for u in draws]).astype(int)
+    draws = [draw(index=i) for i in range(20)]
+    small = np.stack([make_views(x, u) for u in draws]).astype(int)
     large = np.stack([large(x, u) for u in draws]).astype(int)
     # Strong contrast and hue turn TensorFlow's 1 / 1024 px into a few grey levels.
     assert np.mean(np.abs(small - large)) < 0.15
     assert np.mean(np.abs(small - large) > 2) < 0.01
 
 
+# Operation: how often it happens, and whether a view shows that it did.
+HAPPENS = {
+    "flip": (0.5, lambda view, plain: np.array_equal(view, plain[:, ::-1])),
+    "color_jitter": (0.8, lambda view, plain: not np.array_equal(view, plain)),
+    "grey": (0.2, lambda view, plain: np.ptp(view, axis=-1).max() == 0),
+    "blur": (0.5, lambda view, plain: not np.array_equal(view, plain)),
+    "solarize": (0.3, lambda view, plain: np.array_equal(view, np.minimum(plain, 255 - plain))),
+}
+
+
 def test_each_step_happens_as_often_as_asked():
-    """Of 600 views; an interval of 3.3 standard deviations, so 1 in 1000 seeds would fail."""
-    whole = {"crop_area": (1.0, 1.0), "crop_aspect": (1.0, 1.0)}
-    off = whole | {
-        "flip": False,
-        "color_strength": 0.0,
-        "grey_probability": 0.0,
-        "blur_probability": 0.0,
+    """The numbers of 600 views; an interval of 3.3 standard deviations, so 1 in 1000 seeds would fail.
+    And of 40 views, that an operation happens where its number says so.
+    """
+    plain = image()
+    draws = np.stack([draw(7, index=i) for i in range(300)])
+    crops = EVERYTHING.numbers_of(EVERYTHING.crop, draws)["attempts"]
+    crops[..., 0], crops[..., 1] = 1.0, 0.5  # all of a square image
+    happening = {
+        operation.NAME: next(iter(EVERYTHING.numbers_of(operation, draws).values()))
+        for operation in EVERYTHING.chain
     }
-    shape = (20, 20, 3)
-    plain = image(*shape)
-
-    def share(changed, **options):
-        seen = views(300, Distortion(**(off | options)), shape).reshape(-1, *shape)
-        return np.mean([changed(v) for v in seen])
-
-    def near(p):
-        return pytest.approx(p, abs=3.3 * np.sqrt(p * (1 - p) / 600))
-
-    different = lambda v: not np.array_equal(v, plain)  # noqa: E731
-    assert share(different) == 0
-    assert share(lambda v: np.array_equal(v, plain[:, ::-1]), flip=True) == near(0.5)
-    assert share(different, color_strength=1.0) == near(0.8)
-    assert share(lambda v: np.ptp(v, axis=-1).max() == 0, grey_probability=0.2) == near(0.2)
-    assert share(different, blur_probability=0.5) == pytest.approx(
-        0.5, abs=0.12
-    )  # low sigma: no change
+    assert happening.keys() == HAPPENS.keys()
+    drawn = {name: u[..., 0] < HAPPENS[name][0] for name, u in happening.items()}
+    for u in happening.values():
+        u[...] = 0.999  # `draws` now has nothing happen
+    np.testing.assert_array_equal(make_views(plain, draws[0]), [plain, plain])
+    for operation in EVERYTHING.chain:
+        name = operation.NAME
+        probability, shows = HAPPENS[name]
+        deviation = np.sqrt(probability * (1 - probability) / drawn[name].size)
+        assert np.mean(drawn[name]) == pytest.approx(probability, abs=3.3 * deviation)
+        expected, alone = drawn[name][:20], draws[:20].copy()
+        numbers = EVERYTHING.numbers_of(operation, alone)
+        if name == "blur":
+            numbers["sigma"][...] = 1.0  # the largest: a small one changes nothing
+        # Just below the probability, and at it.
+        next(iter(numbers.values()))[..., 0] = np.where(expected, probability - 1e-6, probability)
+        found = [[shows(view, plain) for view in make_views(plain, u)] for u in alone]
+        np.testing.assert_array_equal(found, expected, err_msg=name)
 
 
 def test_one_channel_images_become_three():
-    seen = views(4, Distortion(), shape=(12, 12, 1), size=8)
-    assert seen.shape == (4, 2, 8, 8, 3)
-    assert np.ptp(seen, axis=-1).max() == 0
+    kind = Distortion(EVERYTHING.crop, EVERYTHING.operations, views=1)
+    x = tf.constant(image(12, 12, 1))
+    for i in range(4):
+        seen = host.make_views(x, draw(index=i), 8, kind).numpy()
+        assert seen.shape == (1, 8, 8, 3)
+        assert np.ptp(seen, axis=-1).max() == 0
 
 
 def test_center_crop_keeps_the_middle():
     x = np.zeros((40, 60, 3), np.uint8)
     x[5:35, 15:45] = 200  # the middle 0.75 of the centred 40 x 40 square
-    kept = ha.center_crop(tf.constant(x), 32, 0.75).numpy()
+    kept = host.center_crop(tf.constant(x), 32, 0.75).numpy()
     assert kept.shape == (32, 32, 3)
     np.testing.assert_array_equal(kept, 200)
-    np.testing.assert_array_equal(ha.center_crop(tf.constant(x[:32, :32]), 32, 1.0), x[:32, :32])
+    np.testing.assert_array_equal(host.center_crop(tf.constant(x[:32, :32]), 32, 1.0), x[:32, :32])

@@ -1,0 +1,110 @@
+"""NT-Xent in tiles: equal to the dense loss, which test_losses.py holds against Algorithm 1."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_losses import algorithm_1, random_pairs
+
+from simclr_jax.losses import nt_xent, nt_xent_chunked
+from simclr_jax.mesh import batch_sharded, make_mesh
+
+# Tiles of 2B = 64 rows that divide them, that do not, that hold all, and that are larger; with the
+# devices that the rows are divided over.
+GRID = [(2, 1), (16, 1), (24, 1), (1024, 1), (16, 2), (24, 4), (64, 4), (2, 8), (24, 8), (1024, 8)]
+
+
+def both(loss, z):
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(z)
+
+
+def check_tiles(in_tiles, dense, chunk, devices, tau):
+    """Value, metrics and gradient of a loss in tiles are those of the dense one. Returns the value."""
+    z = random_pairs(pairs=32)
+    mesh = make_mesh(jax.devices()[:devices], fsdp=min(2, devices))
+    (loss, metrics), gradient = both(
+        lambda z: in_tiles(z, tau, chunk=chunk, mesh=mesh), jax.device_put(z, batch_sharded(mesh))
+    )
+    (dense_loss, dense_metrics), dense_gradient = both(lambda z: dense(z, tau), z)
+    # A cosine is off by some 1e-7, so a logit by 1e-7 / tau.
+    tolerance = max(1e-5, 1e-6 / tau)
+    np.testing.assert_allclose(loss, dense_loss, rtol=tolerance)
+    np.testing.assert_allclose(
+        gradient, dense_gradient, atol=tolerance * np.abs(dense_gradient).max()
+    )
+    assert metrics.keys() == dense_metrics.keys()
+    for name, value in dense_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=tolerance, atol=1e-6, err_msg=name)
+    return loss
+
+
+@pytest.mark.parametrize(("chunk", "devices"), GRID)
+def test_value_metrics_and_gradient_are_the_dense_ones(chunk, devices):
+    tau = 0.01 if chunk in (24, 1024) else 0.5
+    loss = check_tiles(nt_xent_chunked, nt_xent, chunk, devices, tau)
+    expected = algorithm_1(random_pairs(pairs=32), tau)[0]
+    np.testing.assert_allclose(loss, expected, rtol=max(1e-5, 1e-6 / tau))
+
+
+def test_the_cotangent_scales_the_gradient_and_the_metrics_have_none():
+    z = jnp.asarray(random_pairs())
+
+    @jax.jit
+    def gradients(z):
+        once = jax.grad(lambda z: nt_xent_chunked(z, 0.1)[0])(z)
+        thrice = jax.grad(lambda z: 3 * nt_xent_chunked(z, 0.1)[0])(z)
+        return (
+            once,
+            thrice,
+            jax.grad(lambda z: nt_xent_chunked(z, 0.1)[1]["contrastive_entropy"])(z),
+        )
+
+    once, thrice, of_metrics = gradients(z)
+    np.testing.assert_allclose(thrice, 3 * once, rtol=1e-5, atol=1e-7)
+    assert not np.any(of_metrics)
+
+
+def test_collapsed_projections_score_zero_not_one():
+    """Equal similarities are equal to the last bit in every tile, and a tie counts against."""
+    z = jnp.broadcast_to(jnp.asarray(random_pairs(pairs=1, width=128)[:1]), (32, 128))
+    _, metrics = nt_xent_chunked(z, 0.1, chunk=12)
+    assert metrics["contrastive_top1"] == 0
+    assert metrics["contrastive_top5"] == 0
+
+
+def test_an_odd_tile_is_refused():
+    with pytest.raises(ValueError, match="chunk=3: expected an even number"):
+        nt_xent_chunked(jnp.ones((8, 4)), 0.1, chunk=3)
+
+
+PROGRAM = """
+import json, pathlib, re
+import jax, jax.numpy as jnp
+from simclr_jax.losses import nt_xent_chunked
+
+z = jax.random.normal(jax.random.key(0), (2 * 8192, 128))
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
+before = peak()
+(loss, _), gradient = jax.jit(jax.value_and_grad(lambda z: nt_xent_chunked(z, 0.1), has_aux=True))(z)
+norm = float(jnp.linalg.norm(gradient))
+# Not getrusage: on Linux its maximum begins at that of the process that started this one.
+print(json.dumps({"loss": float(loss), "norm": norm, "more": peak() - before}))
+"""
+
+
+def test_8192_images_take_less_than_half_a_gigabyte():
+    """Peak resident memory of a process of its own; the similarities alone would be 1.1 GB, the dense
+    loss and its gradient hold several such matrices.
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=300, check=True
+    )
+    result = json.loads(process.stdout)
+    assert result["more"] < 5e8
+    # Random directions: 16383 candidates, cosines of variance 1 / 128, so logits of 100 / 128.
+    np.testing.assert_allclose(result["loss"], np.log(16383) + 100 / 128 / 2, rtol=0.01)
+    assert 0 < result["norm"] < 1

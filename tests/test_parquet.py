@@ -1,0 +1,388 @@
+"""Parquet files as a source: which columns, which files, which classes, and what is refused.
+
+How their images are ordered, shared and replaced is tested with the other streams in test_sources.py.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_sources import STREAMING, labels_once, opened, picture, png
+
+from simclr_jax import config
+from simclr_jax.data import parquet
+from simclr_jax.data.broken import Broken, Images
+from simclr_jax.data.order import Order, Share
+from simclr_jax.data.parquet import Columns, RowGroups
+from simclr_jax.data.source import ShardedSource
+from simclr_jax.data.split import BROKEN
+from simclr_jax.errors import UserError
+from simclr_jax.modes.pretrain import pretrain
+from simclr_jax.views import make_distortion, pipeline
+
+PNG = png(picture(0))
+IMAGE_LABEL = Columns("image", "label")
+
+
+def write(path, labels=None, images=None, names=None, rows_of_a_group=5, column="label"):
+    """A Parquet file of images, by default as bytes, and labels, with Hugging Face's `names`."""
+    columns = {"image": images or [png(picture(i)) for i in range(len(labels))]}
+    if labels is not None:
+        columns[column] = labels
+    table = pa.table(columns)
+    if names:
+        features = {column: {"names": names, "_type": "ClassLabel"}}
+        about = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": about})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=rows_of_a_group)
+    return str(path)
+
+
+def train_on(path, **options):
+    return opened(source="parquet", path=str(path), **options)
+
+
+def as_structs(images):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [{"bytes": x, "path": f"{i}.png"} for i, x in enumerate(images)]
+    return pa.array([*rows[:-1], rows[-1] if images[-1] else None], kind)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "large bytes", "structs"])
+def test_images_are_bytes_or_structs_of_bytes_and_path(tmp_path, kind):
+    contents = [PNG, None, b"", b"ends in zeros\0\0", None]
+    images = {
+        "bytes": pa.array(contents, pa.binary()),
+        "large bytes": pa.array(contents, pa.large_binary()),
+        "structs": as_structs(contents),
+    }[kind]
+    source = RowGroups(write(tmp_path / "a.parquet", [0] * 5, images), IMAGE_LABEL)
+    assert source.read(0)[0].tolist() == [content or b"" for content in contents]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "classes", "codes"),
+    [
+        ([10, 9, 10, 2], None, ("2", "9", "10"), [2, 1, 2, 0]),  # numbers in their order
+        ([1, 0, 1, 0], ["cat", "ant", "bee"], ("cat", "ant", "bee"), [1, 0, 1, 0]),
+        ([1, 0, 1, 0], ["1", "0"], ("1", "0"), [1, 0, 1, 0]),  # names that are numbers
+        (["cat", "ant", "cat", "bee"], None, ("ant", "bee", "cat"), [2, 0, 2, 1]),
+        ([1, None, -1, 0], None, ("0", "1"), [1, -1, -1, 0]),
+        ([1, None, -1, 0], ["cat", "ant"], ("cat", "ant"), [1, -1, -1, 0]),
+        (["b", None, None, "a"], None, ("a", "b"), [1, -1, -1, 0]),
+        (pa.array(["b", "a", None, "a"]).dictionary_encode(), None, ("a", "b"), [1, 0, -1, 0]),
+        ([None] * 4, ["cat", "ant"], None, [-1] * 4),
+        ([-1] * 4, ["cat", "ant"], None, [-1] * 4),  # how Hugging Face writes a test split
+    ],
+)
+def test_labels_are_numbers_or_texts_or_not_there(tmp_path, labels, names, classes, codes):
+    path = write(tmp_path / "a.parquet", labels, names=names, rows_of_a_group=3)
+    source = RowGroups(path, IMAGE_LABEL)
+    assert source.classes == classes
+    assert np.concatenate([source.read(group)[1] for group in range(2)]).tolist() == codes
+    everything = np.arange(2)
+    assert source.labels(everything).tolist() == codes
+    assert ShardedSource.labels(source, everything).tolist() == codes  # by reading all
+
+
+def test_no_label_column_and_one_that_is_not_wanted(tmp_path):
+    bare = write(tmp_path / "a.parquet", images=[PNG] * 4)
+    labelled = write(tmp_path / "b.parquet", [0, 1, 2, 3])
+    for path, columns in ((bare, IMAGE_LABEL), (labelled, Columns("image", ""))):
+        source = RowGroups(path, columns)
+        assert source.classes is None
+        assert source.read(0)[1].tolist() == [-1] * 4
+        assert source.labels(np.arange(1)).tolist() == [-1] * 4
+
+
+def test_columns_may_have_other_names(tmp_path):
+    table = pa.table({"img": [PNG, PNG], "fine_label": ["x", "y"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    c = config.default()
+    c.data.parquet.image_column, c.data.parquet.label_column = "img", "fine_label"
+    split = train_on(tmp_path, parquet=c.data.parquet.to_dict()).train
+    assert labels_once(split) == [0, 1]
+
+
+def test_files_may_name_their_classes_in_other_orders_or_have_no_labels(tmp_path):
+    write(tmp_path / "1.parquet", [0, 1], names=["cat", "dog"])
+    write(tmp_path / "2.parquet", [0, 1], names=["dog", "cat"])
+    write(tmp_path / "3.parquet", images=[PNG] * 2)
+    split = train_on(tmp_path).train
+    assert split.classes == ("cat", "dog")
+    assert labels_once(split) == split.all_labels().tolist() == [0, 1, 1, 0, -1, -1]
+
+
+@pytest.fixture
+def three(tmp_path):
+    """A folder of three files, one deeper, of 4 + 3 + 2 rows in groups of 2."""
+    for i, (name, rows) in enumerate((("a-0", 4), ("a-1", 3), ("deep/b", 2))):
+        write(tmp_path / f"data/{name}.parquet", [i] * rows, rows_of_a_group=2)
+    (tmp_path / "data/README.md").write_text("no data")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    ("where", "rows"),
+    [("", 9), ("a-1.parquet", 3), ("a-*.parquet", 7), ("**/*.parquet", 9), ("a-[1].parquet", 3)],
+)
+@pytest.mark.parametrize("address", ["{}", "file://{}", "memory:/{}"])
+def test_a_folder_a_file_a_glob_and_an_address(three, where, rows, address):
+    if "://" in address.format(three):
+        fsspec = pytest.importorskip("fsspec")
+        fsspec.filesystem("memory").put(f"{three}/", f"{three}/", recursive=True)
+    split = train_on(address.format(three / where)).train
+    assert split.count == rows == len(labels_once(split))
+    assert split.source.lengths.max() == 2
+    assert split.name_of(0).endswith("a-1.parquet, row 0" if rows == 3 else "a-0.parquet, row 0")
+    if rows == 9:
+        assert split.name_of(6).endswith("a-1.parquet, row 2")
+        assert labels_once(split) == [0] * 4 + [1] * 3 + [2] * 2
+
+
+def test_the_index_is_kept_and_only_what_changed_is_looked_at_again(three, monkeypatch):
+    looked, look = [], parquet._look
+
+    def noted(system, path, *rest):
+        looked.append(os.path.basename(path))
+        return look(system, path, *rest)
+
+    monkeypatch.setattr(parquet, "_look", noted)
+
+    def count(path=three):
+        looked.clear()
+        return RowGroups(str(path), IMAGE_LABEL).lengths.sum()
+
+    assert count() == 9
+    assert sorted(looked) == ["a-0.parquet", "a-1.parquet", "b.parquet"]
+    assert count() == 9
+    assert looked == []
+    write(three / "a-1.parquet", [7] * 6)
+    assert count() == 12
+    assert looked == ["a-1.parquet"]
+    write(three / "a-2.parquet", [7])
+    (three / "deep/b.parquet").unlink()
+    assert count() == 11
+    assert looked == ["a-2.parquet"]
+    RowGroups(str(three), Columns("image", ""))  # other columns, other questions
+    assert len(looked) == 4
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{three}/", "/index/", recursive=True)
+    for expected in (3, 0):
+        assert count("memory://index") == 11
+        assert len(looked) == expected
+    data = memory.cat("/index/a-2.parquet")
+    memory.pipe("/index/a-2.parquet", data)  # written again
+    assert count("memory://index") == 11
+    assert looked == ["a-2.parquet"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "[{}]", '[["a"]]', '[["a", "", 1, 2, 3, 4]]'])
+def test_a_damaged_index_is_made_anew(three, content, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for _ in range(2):
+        assert RowGroups(str(three), IMAGE_LABEL).lengths.sum() == 9
+        (file,) = (tmp_path / "cache/simclr_jax/parquet").iterdir()
+        file.write_text(content)
+
+
+def test_without_room_for_an_index_files_are_looked_at(three, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert RowGroups(str(three), IMAGE_LABEL).lengths.sum() == 9
+
+
+def test_a_test_split_has_the_classes_of_training(tmp_path):
+    train = write(tmp_path / "train.parquet", [0, 1, 2], names=["cat", "ant", "bee"])
+    same = write(tmp_path / "test.parquet", [1, 0], names=["bee", "cat"])
+    texts = write(tmp_path / "texts.parquet", ["ant", "bee"])
+    assert labels_once(train_on(train, test_path=same).test) == [0, 2]
+    assert labels_once(train_on(train, test_path=texts).test) == [1, 2]
+    more = write(tmp_path / "more.parquet", [0, 1], names=["cat", "dog"])
+    with pytest.raises(UserError, match="has the classes dog, which training has not"):
+        train_on(train, test_path=more)
+    bare = write(tmp_path / "bare.parquet", images=[PNG])
+    assert train_on(bare, test_path=same).test.classes is None
+
+
+def lists(path):
+    pq.write_table(pa.table({"image": [PNG], "label": [[1, 2]]}), path)
+
+
+def texts(path):
+    pq.write_table(pa.table({"image": ["a path"], "label": [1]}), path)
+
+
+def paths_only(path):
+    pq.write_table(pa.table({"image": [{"path": "x.png"}], "label": [1]}), path)
+
+
+def other_names(path):
+    pq.write_table(pa.table({"img": [PNG], "label": [1]}), path)
+
+
+def no_parquet(path):
+    path.write_text("image,label\n")
+
+
+def cut_off(path):
+    write(path, [1])
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def no_rows(path):
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), path)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lists, r"column 'label' of .* is list<.*>: expected whole numbers or texts"),
+        (texts, r"column 'image' of .* is string: expected bytes, or {bytes, path}"),
+        (paths_only, r"column 'image' of .* is struct<.*>: expected bytes, or {bytes, path}"),
+        (other_names, r"has no column 'image': it has img, label; set data.parquet.image_column"),
+        (no_parquet, r"cannot read .*a\.parquet: .*; expected a Parquet file"),
+        (cut_off, r"cannot read .*a\.parquet: .*; expected a Parquet file"),
+        (empty, r"cannot read .*a\.parquet: .*; expected a Parquet file"),
+        (no_rows, r"no image in .*: the Parquet files have no rows"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_in_one_line(tmp_path, make, says):
+    make(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=says) as caught:
+        RowGroups(str(tmp_path), IMAGE_LABEL)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/nowhere", "no Parquet file '/nowhere': expected a file, a folder .*, or a glob"),
+        ("/tmp/no*thing", "no Parquet file"),
+        ("memory://nowhere.parquet", "cannot read /nowhere.parquet: "),
+        ("nosuch://x", "cannot open nosuch://x: Protocol not known"),
+    ],
+)
+def test_files_that_are_not_there_are_refused_in_one_line(path, says):
+    if "://" in path:
+        pytest.importorskip("fsspec")
+    with pytest.raises(UserError, match=says) as caught:
+        RowGroups(path, IMAGE_LABEL)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_label_column_that_is_named_and_not_there_is_refused(tmp_path):
+    path = write(tmp_path / "a.parquet", [0])
+    with pytest.raises(UserError, match=r"no column 'lable': it has image, label; .*label_column"):
+        RowGroups(path, Columns("image", "lable"))
+
+
+def test_a_row_group_that_memory_cannot_hold_is_refused(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.parquet", [0] * 9)
+    monkeypatch.setattr(parquet, "memory", lambda: 1000)
+    with pytest.raises(UserError, match=r"row group of .* GB.*: write the file with row groups of"):
+        RowGroups(path, IMAGE_LABEL)
+
+
+def test_a_file_that_changes_under_a_run_stops_it_in_one_line(tmp_path):
+    split = train_on(write(tmp_path / "a.parquet", [0] * 9)).train
+    (tmp_path / "a.parquet").write_text("something else")
+    images = Images(split, Broken(split, 0.1))
+    with pytest.raises(
+        UserError, match=r"cannot read .*a\.parquet: .*expected a Parquet"
+    ) as caught:
+        next(pipeline.evaluation_batches(images, 4, Share(), pipeline.EvaluationView(4, 1.0)))
+    assert "\n" not in str(caught.value)
+
+
+def test_fingerprints_are_of_the_content_not_of_the_place(tmp_path):
+    options = {"labels": [0, 1] * 4, "rows_of_a_group": 4}
+    one, two, other, relabelled = (
+        train_on(write(tmp_path / f"{name}.parquet", **(options | changed))).train
+        for name, changed in {
+            "one": {},
+            "two": {},
+            "other": {"images": [PNG * 2] * 8},
+            "relabelled": {"labels": [0, 2] * 4},
+        }.items()
+    )
+    assert one.fingerprint() == two.fingerprint()
+    assert len({split.fingerprint() for split in (one, other, relabelled)}) == 3
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """(path, {row: image}): 60 rows in groups of 7, three classes, three images that cannot be read."""
+    images = [png(picture(i)) for i in range(60)]
+    bad = {11: b"", 12: PNG[:40], 40: None}
+    for i, content in bad.items():
+        images[i] = content
+    path = tmp_path_factory.mktemp("damaged") / "a.parquet"
+    labels = [i % 3 for i in range(60)]
+    return write(path, labels, as_structs(images), ["a", "b", "c"], rows_of_a_group=7), bad
+
+
+def test_what_is_not_asked_for_is_not_read(damaged, monkeypatch):
+    split, read = train_on(damaged[0]).train, []
+    table = split.source._table
+
+    def noted(shard, columns):
+        read.append((int(shard), tuple(columns)))
+        return table(shard, columns)
+
+    monkeypatch.setattr(split.source, "_table", noted)
+    assert split.problems([40, 41, 12, 39]).keys() == {12, 40}
+    assert [shard for shard, _ in read] == [1, 5]
+    read.clear()
+    assert labels_once(split, Share(1, 2), start=25) == [i % 3 for i in range(51, 60, 2)]
+    assert {shard for shard, _ in read} == {7, 8}
+    read.clear()
+    split.all_labels()
+    assert {columns for _, columns in read} == {("label",)}
+
+
+def test_evaluation_leaves_broken_images_out(damaged):
+    path, bad = damaged
+    split = train_on(path).train
+    images = Images(split, Broken(split, 0.1))
+    found = pipeline.evaluation_batches(images, 30, Share(), pipeline.EvaluationView(4, 1.0))
+    labels = np.concatenate([batch["label"] for batch in found])
+    assert labels.tolist() == [BROKEN if i in bad else i % 3 for i in range(60)]
+
+
+def test_what_comes_does_not_depend_on_when_a_broken_image_is_met(damaged):
+    split = train_on(damaged[0]).train
+    work = pipeline.HostWork(12, make_distortion({}), whole=False)
+
+    def batches(broken, steps, start):
+        stream = pipeline.training_batches(Images(split, broken), Order(1, 48), start, work)
+        with contextlib.closing(stream):
+            return list(itertools.islice(stream, steps))
+
+    known = Broken(split, 0.1)
+    known.find(range(60))
+    whole, late = batches(known, 2, 0), batches(Broken(split, 0.1), 1, 1)
+    assert not set(damaged[1]).intersection(*(batch["index"].tolist() for batch in whole))
+    for key in ("views", "draws", "label", "index", "epoch"):
+        np.testing.assert_array_equal(late[0][key], whole[1][key])
+
+
+def test_a_run_skips_counts_and_names_broken_images(damaged, tiny, tmp_path, capsys):
+    path, bad = damaged
+    config.set_options(tiny, STREAMING | {"data.source": "parquet", "data.path": path})
+    assert pretrain(tiny, str(tmp_path / "w"))
+    assert "3 images that cannot be read" in capsys.readouterr().out
+    lines = (tmp_path / "w/broken_images.jsonl").read_text().splitlines()
+    named = {line["index"]: line["image"] for line in map(json.loads, lines)}
+    assert named == {i: f"{path}, row {i}" for i in bad}

@@ -1,0 +1,169 @@
+"""What one step and its parts may and may not touch; test_device_invariance.py has the numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_images
+
+from simclr_jax import assemble
+from simclr_jax.encoders import to_float
+from simclr_jax.errors import UserError
+from simclr_jax.losses import LOSSES, Loss, nt_xent
+from simclr_jax.mesh import make_mesh, to_global
+
+CLASSES = 3
+
+
+def batch(count):
+    views = np.stack([random_images(count, 12, 12), random_images(count + 1, 12, 12)[1:]], axis=1)
+    return {"views": views, "label": (np.arange(count) % CLASSES).astype(np.int32)}
+
+
+def job_of(config, devices=None):
+    mesh = make_mesh(devices)
+    return assemble.pretraining_job(config, assemble.plan_of(config, 48), CLASSES, mesh)
+
+
+def steps(config, count=3):
+    """States and metrics after each of `count` steps on the same batch, on one device."""
+    job = job_of(config, jax.devices()[:1])
+    state = job.init()
+    images = to_global(job.mesh, batch(config.data.batch_size))
+    seen = [(jax.device_get(state), None)]
+    for _ in range(count):
+        state, metrics = job.step(state, images)
+        seen.append((jax.device_get(state), jax.device_get(metrics)))
+    return seen
+
+
+@pytest.fixture
+def small(tiny):
+    """`tiny`, whose steps take batches of views that are made here."""
+    tiny.data.placement = "host"
+    tiny.optimizer.warmup_epochs = 0.0
+    return tiny
+
+
+@pytest.fixture
+def small_resnet(tiny_resnet):
+    tiny_resnet.data.placement = "host"
+    tiny_resnet.optimizer.warmup_epochs = 0.0
+    return tiny_resnet
+
+
+@pytest.fixture(scope="module")
+def once():
+    return {}
+
+
+@pytest.fixture
+def three_steps(small_resnet, once):
+    if "resnet" not in once:
+        once["resnet"] = steps(small_resnet)
+    return once["resnet"]
+
+
+def test_a_step_changes_every_parameter_and_statistic(three_steps):
+    (before, _), *_, (after, metrics) = three_steps
+    assert after.step == 3
+    # Behind a block's last BatchNorm, whose scale starts at zero, the first step sees no gradient.
+    for path, changed in jax.tree_util.tree_leaves_with_path(
+        jax.tree.map(lambda x, y: not np.array_equal(x, y), before.params, after.params)
+    ):
+        assert changed, jax.tree_util.keystr(path)
+    for path, changed in jax.tree_util.tree_leaves_with_path(
+        jax.tree.map(lambda x, y: not np.array_equal(x, y), before.batch_stats, after.batch_stats)
+    ):
+        assert changed, jax.tree_util.keystr(path)
+    assert set(metrics) == {
+        "loss",
+        "contrastive_top1",
+        "contrastive_top5",
+        "contrastive_entropy",
+        "classifier_loss",
+        "classifier_accuracy",
+        "grad_norm",
+        "learning_rate",
+    }
+
+
+def test_the_classifier_does_not_touch_the_encoder(small):
+    """Without a classifier the encoder and the head go the same way."""
+    with_classifier = steps(small)
+    small.train.online_classifier = False
+    for (state, metrics), (expected, expected_metrics) in zip(
+        steps(small)[1:], with_classifier[1:], strict=True
+    ):
+        assert "classifier" not in state.params
+        assert metrics["loss"] == pytest.approx(expected_metrics["loss"], rel=1e-6)
+        for name in ("encoder", "head"):
+            jax.tree.map(
+                lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6),
+                state.params[name],
+                expected.params[name],
+            )
+
+
+def test_losses_fall_on_a_fixed_batch(small_resnet):
+    small_resnet.optimizer.name, small_resnet.optimizer.learning_rate = "adamw", 2e-3
+    small_resnet.optimizer.scaling = "none"
+    small_resnet.train.steps = 30
+    seen = steps(small_resnet, count=30)
+    first, last = seen[1][1], seen[-1][1]
+    assert last["loss"] < 0.8 * first["loss"]
+    assert last["classifier_loss"] < first["classifier_loss"]
+
+
+def test_a_step_needs_no_transfer_and_no_second_compilation_and_takes_its_states_memory(small):
+    job = job_of(small)
+    state = job.init()
+    old = jax.tree.leaves(state.params)
+    images = to_global(job.mesh, batch(16))
+    state, metrics = job.step(state, images)
+    assert all(x.is_deleted() for x in old)
+    with jax.transfer_guard("disallow"):
+        for _ in range(2):
+            state, metrics = job.step(state, images)
+    jax.block_until_ready(metrics)
+    assert job.step._cache_size() == 1
+
+
+def test_bfloat16_steps_stay_close_and_keep_a_float32_state(small_resnet, three_steps):
+    small_resnet.model.dtype = "bfloat16"
+    state, metrics = steps(small_resnet)[-1]
+    kinds = {x.dtype for x in jax.tree.leaves((state.params, state.batch_stats, state.opt_state))}
+    assert kinds <= {np.dtype("float32"), np.dtype("int32")}
+    assert metrics["loss"] == pytest.approx(three_steps[-1][1]["loss"], rel=0.02)
+
+
+def test_images_as_bytes_and_as_floats_are_the_same():
+    images = jnp.arange(256, dtype=jnp.uint8)
+    np.testing.assert_allclose(to_float(images), np.arange(256) / 255, rtol=1e-6)
+    np.testing.assert_array_equal(to_float(to_float(images)), to_float(images))
+
+
+def test_a_loss_is_one_row_and_gets_the_labels(small, monkeypatch):
+    """Positives of one class pulled together, as a loss that is written elsewhere."""
+
+    def build(options, mesh, batch_size):
+        def apply(z, labels):
+            loss, metrics = nt_xent(z, options["temperature"])
+            same = jnp.repeat(labels, 2)[:, None] == jnp.repeat(labels, 2)
+            return loss + 0.1 * jnp.mean(jnp.where(same, -z @ z.T, 0.0)), metrics | {
+                "same": jnp.mean(same)
+            }
+
+        return Loss(apply, f"pulled, {batch_size} images on {mesh.size}", needs_labels=True)
+
+    monkeypatch.setitem(LOSSES, "pulled", build)
+    small.loss.name = "pulled"
+    _, metrics = steps(small, count=1)[-1]
+    labels = np.repeat(np.arange(16) % CLASSES, 2)
+    assert metrics["same"] == pytest.approx(np.mean(labels[:, None] == labels))
+    assert assemble.pretraining(small).loss.text == "pulled, 16 images on 8"
+    with np.load(small.data.path) as file:
+        np.savez(small.data.path + ".unlabelled.npz", train_images=file["train_images"])
+    small.data.path += ".unlabelled.npz"
+    with pytest.raises(UserError, match="loss.name=pulled needs labels, and the data have none"):
+        assemble.pretraining(small)
