@@ -63,11 +63,11 @@ def small_images():
 def our_batches(images, size: int, distortion: dict, color: bool, batch_size: int):
     """Sizes of the batches of the host pipeline, of JPEGs or of arrays."""
     import numpy as np
-
-    from simclr_jax.data.broken import Broken
     from simclr_jax.data.distortion import Distortion
     from simclr_jax.data.pipeline import training_batches
     from simclr_jax.data.sources import IndexedSplit, Share, in_memory
+
+    from simclr_jax.data.broken import Broken
 
     class Encoded(IndexedSplit):
         """The files of a folder, but for the reading of the disk."""
@@ -158,9 +158,9 @@ def images_per_second(batches, seconds: float = 8.0) -> float:
 def _our_loss(name: str, pairs: int):
     import jax
     import jax.numpy as jnp
+    from simclr_jax.losses_chunked import nt_xent_chunked
 
     from simclr_jax.losses import nt_xent
-    from simclr_jax.losses_chunked import nt_xent_chunked
 
     def plain(z, temperature):
         z = z / jnp.linalg.norm(z, axis=1, keepdims=True)

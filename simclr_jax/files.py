@@ -78,7 +78,8 @@ def locked(folder: epath.PathLike, advice: str) -> Iterator[None]:
     """Keeps other programs that ask for it from writing into a folder while the block runs.
 
     The lock is the file FOLDER/lock, made with the folder; the system releases it when the program
-    ends, however it ends. Buckets, and file systems without locks, cannot be locked.
+    ends, however it ends. If nothing else came into the folder, what was made is removed again.
+    Buckets, and file systems without locks, cannot be locked.
 
     Args:
       folder: to write into.
@@ -91,6 +92,7 @@ def locked(folder: epath.PathLike, advice: str) -> Iterator[None]:
         yield
         return
     path = pathlib.Path(folder) / "lock"
+    made = not path.parent.exists()
     with writing(folder, "It must be a folder that can be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.open("w")
@@ -101,7 +103,13 @@ def locked(folder: epath.PathLike, advice: str) -> Iterator[None]:
             raise UserError(f"another program is writing into {folder}: {advice}") from error
         except OSError:  # a file system without locks
             pass
-        yield
+        try:
+            yield
+        finally:
+            if path.parent.is_dir() and list(path.parent.iterdir()) == [path]:
+                path.unlink()
+                if made:
+                    path.parent.rmdir()
 
 
 def cache_folder() -> epath.Path:

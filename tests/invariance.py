@@ -73,7 +73,7 @@ def step_of(config, devices, start, monkeypatch, loss=None):
 
 def check(found, expected, tolerance=VIT_TOLERANCE):
     """Raises an AssertionError that names the arrays that differ, each with by how much."""
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(lambda x, y: None, found, expected)  # of one structure
     differ = {}
     largest = {
         group: max(float(np.abs(y).max()) for y in jax.tree.leaves(tree))

@@ -106,10 +106,10 @@ def test_what_the_caller_changes_after_a_save_is_not_in_it(tmp_path, monkeypatch
         await original(handler, item, directory)
 
     monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", late)
-    options = {"step": 1, "window": [{"loss": 1.0}]}
+    window = [{"loss": 1.0}]
     with Checkpoints(str(tmp_path), Saving(every_steps=1)) as checkpoints:
-        checkpoints.save(1, small_state(), options)
-        options["window"].append({"loss": 2.0})
+        checkpoints.save(1, small_state(), {"step": 1, "window": window})
+        window.append({"loss": 2.0})
         went_on.set()
     assert read_options(find(str(tmp_path), 1)) == {"step": 1, "window": [{"loss": 1.0}]}
 

@@ -1,12 +1,18 @@
 """Options, overrides and what they come to."""
 
 import json
+import math
 import pathlib
+from typing import Any
 
 import pytest
 
-from simclr_jax import config
+from simclr_jax import assemble, config
+from simclr_jax.config import OPTIONS
+from simclr_jax.config.__main__ import page
+from simclr_jax.config.overrides import load, override, read_file
 from simclr_jax.errors import UserError
+from simclr_jax.training.plan import Plan
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
@@ -15,6 +21,7 @@ CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
     "spec",
     [
         "digits.py",
+        "digits.py:vit",
         "fashion_mnist.py",
         "cifar10.py",
         "cifar10.py:resnet18",
@@ -24,7 +31,7 @@ CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
     ],
 )
 def test_every_configuration_file_is_valid_and_is_itself_after_saving(spec):
-    c = config.read_file(str(CONFIGS / spec))
+    c = read_file(str(CONFIGS / spec))
     config.validate(c)
     again = config.from_dict(json.loads(json.dumps(c.to_dict())))
     assert config.flatten(again) == config.flatten(c)
@@ -36,15 +43,15 @@ def test_every_configuration_file_was_tested():
 
 
 def test_arguments_of_configuration_files():
-    c = config.read_file(str(CONFIGS / "imagenet.py:depth=101,width=2,epochs=1000"))
+    c = read_file(str(CONFIGS / "imagenet.py:depth=101,width=2,epochs=1000"))
     assert (c.model.depth, c.model.width, c.train.epochs) == (101, 2.0, 1000.0)
-    assert config.read_file(str(CONFIGS / "cifar10.py:resnet18")).model.depth == 18
-    assert config.read_file(str(CONFIGS / "folder.py:/a/b")).data.path == "/a/b"
+    assert read_file(str(CONFIGS / "cifar10.py:resnet18")).model.depth == 18
+    assert read_file(str(CONFIGS / "folder.py:/a/b")).data.path == "/a/b"
 
 
 def test_the_imagenet_configuration_is_the_papers():
     """Section 2.3: B 4096, LARS, 4.8 = 0.3 x 4096 / 256, decay 1e-6, 10 epochs of warm-up."""
-    plan = config.plan(config.read_file(str(CONFIGS / "imagenet.py")), 1_281_167)
+    plan = assemble.plan_of(read_file(str(CONFIGS / "imagenet.py")), 1_281_167)
     assert plan.learning_rate == pytest.approx(4.8)
     assert plan.steps == round(100 * 1_281_167 / 4096)
     assert plan.warmup_steps == round(10 * 1_281_167 / 4096)
@@ -63,11 +70,11 @@ def test_the_imagenet_configuration_is_the_papers():
 )
 def test_bad_files_and_arguments_say_what_was_expected(spec, says):
     with pytest.raises(UserError, match=says):
-        config.read_file(str(CONFIGS / spec))
+        read_file(str(CONFIGS / spec))
 
 
 def test_overrides_are_read_as_the_type_of_the_default():
-    c = config.override(
+    c = override(
         config.default(),
         [
             "--config.data.batch_size=64",
@@ -99,7 +106,7 @@ def test_overrides_are_read_as_the_type_of_the_default():
 )
 def test_unknown_options_name_the_near_ones(flag, says):
     with pytest.raises(UserError, match=says) as caught:
-        config.override(config.default(), [flag])
+        override(config.default(), [flag])
     assert "\n" not in str(caught.value)
 
 
@@ -111,6 +118,20 @@ def test_unknown_options_name_the_near_ones(flag, says):
         ("data.batch_size", 1, "2 to"),
         ("views.crop_area", (0.5, 0.1), "low <= high"),
         ("views.crop_area", (0.5, 1.5), "low <= high"),
+        ("views.crop_area", (1e-12, 1e-12), "low <= high"),
+        ("views.crop_area", ("a", "b"), "low <= high"),
+        ("eval.l2", (), "1 or more values"),
+        ("eval.l2", ("abc",), "each a number from 0"),
+        ("eval.l2", (-1.0,), "each a number from 0"),
+        ("eval.l2", (math.nan,), "each a number from 0"),
+        ("eval.labels_per_class", (-1,), "each a whole number from 1"),
+        ("eval.labels_per_class", (0.5,), "each a whole number from 1"),
+        ("model.norm_momentum", 1.0, "0 to below 1"),
+        ("optimizer.trust_coefficient", math.nan, "0 to 1e"),
+        ("optimizer.learning_rate", math.inf, "0 to 1e"),
+        ("finetune.epochs", (30.0,), "one number of epochs for each"),
+        ("finetune.label_fractions", (0.0, 0.1, 1.0), "fractions above 0"),
+        ("finetune.from_layer", 3, "the projection head has 2 layers"),
         ("optimizer.name", "adam", "lars, sgd, adamw"),
         ("data.name", "", "TFDS"),
         ("data.source", "arrays", "data.path"),
@@ -126,12 +147,117 @@ def test_values_that_no_run_could_use_are_refused(name, value, says):
         config.validate(c)
 
 
-def test_every_option_has_its_reason_beside_it():
-    lines = pathlib.Path(config.__file__).read_text().split("\n")
-    options = [line for line in lines if line.startswith("    c.") and "ConfigDict()" not in line]
-    named = set(config.flatten(config.default()))
-    assert {line.split("=")[0].strip()[2:] for line in options} == named
-    assert [line for line in options if "  # " not in line] == []
+def test_every_option_is_one_row_with_its_reason_and_its_default_is_allowed():
+    names = [option.name for option in OPTIONS]
+    assert len(set(names)) == len(names)
+    assert set(config.flatten(config.default())) == set(names)
+    for option in OPTIONS:
+        assert option.why, option.name
+        assert option.problem(option.default) is None, option.name
+
+
+def test_no_option_takes_a_value_of_another_type():
+    """True is no number, and 1 is no flag."""
+    for option in OPTIONS:
+        for wrong in (None, [], object(), b"x"):
+            assert option.problem(wrong), option.name
+        if not isinstance(option.default, bool):
+            assert option.problem(True), option.name
+        else:
+            assert option.problem(1), option.name
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_every_number_and_every_element_of_a_tuple_is_checked(option):
+    """In each place of a tuple alone, and as the whole value."""
+    default: Any = option.default
+    never: list = [math.nan, math.inf, -math.inf, None, b"x"]
+    if isinstance(default, tuple):
+        elements = [*never, True, "abc", -1, -1e-3, 1e300, (1,)]
+        never += [1, 0.5, "abc", list(default)]
+        for place in range(max(1, len(default))):
+            never += [(*default[:place], x, *default[place + 1 :]) for x in elements]
+    elif isinstance(default, bool):
+        never += [0, "True", (True,)]
+    elif isinstance(default, int):
+        never += [4.5, "4", -2, 2**40, (4,)]
+    elif isinstance(default, float):
+        never += ["0.5", -1, -1e-3, 1e300, (0.5,)]
+    else:
+        never += [1, 0.5, ("lars",)]
+        never += ["", "nothing", default.upper()] if "one of" in option.allowed.text else []
+    for value in never:
+        problem = option.problem(value)
+        assert problem == f"{option.name}={value!r}: expected {option.allowed.text}", value
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("eval.l2=('abc',)", "eval.l2=('abc',): expected a tuple of 1 or more values, each a num"),
+        ("eval.l2=(1e-3,-1)", "eval.l2=(0.001, -1): expected a tuple"),
+        ("eval.labels_per_class=(1,True)", "eval.labels_per_class=(1, True): expected a tuple"),
+        ("loss.temperature=nan", "loss.temperature=nan: expected a number from 0.001 to 1000"),
+        ("optimizer.learning_rate=inf", "optimizer.learning_rate=inf: expected a number"),
+        ("train.steps=-1", "train.steps=-1: expected a whole number from 0"),
+        ("views.crop_area=(0.5,)", "views.crop_area=(0.5,): expected (low, high) with"),
+    ],
+)
+def test_values_on_the_command_line_are_checked(flag, says):
+    with pytest.raises(UserError) as caught:
+        load(str(CONFIGS / "digits.py"), [f"--config.{flag}"])
+    assert str(caught.value).startswith(says)
+    assert "\n" not in str(caught.value)
+
+
+def test_values_of_another_type_are_refused_by_name():
+    """As Python code, or a saved configuration that was changed by hand, may give them."""
+    for name, value in (("train.steps", "8"), ("train.steps", 8.5), ("views.flip", 1)):
+        with pytest.raises(UserError, match=f"{name}={value!r}: expected "):
+            config.set_options(config.default(), {name: value})
+    with pytest.raises(UserError, match="seed='0': expected a whole number"):
+        config.from_dict({"seed": "0"})
+
+
+def test_the_page_of_options_is_the_one_that_is_printed():
+    """docs/options.md: python -m simclr_jax.config > docs/options.md"""
+    assert (CONFIGS.parent / "docs" / "options.md").read_text() == page()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (
+            "def get_config(_):\n    return None\n",
+            "get_config returned None: expected a ConfigDict",
+        ),
+        ("def get_config(_):\n    assert False\n", "file.py, line 2: AssertionError"),
+        ("def get_config(_):\n    return 1 / 0\n", "file.py, line 2: ZeroDivisionError: division"),
+        ("import nowhere\n", "file.py, line 1: ModuleNotFoundError"),
+        ("def get_config(:\n", "file.py, line 1: SyntaxError"),
+        ("x = 1\n", "file.py: AttributeError"),
+        (
+            "from simclr_jax import config\ndef get_config(_):\n    c = config.default()\n"
+            "    c.data.batchsize = 4\n    return c\n",
+            "file.py, line 4: ",
+        ),
+    ],
+)
+def test_a_mistake_in_a_configuration_file_is_named_with_its_line(tmp_path, content, says):
+    path = tmp_path / "file.py"
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        read_file(str(path))
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_configurations_that_come_with_the_package_have_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load("digits", []).data.name == "digits"
+    assert load("imagenet:depth=101", []).model.depth == 101
+    with pytest.raises(UserError, match=r"expected --config=FILE\.py.* or one of cifar10, digits"):
+        load("nowhere", [])
 
 
 def test_differences_are_of_what_changes_the_result():
@@ -148,10 +274,10 @@ def test_differences_are_of_what_changes_the_result():
 def test_steps_override_epochs_and_warmup_is_at_most_half():
     c = config.default()
     c.data.batch_size, c.train.epochs, c.optimizer.warmup_epochs = 10, 4.0, 1.0
-    assert config.plan(c, 100) == config.Plan(40, 10, pytest.approx(0.3 * 10 / 256))
+    assert assemble.plan_of(c, 100) == Plan(40, 10, 0.3 * 10 / 256)
     c.train.steps = 12
-    assert config.plan(c, 100).steps == 12
-    assert config.plan(c, 100).warmup_steps == 6
+    assert assemble.plan_of(c, 100).steps == 12
+    assert assemble.plan_of(c, 100).warmup_steps == 6
 
 
 def test_every_configuration_file_says_what_it_reaches_and_its_command():

@@ -78,10 +78,10 @@ def test_filter_gradients_in_bfloat16_add_up_in_float32():
     """Only the arguments and the result are rounded, by 2^-9 each."""
     x, kernel, strides, padding = arguments(64, 16, 3, 4, 3, 1)
     dy = np.random.default_rng(1).normal(size=(64, 16, 16, 4)).astype(np.float32)
-    x, dy = jnp.asarray(x, jnp.bfloat16), jnp.asarray(dy, jnp.bfloat16)
-    found = filter_gradient(x, dy, kernel.shape, strides, padding)
+    half_x, half_dy = jnp.asarray(x, jnp.bfloat16), jnp.asarray(dy, jnp.bfloat16)
+    found = filter_gradient(half_x, half_dy, kernel.shape, strides, padding)
     assert found.dtype == jnp.bfloat16
-    x, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
+    x, dy = (np.asarray(half.astype(jnp.float32)) for half in (half_x, half_dy))
     (expected,) = jax.vjp(lambda k: native(x, k, strides, padding), kernel)[1](dy)
     np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=2**-8, atol=0.05)
 

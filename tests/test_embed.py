@@ -124,9 +124,7 @@ def assert_same_rows(output, whole):
 
 
 @pytest.mark.parametrize(("method", "parts", "images"), [("add", 2, 32), ("join", 3, 40)])
-def test_what_was_cut_off_goes_on(
-    embedded, tmp_path, monkeypatch, capsys, method, parts, images
-):
+def test_what_was_cut_off_goes_on(embedded, tmp_path, monkeypatch, capsys, method, parts, images):
     (config, workdir, root), whole = embedded
     monkeypatch.setattr(feature_file, "_PART", 16)
     restore = cut_off(monkeypatch, method, parts)

@@ -16,7 +16,15 @@ import simclr_jax
 from simclr_jax import assemble
 from simclr_jax.data.order import few_labels, split_validation
 from simclr_jax.errors import UserError
-from simclr_jax.evals import EVALUATIONS, evaluate, logistic, on_the_way, results, subjects, transfer
+from simclr_jax.evals import (
+    EVALUATIONS,
+    evaluate,
+    logistic,
+    on_the_way,
+    results,
+    subjects,
+    transfer,
+)
 from simclr_jax.evals.contract import Evaluation, Features
 from simclr_jax.evals.evaluate import can_evaluate, evaluate_features
 from simclr_jax.evals.features import Extractor, raw_pixels
@@ -295,7 +303,7 @@ def test_an_evaluation_is_one_row_of_the_table(tiny, tmp_path, monkeypatch, caps
     parts = {part: {"encoder": tree} for part, tree in trained.items()}
     on_the_way_metrics = watch.run(1, TrainState(step=None, opt_state=None, **parts))
     capsys.readouterr()
-    result = simclr_jax.evaluate("means", str(workdir), **{"seed": 3})
+    result = simclr_jax.evaluate("means", str(workdir), seed=3)
     said = capsys.readouterr().out
     assert "The nearest of 3 means, test accuracy" in said
     assert [row["features"] for row in result["rows"]] == list(KINDS)
@@ -413,7 +421,8 @@ def trained_beside(tiny, tmp_path, monkeypatch):
     workdir, train = tmp_path / "w", assemble.data_set(tiny).train
     plan, mesh = assemble.plan_of(tiny, train.count), make_mesh(jax.devices()[:1])
     state = jax.device_get(assemble.pretraining_job(tiny, plan, None, mesh).init())
-    moments, evaluated = [], []
+    moments: list = []
+    evaluated: list = []
 
     def passes(moment):
         if moment == "begins":
@@ -477,7 +486,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_passed_over(trained_be
             folder = checkpoint_folder(workdir) / "4"
             assert not folder.exists()
             folder.mkdir()  # half deleted
-        return original(*args, step=step, **more)
+        return original(*args, **(more | {"step": step}))
 
     monkeypatch.setattr(subjects, "trained", read_slowly)
     assert evaluate_features("knn", c, str(workdir), follow=True)["step"] == 6

@@ -132,7 +132,7 @@ def test_what_torchvision_cannot_compute_is_not_exported(workdir, tiny, tmp_path
     with pytest.raises(UserError, match=r"no width of 0\.125 times: use --format=stablehlo"):
         export(small(), str(workdir), "safetensors", str(tmp_path / "x"))
     vit = encoder_checkpoint(tiny, tmp_path / "vit")
-    with pytest.raises(UserError, match="torchvision has no ViT with 1 layers.*format=stablehlo"):
+    with pytest.raises(UserError, match=r"torchvision has no ViT with 1 layers.*format=stablehlo"):
         export(tiny, str(vit), "safetensors", str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
 

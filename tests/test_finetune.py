@@ -18,7 +18,7 @@ from simclr_jax import assemble
 from simclr_jax.encoders import apply_network, init_encoder
 from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.errors import UserError
-from simclr_jax.evals import finetune
+from simclr_jax.evals import classifier_training, finetune
 from simclr_jax.evals.classifier import Classified
 from simclr_jax.mesh import make_mesh, to_global
 from simclr_jax.training.objectives import no_loss, supervised
@@ -52,7 +52,8 @@ def trained(model, steps, devices, weight_decay=0.0, moved=None):
     def init(key):
         encoder = init_encoder(model.encoder, 12, key)
         head = init_head(model.head, model.encoder.width, key)
-        return start_of(*model.start(encoder, head, key), optimizer)
+        params, batch_stats = model.start(encoder, head, key)
+        return start_of(params, batch_stats, optimizer)
 
     objective = supervised(model.logits, lambda batch: batch["views"])
     step = make_step(objective, no_loss, UpdateRule(optimizer, schedule))
@@ -125,8 +126,8 @@ def test_an_encoder_that_is_not_frozen_is_told_apart(tiny):
     everything = model_of(tiny).trained
     with pytest.raises(AssertionError):
         assert_frozen(*trained(frozen, 2, devices, weight_decay=0.01, moved=everything)[:2])
+    model = model_of(tiny, layer=1)
     with pytest.raises(AssertionError):
-        model = model_of(tiny, layer=1)
         assert_frozen(*trained(model, 2, devices, moved=frozen.trained)[:2])
 
 
@@ -194,7 +195,7 @@ def run(tiny, tmp_path):
 @pytest.fixture
 def one_device(monkeypatch):
     """Trains on one device: quicker to compile."""
-    monkeypatch.setattr(finetune, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(classifier_training, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
 
 
 def test_fine_tuning_with_few_labels_and_all(run, capsys):
@@ -238,9 +239,9 @@ def states_of_fit():
         states.append(jax.device_get(state))
         return state, done
 
-    original = finetune.fit
+    original = classifier_training.fit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune, "fit", fit)
+        patch.setattr(classifier_training, "fit", fit)
         yield states
 
 
@@ -264,7 +265,7 @@ def assert_chosen_alike(runs):
         assert len({run[name] for run in runs}) == 1
 
 
-class Peeking(finetune.Selection):
+class Peeking(classifier_training.Selection):
     """A wrong selection: the test split chooses."""
 
     def __init__(self, steps, accuracy, validation, test):
@@ -291,7 +292,7 @@ def test_selection_never_sees_the_test_split(run, tmp_path, monkeypatch, one_dev
             jax.tree.map(np.testing.assert_array_equal, found, encoder[part])
         assert numbers_in(state.opt_state) == numbers_in(state.params["classifier"])
     shutil.rmtree(workdir / "linear")
-    monkeypatch.setattr(finetune, "Selection", Peeking)
+    monkeypatch.setattr(classifier_training, "Selection", Peeking)
     with pytest.raises(AssertionError):
         assert_chosen_alike(choices(config, workdir, tmp_path, range(3)))
 
@@ -303,7 +304,7 @@ def at_moment(number, action):
     """
     seen = []
 
-    class Interrupted(finetune.Selection):
+    class Interrupted(classifier_training.Selection):
         def run(self, step, state):
             seen.append(step)
             if len(seen) == number:
@@ -311,7 +312,7 @@ def at_moment(number, action):
             return super().run(step, state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune, "Selection", Interrupted)
+        patch.setattr(classifier_training, "Selection", Interrupted)
         yield
 
 
@@ -381,7 +382,7 @@ def begun(run, monkeypatch, one_device):
         (folder / "checkpoints").mkdir()
         return job.init(), True
 
-    monkeypatch.setattr(finetune, "fit", fit)
+    monkeypatch.setattr(classifier_training, "fit", fit)
     return config, workdir, names
 
 
@@ -440,7 +441,9 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(run, one_device):
     # Each step multiplies the weights by 6e7: past 1e38 in six of them.
     config.linear.learning_rate, config.linear.weight_decay = (1e6,), (1e3,)
     config.linear.momentum, config.linear.epochs = 0.0, 60.0
-    with pytest.raises(UserError, match=r"^step \d+: .*not finite.*try a lower linear\.learning") as e:
+    with pytest.raises(
+        UserError, match=r"^step \d+: .*not finite.*try a lower linear\.learning"
+    ) as e:
         finetune.linear(config, str(workdir))
     assert "\n" not in str(e.value)
     (named,) = workdir.glob("linear/*/not_finite_step_*.json")

@@ -168,7 +168,8 @@ class Average:
     name = "average"
 
     def __init__(self, every=2):
-        self.memory, self._every = {"seen": []}, every
+        self._every = every
+        self.memory: dict[str, list[float]] = {"seen": []}
 
     def due(self, step):
         return step % self._every == 0

@@ -115,7 +115,9 @@ def test_the_classifiers_optimizer_moves_and_remembers_trained_parts_only():
         "encoder": {"kernel": jnp.ones(3)},
         "classifier": {"kernel": jnp.ones(3), "bias": jnp.ones(3)},
     }
-    grads = [{k: {n: (i + 1.0) * x for n, x in v.items()} for k, v in start.items()} for i in (0, 1)]
+    grads = [
+        {k: {n: (i + 1.0) * x for n, x in v.items()} for k, v in start.items()} for i in (0, 1)
+    ]
     path = trajectory(optimizer, start, grads)
     kernel, bias, velocity = 1.0, 1.0, [0.0, 0.0]
     for step, reached in enumerate(path):

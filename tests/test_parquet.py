@@ -15,10 +15,11 @@ import pytest
 from test_sources import STREAMING, labels_once, opened, picture, png
 
 from simclr_jax import config
-from simclr_jax.data import parquet
+from simclr_jax.data import parquet_files
 from simclr_jax.data.broken import Broken, Images
 from simclr_jax.data.order import Order, Share
-from simclr_jax.data.parquet import Columns, RowGroups
+from simclr_jax.data.parquet import RowGroups
+from simclr_jax.data.parquet_files import Columns
 from simclr_jax.data.source import ShardedSource
 from simclr_jax.data.split import BROKEN
 from simclr_jax.errors import UserError
@@ -147,13 +148,13 @@ def test_a_folder_a_file_a_glob_and_an_address(three, where, rows, address):
 
 
 def test_the_index_is_kept_and_only_what_changed_is_looked_at_again(three, monkeypatch):
-    looked, look = [], parquet._look
+    looked, look = [], parquet_files._look
 
     def noted(system, path, *rest):
         looked.append(os.path.basename(path))
         return look(system, path, *rest)
 
-    monkeypatch.setattr(parquet, "_look", noted)
+    monkeypatch.setattr(parquet_files, "_look", noted)
 
     def count(path=three):
         looked.clear()
@@ -290,7 +291,7 @@ def test_a_label_column_that_is_named_and_not_there_is_refused(tmp_path):
 
 def test_a_row_group_that_memory_cannot_hold_is_refused(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet", [0] * 9)
-    monkeypatch.setattr(parquet, "memory", lambda: 1000)
+    monkeypatch.setattr(parquet_files, "memory", lambda: 1000)
     with pytest.raises(UserError, match=r"row group of .* GB.*: write the file with row groups of"):
         RowGroups(path, IMAGE_LABEL)
 

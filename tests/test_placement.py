@@ -5,8 +5,6 @@ and devices, complete, and shaped as announced.
 import contextlib
 import dataclasses
 import itertools
-import os
-import re
 import subprocess
 import sys
 import time
@@ -20,9 +18,9 @@ from conftest import random_images
 from simclr_jax.data.arrays import in_memory
 from simclr_jax.data.broken import Broken, Images
 from simclr_jax.data.folder import open_split
+from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Order, Share, batch_positions
 from simclr_jax.data.source import Encoded
-from simclr_jax.data.split import IndexedSplit
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import batch_sharded, make_mesh
 from simclr_jax.views import device, pipeline
@@ -204,7 +202,7 @@ def test_the_content_of_a_batch_does_not_depend_on_the_number_of_processes(whole
 
 def test_an_image_has_other_views_in_another_epoch(whole):
     """Two views of each of 37 images in two epochs: all differ."""
-    rows = {}
+    rows: dict = {}
     for batch in whole[HostViews]:
         rows |= {
             (epoch, index): pair.reshape(2, -1)
@@ -305,42 +303,52 @@ def test_images_that_are_not_in_memory_cannot_be_placed():
             refused()
 
 
+CONFIG = """
+from simclr_jax import config
+
+def get_config():
+    c = config.default()
+    config.set_options(c, {options!r})
+    return c
+"""
+
 PROGRAM = """
 import sys
 
 sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None  # importing them fails
+import jax
 from simclr_jax.main import main
+from simclr_jax.views import device, make_distortion
 
-images, workdir = sys.argv[1:]
-size = ["data.image_size=12", "data.batch_size=16", "data.eval_crop=1.0", "eval.batch_size=16"]
-model = ["model.name=vit", "model.vit.patch_size=4", "model.vit.layers=1", "model.vit.width=16"]
-head = ["model.vit.heads=2", "model.head_width=8"]
-run = ["train.steps=3", "eval.labels_per_class=(1,)", "eval.label_fraction=0.0", "eval.seeds=1"]
-data = ["data.source=arrays", f"data.path={images}", "data.placement=device"]
-views = ["views.blur_probability=0.5", "views.solarize_probability=0.2"]
-options = [f"--config.{option}" for option in size + model + head + run + data + views]
-main(["--config=configs/cifar10.py", f"--workdir={workdir}", *options])
+config, workdir = sys.argv[1:]
+main([f"--config={config}", f"--workdir={workdir}"])
+
+# Traced only: each operation takes seconds to compile.
+kind = make_distortion({"blur_probability": 0.5, "solarize_probability": 0.5})
+assert len(kind.chain) == len(kind.operations)
+crops = jax.ShapeDtypeStruct((4, 2, 24, 24, 3), "uint8")
+draws = jax.ShapeDtypeStruct((4, 2, kind.draws), "float32")
+jax.eval_shape(lambda *of: device.distort(*of, kind), crops, draws)
 assert "tensorflow.python" not in sys.modules
 """
 
 
-# One device: its programs are compiled in a third of the time.
-ONE_DEVICE = re.sub("--xla_force_host_platform_device_count=[0-9]+", "", os.environ["XLA_FLAGS"])
-
-
-def test_training_and_probing_need_no_tensorflow(tmp_path):
-    data = tmp_path / "images.npz"
-    kinds = {"train": random_images(48, 12, 12), "test": random_images(21, 12, 12)}
-    arrays = {f"{part}_images": x for part, x in kinds.items()}
-    arrays |= {f"{part}_labels": np.arange(len(x)) % 3 for part, x in kinds.items()}
-    np.savez(data, **arrays)
+def test_training_and_probing_need_no_tensorflow(tiny, tmp_path):
+    options = {
+        f"{group}.{name}": value
+        for group in ("data", "model", "views", "loss", "optimizer", "train", "checkpoint", "eval")
+        for name, value in tiny[group].items()
+        if not isinstance(value, type(tiny))
+    }
+    options |= {f"model.vit.{name}": value for name, value in tiny.model.vit.items()}
+    config = tmp_path / "tiny.py"
+    config.write_text(CONFIG.format(options=options))
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(data), str(tmp_path / "w")],
+        [sys.executable, "-c", PROGRAM, str(config), str(tmp_path / "w")],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
-        env=os.environ | {"XLA_FLAGS": ONE_DEVICE},
     )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "w/probe.json").exists()

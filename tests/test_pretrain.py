@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import threading
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -324,7 +325,6 @@ def test_an_evaluation_on_the_way_is_that_of_the_checkpoint_of_its_step(watched,
     assert on_the_way == followed
     values = [line["knn_accuracy"] for line in on_the_way]
     assert values[1:] != values[:-1]
-    print(values)
 
 
 def test_a_probe_on_the_way_is_that_of_the_checkpoint_of_its_step(tiny, tmp_path):
@@ -391,7 +391,7 @@ def test_the_command_ends_with_the_evaluation_that_is_asked_for(copy, after):
 def test_python_takes_a_configuration_file_and_options_by_name(watched, whole, tmp_path):
     watched.train.steps, watched.checkpoint.keep_last = 99, 1
     file = str(config_file(watched, tmp_path))
-    options = {"train.steps": 8, "checkpoint.keep_last": 2}
+    options: dict[str, Any] = {"train.steps": 8, "checkpoint.keep_last": 2}
     assert simclr_jax.pretrain(file, str(tmp_path / "w"), **options)
     assert saved_steps(tmp_path / "w") == [6, 8]
     assert_same_run(tmp_path / "w", whole)
@@ -430,11 +430,10 @@ def test_python_evaluates_with_the_runs_configuration_or_another(watched, copy, 
 )
 def test_python_refuses_options_that_no_run_could_use(tiny, tmp_path, options, says):
     before = tiny.to_dict()
-    calls = [lambda: simclr_jax.pretrain(tiny, str(tmp_path / "w"), **options)]
-    calls += [lambda: simclr_jax.evaluate("knn", str(tmp_path / "w"), tiny, **options)]
-    for call in calls:
-        with pytest.raises(UserError, match=says):
-            call()
+    with pytest.raises(UserError, match=says):
+        simclr_jax.pretrain(tiny, str(tmp_path / "w"), **options)
+    with pytest.raises(UserError, match=says):
+        simclr_jax.evaluate("knn", str(tmp_path / "w"), tiny, **options)
     assert tiny.to_dict() == before
     assert not (tmp_path / "w").exists()
 

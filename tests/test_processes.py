@@ -102,6 +102,14 @@ def assert_same_parameters(workdir, other, step):
         )
 
 
+def assert_same_accuracies(rows, others, kinds):
+    """Of the 360 test images one may lie on a border, and some where the parameters differ by 6e-3."""
+    assert len({row["features"] for row in rows}) == kinds
+    for expected, found in zip(rows, others, strict=True):
+        images = 4 if expected["features"] == "encoder" else 1
+        assert abs(found["accuracy"] - expected["accuracy"]) <= images / 360 + 1e-9, expected
+
+
 def test_two_processes_train_and_evaluate_as_one_does(one, two):
     (workdir_1, process_1), (workdir_2, process_2) = one, two
     assert process_1.returncode == 0, process_1.stderr
@@ -114,10 +122,7 @@ def test_two_processes_train_and_evaluate_as_one_does(one, two):
     ]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     rows = [json.loads((w / "probe.json").read_text())["rows"] for w in (workdir_1, workdir_2)]
-    for expected, found in zip(*rows, strict=True):
-        # Of the 360 test images one may lie on a border, and some where the parameters differ by 6e-3.
-        images = 4 if expected["features"] == "encoder" else 1
-        assert abs(found["accuracy"] - expected["accuracy"]) <= images / 360 + 1e-9, expected
+    assert_same_accuracies(rows[0], rows[1], kinds=1)
 
 
 def test_two_processes_leave_one_set_of_files_and_say_things_once(two):
@@ -128,6 +133,22 @@ def test_two_processes_leave_one_set_of_files_and_say_things_once(two):
     assert len(re.findall(r"^step 6/6 ", process.stdout, re.MULTILINE)) == 1
     assert "2 processes, 16 images a device" in process.stdout
     assert json.loads((workdir / "config.json").read_text())["processes"] == 2
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_views_of_one_on_their_hosts(cache, tmp_path):
+    """Also the baselines, whose features they extract together."""
+    rows, losses = [], []
+    for count in (1, 2):
+        workdir = tmp_path / f"{count}"
+        host = ("--config.data.placement=host", "--config.eval.baselines=True")
+        process = run(count, 4 // count, cache, *DIGITS, *host, f"--workdir={workdir}")
+        assert process.returncode == 0, process.stderr
+        losses.append([json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").open()])
+        rows.append(json.loads((workdir / "probe.json").read_text())["rows"])
+    assert_same_parameters(tmp_path / "2", tmp_path / "1", step=3)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    assert_same_accuracies(rows[0], rows[1], kinds=3)
 
 
 @pytest.mark.slow

@@ -165,5 +165,5 @@ def test_a_loss_is_one_row_and_gets_the_labels(small, monkeypatch):
     with np.load(small.data.path) as file:
         np.savez(small.data.path + ".unlabelled.npz", train_images=file["train_images"])
     small.data.path += ".unlabelled.npz"
-    with pytest.raises(UserError, match="loss.name=pulled needs labels, and the data have none"):
+    with pytest.raises(UserError, match=r"loss\.name=pulled needs labels, and the data have none"):
         assemble.pretraining(small)

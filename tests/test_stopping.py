@@ -161,6 +161,13 @@ def finish(process, log):
     return log.read_text()
 
 
+def stopped_after(said):
+    """Returns the step that a run said it stopped after."""
+    found = re.search(r"stopped after step (\d+), which is saved: the same command", said)
+    assert found, said
+    return int(found[1])
+
+
 def wait_for(text, process, log):
     deadline = time.monotonic() + 200
     while text not in log.read_text():
@@ -180,7 +187,7 @@ def test_the_command_stops_when_it_is_told_and_goes_on_where_it_was(tiny, tmp_pa
     began = time.monotonic()
     said = finish(process, log)
     assert time.monotonic() - began < 30
-    step = int(re.search(r"stopped after step (\d+), which is saved: the same command", said)[1])
+    step = stopped_after(said)
     assert 2 <= step < tiny.train.steps
     assert saved_steps(tmp_path / "w")[-1] == step
     assert "probe" not in said
@@ -243,7 +250,7 @@ def test_the_command_with_views_of_the_host_stops_and_goes_on(
     process.send_signal(number)
     process.send_signal(number)
     said = finish(process, log)
-    step = int(re.search(r"stopped after step (\d+), which is saved: the same command", said)[1])
+    step = stopped_after(said)
     assert 14 <= step < HOST_STEPS
     assert saved_steps(tmp_path / "w")[-1] == step
     said = finish(*start_on_host(options, tmp_path / "w"))
@@ -264,7 +271,7 @@ def test_all_processes_stop_at_the_same_step(options, tmp_path):
     )
     os.kill(second, signal.SIGTERM)  # only one of them is told
     said = finish(process, log)
-    step = int(re.search(r"stopped after step (\d+)", said)[1])
+    step = stopped_after(said)
     assert saved_steps(tmp_path / "w")[-1] == step
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.source import Classes, InMemory
-from simclr_jax.data.split import DataSet, IndexedSplit
+from simclr_jax.data.split import DataSet
 from simclr_jax.errors import UserError
 
 _KNOWN = {"train_images", "train_labels", "test_images", "test_labels"}

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from simclr_jax.data.index import SUFFIXES, index
+from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.source import Classes, Example, Source
-from simclr_jax.data.split import DataSet, IndexedSplit
+from simclr_jax.data.split import DataSet
 from simclr_jax.errors import UserError
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from simclr_jax.data.arrays import in_memory
 from simclr_jax.data.order import Share
 from simclr_jax.data.source import Classes, ShardedSource
-from simclr_jax.data.split import DataSet, Split, StreamedSplit
+from simclr_jax.data.split import DataSet, Split
+from simclr_jax.data.streamed import StreamedSplit
 from simclr_jax.errors import UserError
 
 # A split of images of one shape is held in memory up to this size: any order is then free, and

@@ -17,8 +17,9 @@ from simclr_jax import assemble
 from simclr_jax.console import Progress, say
 from simclr_jax.data import folder, open_source
 from simclr_jax.data.broken import Images
+from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.source import InMemory
-from simclr_jax.data.split import BROKEN, IndexedSplit, Split
+from simclr_jax.data.split import BROKEN, Split
 from simclr_jax.encoders import apply_network, to_float
 from simclr_jax.errors import UserError
 from simclr_jax.evals import subjects

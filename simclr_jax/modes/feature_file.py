@@ -38,11 +38,7 @@ def alone(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         yield folder
         return
     with locked(folder, "wait for it, or give another --output"):
-        try:
-            yield folder
-        finally:
-            if folder.is_dir() and [path.name for path in folder.iterdir()] == ["lock"]:
-                shutil.rmtree(folder)
+        yield folder
 
 
 class Parts:

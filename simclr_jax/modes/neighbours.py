@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 
 from simclr_jax.console import say
 from simclr_jax.data.decode import pixels
+from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.source import Example
-from simclr_jax.data.split import IndexedSplit
 from simclr_jax.errors import UserError
 from simclr_jax.modes.embed import Input, open_input
 from simclr_jax.modes.feature_file import FeatureFile, read_feature_file
@@ -145,7 +145,8 @@ def _pictures(source: Input, names: list[str]) -> list[Image.Image]:
     if source.root is not None:
         return [_opened(source.root / name) for name in names]
     indices = sorted(int(name) for name in names)
-    some: IndexedSplit = source.split.subset(np.asarray(indices))
+    some = source.split.subset(np.asarray(indices))
+    assert isinstance(some, IndexedSplit)
     by_name = {str(i): _picture(some.source[place]) for place, i in enumerate(indices)}
     return [_seen(by_name[name]) for name in names]
 

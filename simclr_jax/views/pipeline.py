@@ -8,8 +8,8 @@ import tensorflow as tf
 
 from simclr_jax.data.broken import Images
 from simclr_jax.data.decode import reason_of
+from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Order, Share
-from simclr_jax.data.split import IndexedSplit
 from simclr_jax.errors import UserError
 from simclr_jax.views.distortion import Distortion
 from simclr_jax.views.host import SMALL, center_crop, draw, make_crops, make_views, of_each

@@ -14,9 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from simclr_jax.data.broken import Images
+from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Order
 from simclr_jax.data.source import InMemory
-from simclr_jax.data.split import IndexedSplit, Split
+from simclr_jax.data.split import Split
 from simclr_jax.encoders import to_float
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import batch_sharded, laid_out, replicated, to_global

@@ -1,0 +1,242 @@
+"""The Parquet files of a source: which there are, and an index of what they hold, kept across runs."""
+
+import concurrent.futures
+import contextlib
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from simclr_jax.data.source import Classes
+from simclr_jax.data.streamed import memory
+from simclr_jax.errors import UserError
+from simclr_jax.files import cache_folder, write_text
+
+# A row group is read at once, in up to this share of the machine's memory.
+_MEMORY_FOR_A_ROW_GROUP = 0.1
+THREADS = 16  # files that are looked at, or read for their labels, at once
+
+
+class Columns(NamedTuple):
+    """Names of the image column and the label column; "" means that there is no label column."""
+
+    image: str
+    label: str
+
+
+class ParquetFile(NamedTuple):
+    """The index's entry for a file.
+
+    Attributes:
+      path: within its file system.
+      state: a text that changes when the file does.
+      rows: rows of each row group.
+      sizes: bytes of each row group, not compressed.
+      labels: the classes that occur in the file; empty: it has no labels.
+      names: names of the labels 0, 1, ..., where the file has them; else empty.
+    """
+
+    path: str
+    state: str
+    rows: list[int]
+    sizes: list[int]
+    labels: list[str]
+    names: list[str]
+
+
+def list_files(path: str) -> tuple[Any, list[str]]:
+    """Returns the file system (None: this machine's) and the paths of the files, sorted."""
+    if "://" in path:
+        system, paths = _list_remote(path)
+    else:
+        system, inner = None, _local(path)
+        below = glob.glob(os.path.join(glob.escape(inner), "**", "*.parquet"), recursive=True)
+        found = below or glob.glob(inner, recursive=True) or [inner]
+        paths = [path for path in found if os.path.isfile(path)]
+    if not paths:
+        raise UserError(
+            f"no Parquet file {path!r}: expected a file, a folder with *.parquet files, or a glob"
+        )
+    return system, sorted(paths)
+
+
+def _list_remote(path: str) -> tuple[Any, list[str]]:
+    try:
+        import fsspec
+    except ImportError as error:
+        raise UserError(f"reading {path} needs fsspec: pip install fsspec") from error
+    try:
+        system, inner = fsspec.core.url_to_fs(path)
+        if system.isdir(inner):
+            return system, system.glob(f"{inner.rstrip('/')}/**/*.parquet")
+        return system, system.glob(inner) if glob.has_magic(inner) else [inner]
+    except Exception as error:  # any of many systems' network and permission errors
+        raise UserError(f"cannot open {path}: {_reason(error)}") from error
+
+
+def _local(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _reason(error: Exception) -> str:
+    """Returns what an error says, in one line."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or repr(error)
+
+
+@contextlib.contextmanager
+def open_parquet(system: Any, path: str) -> Iterator[Any]:
+    """Opens a Parquet file for the block. Raises a UserError if it cannot be read, then or in the block."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # Errors of networks derive from nothing narrower.
+    unreadable = (OSError, pa.ArrowException) if system is None else (Exception,)
+    try:
+        with contextlib.ExitStack() as stack:
+            source = path if system is None else stack.enter_context(system.open(path, "rb"))
+            yield stack.enter_context(pq.ParquetFile(source))
+    except UserError:
+        raise
+    except unreadable as error:
+        expected = "; expected a Parquet file" if isinstance(error, pa.ArrowException) else ""
+        raise UserError(f"cannot read {path}: {_reason(error)}{expected}") from error
+
+
+def _state(system: Any, path: str) -> str:
+    """Returns a text that changes when the file does."""
+    try:
+        if system is not None:
+            return system.ukey(path)
+        status = os.stat(path)
+    except Exception as error:  # any of many systems' network and permission errors
+        raise UserError(f"cannot read {path}: {_reason(error)}") from error
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+
+
+def index_files(system: Any, where: str, paths: list[str], columns: Columns) -> list[ParquetFile]:
+    """Returns what each file holds, from the index where the file has not changed since.
+
+    Args:
+      system: the file system, None: this machine's.
+      where: what the user calls the files; the index is named by it.
+      paths: the files.
+      columns: which to look at.
+    """
+    key = json.dumps([where if system else _local(where), columns])
+    name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    cache = cache_folder() / "parquet" / f"{name}.json"
+    known: dict[str, ParquetFile] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):  # none, or damaged
+        known = {row[0]: ParquetFile(*row) for row in json.loads(cache.read_text())}
+
+    def entry(path):
+        state = _state(system, path)
+        same = path in known and known[path].state == state
+        return known[path] if same else _look(system, path, state, columns)
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
+        files = list(threads.map(entry, paths))
+    if files != list(known.values()):
+        with contextlib.suppress(UserError):  # no room for it: the next start looks again
+            write_text(cache, json.dumps(files))
+    return files
+
+
+def _look(system: Any, path: str, state: str, columns: Columns) -> ParquetFile:
+    """Reads the footer of a file, and its labels."""
+    with open_parquet(system, path) as file:
+        schema, footer = file.schema_arrow, file.metadata
+        _check_columns(path, schema, columns)
+        groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
+        names = _names_of(schema, columns.label)
+        labels: set[str | None] = set()
+        if columns.label in schema.names:
+            for batch in file.iter_batches(columns=[columns.label]):
+                for value in batch[columns.label].unique().to_pylist():
+                    labels.add(class_of(value, names))
+    return ParquetFile(
+        path,
+        state,
+        [group.num_rows for group in groups],
+        [group.total_byte_size for group in groups],
+        sorted(label for label in labels if label is not None),
+        names,
+    )
+
+
+def _check_columns(path: str, schema: Any, columns: Columns) -> None:
+    """Raises a UserError unless the image column is there and holds bytes, or {bytes, ...}, and the
+    label column holds whole numbers or texts, or is "label" and not there.
+    """
+    import pyarrow.types as types
+
+    for name, option in zip(columns, ("image_column", "label_column"), strict=True):
+        may_lack = option == "label_column" and name in ("", "label")
+        if name not in schema.names and not may_lack:
+            raise UserError(
+                f"{path} has no column {name!r}: it has {', '.join(schema.names)}; set "
+                f"data.parquet.{option}"
+            )
+    kind = schema.field(columns.image).type
+    content = kind
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        content = kind.field("bytes").type
+    if not (types.is_binary(content) or types.is_large_binary(content)):
+        raise UserError(
+            f"column {columns.image!r} of {path} is {kind}: expected bytes, or {{bytes, path}}"
+        )
+    if columns.label not in schema.names:
+        return
+    kind = schema.field(columns.label).type
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    may_be = types.is_integer, types.is_string, types.is_large_string, types.is_null
+    if not any(is_it(value) for is_it in may_be):
+        raise UserError(
+            f"column {columns.label!r} of {path} is {kind}: expected whole numbers or texts; "
+            "data.parquet.label_column='' reads no labels"
+        )
+
+
+def check_sizes(groups: list[tuple[ParquetFile, int]]) -> None:
+    """Raises a UserError if there is a row group that memory cannot hold."""
+    file, group = max(groups, key=lambda entry: entry[0].sizes[entry[1]])
+    need, room = file.sizes[group], _MEMORY_FOR_A_ROW_GROUP * memory()
+    if need > room:
+        raise UserError(
+            f"{file.path} has a row group of {need / 1e9:.1f} GB, which is read at once, and on this "
+            f"machine there are {room / 1e9:.1f} for it: write the file with row groups of some "
+            "1,000 images"
+        )
+
+
+def _names_of(schema: Any, label: str) -> list[str]:
+    """Returns the class names that Hugging Face's datasets writes into a schema, or []."""
+    try:
+        about = json.loads((schema.metadata or {})[b"huggingface"])
+        return list(about["info"]["features"][label]["names"])
+    except (KeyError, ValueError, TypeError):
+        return []
+
+
+def class_of(label: int | str | None, names: list[str]) -> str | None:
+    """Returns the name of a label's class; None for no label, which may be written as -1."""
+    if label is None or label == -1:
+        return None
+    if isinstance(label, int) and 0 <= label < len(names):
+        return names[label]
+    return str(label)
+
+
+def classes_of(files: list[ParquetFile]) -> Classes:
+    """Returns the classes of all files together: in the files' own order, or sorted."""
+    labels = {name for file in files for name in file.labels}
+    orders = {tuple(file.names) for file in files if file.names}
+    if labels and len(orders) == 1 and labels <= set(*orders):
+        return orders.pop()
+    return tuple(sorted(labels.union(*orders) if labels else (), key=_number_or_text)) or None
+
+
+def _number_or_text(label: str) -> tuple:
+    return (0, int(label), "") if label.removeprefix("-").isdecimal() else (1, 0, label)

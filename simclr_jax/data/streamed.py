@@ -1,0 +1,259 @@
+"""A split of images that are read a shard at a time: order, shares and subsets, derived from a source.
+
+TensorFlow is imported where it is used.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Set
+from typing import Any
+
+import numpy as np
+
+from simclr_jax.data.indexed import IndexedSplit
+from simclr_jax.data.order import Order, Share, next_whole, split_validation, windows
+from simclr_jax.data.source import Encoded, ShardedSource
+from simclr_jax.data.split import BROKEN, NONE
+from simclr_jax.errors import UserError
+
+# A subset of a stream is held encoded, in up to this share of the machine's memory: 10 % of ImageNet
+# is 14 GB.
+_MEMORY_FOR_SUBSETS = 0.25
+
+_FILES_AT_ONCE = 16  # shards that are read in turns
+
+# A white pixel: stands for a broken image where images are streamed and only labels tell them apart.
+_PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c494441"
+    "54789c63f8ffff3f0005fe02fe0def46b80000000049454e44ae426082"
+)
+
+
+def memory() -> int:
+    """Returns the size of this machine's memory, bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedSplit:
+    """Images that are read a shard at a time.
+
+    The order of an epoch is a shuffle of the shards, and a shuffle of the examples of some shards at
+    a time. Each process reads its own part of each epoch's shards, so here, unlike with an
+    `IndexedSplit`, the content of a global batch does depend on the number of processes.
+
+    Attributes:
+      source: the shards.
+      shards: which of them, ascending; None: all.
+    """
+
+    source: ShardedSource
+    shards: tuple[int, ...] | None = None
+
+    @property
+    def _shards(self) -> np.ndarray:
+        if self.shards is None:
+            return np.arange(len(self.source.lengths))
+        return np.asarray(self.shards, np.int64)
+
+    @property
+    def _lengths(self) -> np.ndarray:
+        return self.source.lengths[self._shards]
+
+    @property
+    def count(self) -> int:
+        return int(self._lengths.sum())
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        return self.source.classes
+
+    @property
+    def image_shape(self) -> tuple[int | None, int | None, int]:
+        return self.source.image_shape
+
+    def training(self, order: Order, start_step: int, broken: Set[int] = NONE) -> Any:
+        import tensorflow as tf
+
+        def example(record, index, epoch):
+            return self._example(index, record, broken) | {"index": index, "epoch": epoch}
+
+        examples = self._shuffled(self.source.records, order, start_step, broken)
+        return examples.map(example, num_parallel_calls=tf.data.AUTOTUNE)
+
+    def batch_indices(self, order: Order, step: int, broken: Set[int] = NONE) -> np.ndarray:
+        import tensorflow as tf
+
+        lengths = tf.constant(self.source.lengths)
+
+        def numbers(shard):  # as many as there are records, none of which has to be read
+            return tf.data.Dataset.range(tf.gather(lengths, shard))
+
+        own = order.batch_size // order.share.count
+        indices = self._shuffled(numbers, order, step, broken).map(lambda _, index, epoch: index)
+        return next(indices.batch(own).take(1).as_numpy_iterator())
+
+    def _shuffled(self, records: Any, order: Order, start_step: int, broken: Set[int]) -> Any:
+        """Returns an endless tf.data.Dataset of (record, index, epoch), in the order of training.
+
+        `records`: shard -> a tf.data.Dataset with one element for each of its examples.
+        """
+        import tensorflow as tf
+
+        shards, lengths = self._shards, self._lengths
+        if len(shards) < order.share.count:
+            what = f"{self.source.shard_name}s"
+            raise UserError(
+                f"{self.source.title} has {len(shards)} {what}, fewer than the "
+                f"{order.share.count} processes that would share them: prepare it with more {what}"
+            )
+        first_index = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        passed = start_step * (order.batch_size // order.share.count)
+
+        def entries() -> Iterator[tuple]:
+            for epoch, members, positions in windows(order, lengths, passed):
+                yield shards[members], first_index[members], positions, epoch
+
+        def numbered(shard, first):
+            return records(shard).enumerate(first)
+
+        def standing_in(index, positions):
+            bad = np.isin(index, list(broken))
+            return next_whole(bad)[positions] if bad.any() else positions
+
+        def window(shards, first_indices, positions, epoch):
+            files = tf.data.Dataset.from_tensor_slices((shards, first_indices))
+            whole = files.interleave(
+                numbered, _FILES_AT_ONCE, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+            ).batch(tf.cast(lengths.sum(), tf.int64))
+
+            def in_order(index, record):
+                places = positions
+                if broken:
+                    places = tf.numpy_function(standing_in, [index, positions], tf.int64)
+                    places = tf.ensure_shape(places, [None])
+                picked = tf.nest.map_structure(lambda x: tf.gather(x, places), record)
+                return picked, tf.gather(index, places), tf.fill(tf.shape(places), epoch)
+
+            return whole.map(in_order)
+
+        stream = tf.data.Dataset.from_generator(
+            entries,
+            output_signature=(
+                tf.TensorSpec([None], tf.int64),
+                tf.TensorSpec([None], tf.int64),
+                tf.TensorSpec([None], tf.int64),
+                tf.TensorSpec([], tf.int64),
+            ),
+        )
+        # The next window is read while this one is used.
+        return stream.flat_map(window).prefetch(1).unbatch()
+
+    def _example(self, index: Any, record: Any, broken: Set[int]) -> dict[str, Any]:
+        """Parses a record, in the tf.data graph: {"image", "label"}.
+
+        Of a broken image it makes a white pixel with the label BROKEN. In training such an image has a
+        stand-in, unless all that are read with it are broken too.
+        """
+        import tensorflow as tf
+
+        found = self.source.parse(record)
+        if not broken:
+            return found
+        is_broken = tf.reduce_any(tf.equal(tf.constant(sorted(broken), tf.int64), index))
+        return {
+            "image": tf.where(is_broken, _PIXEL, found["image"]),
+            "label": tf.where(is_broken, BROKEN, found["label"]),
+        }
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Returns the place of an example: which of `_shards`, and which example of that shard."""
+        ends = np.cumsum(self._lengths)
+        place = int(np.searchsorted(ends, index, side="right"))
+        return place, index - int(ends[place - 1] if place else 0)
+
+    def _from(self, index: int) -> Any:
+        """Returns a tf.data.Dataset of (index, record) of the examples from `index` on, in order. No
+        shard before is read.
+        """
+        import tensorflow as tf
+
+        place, passed = self._place(index)
+        shards = tf.data.Dataset.from_tensor_slices(self._shards[place:])
+        return shards.flat_map(self.source.records).enumerate(index - passed).skip(passed)
+
+    def once(self, share: Share, start: int = 0, broken: Set[int] = NONE) -> Any:
+        import tensorflow as tf
+
+        # The first of the rest is this process's own.
+        mine = self._from(share.index + start * share.count).shard(share.count, 0)
+        return mine.map(
+            lambda index, record: self._example(index, record, broken),
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+
+    def all_labels(self) -> np.ndarray:
+        return self.source.labels(self._shards)
+
+    def subset(self, indices: np.ndarray) -> IndexedSplit:
+        self.check_subset(len(indices))
+        wanted, images, labels = set(map(int, indices)), [], []
+        for i, example in enumerate(self.once(Share()).as_numpy_iterator()):
+            if i in wanted:
+                images.append(example["image"])
+                labels.append(example["label"])
+        return IndexedSplit(Encoded(images, np.asarray(labels, np.int32), self.classes))
+
+    def check_subset(self, count: int) -> None:
+        need = self.source.total_bytes / max(1, int(self.source.lengths.sum())) * count
+        room = _MEMORY_FOR_SUBSETS * memory()
+        if need > room:
+            raise UserError(
+                f"{count} images of {self.source.title} take {need / 1e9:.1f} GB of "
+                f"memory, and on this machine there are {room / 1e9:.1f} for them: prepare them as a "
+                "data set of their own (such as imagenet2012_subset/10pct) and name it in data.name"
+            )
+
+    def divided(self, fraction: float, seed: int) -> tuple["StreamedSplit", "StreamedSplit"]:
+        # Whole shards, so that neither part reads the other's. TFDS shuffles a data set before it
+        # divides it into files; row groups are many and small.
+        shards, name = self._shards, self.source.shard_name
+        if len(shards) < 2:
+            raise UserError(
+                f"{self.source.title} has one {name}, so none can be held out for validation: "
+                f"prepare it with more {name}s"
+            )
+        part, rest = split_validation(shards, fraction, seed)
+        return (
+            dataclasses.replace(self, shards=tuple(shards[part].tolist())),
+            dataclasses.replace(self, shards=tuple(shards[rest].tolist())),
+        )
+
+    def decode(self, image: Any) -> Any:
+        return self.source.decode(image)
+
+    def name_of(self, index: int) -> str:
+        place, inside = self._place(index)
+        first = int(self.source.lengths[: self._shards[place]].sum())
+        return self.source.name_of(first + inside)
+
+    def problems(self, indices: Iterable[int]) -> dict[int, str]:
+        import tensorflow as tf
+
+        # Each shard is read once, however many of its images are asked for.
+        wanted = set(indices)
+        places = sorted({self._place(index)[0] for index in wanted})
+        shards = tf.data.Dataset.from_tensor_slices(self._shards[places])
+        records = shards.flat_map(self.source.records).as_numpy_iterator()
+        ends = np.cumsum(self._lengths)
+        numbers = [i for p in places for i in range(ends[p] - self._lengths[p], ends[p])]
+        found: dict[int, str] = {}
+        for index, record in zip(numbers, records, strict=True):
+            if index in wanted:
+                image = tf.convert_to_tensor(self.source.parse(record)["image"])
+                problem = self.source.problem(image.numpy())
+                found |= {} if problem is None else {index: problem}
+        return found
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint(self._shards)

@@ -1,0 +1,307 @@
+"""Trainings of a classifier: with every label or few, from every start, with every setting.
+
+Every training runs through `training.loop.fit` in a folder of its own below WORKDIR/MODE, so the same
+command goes on where it was stopped, and nothing that was finished is trained again.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from simclr_jax import assemble
+from simclr_jax.console import say
+from simclr_jax.data.broken import Images
+from simclr_jax.data.order import few_labels
+from simclr_jax.encoders import init_encoder
+from simclr_jax.encoders.heads import LinearClassifier
+from simclr_jax.errors import UserError
+from simclr_jax.evals import results, subjects
+from simclr_jax.evals.classifier import Classified
+from simclr_jax.evals.features import Extractor
+from simclr_jax.evals.selection import VALIDATIONS, Selection
+from simclr_jax.evals.subjects import ENCODER, UNTRAINED
+from simclr_jax.files import write_json
+from simclr_jax.mesh import check_divides, make_mesh, replicated
+from simclr_jax.training.checkpoint import Saving
+from simclr_jax.training.log import Reporting
+from simclr_jax.training.loop import Job, Run, fit
+from simclr_jax.training.objectives import no_loss, supervised
+from simclr_jax.training.optimizer import make_classifier_optimizer
+from simclr_jax.training.state import TrainState, init_head, start_of
+from simclr_jax.training.step import UpdateRule, make_step
+from simclr_jax.views.placement import stream
+
+
+class Protocol(NamedTuple):
+    """The settings of --mode=linear or --mode=finetune.
+
+    Attributes:
+      mode: "linear" or "finetune", also the group of its options.
+      title: of the table.
+      options: batch_size, learning_rate, weight_decay and momentum.
+      train_encoder: train f and g too, or only the classifier.
+      layer: layer of the projection head whose output is classified; 0 is h.
+      trainings: (fraction of each class's labels, epochs) of each.
+    """
+
+    mode: str
+    title: str
+    options: ConfigDict
+    train_encoder: bool
+    layer: int
+    trainings: list[tuple[float, float]]
+
+
+class Setting(NamedTuple):
+    """One training: from which start, with how many of the labels, how long and how fast."""
+
+    kind: str
+    fraction: float
+    draw: int
+    epochs: float
+    learning_rate: float  # before scaling by batch / 256
+    weight_decay: float
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder below WORKDIR/MODE."""
+        start = "encoder" if self.kind == ENCODER else "untrained"
+        return (
+            f"{start}_{self.fraction:g}_of_labels_draw_{self.draw}_{self.epochs:g}_epochs"
+            f"_rate_{self.learning_rate:g}_decay_{self.weight_decay:g}"
+        )
+
+    def describe(self, images: int, batch_size: int) -> str:
+        """Says what is about to be trained."""
+        return (
+            f"{self.kind}, {images} labels"
+            + (f", draw {self.draw + 1}" if self.fraction < 1 else "")
+            + f", {self.epochs:g} epochs, learning rate {self.learning_rate:g} x {batch_size} / 256"
+            + (f", weight decay {self.weight_decay:g}" if self.weight_decay else "")
+        )
+
+
+class Stopped(Exception):
+    """A signal has ended a training, which is saved."""
+
+
+class Setup:
+    """The data, the starts and the compiled programs of a protocol.
+
+    Attributes:
+      whole: the training split.
+      part: what of it is trained on.
+      validation: what of it settings are chosen on, or None.
+      test: the test split.
+      starts: kind -> {"params", "batch_stats"} of f and of g before training.
+      saved: what was saved beside the encoder.
+      path: WORKDIR/MODE.json, or WORKDIR/MODE_DATA.json for other data than those of training; the
+        trainings lie in the folder of the same name.
+    """
+
+    def __init__(self, config: ConfigDict, workdir: str, protocol: Protocol):
+        self.config, self.protocol = config, protocol
+        options, name = protocol.options, protocol.mode
+        data = subjects.labelled(config)
+        assert data.test is not None
+        self.mesh = make_mesh()
+        check_divides(options.batch_size, self.mesh, option=f"{name}.batch_size")
+        self.whole, self.test = data.train, assemble.images_of(config, data.test)
+        part, self.validation = data.train, None
+        fraction = config.eval.validation_fraction
+        if fraction > 0:
+            part, held = self.whole.divided(fraction, config.seed)
+            self.validation = assemble.images_of(config, held, whole=self.whole)
+        elif len(options.learning_rate) * len(options.weight_decay) > 1:
+            raise UserError(
+                f"{name}.learning_rate and weight_decay name several values, and "
+                "eval.validation_fraction=0 leaves nothing to choose them on"
+            )
+        self.part = assemble.images_of(config, part, whole=self.whole)
+        trained = subjects.trained(config, workdir, self.mesh, head=True)
+        assert trained.head is not None
+        self.saved = trained.saved
+        self.starts = {ENCODER: (trained.encoder, trained.head)}
+        if config.eval.baselines:
+            self.starts = {UNTRAINED: self._untrained()} | self.starts
+        self.path = results.path_of(config, self.saved, self.whole, workdir, name)
+        self._digest = subjects.digest_of({"encoder": trained.encoder, "head": trained.head})
+        judges = [images for images in (self.validation, self.test) if images]
+        self._judged_on = [images.split.fingerprint() for images in judges]
+        self._views = assemble.classifier_views(config, self.mesh, options.batch_size)
+        self._batch_size = subjects.batch_size_of(config, self.mesh)
+        self._predict = Extractor(
+            self._model(1).classes,
+            batch_size=self._batch_size,
+            size=config.data.image_size,
+            mesh=self.mesh,
+        )
+        self._compiled: tuple[Any, Job, Callable] | None = (
+            None  # the draws of a setting follow each other
+        )
+
+    def per_class(self, fraction: float) -> int:
+        """Counts the labels of each class that a fraction of the training split is, at least one."""
+        assert self.whole.classes
+        return max(1, round(fraction * self.whole.count / len(self.whole.classes)))
+
+    def check_memory(self) -> None:
+        """Raises a UserError, before hours of training, if a fraction will not fit into memory."""
+        assert self.whole.classes
+        for fraction, _ in self.protocol.trainings:
+            if fraction < 1:
+                count = self.per_class(fraction) * len(self.whole.classes)
+                self.part.split.check_subset(count)
+
+    def best_of(self, kind: str, fraction: float, epochs: float, draw: int) -> dict:
+        """Trains with every candidate; the validation part chooses one, if there are several.
+
+        Returns:
+          the outcome of the chosen one, see `_Training.outcome`, with its learning_rate and
+          weight_decay.
+
+        Raises:
+          Stopped: a signal has ended it.
+        """
+        images, options = self._labels(fraction, draw), self.protocol.options
+        outcomes = []
+        for rate, decay in itertools.product(options.learning_rate, options.weight_decay):
+            setting = Setting(kind, fraction, draw, epochs, rate, decay)
+            say(setting.describe(images.split.count, options.batch_size))
+            outcomes.append((setting, self._train(images, setting)))
+        setting, outcome = max(outcomes, key=lambda pair: pair[1]["validation"] or 0.0)
+        return outcome | {
+            "learning_rate": setting.learning_rate,
+            "weight_decay": setting.weight_decay,
+        }
+
+    def _labels(self, fraction: float, draw: int) -> Images:
+        """Returns the part of the training split whose labels are used."""
+        if fraction == 1:
+            return self.part
+        part = self.part.split
+        picked = few_labels(part.all_labels(), self.per_class(fraction), draw)
+        return assemble.images_of(self.config, part.subset(picked), whole=self.whole)
+
+    def _untrained(self) -> tuple[dict, dict]:
+        config, everywhere = self.config, replicated(self.mesh)
+        network, size = assemble.encoder(config), config.data.image_size
+        start = jax.jit(
+            lambda key: (
+                init_encoder(network, size, key),
+                init_head(assemble.head(config), network.width, key),
+            ),
+            out_shardings=everywhere,
+        )
+        encoder, head = start(jax.random.key(config.seed))
+        if not self.protocol.train_encoder:  # frozen, it would be a straw man
+            images = assemble.images_of(config, self.whole)
+            encoder = subjects.untrained(config, images, self.mesh)
+        return encoder, head
+
+    def _model(self, steps_per_epoch: int) -> Classified:
+        assert self.whole.classes
+        # Appendix B.8: a running statistic forgets within an epoch, where that is longer than ten
+        # steps.
+        momentum = max(1 - 10 / max(1, steps_per_epoch), 0.9)
+        return Classified(
+            encoder=assemble.encoder(self.config, norm_momentum=momentum),
+            head=assemble.head(self.config, norm_momentum=momentum),
+            layer=self.protocol.layer,
+            classifier=LinearClassifier(len(self.whole.classes)),
+            train_encoder=self.protocol.train_encoder,
+        )
+
+    def _train(self, images: Images, setting: Setting) -> dict:
+        """Trains with one setting, or reads its outcome where it was trained before."""
+        per_epoch = images.split.count / self.protocol.options.batch_size
+        steps = max(1, round(setting.epochs * per_epoch))
+        folder = self.path.with_name(self.path.stem) / setting.folder
+        finished = folder / "outcome.json"
+        self._begin(folder, setting, images)
+        if finished.exists():
+            return json.loads(finished.read_text())
+        job = self._job(setting, steps, round(per_epoch))
+        selection = Selection(steps, self._accuracy, self.validation, self.test)
+        advice = f"try a lower {self.protocol.mode}.learning_rate"
+        reporting = Reporting(
+            max(1, steps // VALIDATIONS), self.protocol.options.batch_size, steps, advice
+        )
+        run = Run(str(folder), {}, Saving(self.config.checkpoint.every_steps), reporting)
+        state, done = fit(job, stream(self._views, images), run, (selection,))
+        if not done:
+            raise Stopped
+        outcome = selection.outcome(state) | {"steps": steps, "images": images.split.count}
+        if jax.process_index() == 0:
+            write_json(finished, outcome)
+            (folder / "checkpoints").rmtree()
+        return outcome
+
+    def _begin(self, folder: epath.Path, setting: Setting, images: Images) -> None:
+        """Makes the folder of a training; empties it if it holds one of something else."""
+        config = self.config
+        options = {name: self.protocol.options[name] for name in ("batch_size", "momentum")}
+        about = {
+            "setting": setting._asdict(),
+            "start": self._digest,
+            "images": images.split.fingerprint(),
+            "judged_on": self._judged_on,
+            "options": options | {"layer": self.protocol.layer},
+            "data": {name: config.data[name] for name in ("image_size", "placement", "eval_crop")},
+            "crops": repr(self._views.making.distortion),
+            "model": config.model.to_dict(),
+            "validation_fraction": config.eval.validation_fraction,
+            "seed": config.seed,
+        }
+        digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
+        file = folder / "about.json"
+        same = file.exists() and json.loads(file.read_text())["digest"] == digest
+        if jax.process_index() == 0 and not same:
+            if folder.exists():
+                folder.rmtree()
+            write_json(file, about | {"digest": digest})
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"{folder} is begun")
+
+    def _job(self, setting: Setting, steps: int, steps_per_epoch: int) -> Job:
+        """Compiles the step of a setting; its draws and starts share the program."""
+        key = (setting._replace(kind="", draw=0), steps, steps_per_epoch)
+        model = self._model(steps_per_epoch)
+        options = self.protocol.options
+        peak = setting.learning_rate * options.batch_size / 256
+        optimizer, schedule = make_classifier_optimizer(
+            peak, steps, setting.weight_decay, options.momentum, model.trained
+        )
+
+        def init(encoder: dict, head: dict, key: jax.Array) -> TrainState:
+            params, batch_stats = model.start(encoder, head, key)
+            # Copied: the step takes the memory of its state, and the start serves again.
+            params, batch_stats = jax.tree.map(jax.numpy.copy, (params, batch_stats))
+            return start_of(params, batch_stats, optimizer)
+
+        start = (*self.starts[setting.kind], jax.random.key(self.config.seed))
+        step = make_step(
+            supervised(model.logits, self._views.views),
+            no_loss,
+            UpdateRule(optimizer, schedule),
+            fetch=self._views.fetch,
+        )
+        if self._compiled is None or self._compiled[0] != key:
+            begin: Callable = jax.jit(init, out_shardings=replicated(self.mesh))
+            self._compiled = key, assemble.job_of(step, init, start, steps, self.mesh), begin
+        _, job, begin = self._compiled
+        return job._replace(init=lambda: begin(*start))
+
+    def _accuracy(self, state: TrainState, images: Images) -> float:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        batches = self._views.evaluation_batches(images, self._batch_size)
+        found, labels = self._predict.extract(variables, batches, images.split.count)
+        return float(np.mean(found["class"][:, 0] == labels))
