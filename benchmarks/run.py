@@ -63,45 +63,21 @@ def small_images():
 def our_batches(images, size: int, distortion: dict, color: bool, batch_size: int):
     """Sizes of the batches of the host pipeline, of JPEGs or of arrays."""
     import numpy as np
-    from simclr_jax.data.distortion import Distortion
-    from simclr_jax.data.pipeline import training_batches
-    from simclr_jax.data.sources import IndexedSplit, Share, in_memory
 
-    from simclr_jax.data.broken import Broken
+    from simclr_jax.data.arrays import in_memory
+    from simclr_jax.data.broken import Broken, Images
+    from simclr_jax.data.indexed import IndexedSplit
+    from simclr_jax.data.order import Order
+    from simclr_jax.data.source import Encoded
+    from simclr_jax.views import make_distortion
+    from simclr_jax.views.pipeline import HostWork, training_batches
 
-    class Encoded(IndexedSplit):
-        """The files of a folder, but for the reading of the disk."""
-
-        def _lookup(self):
-            import tensorflow as tf
-
-            encoded, labels = tf.constant(list(self.images)), tf.constant(self.labels)
-            return lambda index: {
-                "image": tf.gather(encoded, index),
-                "label": tf.gather(labels, index),
-            }
-
-        def decode(self, image):
-            import tensorflow as tf
-
-            decoded = tf.io.decode_image(image, channels=3, expand_animations=False)
-            return tf.ensure_shape(decoded, [None, None, 3])
-
-    if isinstance(images, list):
-        split = Encoded(np.array(images, object), np.full(len(images), -1, np.int32))
+    if isinstance(images, list):  # the files of a folder, but for the reading of the disk
+        split = IndexedSplit(Encoded(images, np.full(len(images), -1, np.int32)))
     else:
         split = in_memory(images)
-    batches = training_batches(
-        split,
-        seed=0,
-        batch_size=batch_size,
-        start_step=0,
-        share=Share(),
-        size=size,
-        distortion=Distortion(**distortion),
-        broken=Broken(split, 1.0),
-        color=color,
-    )
+    work = HostWork(size, make_distortion(distortion), whole=color)
+    batches = training_batches(Images(split, Broken(split, 1.0)), Order(0, batch_size), 0, work)
     for batch in batches:
         yield len(batch["views"])
 
@@ -158,9 +134,8 @@ def images_per_second(batches, seconds: float = 8.0) -> float:
 def _our_loss(name: str, pairs: int):
     import jax
     import jax.numpy as jnp
-    from simclr_jax.losses_chunked import nt_xent_chunked
 
-    from simclr_jax.losses import nt_xent
+    from simclr_jax.losses import nt_xent, nt_xent_chunked
 
     def plain(z, temperature):
         z = z / jnp.linalg.norm(z, axis=1, keepdims=True)
@@ -205,16 +180,19 @@ def seconds_each(run, seconds: float = 4.0) -> float:
 def _our_step():
     import jax
 
-    from simclr_jax import bench, config
+    from simclr_jax.bench.step import _simclr
+    from simclr_jax.config.overrides import load
     from simclr_jax.mesh import make_mesh
 
-    c = config.read_file(str(HERE.parent / "configs/cifar10.py"))
-    c = config.override(c, ["--config.model.depth=18", "--config.data.batch_size=128"])
-    step, init, batch = bench._simclr(c, make_mesh())
-    held = [init(jax.random.key(0))]
+    c = load(
+        str(HERE.parent / "configs/cifar10.py"),
+        ["--config.model.depth=18", "--config.data.batch_size=128"],
+    )
+    job, batch = _simclr(c, make_mesh())
+    held = [job.init()]
 
     def run():
-        held[0], metrics = step(held[0], batch)
+        held[0], metrics = job.step(held[0], batch)
         jax.block_until_ready(metrics)
 
     return run

@@ -34,11 +34,13 @@ def command(*arguments, devices=1, module="simclr_jax.main"):
 
 
 DIGITS = (
-    "--config=configs/digits.py",
+    "--config=configs/digits.py:vit",
+    "--config.model.vit.layers=1",
     "--config.train.steps=4",
     "--config.train.log_every_steps=2",
     "--config.checkpoint.every_steps=2",
     "--config.eval.labels_per_class=()",
+    "--config.eval.label_fraction=0",
     "--config.eval.max_iterations=20",
 )
 
@@ -56,16 +58,9 @@ def test_one_command_trains_and_probes(digits):
     assert re.search(r"step 4/4  loss \d+\.\d+  contrastive acc", process.stdout)
     assert "Linear probe, test accuracy" in process.stdout
     rows = json.loads((workdir / "probe.json").read_text())["rows"]
-    # 1 % (of 1437 images: 1 a class) and all labels, for each kind of features.
-    assert {(r["features"], r["labels_per_class"]) for r in rows} == {
-        (kind, labels)
-        for kind in ("raw pixels", "untrained encoder", "encoder")
-        for labels in (1, None)
-    }
-    raw = {r["labels_per_class"]: r["accuracy"] for r in rows if r["features"] == "raw pixels"}
-    # Few iterations, but raw digits are easy: near 63 % and 96 %.
-    assert 0.5 < raw[1] < 0.75
-    assert raw[None] > 0.9
+    assert [row["features"] for row in rows] == ["raw pixels", "untrained encoder", "encoder"]
+    assert {row["labels_per_class"] for row in rows} == {None}
+    assert rows[0]["accuracy"] > 0.9  # few iterations, but raw digits are easy: near 96 %
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "4"]
     assert [json.loads(s)["step"] for s in (workdir / "metrics.jsonl").open()] == [2, 4]
 
@@ -78,7 +73,8 @@ def test_nothing_but_the_run_is_said(digits):
 
 def test_knn_needs_only_the_workdir(digits):
     workdir, _ = digits
-    process = command("--mode=knn", f"--workdir={workdir}", devices=2)
+    on_device = "--config.data.placement=device"  # need not be as in training
+    process = command("--mode=knn", f"--workdir={workdir}", on_device, devices=2)
     assert process.returncode == 0, process.stderr
     result = json.loads((workdir / "knn.json").read_text())
     assert result["step"] == 4
@@ -155,10 +151,10 @@ def test_help_names_every_mode_and_what_it_does(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0
-    said = " ".join(capsys.readouterr().out.split())
+    said = "".join(capsys.readouterr().out.split())  # lines break at spaces and hyphens
     assert len(MODES) == 10
     for name, mode in MODES.items():
-        assert f"{name}: {mode.text}" in said
+        assert f"{name}: {mode.text}".replace(" ", "") in said
         for flag in (*mode.needs, *mode.takes):
             assert f"--{flag}" in said
 
@@ -189,6 +185,7 @@ def test_a_folder_of_images_without_labels_trains(tmp_path, capsys, monkeypatch)
             "--config.model.vit.heads=2",
             "--config.model.dtype=float32",
             "--config.views.blur_probability=0",
+            "--config.views.color_strength=0",
             "--config.train.steps=2",
         ]
     )

@@ -21,6 +21,7 @@ from simclr_jax.evals import (
     evaluate,
     logistic,
     on_the_way,
+    probe,
     results,
     subjects,
     transfer,
@@ -220,8 +221,32 @@ def test_raw_pixels_are_the_pixels():
     np.testing.assert_allclose(raw_pixels(large, 3), 100 / 255, rtol=1e-5)
 
 
+def means_for_each_lambda(x, y, lambdas, classes, *_):
+    """Stands for `fit_lambdas` where the fit is not what is tested: the nearest mean of a class."""
+    kernel = np.stack([x[y == c].mean(axis=0) for c in range(classes)], axis=1)
+    bias = -0.5 * np.sum(kernel**2, axis=0)
+    return [{"kernel": kernel, "bias": bias} for _ in lambdas]
+
+
+def test_the_few_labels_of_a_probe_are_given_as_numbers_and_as_a_share(monkeypatch):
+    """2 % of 150 images in 3 classes is one of each class."""
+    x, y = np.eye(150, 4, dtype=np.float32), np.arange(150) % 3
+    features = Features((x, y), (x, y), 3)
+    monkeypatch.setattr(probe, "probe_few_labels", lambda _, options, n: [n / 10] * 2)
+    monkeypatch.setattr(probe, "probe_all_labels", lambda *_: (0.9, 1e-3))
+    found = {}
+    for share in (0.0, 0.02, 0.08):
+        options = {"labels_per_class": (10, 4), "label_fraction": share}
+        rows = probe.rows(features, options, "encoder")
+        found[share] = [(row["labels_per_class"], row["accuracy"]) for row in rows]
+    few_and_all = [(4, pytest.approx(0.4)), (10, pytest.approx(1.0)), (None, 0.9)]
+    assert found[0.0] == found[0.08] == few_and_all
+    assert found[0.02] == [(1, pytest.approx(0.1)), *few_and_all]
+
+
 def test_evaluations_write_their_settings_and_all_rows(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "LAMBDAS", LAMBDAS[::11])
+    monkeypatch.setattr(transfer, "fit_lambdas", means_for_each_lambda)
     # 16 pixels and 16 numbers of h: every kind is fitted by the same programs.
     rng = np.random.default_rng(0)
     arrays = {

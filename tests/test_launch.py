@@ -301,6 +301,16 @@ def test_what_the_user_has_set_wins_over_our_flags():
     assert said.stdout.split() == ["--xla_gpu_enable_latency_hiding_scheduler=true", "--mine=1"]
 
 
+def test_every_file_that_the_scripts_name_is_there():
+    named = {
+        name
+        for script in (ROOT / "launch").glob("*.sh")
+        for name in re.findall(r"\b(?:launch|simclr_jax|docs)/[\w/]+\.\w+", script.read_text())
+    }
+    assert {"launch/xla_flags.sh", "docs/cluster.md", "simclr_jax/processes.py"} <= named
+    assert {name for name in named if not (ROOT / name).is_file()} == set()
+
+
 def test_shellcheck_is_clean():
     scripts = sorted(str(path) for path in (ROOT / "launch").glob("*.sh"))
     assert len(scripts) == 5

@@ -125,3 +125,13 @@ def test_cross_entropy_and_accuracy():
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(loss, -np.log(p[np.arange(3), labels]).mean(), rtol=1e-6)
     assert accuracy == pytest.approx(2 / 3)
+
+
+def test_rows_without_a_label_do_not_count():
+    logits = jnp.asarray([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0], [1.0, 2.0, 0.0], [0.0, 0.0, 9.0]])
+    labels = jnp.asarray([0, -1, 2, -2])
+    labelled = cross_entropy(logits[::2], labels[::2])
+    np.testing.assert_allclose(cross_entropy(logits, labels), labelled, rtol=1e-6)
+    gradient = jax.grad(lambda x: cross_entropy(x, labels)[0])(logits)
+    assert not np.any(gradient[1::2])
+    np.testing.assert_array_equal(cross_entropy(logits, jnp.full(4, -1)), (0, 0))

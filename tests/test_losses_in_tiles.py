@@ -96,6 +96,21 @@ print(json.dumps({"loss": float(loss), "norm": norm, "more": peak() - before}))
 """
 
 
+def memory(loss, images):
+    """Bytes that the compiled loss and its gradient take beside z and the gradient."""
+    z = jax.ShapeDtypeStruct((2 * images, 128), jnp.float32)
+    program = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(z).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def test_8192_images_take_a_twentieth_of_the_memory_of_their_similarities():
+    """Which are 1.1 GB; the dense loss and its gradient hold them at least once."""
+    similarities = 4 * (2 * 8192) ** 2
+    assert memory(lambda z: nt_xent_chunked(z, 0.1), 8192) < similarities / 20
+    assert memory(lambda z: nt_xent(z, 0.1), 8192) > similarities
+
+
+@pytest.mark.slow
 def test_8192_images_take_less_than_half_a_gigabyte():
     """Peak resident memory of a process of its own; the similarities alone would be 1.1 GB, the dense
     loss and its gradient hold several such matrices.

@@ -306,7 +306,7 @@ def test_images_that_are_not_in_memory_cannot_be_placed():
 CONFIG = """
 from simclr_jax import config
 
-def get_config():
+def get_config(argument=""):
     c = config.default()
     config.set_options(c, {options!r})
     return c
