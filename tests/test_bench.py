@@ -5,9 +5,11 @@ import json
 import jax
 import pytest
 
+from simclr_jax import assemble
 from simclr_jax.bench import __main__ as bench
 from simclr_jax.bench import loss
 from simclr_jax.errors import UserError
+from simclr_jax.mesh import make_mesh
 
 
 @pytest.fixture
@@ -46,7 +48,8 @@ def test_a_step_is_measured_beside_a_supervised_one(measured, placement, capsys)
     assert "of supervised" in capsys.readouterr().out
 
 
-def test_input_and_a_whole_run_are_measured(measured):
+def test_input_and_a_whole_run_are_measured(measured, monkeypatch):
+    monkeypatch.setattr(assemble, "make_mesh", lambda **_: make_mesh(jax.devices()[:1]))
     (row,) = measured("input", "--config.data.placement=host")["rows"]
     assert row["views_per_second"] == pytest.approx(2 * row["images_per_second"])
     (row,) = measured("e2e")["rows"]

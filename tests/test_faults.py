@@ -117,18 +117,27 @@ def test_of_a_full_disk_the_terminal_shows_one_line(disk, every, says):
     assert "step 2/60  loss" in done.stdout
 
 
-def largest(folder):
-    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+def data_files(folder):
+    """The files with the arrays below `folder`. Which of them a reader opens is a matter of timing:
+    some hold what later ones replace.
+    """
+    return [p for p in folder.rglob("d/*") if p.is_file()]
 
 
 def truncate(folder, share=0.5):
-    os.truncate(largest(folder), int(largest(folder).stat().st_size * share))
+    for file in data_files(folder):
+        os.truncate(file, int(file.stat().st_size * share))
+
+
+def remove_data(folder):
+    for file in data_files(folder):
+        file.unlink()
 
 
 DAMAGES = {
     "truncated": truncate,
     "emptied": lambda folder: truncate(folder, 0),
-    "data missing": lambda folder: largest(folder).unlink(),
+    "data missing": remove_data,
     "item missing": lambda folder: shutil.rmtree(folder / "trainer"),
     "options missing": lambda folder: shutil.rmtree(folder / "config"),
 }

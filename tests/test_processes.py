@@ -13,29 +13,43 @@ import time
 import jax
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from simclr_jax import load_encoder, main, processes
 from simclr_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# The digits recipe, short, with a Transformer that is quick to compile; its projection head has
-# BatchNorm. Adam divides what is only rounding by itself; LARS does not.
-DIGITS = (
-    "--config=configs/digits.py:vit",
-    "--config.model.vit.layers=1",
-    "--config.data.placement=device",
-    "--config.eval.baselines=False",
+# The digits recipe, short. Adam divides what is only rounding by itself; LARS does not.
+RECIPE = (
     "--config.optimizer.name=lars",
     "--config.optimizer.learning_rate=0.3",
     "--config.train.steps=6",
     "--config.train.log_every_steps=2",
     "--config.checkpoint.every_steps=3",
+)
+
+# A Transformer and crops that are quick to compile; the projection head has BatchNorm.
+QUICK = (
+    "--config=configs/digits.py:vit",
+    "--config.model.vit.layers=1",
+    "--config.data.placement=device",
+    "--config.views.color_strength=0",
+    "--config.views.grey_probability=0",
+    "--config.eval.after_training=knn",
+    "--config.eval.baselines=False",
+    *RECIPE,
+)
+
+# A ResNet, views with colour made by the hosts, a probe and the baselines: minutes.
+ON_HOSTS = (
+    "--config=configs/digits.py",
     "--config.eval.labels_per_class=(10,)",
     "--config.eval.label_fraction=0",
     "--config.eval.seeds=1",
     "--config.eval.l2=(1e-4,1e-2)",
     "--config.eval.max_iterations=100",
+    *RECIPE,
 )
 
 
@@ -72,17 +86,35 @@ def cache():
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory, cache):
-    """1 process with 4 devices."""
-    workdir = tmp_path_factory.mktemp("one")
-    return workdir, run(1, 4, cache, *DIGITS, f"--workdir={workdir}")
+def quick(tmp_path_factory):
+    """Options of a run on the digits from a file of arrays, which needs no TensorFlow."""
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., np.newaxis]
+    path = tmp_path_factory.mktemp("data") / "digits.npz"
+    train, test = slice(0, 1437), slice(1437, 1797)
+    np.savez(
+        path,
+        train_images=images[train],
+        train_labels=digits.target[train],
+        test_images=images[test],
+        test_labels=digits.target[test],
+    )
+    return [*QUICK, "--config.data.source=arrays", f"--config.data.path={path}"]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, cache):
+def one(tmp_path_factory, quick):
+    """1 process, this one, with 8 devices."""
+    workdir = tmp_path_factory.mktemp("one")
+    main.main([*quick, f"--workdir={workdir}"])
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, cache, quick):
     """2 processes with 2 devices each."""
     workdir = tmp_path_factory.mktemp("two")
-    return workdir, run(2, 2, cache, *DIGITS, f"--workdir={workdir}")
+    return workdir, run(2, 2, cache, *quick, f"--workdir={workdir}")
 
 
 def assert_same_parameters(workdir, other, step):
@@ -113,17 +145,15 @@ def assert_same_accuracies(rows, others, kinds):
 
 
 def test_two_processes_train_and_evaluate_as_one_does(one, two):
-    (workdir_1, process_1), (workdir_2, process_2) = one, two
-    assert process_1.returncode == 0, process_1.stderr
-    assert process_2.returncode == 0, process_2.stderr
-    assert_same_parameters(workdir_2, workdir_1, step=3)
-    assert_same_parameters(workdir_2, workdir_1, step=6)
+    workdir, process = two
+    assert process.returncode == 0, process.stderr
+    assert_same_parameters(workdir, one, step=3)
+    assert_same_parameters(workdir, one, step=6)
     losses = [
-        [json.loads(line)["loss"] for line in (w / "metrics.jsonl").open()]
-        for w in (workdir_1, workdir_2)
+        [json.loads(line)["loss"] for line in (w / "metrics.jsonl").open()] for w in (one, workdir)
     ]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-    rows = [json.loads((w / "probe.json").read_text())["rows"] for w in (workdir_1, workdir_2)]
+    rows = [json.loads((w / "knn.json").read_text())["rows"] for w in (one, workdir)]
     assert_same_accuracies(rows[0], rows[1], kinds=1)
 
 
@@ -143,12 +173,7 @@ def test_two_processes_make_the_views_of_one_on_their_hosts(cache, tmp_path):
     rows, losses = [], []
     for count in (1, 2):
         workdir = tmp_path / f"{count}"
-        host = (
-            "--config.model.name=resnet",
-            "--config.data.placement=host",
-            "--config.eval.baselines=True",
-        )
-        process = run(count, 4 // count, cache, *DIGITS, *host, f"--workdir={workdir}")
+        process = run(count, 4 // count, cache, *ON_HOSTS, f"--workdir={workdir}")
         assert process.returncode == 0, process.stderr
         losses.append([json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").open()])
         rows.append(json.loads((workdir / "probe.json").read_text())["rows"])
@@ -160,24 +185,26 @@ def test_two_processes_make_the_views_of_one_on_their_hosts(cache, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_checkpoint_of_one_is_resumed_by_two_and_the_other_way_round(
-    one, two, count, cache, tmp_path
+    one, two, count, cache, quick, tmp_path
 ):
     """Steps 4 to 6 again, from step 3 of the other."""
-    source = one[0] if count == 2 else two[0]
+    source = one if count == 2 else two[0]
     shutil.copytree(source, tmp_path / "w")
     shutil.rmtree(tmp_path / "w/checkpoints/6")
-    process = run(count, 4 // count, cache, *DIGITS, f"--workdir={tmp_path}/w")
+    process = run(count, 4 // count, cache, *quick, f"--workdir={tmp_path}/w")
     assert process.returncode == 0, process.stderr
     assert "resumed from step 3" in process.stdout
-    assert_same_parameters(tmp_path / "w", one[0], step=6)
+    assert_same_parameters(tmp_path / "w", one, step=6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [1, 0])
-def test_when_a_process_dies_the_others_end_with_an_error_that_names_it(cache, tmp_path, dies):
+def test_when_a_process_dies_the_others_end_with_an_error_that_names_it(
+    cache, quick, tmp_path, dies
+):
     with (tmp_path / "log").open("w") as log:
         launched = subprocess.Popen(
-            command(2, *DIGITS, "--config.train.steps=100000", f"--workdir={tmp_path}/w"),
+            command(2, *quick, "--config.train.steps=100000", f"--workdir={tmp_path}/w"),
             cwd=ROOT,
             env=environment(1, cache),
             stdout=log,
@@ -205,8 +232,8 @@ def test_when_a_process_dies_the_others_end_with_an_error_that_names_it(cache, t
         assert "process 1 of 2: the step failed" in said() or "leader" in said()
 
 
-def test_an_error_of_all_processes_ends_all(cache, tmp_path):
-    process = run(2, 1, cache, *DIGITS, "--config.data.batch_size=9", f"--workdir={tmp_path}/w")
+def test_an_error_of_all_processes_ends_all(cache, quick, tmp_path):
+    process = run(2, 1, cache, *quick, "--config.data.batch_size=9", f"--workdir={tmp_path}/w")
     assert process.returncode == 1
     assert "data.batch_size=9 does not divide over 2 devices (2 processes)" in process.stderr
 
