@@ -40,10 +40,12 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
+        "heic": ["pillow-heif>=1"],
         # google-cloud-storage: TensorBoard events into a bucket.
         "tpu": ["google-cloud-storage>=3", "jax[tpu]>=0.10"],
         "dev": [
             "mypy>=2.4",
+            "pillow-heif>=1",
             "pytest>=8.4",
             "pytest-xdist>=3.8",
             "ruff>=0.17",

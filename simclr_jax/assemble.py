@@ -171,7 +171,8 @@ def classifier_views(config: ConfigDict, mesh: Mesh, batch_size: int) -> Views:
 def _making(config: ConfigDict, mesh: Mesh, batch_size: int, distortion: Any) -> Making:
     share = Share(jax.process_index(), jax.process_count())
     order = Order(config.seed, batch_size, share)
-    return Making(order, config.data.image_size, distortion, config.data.eval_crop, mesh)
+    data = config.data
+    return Making(order, data.image_size, distortion, data.eval_crop, data.upright, mesh)
 
 
 def images_of(

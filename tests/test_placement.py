@@ -67,7 +67,7 @@ def images(split=SPLIT):
 
 def views_of(way, share=Share(), size=SIZE, devices=8, batch_size=8):
     mesh = make_mesh(jax.devices()[:devices])
-    return way(Making(Order(1, batch_size, share), size, DISTORTION, 1.0, mesh))
+    return way(Making(Order(1, batch_size, share), size, DISTORTION, 1.0, True, mesh))
 
 
 def batches(way, steps=STEPS, start=0, share=Share()):

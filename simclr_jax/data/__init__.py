@@ -45,6 +45,12 @@ OPTIONS = (
         resumable=True,
     ),
     Option(
+        "data.upright",
+        True,
+        flag(),
+        "turn images as the orientation in their EXIF data says; those of TFDS stay as they are",
+    ),
+    Option(
         "data.folder_labels", False, flag(), "the first folder below data.path is an image's class"
     ),
     *parquet.OPTIONS,

@@ -34,6 +34,7 @@ SUFFIXES = {
     **dict.fromkeys((".ppm", ".pgm", ".pbm", ".pnm"), "PNM"),
     ".avif": "AVIF",
     **dict.fromkeys((".jp2", ".j2k"), "JPEG 2000"),
+    **dict.fromkeys((".heic", ".heif"), "HEIC"),
 }
 
 _LOOKED_AT = 256  # files whose headers are read for the summary, evenly spaced

@@ -116,12 +116,12 @@ class IndexedSplit:
         part, rest = split_validation(self.source.labels, fraction, seed)
         return self.subset(part), self.subset(rest)
 
-    def decode(self, image: Any) -> Any:
+    def decode(self, image: Any, upright: bool = True) -> Any:
         if self.source.arrays is not None:
             return image
         from simclr_jax.data.decode import decode
 
-        return decode(image)
+        return decode(image, upright)
 
     def name_of(self, index: int) -> str:
         return self.source.name_of(index)

@@ -268,11 +268,14 @@ class ShardedSource(abc.ABC):
     def fingerprint(self, shards: np.ndarray) -> str:
         """Returns a text that is equal for equal content of these shards, wherever they lie."""
 
-    def decode(self, image: Any) -> Any:
-        """Decodes an encoded image to uint8 [H, W, C], in the tf.data graph."""
+    def decode(self, image: Any, upright: bool = True) -> Any:
+        """Decodes an encoded image to uint8 [H, W, C], in the tf.data graph.
+
+        `upright`: turn it as the orientation in its EXIF data says.
+        """
         from simclr_jax.data.decode import decode
 
-        return decode(image)
+        return decode(image, upright)
 
     def problem(self, image: bytes) -> str | None:
         """Returns why `decode` cannot decode an encoded image, or None if it can."""

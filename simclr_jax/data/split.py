@@ -65,8 +65,11 @@ class Split(Protocol):
         Raises a UserError if there are too few to divide.
         """
 
-    def decode(self, image: Any) -> Any:
-        """Decodes "image" of an example to uint8 [H, W, C], in the tf.data graph."""
+    def decode(self, image: Any, upright: bool = True) -> Any:
+        """Decodes "image" of an example to uint8 [H, W, C], in the tf.data graph.
+
+        `upright`: turn it as the orientation in its EXIF data says.
+        """
 
     def name_of(self, index: int) -> str:
         """Returns what a person calls an image."""

@@ -229,8 +229,8 @@ class StreamedSplit:
             dataclasses.replace(self, shards=tuple(shards[rest].tolist())),
         )
 
-    def decode(self, image: Any) -> Any:
-        return self.source.decode(image)
+    def decode(self, image: Any, upright: bool = True) -> Any:
+        return self.source.decode(image, upright)
 
     def name_of(self, index: int) -> str:
         place, inside = self._place(index)

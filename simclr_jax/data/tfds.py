@@ -48,7 +48,8 @@ class RecordFiles(ShardedSource):
         label = tf.cast(example["label"], tf.int32) if self.classes else tf.constant(-1)
         return {"image": example["image"], "label": label}
 
-    def decode(self, image: Any) -> Any:
+    def decode(self, image: Any, upright: bool = True) -> Any:
+        """Decodes as TFDS does, which turns no image: numbers that others publish hold for that."""
         return self._builder.info.features["image"].decode_example(image)
 
     def problem(self, image: bytes) -> str | None:

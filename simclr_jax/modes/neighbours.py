@@ -1,6 +1,5 @@
 """--mode=neighbours: what the encoder takes for alike, as a picture a person can judge."""
 
-import io
 import os
 import pathlib
 
@@ -9,7 +8,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
 from simclr_jax.console import say
-from simclr_jax.data.decode import pixels
+from simclr_jax.data import pixels
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.source import Example
 from simclr_jax.errors import UserError
@@ -87,7 +86,10 @@ def neighbours(
             f"{features.about['input']!r} holds other images than {input} was made of: run --mode=embed "
             "again, or name the --workdir that it was run with"
         )
-    grid = _grid(source, features, queries, found, similar)
+    needed = sorted({*queries.tolist(), *found.ravel().tolist()})
+    names = [str(features.images[i]) for i in needed]
+    pictures = dict(zip(needed, _pictures(source, names, config.data.upright), strict=True))
+    grid = _grid(pictures, queries, found, similar)
     path = pathlib.Path(output or os.path.join(workdir, "neighbours.png")).expanduser()
     try:
         grid.save(path)
@@ -114,20 +116,17 @@ def _indices(features: FeatureFile, query: str) -> np.ndarray:
     return np.asarray([place[name] for name in asked])
 
 
-def _grid(source: Input, features: FeatureFile, queries, found, similar) -> Image.Image:
-    needed = sorted({*queries.tolist(), *found.ravel().tolist()})
-    pictures = _pictures(source, [str(features.images[i]) for i in needed])
-    tiles = dict(zip(needed, pictures, strict=True))
+def _grid(pictures: dict[int, Image.Image], queries, found, similar) -> Image.Image:
     gap = _TILE // 4
     width = _TILE * (1 + found.shape[1]) + gap
     grid = Image.new("RGB", (width, (_TILE + _LINE) * len(queries)), "white")
     draw = ImageDraw.Draw(grid)
     for r, q in enumerate(queries.tolist()):
         top = r * (_TILE + _LINE)
-        _paste(grid, tiles[q], 0, top)
+        _paste(grid, pictures[q], 0, top)
         for c, i in enumerate(found[r].tolist()):
             left = _TILE * (c + 1) + gap
-            _paste(grid, tiles[i], left, top)
+            _paste(grid, pictures[i], left, top)
             draw.text((left + _TILE // 3, top + _TILE), f"{similar[r, c]:.2f}", "black")
     return grid
 
@@ -141,30 +140,25 @@ def _paste(grid: Image.Image, picture: Image.Image, left: int, top: int) -> None
     grid.paste(small, (left + (side - size[0]) // 2, top + (side - size[1]) // 2))
 
 
-def _pictures(source: Input, names: list[str]) -> list[Image.Image]:
+def _pictures(source: Input, names: list[str], upright: bool) -> list[Image.Image]:
     if source.root is not None:
-        return [_opened(source.root / name) for name in names]
+        return [_opened(source.root / name, upright) for name in names]
     indices = sorted(int(name) for name in names)
     some = source.split.subset(np.asarray(indices))
     assert isinstance(some, IndexedSplit)
-    by_name = {str(i): _picture(some.source[place]) for place, i in enumerate(indices)}
-    return [_seen(by_name[name]) for name in names]
+    by_name = {str(i): _picture(some.source[p], upright) for p, i in enumerate(indices)}
+    return [by_name[name] for name in names]
 
 
-def _picture(example: Example) -> Image.Image:
-    if isinstance(example.image, bytes):
-        return Image.open(io.BytesIO(example.image))
-    return Image.fromarray(example.image.squeeze())
-
-
-def _seen(picture: Image.Image) -> Image.Image:
+def _picture(example: Example, upright: bool) -> Image.Image:
     """The picture in colour, as the encoder saw it."""
-    return Image.fromarray(pixels(picture))
+    if isinstance(example.image, bytes):
+        return Image.fromarray(pixels.read(example.image, upright))
+    return Image.fromarray(example.image.squeeze()).convert("RGB")
 
 
-def _opened(path: pathlib.Path) -> Image.Image:
+def _opened(path: pathlib.Path, upright: bool) -> Image.Image:
     try:
-        with Image.open(path) as picture:
-            return _seen(picture)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        return _picture(Example(path.read_bytes()), upright)
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; was the folder moved since?") from error

@@ -30,11 +30,13 @@ class HostWork:
       size: height and width of a view, pixels.
       distortion: how strongly the views of an image differ.
       whole: make whole views; else only their crops, of as many channels as the images have.
+      upright: turn images as the orientation in their EXIF data says.
     """
 
     size: int
     distortion: Distortion
     whole: bool = True
+    upright: bool = True
 
 
 def training_batches(
@@ -77,7 +79,8 @@ def training_batches(
     @_as_written
     def views_of(example):
         draws = draw(seed, example["epoch"], example["index"], distortion)
-        views = make(split.decode(example["image"]), draws, size, distortion)
+        image = split.decode(example["image"], work.upright)
+        views = make(image, draws, size, distortion)
         return finished(example, views, draws)
 
     @_as_written
@@ -107,10 +110,12 @@ class EvaluationView:
     Attributes:
       size: height and width, pixels.
       proportion: share of the centred square's side that is kept, in (0, 1].
+      upright: turn images as the orientation in their EXIF data says.
     """
 
     size: int
     proportion: float
+    upright: bool = True
 
 
 def evaluation_batches(
@@ -147,7 +152,8 @@ def evaluation_batches(
 
     @_as_written
     def image_of(example):
-        image = center_crop(split.decode(example["image"]), view.size, view.proportion)
+        decoded = split.decode(example["image"], view.upright)
+        image = center_crop(decoded, view.size, view.proportion)
         return {"image": image, "label": example["label"]}
 
     return _run(images, dataset, indices, start)

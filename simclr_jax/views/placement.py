@@ -34,6 +34,7 @@ class Making:
       size: height and width of a view, pixels.
       distortion: how strongly views differ.
       eval_crop: share of the centred square's side that evaluation keeps.
+      upright: turn images as the orientation in their EXIF data says.
       mesh: all devices.
     """
 
@@ -41,6 +42,7 @@ class Making:
     size: int
     distortion: Distortion
     eval_crop: float
+    upright: bool
     mesh: Mesh
 
 
@@ -107,8 +109,9 @@ class HostViews:
         # Imported here: this needs TensorFlow, which takes 10 s to import.
         from simclr_jax.views import pipeline
 
-        work = pipeline.HostWork(self.making.size, self.making.distortion, self.whole)
-        return pipeline.training_batches(images, self.making.order, start_step, work)
+        making = self.making
+        work = pipeline.HostWork(making.size, making.distortion, self.whole, making.upright)
+        return pipeline.training_batches(images, making.order, start_step, work)
 
     def placer(self, split: Split) -> Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]:
         names = self.abstract().keys()
@@ -134,8 +137,8 @@ class HostViews:
     ) -> Iterator[dict[str, np.ndarray]]:
         from simclr_jax.views import pipeline
 
-        share = self.making.order.share
-        view = pipeline.EvaluationView(self.making.size, self.making.eval_crop)
+        making, share = self.making, self.making.order.share
+        view = pipeline.EvaluationView(making.size, making.eval_crop, making.upright)
         return pipeline.evaluation_batches(images, batch_size // share.count, share, view, start)
 
 

@@ -1,0 +1,155 @@
+"""From the content of an image file to pixels, uint8 [H, W, 3], as a person sees them on a white page.
+
+What lies below transparent pixels is not meant to be seen: often black, often colours smeared over the
+edge of the picture. Dropping the alpha channel would show it.
+"""
+
+import contextlib
+import functools
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from simclr_jax.console import say
+
+# The largest photographs of telephones have 200 million pixels; this is 0.8 GB once decoded.
+MOST_PIXELS = 2**28
+
+Image.MAX_IMAGE_PIXELS = None  # judged here, by the same limit for every format
+
+with contextlib.suppress(ImportError):  # an extra of this package
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
+# Bits of a sample in files of 16 bits a sample: cameras and microscopes measure 10, 12 or 14.
+_SAMPLE_BITS = (10, 12, 14, 16)
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+
+def read(content: bytes, upright: bool = True) -> np.ndarray:
+    """Decodes the content of an image file of any format that Pillow reads. Of several frames the first
+    is taken; grey becomes three equal channels; transparent pixels show white.
+
+    Args:
+      content: the file's bytes.
+      upright: turn the image as the orientation in its EXIF data says. Pillow turns TIFF in any case.
+
+    Returns:
+      uint8 [H, W, 3]
+
+    Raises:
+      ValueError: why it cannot be decoded.
+    """
+    with warnings.catch_warnings(), _as_value_error(content):
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(content)) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"the image has more than {MOST_PIXELS} pixels")
+            if content.startswith(_PNG) and content[24] == 16:
+                return _turned(_png_of_16_bits(content), orientation(image) if upright else 1)
+            return pixels(image, upright)
+
+
+@contextlib.contextmanager
+def _as_value_error(content: bytes):
+    """Raises every error as a ValueError whose message a user can act on."""
+    try:
+        yield
+    except Image.UnidentifiedImageError:
+        raise ValueError(_what_it_is(content)) from None
+    except ValueError:
+        raise
+    except MemoryError:
+        raise
+    # A damaged file may lead to anything: to struct.error, SyntaxError, IndexError and more.
+    except Exception as error:
+        raise ValueError(f"damaged: {' '.join(str(error).split())}") from error
+
+
+def _what_it_is(content: bytes) -> str:
+    if not content:
+        return "the file is empty"
+    if content[4:8] == b"ftyp" and content[8:12] in _HEIF_BRANDS:
+        return "HEIC, which needs pillow-heif: pip install pillow-heif"
+    return "not an image of a known format"
+
+
+def pixels(image: Image.Image, upright: bool = True) -> np.ndarray:
+    """Returns the pixels of a picture in any mode, uint8 [H, W, 3], on white.
+
+    Args:
+      image: the picture.
+      upright: turn it as the orientation in its EXIF data says.
+
+    Raises:
+      ValueError: a sample has more than 16 bits, whose range nobody can know.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(f"32 bits a sample (mode {image.mode}): expected 8 or 16")
+    if image.mode.startswith("I;16"):  # Pillow would clip at 255
+        grey = _upper_8_bits(np.asarray(image)[..., np.newaxis])
+        return _turned(np.repeat(grey, 3, axis=-1), orientation(image) if upright else 1)
+    return np.asarray(on_white(ImageOps.exif_transpose(image) if upright else image))
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Converts a picture in any mode to RGB, transparent parts on white."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def orientation(image: Image.Image) -> int:
+    """Returns the orientation in the picture's EXIF data, 1 to 8 (EXIF 2.32, tag 0x112); 1 is upright."""
+    found = image.getexif().get(0x112, 1)
+    return found if found in range(1, 9) else 1
+
+
+def orientation_of(content: bytes) -> int:
+    """Reads the orientation of an encoded image without decoding its pixels; 1 where there is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content)) as image:
+                return orientation(image)
+    except Exception:  # EXIF data that are damaged say nothing
+        return 1
+
+
+def _turned(x: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns pixels [H, W, C] upright, see `orientation`: from 5 on rows and columns are swapped first."""
+    x = x.transpose(1, 0, 2) if orientation >= 5 else x
+    x = x[::-1] if orientation in (3, 4, 7, 8) else x
+    return x[:, ::-1] if orientation in (2, 3, 6, 7) else x
+
+
+def _png_of_16_bits(content: bytes) -> np.ndarray:
+    """Decodes a PNG of 16 bits a sample, of which Pillow keeps the upper 8 whatever the range used."""
+    import tensorflow as tf
+
+    x = tf.io.decode_png(content, channels=4, dtype=tf.uint16).numpy()
+    colour, alpha = _upper_8_bits(x[..., :3]), (x[..., 3] >> 8).astype(np.uint8)
+    if alpha.min() == 255:
+        return colour
+    return np.asarray(on_white(Image.fromarray(np.dstack([colour, alpha]))))
+
+
+def _upper_8_bits(x: np.ndarray) -> np.ndarray:
+    """Scales samples uint16 to uint8 by the range that the image uses: 10, 12, 14 or 16 bits."""
+    bits = next(bits for bits in _SAMPLE_BITS if int(x.max()) < 2**bits)
+    if bits < 16:
+        _say_once(bits)
+    return (x >> (bits - 8)).astype(np.uint8)
+
+
+@functools.cache
+def _say_once(bits: int) -> None:
+    say(
+        f"pixels     a 16-bit image uses {bits} bits at most: such images are scaled by {bits} bits"
+    )

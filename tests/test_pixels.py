@@ -1,0 +1,218 @@
+"""A picture saved without loss has the same pixels, whatever the format, the mode and the metadata."""
+
+import io
+import re
+
+import numpy as np
+import pillow_heif
+import pytest
+import tensorflow as tf
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+
+from simclr_jax.data import pixels
+from simclr_jax.data.decode import decode, problem_of
+
+HEIGHT, WIDTH = 24, 20
+
+
+def colours():
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    return Image.fromarray(np.stack([9 * y, 9 * x, 4 * (x + y)], axis=-1).astype(np.uint8))
+
+
+def see_through():
+    image = colours()
+    image.putalpha(Image.fromarray(np.asarray(image)[:, ::-1, 1]))
+    return image
+
+
+def few_colours(count, hidden=None):
+    image = colours().quantize(count)
+    if hidden is not None:
+        image.info["transparency"] = hidden
+    return image
+
+
+def one_colour_hidden(mode):
+    image = colours().convert(mode)
+    image.info["transparency"] = image.getpixel((3, 4))
+    return image
+
+
+PICTURES = {
+    "1": lambda: colours().convert("1"),
+    "L": lambda: colours().convert("L"),
+    "LA": lambda: see_through().convert("LA"),
+    "P of 2": lambda: few_colours(2),
+    "P of 4": lambda: few_colours(4),
+    "P of 16": lambda: few_colours(16),
+    "P of 256": lambda: few_colours(256),
+    "P of 16, one hidden": lambda: few_colours(16, hidden=7),
+    "P, shares of alpha": lambda: few_colours(16, hidden=bytes(range(0, 256, 16))),
+    "RGB": colours,
+    "RGBA": see_through,
+    "L, one hidden": lambda: one_colour_hidden("L"),
+    "RGB, one hidden": lambda: one_colour_hidden("RGB"),
+}
+
+
+def text(length=0):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", "tRNS Exif" + "x" * length)
+    return info
+
+
+def exif(orientation=1):
+    found = Image.Exif()
+    found[0x112] = orientation
+    return found.tobytes()
+
+
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+METADATA = {"exif": exif(), "icc_profile": PROFILE}
+
+# format: (options for saving without loss, modes)
+PNG_MODES = tuple(PICTURES)
+FORMATS = {
+    "png": ({}, PNG_MODES),
+    "png with text": ({"pnginfo": text()}, PNG_MODES),
+    "png with much text": ({"pnginfo": text(9999)}, PNG_MODES),
+    "png with metadata": (METADATA, PNG_MODES),
+    "webp": ({"lossless": True, "exact": True}, ("RGB", "RGBA")),
+    "webp with metadata": (
+        {"lossless": True, "exact": True, "xmp": b"<x/>"} | METADATA,
+        ("RGB", "RGBA"),
+    ),
+    "tiff": ({}, ("1", "L", "LA", "P of 16", "RGB", "RGBA")),
+    "tiff, packed": ({"compression": "tiff_lzw"}, ("L", "RGB", "RGBA")),
+    "bmp": ({}, ("1", "L", "P of 16", "P of 256", "RGB")),
+    "gif": ({}, ("L", "P of 2", "P of 16", "P of 16, one hidden")),
+    "ppm": ({}, ("1", "L", "RGB")),
+    "jpeg2000": ({"irreversible": False}, ("L", "LA", "RGB", "RGBA")),
+    "heif": ({"quality": -1, "chroma": 444, "matrix_coefficients": 0}, ("RGB", "RGBA")),
+}
+SAVED = [(kind, mode) for kind, (_, modes) in FORMATS.items() for mode in modes]
+
+
+def saved(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind.partition(",")[0].partition(" ")[0], **options)
+    return file.getvalue()
+
+
+def on_white_paper(image):
+    """float64 [H, W, 3], computed from the picture in memory."""
+    rgba = np.asarray(image.convert("RGBA"), np.float64)
+    share = rgba[:, :, 3:] / 255
+    return rgba[:, :, :3] * share + 255 * (1 - share)
+
+
+def decoded(content, upright=True):
+    return decode(tf.constant(content), upright).numpy()
+
+
+@pytest.mark.parametrize(("kind", "mode"), SAVED)
+def test_what_is_saved_without_loss_is_read_as_it_was(kind, mode):
+    options, _ = FORMATS[kind]
+    found = decoded(saved(PICTURES[mode](), kind, **options))
+    # A share of 255 is rounded once there, and by Pillow in its own way.
+    np.testing.assert_allclose(found, on_white_paper(PICTURES[mode]()), atol=1)
+
+
+@pytest.mark.parametrize("kind", ["webp", "gif", "png"])
+def test_of_an_animation_the_first_frame_is_taken(kind):
+    frames = [few_colours(16), few_colours(16).rotate(180)]
+    lossless = {"lossless": True} if kind == "webp" else {}
+    content = saved(frames[0], kind, save_all=True, append_images=frames[1:], **lossless)
+    np.testing.assert_array_equal(decoded(content), on_white_paper(frames[0]))
+
+
+def samples(bits):
+    """uint16 [H, W] that use `bits` bits."""
+    return np.linspace(0, 2**bits - 1, HEIGHT * WIDTH).astype(np.uint16).reshape(HEIGHT, WIDTH)
+
+
+def png_of_16_bits(channels):
+    """`channels`: uint16 [H, W, C]."""
+    return tf.io.encode_png(channels).numpy()
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+@pytest.mark.parametrize("kind", ["png", "tiff", "colour png"])
+def test_files_of_16_bits_are_scaled_by_the_bits_that_they_use(bits, kind, capsys):
+    pixels._say_once.cache_clear()
+    grey = samples(bits)
+    if kind == "colour png":
+        content = png_of_16_bits(np.stack([grey, grey, grey], axis=-1))
+    else:
+        content = saved(Image.fromarray(grey), kind)
+    found = decoded(content)
+    np.testing.assert_array_equal(found, np.stack([grey >> (bits - 8)] * 3, axis=-1))
+    said = capsys.readouterr().out
+    assert (f"a 16-bit image uses {bits} bits" in said) == (bits < 16)
+
+
+def test_transparent_parts_of_files_of_16_bits_are_white():
+    x = np.stack([samples(16)] * 3 + [np.full((HEIGHT, WIDTH), 2**15, np.uint16)], axis=-1)
+    expected = np.repeat((samples(16) >> 8)[..., np.newaxis], 3, axis=-1) * (128 / 255) + 127
+    np.testing.assert_allclose(decoded(png_of_16_bits(x)), expected, atol=1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
+def test_pictures_of_telephones_stand_upright(kind, orientation):
+    image = colours()
+    image.getexif()[0x112] = orientation
+    upright = ImageOps.exif_transpose(image).convert("RGB")
+    lossless = {"quality": 100, "subsampling": 0} if kind == "jpeg" else {"lossless": True}
+    content = saved(colours(), kind, exif=exif(orientation), **lossless)
+    tolerance = 4 if kind == "jpeg" else 0
+    np.testing.assert_allclose(decoded(content), np.asarray(upright, int), atol=tolerance)
+    if kind != "tiff":  # which Pillow turns in any case
+        as_it_lies = decoded(content, upright=False)
+        np.testing.assert_allclose(as_it_lies, np.asarray(colours(), int), atol=tolerance)
+
+
+def test_the_orientation_is_found_behind_other_segments():
+    content = saved(colours(), "jpeg", exif=exif(6), icc_profile=PROFILE, comment=b"x" * 999)
+    start = content.index(b"\xff\xe1")
+    length = int.from_bytes(content[start + 2 : start + 4], "big")
+    segment = content[start : start + 2 + length]
+    moved = content.replace(segment, b"")
+    place = moved.index(b"\xff\xdb")  # the quantisation tables follow all segments of metadata
+    assert decoded(moved[:place] + segment + moved[place:]).shape == (WIDTH, HEIGHT, 3)
+
+
+def test_a_photograph_has_the_pixels_that_pillow_gives():
+    rng = np.random.default_rng(0)
+    rough = Image.fromarray(rng.integers(0, 256, (90, 70, 3)).astype(np.uint8))
+    for image in (rough, rough.convert("L"), colours().resize((333, 222))):
+        for subsampling in (0, 2):
+            content = saved(image, "jpeg", quality=90, subsampling=subsampling)
+            np.testing.assert_array_equal(decoded(content), pixels.read(content))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "the file is empty"),
+        (b"not an image", "not an image of a known format"),
+        (saved(Image.new("F", (9, 9)), "tiff"), "32 bits a sample .*: expected 8 or 16"),
+        (saved(Image.new("1", (20000, 20000)), "png"), "more than 268435456 pixels"),
+        (saved(colours(), "png")[:60], "truncated"),
+        (saved(colours(), "jpeg")[:300], "damaged|truncated"),
+    ],
+)
+def test_what_cannot_be_read_says_why(content, says):
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        decoded(content)
+    assert re.search(says, problem_of(content)), problem_of(content)
+
+
+def test_heic_without_its_library_is_called_what_it_is(monkeypatch):
+    content = saved(colours(), "heif")
+    assert problem_of(content) is None
+    monkeypatch.setattr(Image, "OPEN", {k: v for k, v in Image.OPEN.items() if k != "HEIF"})
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
+    assert problem_of(content) == "HEIC, which needs pillow-heif: pip install pillow-heif"
+    assert pillow_heif.is_supported(io.BytesIO(content))
