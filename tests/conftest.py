@@ -1,5 +1,6 @@
 """Eight CPU devices in one process: set before JAX starts."""
 
+import gc
 import importlib.metadata
 import os
 
@@ -25,6 +26,10 @@ from simclr_jax import assemble, config
 from simclr_jax.data.arrays import in_memory
 from simclr_jax.mesh import make_mesh
 from simclr_jax.training.checkpoint import Checkpoints, Saving
+
+# Millions of objects live as long as the tests do. To look through all of them for garbage takes
+# seconds, and tracing makes Python do it often.
+gc.set_threshold(100_000, 50, 100)
 
 # Minutes each: begun first, so that the workers end together.
 _LONGEST = ("test_processes.py", "test_train.py", "test_stopping.py", "test_end_to_end.py")
