@@ -69,8 +69,9 @@ def pretraining(
         do not fit each other.
     """
     mesh = mesh or make_mesh(fsdp=config.mesh.fsdp)
-    check_divides(config.data.batch_size, mesh, config.train.microbatches)
     train = train or data_set(config).train
+    check_divides(config.data.batch_size, mesh, config.train.microbatches)
+    _check_enough(config.data.batch_size, train.count)
     plan = plan_of(config, train.count)
     made = views(config, mesh)
     classes = len(train.classes) if train.classes else None
@@ -81,6 +82,20 @@ def pretraining(
     return Pretraining(
         train, made, plan, job, loss, encoder(config), images_of_a_norm(config, mesh)
     )
+
+
+def _check_enough(batch_size: int, images: int) -> None:
+    """Raises a UserError if a batch would hold an image twice, or an image would have no negatives."""
+    if images < 2:
+        raise UserError(
+            "there is 1 training image: expected two or more, as an image learns from its difference to "
+            "others"
+        )
+    if batch_size > images:
+        raise UserError(
+            f"data.batch_size={batch_size} is more than the {images} training images, so that images "
+            f"would be their own negatives: expected at most {images}"
+        )
 
 
 def pretraining_job(config: ConfigDict, plan: Plan, classes: int | None, mesh: Mesh) -> Job:

@@ -55,6 +55,28 @@ def compile_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+# Groups of options that do not decide the train step of pretraining.
+_NOT_OF_THE_STEP = ("checkpoint.", "eval.", "linear.", "finetune.", "data.path", "data.test_path")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trace_once():
+    """Runs of equal options share a train step, which takes 2 s to trace and to lower."""
+    assembled, jobs = assemble.pretraining_job, {}
+
+    def pretraining_job(options, plan, classes, mesh):
+        flat = config.flatten(options)
+        decisive = {k: v for k, v in flat.items() if not k.startswith(_NOT_OF_THE_STEP)}
+        key = repr(sorted(decisive.items())), plan, classes, mesh
+        if key not in jobs:
+            jobs[key] = assembled(options, plan, classes, mesh)
+        return jobs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assemble, "pretraining_job", pretraining_job)
+        yield
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Outputs of the published TF2 code."""

@@ -39,6 +39,7 @@ DIGITS = (
     "--config.train.steps=4",
     "--config.train.log_every_steps=2",
     "--config.checkpoint.every_steps=2",
+    "--config.eval.baselines=False",
     "--config.eval.labels_per_class=()",
     "--config.eval.label_fraction=0",
     "--config.eval.max_iterations=20",
@@ -58,9 +59,8 @@ def test_one_command_trains_and_probes(digits):
     assert re.search(r"step 4/4  loss \d+\.\d+  contrastive acc", process.stdout)
     assert "Linear probe, test accuracy" in process.stdout
     rows = json.loads((workdir / "probe.json").read_text())["rows"]
-    assert [row["features"] for row in rows] == ["raw pixels", "untrained encoder", "encoder"]
-    assert {row["labels_per_class"] for row in rows} == {None}
-    assert rows[0]["accuracy"] > 0.9  # few iterations, but raw digits are easy: near 96 %
+    assert [(row["features"], row["labels_per_class"]) for row in rows] == [("encoder", None)]
+    assert rows[0]["accuracy"] > 0.5  # few steps and iterations, but a tenth is chance
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "4"]
     assert [json.loads(s)["step"] for s in (workdir / "metrics.jsonl").open()] == [2, 4]
 
@@ -74,7 +74,7 @@ def test_nothing_but_the_run_is_said(digits):
 def test_knn_needs_only_the_workdir(digits):
     workdir, _ = digits
     on_device = "--config.data.placement=device"  # need not be as in training
-    main(["--mode=knn", f"--workdir={workdir}", on_device])
+    main(["--mode=knn", f"--workdir={workdir}", on_device, "--config.eval.baselines=True"])
     result = json.loads((workdir / "knn.json").read_text())
     assert result["step"] == 4
     assert [row["features"] for row in result["rows"]] == [

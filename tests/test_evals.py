@@ -290,14 +290,15 @@ def test_evaluations_write_their_settings_and_all_rows(tiny, tmp_path, monkeypat
     np.savez(tmp_path / "fewer.npz", **{name: x[:20] for name, x in arrays.items()})
     tiny.data.path = str(tmp_path / "fewer.npz")
     assert evaluate_features("knn", tiny, str(workdir))["train_images"] == 20
-    assert (workdir / "knn_fewer.json").exists()
+    assert list(workdir.glob("knn_fewer_*.json"))
     assert json.loads((workdir / "knn.json").read_text()) == result
     tiny.data.source, tiny.data.name, tiny.data.path = "tfds", "digits", ""
     tiny.eval.baselines = False
     other = evaluate_features("knn", tiny, str(workdir))
     assert (other["train_images"], other["test_images"]) == (1437, 360)
     assert [row["features"] for row in other["rows"]] == ["encoder"]
-    assert json.loads((workdir / "knn_digits.json").read_text())["rows"] == other["rows"]
+    (written,) = workdir.glob("knn_digits_*.json")
+    assert json.loads(written.read_text())["rows"] == other["rows"]
 
 
 def nearest_mean(x, y, x_test, y_test):
@@ -445,15 +446,15 @@ def trained_beside(tiny, tmp_path, monkeypatch):
     """
     tiny.train.steps = 6
     tiny.eval.baselines, tiny.eval.labels_per_class = False, ()
-    workdir, train = tmp_path / "w", assemble.data_set(tiny).train
-    plan, mesh = assemble.plan_of(tiny, train.count), make_mesh(jax.devices()[:1])
+    workdir, data = tmp_path / "w", assemble.data_set(tiny)
+    plan, mesh = assemble.plan_of(tiny, data.train.count), make_mesh(jax.devices()[:1])
     state = jax.device_get(assemble.pretraining_job(tiny, plan, None, mesh).init())
     moments: list = []
     evaluated: list = []
 
     def passes(moment):
         if moment == "begins":
-            write_record(tiny, plan, train, train.fingerprint(), str(workdir))
+            write_record(tiny, plan, data, data.train.fingerprint(), str(workdir))
         elif isinstance(moment, int):
             rng = np.random.default_rng(moment)
             params = jax.tree.map(

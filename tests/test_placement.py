@@ -334,6 +334,7 @@ assert "tensorflow.python" not in sys.modules
 
 
 def test_training_and_probing_need_no_tensorflow(tiny, tmp_path):
+    tiny.eval.labels_per_class = ()
     options = {
         f"{group}.{name}": value
         for group in ("data", "model", "views", "loss", "optimizer", "train", "checkpoint", "eval")

@@ -5,8 +5,11 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from simclr_jax.data import arrays, folder, parquet, synthetic, tfds
-from simclr_jax.data.split import DataSet
+from simclr_jax.data.indexed import IndexedSplit
+from simclr_jax.data.split import DataSet, Split
 from simclr_jax.errors import UserError
 from simclr_jax.options import Option, flag, one_of, text
 
@@ -75,7 +78,24 @@ def open_source(data: Mapping[str, Any]) -> DataSet:
 def cached(data: str) -> DataSet:
     """Opens the data set of options in JSON; see `open_source`."""
     options = json.loads(data)
-    return SOURCES[options["source"]](options)
+    found = SOURCES[options["source"]](options)
+    if found.test is not None and _are_the_same(found.train, found.test):
+        raise UserError(
+            "the test images are the training images: an accuracy on them would say nothing; see "
+            "data.test_path and data.test_split"
+        )
+    return found
+
+
+def _are_the_same(train: Split, test: Split) -> bool:
+    """Returns whether two splits hold the same images, as far as their fingerprints and some tell."""
+    if train.count != test.count or train.fingerprint() != test.fingerprint():
+        return False
+    if not isinstance(train, IndexedSplit) or not isinstance(test, IndexedSplit):
+        return True
+    # The fingerprint of a folder knows names and sizes only.
+    some = np.unique(np.linspace(0, train.count - 1, 8).astype(int))
+    return all(train.source.encoded(i) == test.source.encoded(i) for i in some)
 
 
 def check(data: Mapping[str, Any]) -> None:

@@ -39,6 +39,11 @@ SUFFIXES = {
 
 _LOOKED_AT = 256  # files whose headers are read for the summary, evenly spaced
 _THREADS = 16
+# Folders that programs make for themselves: macOS's archives, Synology, QNAP, Windows, ext4. Hidden
+# ones, such as .ipynb_checkpoints and .Trash-1000, begin with a dot.
+_SERVICE = ("__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "lost+found")
+_SERVICE += ("System Volume Information",)
+
 # Seconds within which a second change may leave a folder's time as it was, and a file is still being
 # written: what is younger when it is read is read again the next time.
 _SETTLED = 2.0
@@ -59,7 +64,14 @@ class Index(NamedTuple):
 
 
 def index(root: pathlib.Path) -> Index:
-    """Lists the image files below `root`, at any depth, each folder once however many links lead to it."""
+    """Lists the image files below `root`, at any depth, each folder once however many links lead to it.
+
+    Hidden files, hidden folders, folders of services such as @eaDir and the workdirs of runs are left
+    out. Of several ways to a folder the one without a link counts.
+
+    Raises:
+      UserError: a folder may not be read.
+    """
     cache = _cache_file(root)
     known = _read_cache(cache)
     folders: dict[str, dict] = {}
@@ -83,9 +95,9 @@ def index(root: pathlib.Path) -> Index:
 
 def _walk(root: pathlib.Path, known: dict[str, dict], folders: dict[str, dict]) -> bool:
     """Fills `folders`; returns whether any had to be read."""
-    changed, seen, waiting = False, set(), [""]
-    while waiting:
-        where = waiting.pop()
+    changed, seen, waiting, links = False, set(), [""], collections.deque[str]()
+    while waiting or links:
+        where = waiting.pop() if waiting else links.popleft()
         path = root / where
         try:
             status = os.stat(path)
@@ -97,23 +109,34 @@ def _walk(root: pathlib.Path, known: dict[str, dict], folders: dict[str, dict]) 
             if content is None or content["state"] != state or not content["settled"]:
                 content = _read_folder(path, state)
                 changed = True
-        except OSError:  # gone meanwhile, a dead link, or not ours to read
+        except PermissionError as error:
+            raise UserError(
+                f"cannot read the folder {path}: {error.strerror}; allow it, or move the folder away"
+            ) from error
+        except OSError:  # gone meanwhile, or a dead link
             continue
         seen.add((status.st_dev, status.st_ino))
+        if where and content["is_workdir"]:
+            content = content | {"files": {}, "folders": [], "links": [], "others": {}}
         folders[where] = content
         waiting += [os.path.join(where, name) for name in content["folders"]]
+        links += [os.path.join(where, name) for name in content["links"]]
     return changed
 
 
 def _read_folder(path: pathlib.Path, state: list[int]) -> dict:
-    files, folders, others = {}, [], collections.Counter[str]()
+    files, folders, links, others = {}, [], [], collections.Counter[str]()
+    names = set()
     newest, dead_links = state[0] / 1e9, False
     with os.scandir(path) as entries:
         for entry in entries:
             suffix = os.path.splitext(entry.name)[1].lower()
+            names.add(entry.name)
+            hidden = entry.name.startswith(".")  # also macOS's shadows, ._NAME
             if entry.is_dir():
-                folders.append(entry.name)
-            elif suffix in SUFFIXES and not entry.name.startswith("._"):  # macOS's shadows
+                if not hidden and entry.name not in _SERVICE:
+                    (links if entry.is_symlink() else folders).append(entry.name)
+            elif suffix in SUFFIXES and not hidden:
                 try:
                     status = entry.stat()
                     files[entry.name] = status.st_size
@@ -129,6 +152,8 @@ def _read_folder(path: pathlib.Path, state: list[int]) -> dict:
         "settled": time.time() - newest >= _SETTLED and not dead_links,
         "files": files,
         "folders": sorted(folders),
+        "links": sorted(links),
+        "is_workdir": {"config.json", "checkpoints"} <= names,
         "others": dict(others),
     }
 
@@ -141,7 +166,7 @@ def _cache_file(root: pathlib.Path) -> pathlib.Path:
 def _read_cache(file: pathlib.Path) -> dict[str, dict]:
     try:
         folders = json.loads(file.read_bytes())
-        keys = {"state", "settled", "files", "folders", "others"}
+        keys = {"state", "settled", "files", "folders", "links", "is_workdir", "others"}
         return folders if all(content.keys() == keys for content in folders.values()) else {}
     except (OSError, ValueError, AttributeError):  # none, or of another version
         return {}

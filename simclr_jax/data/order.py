@@ -1,7 +1,7 @@
 """Which image comes when: a function of (seed, epoch, position) and nothing else."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -69,11 +69,26 @@ def few_labels(y: np.ndarray, per_class: int, seed: int) -> np.ndarray:
       seed: decides the draw.
 
     Returns:
-      their indices, class by class.
+      their indices, class by class, in the order in which the classes first occur: another numbering of
+      the classes draws the same images.
     """
+    return _draw_of_each_class(y, lambda _: per_class, seed)
+
+
+def share_of_labels(y: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Draws a fraction of each class's images, rounded, at least one; see `few_labels`."""
+    return _draw_of_each_class(y, lambda count: max(1, round(fraction * count)), seed)
+
+
+def _draw_of_each_class(y: np.ndarray, how_many: Callable[[int], int], seed: int) -> np.ndarray:
     rng = np.random.default_rng([seed, 1])
-    labelled = np.unique(y[y >= 0])
-    return np.concatenate([rng.permutation(np.flatnonzero(y == c))[:per_class] for c in labelled])
+    places = np.flatnonzero(y >= 0)
+    _, first = np.unique(y[places], return_index=True)
+    drawn = []
+    for label in y[places[np.sort(first)]]:
+        members = np.flatnonzero(y == label)
+        drawn.append(rng.permutation(members)[: how_many(len(members))])
+    return np.concatenate(drawn)
 
 
 def next_whole(broken: np.ndarray) -> np.ndarray:
@@ -93,7 +108,7 @@ def batch_positions(
     """Yields (epochs, indices), int64 [B / P] each, of every batch from `start_step` on, without end.
 
     The epochs follow each other without a gap: step s holds the positions s * B to (s + 1) * B of
-    the concatenated epochs, so that no image is left out and B may exceed `count`.
+    the concatenated epochs, so that no image is left out.
 
     Args:
       order: seed, batch size and this process's part.
@@ -107,7 +122,7 @@ def batch_positions(
         epochs = positions // count
         needed = range(epochs[0], epochs[-1] + 1)
         orders = {
-            e: orders[e] if e in orders else epoch_order(order.seed, e, count) for e in needed
+            e: orders[e] if e in orders else _order_of_indices(order, e, count) for e in needed
         }
         indices = np.empty_like(positions)
         for epoch, shuffled in orders.items():
@@ -115,6 +130,27 @@ def batch_positions(
             indices[here] = shuffled[positions[here] % count]
         yield epochs, indices
         step += 1
+
+
+def _order_of_indices(order: Order, epoch: int, count: int) -> np.ndarray:
+    """Returns the order of an epoch in which a batch that two epochs share holds no image twice, where
+    there are 2.5 batches of images or more: a copy of an image would be its own negative.
+
+    Images that the batch has of the epoch before change places with later ones, but with none of the last
+    batch, which the next epoch looks at.
+    """
+    own, size = epoch_order(order.seed, epoch, count), order.batch_size
+    before, after = epoch * count % size, (epoch + 1) * count % size
+    if before == 0 or count < size:
+        return own
+    taken = np.isin(own, epoch_order(order.seed, epoch - 1, count)[count - before :])
+    head = size - before
+    clash = np.flatnonzero(taken[:head])
+    free = head + np.flatnonzero(~taken[head : count - after])
+    moved = min(len(clash), len(free))
+    clash, free = clash[:moved], free[:moved]
+    own[clash], own[free] = own[free], own[clash]
+    return own
 
 
 def windows(

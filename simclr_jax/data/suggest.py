@@ -48,10 +48,11 @@ def suggest_settings(count: int, short_side: int, accelerator: bool) -> list[Cho
         chosen.append(Choice("data.eval_crop", 1.0, "small images are not cropped in evaluation"))
     chosen += _model(accelerator)
     most = 256 if size > 64 or not accelerator else 512
-    batch = max(64, min(most, 2 ** ((max(1, count // 32)).bit_length() - 1)))
+    least = min(64, max(2, _power_of_2(count)))
+    batch = max(least, min(most, _power_of_2(count // 32)))
     steps = f"{count / batch:.3g} steps an epoch"
     chosen.append(
-        Choice("data.batch_size", batch, f"{steps}; 32 or more are aimed at, 64 to {most}")
+        Choice("data.batch_size", batch, f"{steps}; 32 or more are aimed at, {least} to {most}")
     )
     if accelerator:
         epochs = round(min(1000, max(100, 100 * (1.28e6 / count) ** 0.5)))
@@ -60,6 +61,11 @@ def suggest_settings(count: int, short_side: int, accelerator: bool) -> list[Cho
         epochs = round(min(300, max(10, 4e5 / count)))
         why = "400,000 images in all, a quarter of an hour on two cores; more is better"
     return [*chosen, Choice("train.epochs", float(epochs), why)]
+
+
+def _power_of_2(number: int) -> int:
+    """Returns the largest power of 2 that is at most `number`, but 1 at least."""
+    return 2 ** (max(1, number).bit_length() - 1)
 
 
 def _model(accelerator: bool) -> list[Choice]:

@@ -130,8 +130,12 @@ def _open_split(builder: Any, name: str) -> Split:
         whole = tfds.as_numpy(builder.as_dataset(split=name, batch_size=-1))
         return in_memory(whole["image"], whole["label"] if classes else None, classes)
     split = StreamedSplit(RecordFiles(builder, name, classes))
-    if classes and int(next(iter(split.once(Share())))["label"]) < 0:
-        return StreamedSplit(
-            RecordFiles(builder, name, None)
-        )  # such as the unlabelled split of stl10
+    if classes and not _has_labels(split):  # such as the unlabelled split of stl10
+        return StreamedSplit(RecordFiles(builder, name, None))
     return split
+
+
+def _has_labels(split: StreamedSplit) -> bool:
+    """Reads records until one has a label."""
+    examples = split.once(Share()).map(lambda example: example["label"])
+    return any(label >= 0 for label in examples.as_numpy_iterator())

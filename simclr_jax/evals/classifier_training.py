@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble
 from simclr_jax.console import say
 from simclr_jax.data.broken import Images
-from simclr_jax.data.order import few_labels
+from simclr_jax.data.order import share_of_labels
 from simclr_jax.encoders import init_encoder
 from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.errors import UserError
@@ -97,10 +97,10 @@ class Setup:
     """The data, the starts and the compiled programs of a protocol.
 
     Attributes:
-      whole: the training split.
+      whole: the training split's labelled images.
       part: what of it is trained on.
       validation: what of it settings are chosen on, or None.
-      test: the test split.
+      test: the test split's labelled images.
       starts: kind -> {"params", "batch_stats"} of f and of g before training.
       saved: what was saved beside the encoder.
       path: WORKDIR/MODE.json, or WORKDIR/MODE_DATA.json for other data than those of training; the
@@ -114,8 +114,9 @@ class Setup:
         assert data.test is not None
         self.mesh = make_mesh()
         check_divides(options.batch_size, self.mesh, option=f"{name}.batch_size")
-        self.whole, self.test = data.train, assemble.images_of(config, data.test)
-        part, self.validation = data.train, None
+        self.whole = subjects.with_labels(data.train)
+        self.test = assemble.images_of(config, subjects.with_labels(data.test))
+        part, self.validation = self.whole, None
         fraction = config.eval.validation_fraction
         if fraction > 0:
             part, held = self.whole.divided(fraction, config.seed)
@@ -132,7 +133,7 @@ class Setup:
         self.starts = {ENCODER: (trained.encoder, trained.head)}
         if config.eval.baselines:
             self.starts = {UNTRAINED: self._untrained()} | self.starts
-        self.path = results.path_of(config, self.saved, self.whole, workdir, name)
+        self.path = results.path_of(config, self.saved, data, workdir, name)
         self._digest = subjects.digest_of({"encoder": trained.encoder, "head": trained.head})
         judges = [images for images in (self.validation, self.test) if images]
         self._judged_on = [images.split.fingerprint() for images in judges]
@@ -149,7 +150,7 @@ class Setup:
         )
 
     def per_class(self, fraction: float) -> int:
-        """Counts the labels of each class that a fraction of the training split is, at least one."""
+        """Counts the labels that a class has in the mean, of a fraction of all, at least one."""
         assert self.whole.classes
         return max(1, round(fraction * self.whole.count / len(self.whole.classes)))
 
@@ -183,12 +184,16 @@ class Setup:
             "weight_decay": setting.weight_decay,
         }
 
+    def _share(self, fraction: float) -> float:
+        """Returns the share of the training part that is a fraction of the whole training split."""
+        return fraction * self.whole.count / self.part.split.count
+
     def _labels(self, fraction: float, draw: int) -> Images:
         """Returns the part of the training split whose labels are used."""
         if fraction == 1:
             return self.part
         part = self.part.split
-        picked = few_labels(part.all_labels(), self.per_class(fraction), draw)
+        picked = share_of_labels(part.all_labels(), self._share(fraction), draw)
         return assemble.images_of(self.config, part.subset(picked), whole=self.whole)
 
     def _untrained(self) -> tuple[dict, dict]:

@@ -99,7 +99,7 @@ def _evaluate(
     mesh: Mesh,
     trained: Trained,
 ) -> dict:
-    path = results.path_of(config, trained.saved, data.train, workdir, name)
+    path = results.path_of(config, trained.saved, data, workdir, name)
     evaluation = EVALUATIONS[name]
     features = _features_of_all(_Subject(config, data, trained, path, mesh))
     result = result_of(evaluation, config, features, trained.saved["step"])
@@ -189,7 +189,7 @@ def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Me
     say(f"following {workdir}: Ctrl-C ends it")
     while (record := _record_of(workdir)) is None:
         time.sleep(_LOOK_EVERY_SECONDS)
-    path = results.path_of(config, record, data.train, workdir, name)
+    path = results.path_of(config, record, data, workdir, name)
     file = path.with_name(f"{path.stem}_followed.jsonl")
     lines = _lines_of(file) if path.exists() else []
     done, result = lines[-1]["step"] if lines else -1, None

@@ -60,7 +60,8 @@ def knn_accuracy(features: Features, *, k: int, temperature: float) -> float:
 def _vote(queries, bank, bank_labels, temperature, *, k: int, classes: int):
     similarities = jnp.matmul(normalize(queries), bank.T, precision=jax.lax.Precision.HIGHEST)
     top, nearest = jax.lax.top_k(similarities, k)
-    weights = jnp.exp((top - 1) / temperature)  # - 1: in range at any temperature, same vote
+    # Less the nearest's: the largest weight is 1 at any temperature, and the vote is the same.
+    weights = jnp.exp((top - top[:, :1]) / temperature)
     votes = jax.nn.one_hot(bank_labels[nearest], classes) * weights[..., jnp.newaxis]
     return jnp.argmax(jnp.sum(votes, axis=1), axis=-1)
 

@@ -1,6 +1,8 @@
 """Results of evaluations: WORKDIR/NAME.json, and a table at the terminal."""
 
+import hashlib
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -8,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from simclr_jax.console import say, show_table
-from simclr_jax.data.split import Split
+from simclr_jax.data.split import DataSet
 from simclr_jax.evals.contract import Table
 from simclr_jax.files import write_json
 
@@ -47,20 +49,28 @@ def labels_table(rows: list[dict]) -> Table:
     return header, [[kind, *(by[c] for c in columns)] for kind, by in cells.items()]
 
 
-def path_of(config: ConfigDict, saved: dict, train: Split, workdir: str, mode: str) -> epath.Path:
-    """Returns WORKDIR/MODE.json, or WORKDIR/MODE_NAME.json for other data than those of training.
+def path_of(config: ConfigDict, saved: dict, data: DataSet, workdir: str, mode: str) -> epath.Path:
+    """Returns WORKDIR/MODE.json, or WORKDIR/MODE_NAME_DIGEST.json for other data than the run's; says so.
 
     Args:
       config: the evaluation's configuration.
-      saved: the checkpoint's record, which holds the fingerprint of the training data.
-      train: the training split of the evaluation.
+      saved: the checkpoint's record, which holds the fingerprints of the run's data.
+      data: the data of the evaluation.
       workdir: the run's folder.
       mode: the evaluation's name.
     """
-    data, name = config.data, ""
-    if train.fingerprint() != saved["data_fingerprint"]:
-        name = f"_{data.name or pathlib.PurePath(data.path).stem or data.source}"
-    return epath.Path(workdir) / f"{mode}{name}.json"
+    train, test = data.train.fingerprint(), data.test.fingerprint() if data.test else None
+    then = saved["data_fingerprint"], saved.get("test_fingerprint", test)
+    if (train, test) == then:
+        return epath.Path(workdir) / f"{mode}.json"
+    options = config.data
+    name = options.name or pathlib.PurePath(options.path).stem or options.source
+    name = re.sub(r"[^\w.-]+", "-", name)  # TFDS has names such as SET/CONFIG
+    digest = hashlib.blake2b(f"{train} {test}".encode(), digest_size=3).hexdigest()
+    path = epath.Path(workdir) / f"{mode}_{name}_{digest}.json"
+    which = "training" if train != then[0] else "test"
+    say(f"data       other {which} images than the run's, so the result goes to {path.name}")
+    return path
 
 
 def save(path: epath.Path, config: ConfigDict, result: dict) -> None:

@@ -1,6 +1,7 @@
 """The encoders that are evaluated: the newest of a workdir, and an untrained one beside it."""
 
 import contextlib
+import dataclasses
 import hashlib
 from typing import NamedTuple
 
@@ -12,16 +13,21 @@ from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax.data.broken import Images
-from simclr_jax.data.split import DataSet
+from simclr_jax.data.indexed import IndexedSplit
+from simclr_jax.data.order import Share
+from simclr_jax.data.split import DataSet, Split
 from simclr_jax.encoders import apply_network, init_encoder
 from simclr_jax.errors import UserError
-from simclr_jax.mesh import replicated, traced_on
+from simclr_jax.mesh import laid_out, make_mesh, replicated, traced_on
 from simclr_jax.pretrained import read_variables
 from simclr_jax.training.saved import find, read_head_arrays, read_newest, with_shardings
 from simclr_jax.training.state import init_head
 from simclr_jax.training.workdir import check_encoder
 
 KINDS = RAW_PIXELS, UNTRAINED, ENCODER = "raw pixels", "untrained encoder", "encoder"
+
+
+_CALIBRATION_IMAGES = 512
 
 
 class Trained(NamedTuple):
@@ -87,6 +93,15 @@ def labelled(config: ConfigDict) -> DataSet:
     return data
 
 
+def with_labels(split: Split) -> Split:
+    """Returns the images that have a label. Of a stream all: its other images count in no loss and no
+    accuracy.
+    """
+    if not isinstance(split, IndexedSplit) or np.all(split.all_labels() >= 0):
+        return split
+    return split.subset(np.flatnonzero(split.all_labels() >= 0))
+
+
 def digest_of(variables: dict) -> str:
     """Returns a digest that is equal for encoders of equal weights."""
     digest = hashlib.blake2b(digest_size=16)
@@ -103,13 +118,17 @@ def batch_size_of(config: ConfigDict, mesh: Mesh) -> int:
 def untrained(config: ConfigDict, images: Images, mesh: Mesh) -> dict:
     """Makes {"params", "batch_stats"} of the encoder before training, as good as it can be.
 
-    Where the encoder has BatchNorm, its running statistics are those of one batch of views of the
-    training images; see also `EncoderNetwork.as_baseline`.
+    Where the encoder has BatchNorm, its running statistics are those of 512 views, of 512 training images
+    or all there are; see also `EncoderNetwork.as_baseline`. Each process computes them on one device, so
+    that they depend neither on the devices nor on eval.batch_size.
     """
     network = assemble.encoder(config, norm_momentum=0.0).as_baseline()
     config = config.copy_and_resolve_references()
-    config.data.batch_size = batch_size_of(config, mesh)
-    made = assemble.views(config, mesh)
+    config.data.batch_size = min(_CALIBRATION_IMAGES, images.split.count)
+    alone = make_mesh(jax.local_devices()[:1])
+    made = assemble.views(config, alone)
+    order = dataclasses.replace(made.making.order, share=Share())
+    made = dataclasses.replace(made, making=dataclasses.replace(made.making, order=order))
     with contextlib.closing(made.batches(images, 0)) as batches:
         batch = made.placer(images.split)(next(batches))
 
@@ -119,5 +138,6 @@ def untrained(config: ConfigDict, images: Images, mesh: Mesh) -> dict:
         _, seen = apply_network(network, variables, first, train=True)
         return {"params": variables["params"], "batch_stats": seen}
 
-    compiled = jax.jit(traced_on(mesh, calibrated), out_shardings=replicated(mesh))
-    return compiled(jax.random.key(config.seed), batch)
+    found = jax.jit(traced_on(alone, calibrated))(jax.random.key(config.seed), batch)
+    everywhere = replicated(mesh)
+    return jax.tree.map(lambda x: laid_out(np.asarray(x), everywhere), found)

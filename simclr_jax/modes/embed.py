@@ -85,6 +85,9 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
     """Writes a row for each image: "image" (its path below the folder, or its index), "label" if
     there are labels, "h" float32 [D], and "z" if asked for, both not normalised.
 
+    A label is an index into the classes of the run, after which come those that only the input has; -1
+    is none. The names are in the file's metadata.
+
     Images that cannot be read have no row; they are named in OUTPUT.broken_images.jsonl.
 
     Args:
@@ -115,6 +118,8 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
         parts = Parts(scratch, subjects.batch_size_of(config, mesh))
         step = parts.begun_with(workdir)
         trained = subjects.trained(config, workdir, mesh, head=with_z, step=step)
+        if input == "train" and source.split.fingerprint() != trained.saved["data_fingerprint"]:
+            say("images      other ones than the run was trained on: data.path has changed since")
         parts.begin(
             {
                 "step": trained.saved["step"],
@@ -124,7 +129,7 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
                 "z": with_z,
                 "batch": parts.batch_size,
                 "input": source.name,
-                "classes": source.split.classes,
+                "classes": _classes(source, trained),
             }
         )
         for rows in _rows(config, source, trained, images, parts, with_z):
@@ -134,6 +139,12 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
             say(f"{count} images, encoder of step {trained.saved['step']}: {path}")
     if broken.indices:
         say(f"skipped    {len(broken.indices)} images that cannot be read, see {broken.report}")
+
+
+def _classes(source: Input, trained: subjects.Trained) -> list[str]:
+    """Returns the classes of the run, as far as it has some, and then those that only the input has."""
+    own = trained.saved.get("classes") or ()
+    return [*own, *(name for name in source.split.classes or () if name not in own)]
 
 
 def _rows(
@@ -163,6 +174,9 @@ def _rows(
         say(f"goes on after {first} of {count} images")
     began = time.monotonic()
     batches = assemble.views(config, mesh).evaluation_batches(images, batch_size, passed)
+    classes = _classes(source, trained)
+    # The last place is that of the label -1.
+    codes = np.asarray([*(classes.index(c) for c in source.split.classes or ()), -1], np.int32)
     held: list[dict[str, np.ndarray]] = []
     with Progress(total, passed) as progress:
         variables = (trained.encoder, trained.head)
@@ -173,7 +187,7 @@ def _rows(
             start = (number - 1) * batch_size
             row = {"image": source.names(start, len(labels))[whole]}
             if source.split.classes:
-                row["label"] = labels[whole]
+                row["label"] = codes[labels[whole]]
             held.append(row | {name: x[whole] for name, x in features.items()})
             if len(held) == parts.batches or number == total:
                 done = min(count, number * batch_size)

@@ -83,7 +83,7 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
     train, plan = made.train, made.plan
     fingerprint = train.fingerprint()
     check_data(train, fingerprint, saved, workdir)
-    record = write_record(config, plan, train, fingerprint, workdir)
+    record = write_record(config, plan, assemble.data_set(config), fingerprint, workdir)
     describe_run(config, made)
     images = assemble.images_of(config, train, epath.Path(workdir) / "broken_images.jsonl")
     reporting = Reporting(config.train.log_every_steps, config.data.batch_size, plan.steps, _ADVICE)

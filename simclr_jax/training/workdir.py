@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from simclr_jax import config as config_lib
-from simclr_jax.data.split import Split
+from simclr_jax.data.split import DataSet, Split
 from simclr_jax.errors import UserError
 from simclr_jax.files import write_json
 from simclr_jax.training.plan import Plan
@@ -134,25 +135,27 @@ def check_data(train: Split, fingerprint: str, saved: dict | None, workdir: str)
 
 
 def write_record(
-    config: ConfigDict, plan: Plan, train: Split, fingerprint: str, workdir: str
+    config: ConfigDict, plan: Plan, data: DataSet, fingerprint: str, workdir: str
 ) -> dict:
     """Writes WORKDIR/config.json and returns what it holds.
 
     Args:
       config: the run's configuration.
       plan: its length and learning rate.
-      train: the training images.
-      fingerprint: `train.fingerprint()`.
+      data: the images.
+      fingerprint: `data.train.fingerprint()`.
       workdir: the folder, made if it is not there.
 
     Raises:
       UserError: the file cannot be written.
     """
     record = {
-        "config": config.to_dict(),
+        "config": _found_from_anywhere(config),
         "plan": dataclasses.asdict(plan),
-        "training_images": train.count,
+        "training_images": data.train.count,
+        "classes": data.train.classes,
         "data_fingerprint": fingerprint,
+        "test_fingerprint": data.test.fingerprint() if data.test else None,
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "commit": _commit(),
         "command": sys.argv,
@@ -164,6 +167,18 @@ def write_record(
         advice = f"--workdir={workdir} must be a folder that can be written"
         write_json(epath.Path(workdir) / "config.json", record, advice)
     return record
+
+
+def _found_from_anywhere(config: ConfigDict) -> dict:
+    """Returns the configuration with absolute paths of the data, so that they are the same data
+    whatever the current folder is.
+    """
+    found = config.to_dict()
+    for name in ("path", "test_path"):
+        path = found["data"][name]
+        if path and "://" not in path:
+            found["data"][name] = os.path.abspath(os.path.expanduser(path))
+    return found
 
 
 def _commit() -> str | None:
