@@ -11,6 +11,7 @@ to watch, and with --config.data.test_path=OTHER_PATH the run ends with a probe 
 OTHER_PATH.
 """
 
+import os
 import pathlib
 
 import jax
@@ -27,7 +28,7 @@ def get_config(argument: str = ""):
     c = config.default()
     c.data.source = "folder"
     c.data.path = argument
-    found = look(pathlib.Path(argument).expanduser())
+    found = look(pathlib.Path(os.path.expanduser(argument)))
     accelerator = jax.default_backend() != "cpu"
     chosen = suggest.suggest_settings(max(1, found.images), found.short_side, accelerator)
     config.set_options(c, {option: value for option, value, _ in chosen})

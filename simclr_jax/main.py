@@ -4,6 +4,7 @@ import argparse
 import importlib
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -206,6 +207,8 @@ def shell(command: Callable[[list[str]], None], arguments: list[str]) -> None:
             if not isinstance(error, UserError | jax.errors.JaxRuntimeError):
                 traceback.print_exc()
             processes.end(error)
+        if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
+            sys.exit(f"error: {_out_of_memory(error)}")
         if not isinstance(error, UserError):
             raise
         sys.exit(f"error: {error}")
@@ -213,6 +216,17 @@ def shell(command: Callable[[list[str]], None], arguments: list[str]) -> None:
         text = "interrupted: training and embedding go on where they were by the same command"
         print(text, file=sys.stderr)
         sys.exit(130)
+
+
+def _out_of_memory(error: Exception) -> str:
+    wanted = re.search(r"allocat\w* (\d[\w.]*(?: ?[KMG]i?B| bytes)?)", str(error))
+    return (
+        "out of memory"
+        + (f" while allocating {wanted[1]}" if wanted else "")
+        + ": train.microbatches=4 needs about a quarter of the activations' memory, model.remat=True "
+        "keeps fewer of them for one more forward pass, mesh.fsdp divides the parameters, and a smaller "
+        "data.batch_size or eval.batch_size needs less of all; --mode=compile says how much"
+    )
 
 
 def run() -> None:

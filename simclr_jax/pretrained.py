@@ -1,40 +1,67 @@
 """The pretrained encoder, for other people's code."""
 
+import concurrent.futures
 import functools
+import itertools
+import os
+import pathlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
+from PIL import Image
 
 from simclr_jax import assemble
 from simclr_jax.config import from_dict
+from simclr_jax.data import pixels
 from simclr_jax.encoders import apply_network, init_encoder, to_float
 from simclr_jax.training import saved
+from simclr_jax.views.crop import center_view
 
 _BATCH = 256
 
 
 class Encoder:
-    """A pretrained encoder: encoder(images) -> h.
+    """A pretrained encoder: encoder(images) -> h, and encoder.embed(paths) -> h of image files. Pickles.
 
     Attributes:
       network: the Flax module, for use inside your own jitted code:
         `encoder.network.apply(encoder.variables, images, train=False)`.
       variables: {"params", "batch_stats"}, float32.
       image_size: pixels, what it was trained on. Other sizes work.
+      eval_crop: share of the centred square's side that `preprocess` keeps.
+      upright: whether `preprocess` turns images as their EXIF data say.
       width: D.
       step: steps that it was trained for.
     """
 
-    def __init__(self, network: Any, variables: dict, image_size: int, step: int):
+    def __init__(
+        self,
+        network: Any,
+        variables: dict,
+        image_size: int,
+        step: int,
+        eval_crop: float = 1.0,
+        upright: bool = True,
+    ):
         self.network = network
         self.variables = variables
         self.image_size = image_size
         self.step = step
         self.width = network.width
-        self._apply = jax.jit(functools.partial(_represent, network))
+        self.eval_crop = eval_crop
+        self.upright = upright
+
+    @functools.cached_property
+    def _apply(self) -> Any:
+        return jax.jit(functools.partial(_represent, self.network))
+
+    def __getstate__(self) -> dict:
+        state = {name: x for name, x in self.__dict__.items() if name != "_apply"}
+        return state | {"variables": jax.device_get(self.variables)}
 
     def __call__(self, images) -> np.ndarray:
         """Computes h float32 [N, D] of images [N, H, W, 3], uint8 or float in [0, 1].
@@ -42,13 +69,18 @@ class Encoder:
         Works through 256 images at a time, so N may be large.
 
         Raises:
-          ValueError: images of another shape or type.
+          ValueError: images of another shape or type, or floats that are not in [0, 1].
         """
         images = np.asarray(images)
         if images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"images have shape {images.shape}: expected [N, H, W, 3]")
         if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
             raise ValueError(f"images are {images.dtype}: expected uint8, or float in [0, 1]")
+        if images.dtype != np.uint8 and images.size and not _are_within_0_and_1(images):
+            raise ValueError(
+                f"images are {images.dtype} from {images.min():g} to {images.max():g}: expected floats "
+                "in [0, 1], or uint8; neither mean nor deviation is taken off"
+            )
         h = np.empty((len(images), self.width), np.float32)
         for start in range(0, len(images), _BATCH):
             batch = images[start : start + _BATCH]
@@ -56,6 +88,49 @@ class Encoder:
             padded[: len(batch)] = batch  # one shape, so one compilation
             h[start : start + len(batch)] = self._apply(self.variables, padded)[: len(batch)]
         return h
+
+    def preprocess(self, image: Any) -> np.ndarray:
+        """Makes what the encoder sees of an image in --mode=embed and in every evaluation.
+
+        Args:
+          image: the path of an image file, a PIL image, or uint8 [H, W, 3], or [H, W] for grey.
+
+        Returns:
+          uint8 [image_size, image_size, 3]
+
+        Raises:
+          OSError: the file cannot be read.
+          ValueError: it is no image, or an array of another shape or type.
+        """
+        if isinstance(image, Image.Image):
+            x = pixels.pixels(image, self.upright)
+        elif isinstance(image, str | os.PathLike):
+            x = pixels.read(pathlib.Path(os.path.expanduser(image)).read_bytes(), self.upright)
+        else:
+            x = np.asarray(image)
+            x = np.repeat(x[..., np.newaxis], 3, axis=-1) if x.ndim == 2 else x
+        if x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] != 3:
+            raise ValueError(f"an image is {x.dtype} {list(x.shape)}: expected uint8 [H, W, 3]")
+        return center_view(x, self.image_size, self.eval_crop)
+
+    def embed(self, images: Iterable[Any]) -> np.ndarray:
+        """Computes h float32 [N, D] of N images, each what `preprocess` takes, as --mode=embed does.
+
+        Reads and decodes in threads, 256 images at a time, so there may be any number.
+        """
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            found = [self(np.stack(x)) for x in _in_batches(threads, self.preprocess, images)]
+        return np.concatenate(found) if found else np.zeros((0, self.width), np.float32)
+
+
+def _are_within_0_and_1(x: np.ndarray) -> bool:
+    return bool(x.min() >= 0 and x.max() <= 1)  # false for nan
+
+
+def _in_batches(threads: Any, prepare: Any, images: Iterable[Any]) -> Iterator[list[np.ndarray]]:
+    waiting = iter(images)
+    while some := list(itertools.islice(waiting, _BATCH)):
+        yield list(threads.map(prepare, some))
 
 
 def _represent(network: Any, variables: dict, images):
@@ -84,7 +159,10 @@ def read_encoder(found: epath.Path) -> Encoder:
     network = assemble.encoder(config)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     variables = read_variables(config, network, found, sharding)
-    return Encoder(network, variables, config.data.image_size, options["step"])
+    data = config.data
+    return Encoder(
+        network, variables, data.image_size, options["step"], data.eval_crop, data.upright
+    )
 
 
 def read_variables(

@@ -38,6 +38,13 @@ def start(coordinator: str | None, count: int | None, index: int | None) -> None
         raise UserError("--coordinator, --processes and --process go together: give all or none")
     if not any(given) and not is_one_of_many(os.environ, _has_tpu()):
         return
+    if not any(given) and (tasks := _tasks_of_slurm(os.environ)) > 1:
+        print(
+            f"waiting for the {tasks} processes of SLURM's step; if this is the only one, unset "
+            "SLURM_STEP_NODELIST",
+            file=sys.stderr,
+            flush=True,
+        )
     # SIGTERM is ours, see stopping.py; JAX's own service would swallow it until then.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -58,8 +65,17 @@ def is_one_of_many(environment: Mapping[str, str], has_tpu: bool) -> bool:
     """Whether this process may be one of several that JAX can find by itself."""
     if environment.get("JAX_PLATFORMS", "tpu") != "cpu" and has_tpu:
         return True  # its metadata say how many hosts there are, be it one
-    # Of a step that srun started; a batch script's own process is of none.
-    return "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1
+    return _tasks_of_slurm(environment) > 1
+
+
+def _tasks_of_slurm(environment: Mapping[str, str]) -> int:
+    """Counts the processes of the step that srun started; a batch script's own process is of none, and
+    an interactive shell is a step of one, whatever the number of tasks of its job.
+    """
+    if "SLURM_STEP_NODELIST" not in environment:
+        return 1
+    job = environment.get("SLURM_NTASKS", "1")
+    return int(environment.get("SLURM_STEP_NUM_TASKS", job))
 
 
 def _has_tpu() -> bool:

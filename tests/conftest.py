@@ -168,9 +168,9 @@ def _tiny(tmp_path):
     return c
 
 
-def encoder_checkpoint(c, folder):
+def encoder_checkpoint(c, folder, **more):
     """A workdir with a checkpoint of step 1 of configuration `c`, whose encoder is not trained but
-    has random BatchNorm scales, biases and statistics. Returns its path.
+    has random BatchNorm scales, biases and statistics; `more` is added to its record. Returns its path.
     """
     mesh = make_mesh(jax.devices()[:1])
     job = assemble.pretraining_job(c, assemble.plan_of(c, 1024), None, mesh)
@@ -191,7 +191,7 @@ def encoder_checkpoint(c, folder):
         "step": 1,
         "window": [],
         "data_fingerprint": assemble.data_set(c).train.fingerprint(),
-    }
+    } | more
     with Checkpoints(str(folder), Saving(every_steps=1)) as checkpoints:
         checkpoints.save(1, state, record)
     return folder

@@ -86,6 +86,22 @@ def test_a_row_for_every_whole_image(embedded, suffix):
     assert [json.loads(line)["image"].rpartition("/")[2] for line in broken] == ["04.png", "21.png"]
 
 
+def test_labels_are_numbered_as_in_the_run(tiny, tmp_path):
+    for name in ("ant", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.fromarray(random_images(1, 12, 12)[0]).save(tmp_path / "photos" / name / "1.png")
+    tiny.data.folder_labels = True
+    workdir = str(encoder_checkpoint(tiny, tmp_path / "w", classes=["cat", "dog"]))
+    embed(tiny, workdir, str(tmp_path / "photos"), str(tmp_path / "f.npz"))
+    rows = read(tmp_path / "f.npz")
+    assert dict(zip(rows["image"].tolist(), rows["label"].tolist(), strict=True)) == {
+        "ant/1.png": 2,
+        "dog/1.png": 1,
+    }
+    about = feature_file.read_feature_file(str(tmp_path / "f.npz")).about
+    assert about["classes"] == ["cat", "dog", "ant"]
+
+
 def test_z_is_the_heads_projection_of_h(embedded):
     (config, workdir, _), folder = embedded
     rows = read(folder / "f.npz")

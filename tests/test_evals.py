@@ -13,8 +13,9 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 import simclr_jax
-from simclr_jax import assemble
+from simclr_jax import assemble, config
 from simclr_jax.data.order import few_labels, split_validation
+from simclr_jax.data.split import DataSet
 from simclr_jax.errors import UserError
 from simclr_jax.evals import (
     EVALUATIONS,
@@ -527,3 +528,51 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_passed_over(trained_be
     with pytest.raises(UserError, match="cannot be read"):
         evaluate_features("knn", c, str(workdir), follow=True)
     assert read_options(newest)["step"] == 6
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-3, 0.1])
+def test_neighbours_vote_at_any_temperature(temperature):
+    """The nearest image decides at a low one, however far away it is."""
+    angles = np.asarray([0.9, 1.4, 2.0])
+    train = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    features = Features(
+        (train, np.asarray([2, 1, 0])), (np.asarray([[1.0, 0.0]], np.float32), np.asarray([2])), 3
+    )
+    assert knn_accuracy(features, k=3, temperature=temperature) == 1.0
+
+
+def test_the_untrained_encoder_depends_on_no_devices_and_no_batch(tiny_resnet):
+    images = assemble.images_of(tiny_resnet, assemble.data_set(tiny_resnet).train)
+    found = []
+    for devices, batch_size in ((1, 16), (3, 24), (8, 64)):
+        tiny_resnet.eval.batch_size = batch_size
+        mesh = make_mesh(jax.devices()[:devices])
+        variables = subjects.untrained(tiny_resnet, images, mesh)
+        assert all(len(x.sharding.device_set) == devices for x in jax.tree.leaves(variables))
+        found.append(jax.device_get(variables))
+    for other in found[1:]:
+        jax.tree.map(np.testing.assert_array_equal, other, found[0])
+
+
+def test_results_of_other_data_have_files_of_their_own(tiny, tmp_path, capsys):
+    """Two folders called train, two test splits, and a name with a slash."""
+    saved = {"data_fingerprint": "run", "test_fingerprint": "test"}
+
+    class Print:
+        def __init__(self, text):
+            self.fingerprint = lambda: text
+
+    def name(train, test, path="x/train", **options):
+        config.set_options(tiny, {"data.path": path} | options)
+        data = DataSet(Print(train), Print(test))
+        return results.path_of(tiny, saved, data, str(tmp_path), "knn").name
+
+    assert name("run", "test") == "knn.json"
+    assert "other" not in capsys.readouterr().out
+    names = {name("a", "b"), name("c", "b", path="y/train"), name("a", "d"), name("run", "d")}
+    assert len(names) == 4
+    assert all(some.startswith("knn_train_") for some in names)
+    assert "other test images than the run's" in capsys.readouterr().out
+    assert "/" not in name("a", "b", **{"data.name": "set/config"})
+    del saved["test_fingerprint"]  # of an earlier version
+    assert name("run", "d", **{"data.name": ""}) == "knn.json"

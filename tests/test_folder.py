@@ -59,6 +59,47 @@ def test_the_index_is_of_every_image_file(photos):
     assert found.passed_over == {".txt": 1, ".png": 1}
 
 
+def test_hidden_files_and_what_services_make_are_no_images(photos):
+    before = index.index(photos).paths.tolist()
+    for where in (".ipynb_checkpoints", ".Trash-1000/files", "@eaDir", "__MACOSX/a", "a/@eaDir"):
+        (photos / where).mkdir(parents=True)
+        Image.new("RGB", (2, 3)).save(photos / where / "1.png")
+    Image.new("RGB", (2, 3)).save(photos / "a" / ".hidden.png")
+    (photos / "a" / "Thumbs.db").write_text("no image")
+    assert index.index(photos).paths.tolist() == before
+
+
+def test_a_link_does_not_take_the_name_of_a_class_away(photos):
+    (photos / "0_latest").symlink_to(photos / "a", target_is_directory=True)
+    (photos / "zz_latest").symlink_to(photos / "b", target_is_directory=True)
+    assert {path.partition("/")[0] for path in index.index(photos).paths.tolist()} == {"a", "b"}
+
+
+def test_a_workdir_below_the_data_is_none_of_them(photos):
+    before = index.index(photos).paths.tolist()
+    (photos / "runs" / "w" / "checkpoints").mkdir(parents=True)
+    (photos / "runs" / "w" / "config.json").write_text("{}")
+    Image.new("RGB", (2, 3)).save(photos / "runs" / "w" / "neighbours.png")
+    for _ in range(2):  # also from the cache
+        assert index.index(photos).paths.tolist() == before
+        settle(photos)
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(photos, monkeypatch):
+    scan = os.scandir
+
+    def guarded(path):
+        if pathlib.Path(path).name == "deep":
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(index.os, "scandir", guarded)
+    with pytest.raises(
+        UserError, match=r"cannot read the folder .*b/deep: Permission denied; allow"
+    ):
+        index.index(photos)
+
+
 def test_only_folders_that_changed_are_read_again(photos, monkeypatch):
     first = index.index(photos)
     read = folders_read(monkeypatch)
@@ -155,7 +196,7 @@ def test_the_summary_says_what_a_person_would_ask(photos):
 
 @pytest.mark.parametrize("accelerator", [False, True])
 @pytest.mark.parametrize("short_side", [8, 32, 64, 200, 1000])
-@pytest.mark.parametrize("count", [1, 100, 10_000, 2_000_000])
+@pytest.mark.parametrize("count", [2, 40, 100, 10_000, 2_000_000])
 def test_settings_are_valid_and_have_reasons(count, short_side, accelerator):
     c = config.default()
     c.data.source, c.data.path = "folder", "x"
@@ -165,6 +206,7 @@ def test_settings_are_valid_and_have_reasons(count, short_side, accelerator):
         assert reason
         config.set_options(c, {option: value})
     config.validate(c)
+    assert c.data.batch_size <= count
     assert c.data.image_size <= max(32, 1.4 * short_side)
 
 

@@ -23,6 +23,22 @@ def test_every_epoch_holds_every_image_once(count, batch_size):
         np.testing.assert_array_equal(np.sort(indices[epochs == epoch]), np.arange(count))
 
 
+@pytest.mark.parametrize("count", [50, 53, 90, 1001])
+def test_no_batch_holds_an_image_twice(count):
+    """Not those either that two epochs share: a copy would be its own negative."""
+    shared = 0
+    for epochs, indices in batches(count, 20, 40 * count // 20):
+        assert len(np.unique(indices)) == 20
+        shared += epochs[0] != epochs[-1]
+    assert shared > 20 or count % 20 == 0 or count > 1000
+
+
+def test_batches_that_two_epochs_share_would_hold_images_twice_in_the_raw_orders():
+    seen = np.concatenate([epoch_order(3, epoch, 53) for epoch in range(40)])
+    copies = [20 - len(np.unique(seen[i : i + 20])) for i in range(0, len(seen) - 20, 20)]
+    assert sum(copies) > 20
+
+
 def test_orders_differ_between_epochs_and_seeds():
     orders = [epoch_order(seed, epoch, 100) for seed in (0, 1) for epoch in (0, 1)]
     for one, other in itertools.combinations(orders, 2):

@@ -1,6 +1,7 @@
 """Pretraining, from the shell and from Python: resuming, refusing, evaluating on the way."""
 
 import json
+import os
 import re
 import shutil
 import threading
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import _tiny, random_images
+from PIL import Image
 from test_loop import config_file, metrics_of
 
 import simclr_jax
@@ -266,6 +268,49 @@ def test_a_batch_that_does_not_divide_is_refused(tiny, tmp_path, capfd):
         "use a multiple of 8"
     )
     assert list(workdir.glob("c*")) == []
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        (1, "there is 1 training image"),
+        (8, "data.batch_size=16 is more than the 8 training images"),
+    ],
+)
+def test_too_few_images_are_refused(tiny, tmp_path, images, says):
+    np.savez(tiny.data.path, train_images=random_images(images, 12, 12))
+    with pytest.raises(UserError, match=says):
+        pretrain(tiny, str(tmp_path / "w"))
+
+
+def test_test_images_that_are_the_training_images_are_refused(tiny):
+    images, labels = random_images(48, 12, 12), np.arange(48) % 3
+    arrays = {"train_images": images, "train_labels": labels}
+    np.savez(tiny.data.path, **arrays, test_images=images, test_labels=labels)
+    with pytest.raises(UserError, match="the test images are the training images"):
+        assemble.data_set(tiny)
+
+
+def test_folders_of_equal_names_and_sizes_may_differ(tiny, tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        for i, image in enumerate(random_images(3 + (part == "test"), 12, 12)[:3]):
+            Image.fromarray(image).save(tmp_path / part / f"{i}.bmp")
+    paths = {"data.path": str(tmp_path / "train"), "data.test_path": str(tmp_path / "test")}
+    set_options(tiny, {"data.source": "folder"} | paths)
+    assert assemble.data_set(tiny).test.count == 3
+    tiny.data.test_path = f"{tmp_path}/../{tmp_path.name}/train"
+    with pytest.raises(UserError, match="the test images are the training images"):
+        assemble.data_set(tiny)
+
+
+def test_the_record_names_the_data_from_anywhere(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.data.path, tiny.train.steps = os.path.relpath(tiny.data.path), 1
+    pretrain(tiny, str(tmp_path / "w"))
+    recorded = from_dict(json.loads((tmp_path / "w/config.json").read_text())["config"])
+    monkeypatch.chdir("/")
+    assert assemble.data_set(recorded).train.count == 48
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(tiny, tmp_path):

@@ -305,7 +305,7 @@ def test_an_empty_folder_and_bad_arrays_are_refused(tmp_path):
         opened(source="arrays", path=str(tmp_path / "x.npz"))
     np.savez(tmp_path / "y.npz", train_images=np.array([{}], dtype=object))
     with pytest.raises(
-        UserError, match="cannot be read as an .npz file: expected what numpy.savez"
+        UserError, match=r"cannot be read as an .npz file: expected what numpy.savez"
     ):
         opened(source="arrays", path=str(tmp_path / "y.npz"))
     (tmp_path / "z.npz").write_text("no arrays")

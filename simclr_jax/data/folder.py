@@ -89,7 +89,13 @@ def open_split(path: str, labels: bool, classes: Classes = None) -> IndexedSplit
     Raises:
       UserError: there is no folder, no image, an image in no class folder or in an unknown one.
     """
-    root = pathlib.Path(path).expanduser()
+    if not _is_utf8(path):
+        raise UserError(
+            f"the name of the folder {os.fsencode(path)!r} is not UTF-8: rename it, or name a link to it"
+        )
+    root = pathlib.Path(os.path.expanduser(path))
+    if root.is_file():
+        raise UserError(f"{path!r} is a file: expected a folder of images (data.path)")
     if not root.is_dir():
         raise UserError(f"no folder {path!r}: expected a folder of images (data.path)")
     found = index(root)

@@ -66,6 +66,8 @@ def _as_value_error(content: bytes):
         raise
     except MemoryError:
         raise
+    except ImportError as error:
+        raise ValueError(f"a PNG of 16 bits a sample needs TensorFlow: {error}") from error
     # A damaged file may lead to anything: to struct.error, SyntaxError, IndexError and more.
     except Exception as error:
         raise ValueError(f"damaged: {' '.join(str(error).split())}") from error

@@ -94,6 +94,9 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
         near = difflib.get_close_matches(name, tfds.list_builders(), n=3)
         hint = f"; near names: {', '.join(near)}" if near else ""
         raise UserError(f"no TFDS data set {name!r} (data.name){hint}") from error
+    except AssertionError as error:  # of a version that there is not
+        reason = " ".join(str(error).split())
+        raise UserError(f"no TFDS data set {name!r} (data.name): {reason}") from error
     if not builder.data_path.exists():
         tfds.disable_progress_bar()
         try:

@@ -165,8 +165,16 @@ def _test_images(config: ConfigDict, data: DataSet, report: epath.Path | None = 
 
 
 def pair(train: tuple, test: tuple, classes: int, mesh: Mesh) -> dict[str, Features]:
-    """Turns ({kind: features}, labels) of both splits into {kind: Features}, baselines first."""
+    """Turns ({kind: features}, labels) of both splits into {kind: Features}, baselines first.
+
+    Raises a UserError if there are too few images.
+    """
     (train_features, train_labels), (test_features, test_labels) = train, test
+    if len(train_labels) < 2 or not len(test_labels):
+        raise UserError(
+            f"{len(train_labels)} labelled training images and {len(test_labels)} labelled test images "
+            "can be read: expected two or more to train on, and one or more to test on"
+        )
     return {
         kind: Features(
             (train_features[kind], train_labels), (test_features[kind], test_labels), classes, mesh

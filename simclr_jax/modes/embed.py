@@ -64,8 +64,8 @@ def open_input(config: ConfigDict, name: str) -> Input:
             raise UserError("the run's data have no test split: expected --input=FOLDER")
         paths = isinstance(split, IndexedSplit) and isinstance(split.source, folder.Files)
         where = config.data.path if name == "train" else config.data.test_path
-        return Input(split, pathlib.Path(where).expanduser() if paths else None, name)
-    root = pathlib.Path(name).expanduser()
+        return Input(split, pathlib.Path(os.path.expanduser(where)) if paths else None, name)
+    root = pathlib.Path(os.path.expanduser(name))
     if root.is_dir():
         split = folder.open_split(name, config.data.folder_labels)
         return Input(split, root, str(root.absolute()))
@@ -101,7 +101,7 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
       UserError: there is no such input or no checkpoint, the output cannot be written, or an unfinished
         output was made from another input or encoder.
     """
-    path = pathlib.Path(output).expanduser()
+    path = pathlib.Path(os.path.expanduser(output))
     if path.suffix not in OUTPUT_SUFFIXES:
         raise UserError(
             f"--output={output}: expected a file that ends in {' or '.join(OUTPUT_SUFFIXES)}"

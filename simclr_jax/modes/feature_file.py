@@ -7,6 +7,7 @@ cut off goes on, and are put together at the end.
 import contextlib
 import itertools
 import json
+import os
 import pathlib
 import shutil
 import zipfile
@@ -224,7 +225,7 @@ def _npz_blocks(path: pathlib.Path) -> Iterator[np.ndarray]:
 
 def read_feature_file(path: str) -> FeatureFile:
     """Opens a file that --mode=embed wrote. Raises a UserError if it is none."""
-    file = pathlib.Path(path).expanduser()
+    file = pathlib.Path(os.path.expanduser(path))
     if not file.is_file():
         raise UserError(f"no file {path!r}: expected what --mode=embed wrote")
     try:

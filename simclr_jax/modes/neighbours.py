@@ -90,7 +90,7 @@ def neighbours(
     names = [str(features.images[i]) for i in needed]
     pictures = dict(zip(needed, _pictures(source, names, config.data.upright), strict=True))
     grid = _grid(pictures, queries, found, similar)
-    path = pathlib.Path(output or os.path.join(workdir, "neighbours.png")).expanduser()
+    path = pathlib.Path(os.path.expanduser(output or os.path.join(workdir, "neighbours.png")))
     try:
         grid.save(path)
     except (OSError, ValueError) as error:

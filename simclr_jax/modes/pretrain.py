@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import os
 import pathlib
 
 import jax
@@ -135,7 +136,7 @@ def describe_run(config: ConfigDict, made: Pretraining) -> None:
 
 def describe_folder(config: ConfigDict) -> None:
     """Says what a folder holds, and which options follow from it."""
-    found = index.look(pathlib.Path(config.data.path).expanduser())
+    found = index.look(pathlib.Path(os.path.expanduser(config.data.path)))
     for i, line in enumerate(index.summary_lines(found)):
         say(f"{'' if i else 'folder':<12}{line}")
     values = config_lib.flatten(config)

@@ -4,6 +4,7 @@ The encoder lies in an item of its own, so that reading it never reads the optim
 options lie beside it, so that a checkpoint folder can be copied anywhere and still be loaded.
 """
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ def checkpoint_folder(workdir: epath.PathLike) -> epath.Path:
 
 def _absolute(path: epath.PathLike) -> epath.Path:
     """Makes a local path absolute; leaves a bucket's, "gs://BUCKET/FOLDER", as it is."""
-    path = epath.Path(path).expanduser()
+    path = epath.Path(os.path.expanduser(path))
     return path if "://" in str(path) else path.absolute()
 
 

@@ -1,5 +1,6 @@
 """The record of a workdir, which keeps it from being mixed with another run."""
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -14,6 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from simclr_jax import config as config_lib
+from simclr_jax.console import say
 from simclr_jax.data.split import DataSet, Split
 from simclr_jax.errors import UserError
 from simclr_jax.files import write_json
@@ -86,6 +88,7 @@ def check_workdir(config: ConfigDict, workdir: str, extend: bool = False) -> dic
     """
     saved = _newest_options(workdir)
     if saved is None:
+        _say_what_is_replaced(config, workdir)
         return None
     old = config_lib.from_dict(saved["config"])
     changed = config_lib.differences(old, config, _LENGTH if extend else ())
@@ -104,6 +107,14 @@ def check_workdir(config: ConfigDict, workdir: str, extend: bool = False) -> dic
             "another --workdir"
         )
     return saved
+
+
+def _say_what_is_replaced(config: ConfigDict, workdir: str) -> None:
+    """Says how the configuration differs from that of a run which saved nothing, if there was one."""
+    with contextlib.suppress(UserError):  # none, or not what training wrote
+        old = config_lib.from_dict(saved_config(workdir))
+        if changed := config_lib.differences(old, config):
+            say(f"workdir    a run that saved nothing is replaced ({'; '.join(changed)})")
 
 
 def _newest_options(workdir: str) -> dict | None:

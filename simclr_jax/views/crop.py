@@ -73,6 +73,27 @@ class Crop:
         return top, left, crop_height, crop_width
 
 
+def center_view(image: np.ndarray, size: int, proportion: float) -> np.ndarray:
+    """Makes the view that evaluation takes of one image, in NumPy: the largest centred square, of which
+    the middle `proportion` of each side is kept and resized.
+
+    Args:
+      image: uint8 [H, W, C].
+      size: height and width of the view, pixels.
+      proportion: in (0, 1].
+
+    Returns:
+      uint8 [size, size, C]
+    """
+    height, width, _ = image.shape
+    side = max(1, round(proportion * min(height, width)))
+    top, left = (height - side + 1) // 2, (width - side + 1) // 2
+    square = image[top : top + side, left : left + side].astype(np.float32)
+    weights = resize_matrix(np, 0.0, float(side), side, size).astype(np.float32)
+    x = np.einsum("uh,hwc,vw->uvc", weights, square, weights, optimize=True)
+    return np.round(np.clip(x, 0.0, 255.0)).astype(np.uint8)
+
+
 def resize_matrix(xp: Any, start: Any, length: Any, source: int, size: int) -> Any:
     """Computes the weights [size, source] that resize a window of one axis, as `tf.image.resize` does.
 

@@ -1,0 +1,166 @@
+"""No accuracy and no count depends on how classes are numbered, or on images without a label."""
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from conftest import encoder_checkpoint, random_images
+
+from simclr_jax import assemble, config
+from simclr_jax.data import open_source
+from simclr_jax.data.order import few_labels, share_of_labels
+from simclr_jax.errors import UserError
+from simclr_jax.evals import finetune
+from simclr_jax.evals.evaluate import evaluate_features
+
+TRAIN, TEST = 60, 30
+NAMES = {0: 500, 1: 10_985, 2: 7}
+
+
+def class_images(labels):
+    """Images of 12 px that are brighter in one place for each class, and noisy."""
+    images = random_images(len(labels), 12, 12).astype(int) // 4
+    for i, label in enumerate(labels):
+        if label >= 0:
+            images[i, 4 * label : 4 * label + 4] += 60
+    return images.astype(np.uint8)
+
+
+def stored(renamed=False, unlabelled=False, kind=int):
+    """The arrays of an .npz file of three classes; with `unlabelled` every third image has no label."""
+    arrays = {}
+    for part, count in (("train", TRAIN), ("test", TEST)):
+        labels = np.arange(count) % 3
+        images = class_images(labels)
+        if renamed:
+            labels = np.vectorize(NAMES.get)(labels)
+        labels = labels.astype(kind)
+        if unlabelled:
+            places = np.arange(0, count, 2)
+            images = np.insert(images, places, random_images(len(places), 12, 12), axis=0)
+            labels = np.insert(labels, places, "" if kind is str else -1)
+        arrays |= {f"{part}_images": images, f"{part}_labels": labels}
+    return arrays
+
+
+@pytest.fixture
+def rows_on(tiny, tmp_path):
+    """(arrays, how): evaluates one encoder on arrays; returns the rows and the counts."""
+    tiny.eval.labels_per_class, tiny.eval.seeds, tiny.eval.baselines = (2,), 2, False
+    tiny.eval.max_iterations, tiny.eval.l2 = 50, (1e-3, 1e-1)
+    tiny.finetune.label_fractions, tiny.finetune.epochs = (0.2,), (1.0,)
+    tiny.finetune.batch_size = 8
+    workdir = str(encoder_checkpoint(tiny, tmp_path / "w"))
+
+    def rows_on(arrays, how):
+        tiny.data.path = str(tmp_path / "other.npz")
+        np.savez(tiny.data.path, **arrays)
+        found = how(tiny, workdir)
+        rows = [{k: r[k] for k in ("labels_per_class", "accuracy", "std")} for r in found["rows"]]
+        return rows, found["train_images"], found["test_images"]
+
+    return rows_on
+
+
+@pytest.mark.parametrize("evaluation", ["probe", "knn", "finetune"])
+def test_renamed_classes_and_added_images_change_nothing(rows_on, evaluation):
+    def how(options, workdir):
+        if evaluation == "finetune":
+            return finetune.finetune(options, workdir)
+        return evaluate_features(evaluation, options, workdir)
+
+    plain = rows_on(stored(), how)
+    assert plain[1:] == ((TRAIN - 6, TEST) if evaluation == "finetune" else (TRAIN, TEST))
+    others = [
+        rows_on(stored(renamed=True), how),
+        rows_on(stored(renamed=True, unlabelled=True), how),
+        rows_on(stored(unlabelled=True, kind=str), how),
+    ]
+    for rows, *counts in others:
+        assert tuple(counts) == plain[1:]
+        for row, expected in zip(rows, plain[0], strict=True):
+            assert row == pytest.approx(expected, abs=1e-6)
+
+
+def test_classes_are_those_that_occur(tmp_path):
+    np.savez(tmp_path / "x.npz", **stored(renamed=True))
+    data = open_source(
+        config.default().data.to_dict()
+        | {"source": "arrays", "path": f"{tmp_path}/x.npz", "seed": 0}
+    )
+    assert data.train.classes == ("7", "500", "10985")
+    assert set(data.train.all_labels()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ({"train_labels": np.full(TRAIN, 0.5)}, "train_labels are float64: expected whole numbers"),
+        ({"train_labels": np.full(TRAIN, np.nan)}, "train_labels are float64: expected whole"),
+        (
+            {"test_labels": np.full(TEST, 3)},
+            "test_labels hold the classes 3, which train_labels have",
+        ),
+    ],
+)
+def test_labels_that_are_none_are_refused(tmp_path, labels, says):
+    np.savez(tmp_path / "x.npz", **(stored() | labels))
+    options = {"source": "arrays", "path": f"{tmp_path}/x.npz", "seed": 0}
+    with pytest.raises(UserError, match=says):
+        open_source(config.default().data.to_dict() | options)
+
+
+def test_a_share_of_the_labels_is_one_of_each_class():
+    y = np.repeat([0, 1, -1], [360, 40, 100])
+    assert np.bincount(y[share_of_labels(y, 0.1, seed=0)]).tolist() == [36, 4]
+    assert np.bincount(y[share_of_labels(y, 0.001, seed=0)]).tolist() == [1, 1]
+
+
+def test_another_numbering_draws_the_same_images():
+    y = np.random.default_rng(0).integers(-1, 4, 200)
+    renamed = np.asarray([9, 2, 7, 0, -1])[y]
+    np.testing.assert_array_equal(few_labels(y, 5, 3), few_labels(renamed, 5, 3))
+    np.testing.assert_array_equal(share_of_labels(y, 0.1, 3), share_of_labels(renamed, 0.1, 3))
+
+
+class PartlyLabelled(tfds.core.GeneratorBasedBuilder):
+    """30 images of differing sizes; the first 10 have no label, in the test split none has."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        image = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
+        label = tfds.features.ClassLabel(num_classes=3)
+        features = tfds.features.FeaturesDict({"image": image, "label": label})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(10), "test": self._generate_examples(30)}
+
+    def _generate_examples(self, first):
+        for i in range(30):
+            yield (
+                i,
+                {"image": random_images(1, 4 + i % 3, 5)[0], "label": i % 3 if i >= first else -1},
+            )
+
+
+def test_a_tfds_split_may_be_labelled_in_part(tmp_path):
+    PartlyLabelled(data_dir=tmp_path).download_and_prepare()
+    options = {"name": "partly_labelled", "path": str(tmp_path), "seed": 0}
+    data = open_source(config.default().data.to_dict() | options)
+    labels = data.train.all_labels()
+    assert data.train.classes == ("0", "1", "2")
+    assert [np.sum(labels == c) for c in (-1, 0, 1, 2)] == [10, 6, 7, 7]
+    assert data.test.classes is None
+
+
+def test_a_run_records_its_classes(tiny, tmp_path):
+    from simclr_jax.modes.pretrain import pretrain
+
+    tiny.train.steps = 1
+    np.savez(tiny.data.path, **stored(renamed=True))
+    pretrain(tiny, str(tmp_path / "w"))
+    record = json.loads((tmp_path / "w/config.json").read_text())
+    assert record["classes"] == list(assemble.data_set(tiny).train.classes)
