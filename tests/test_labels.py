@@ -29,7 +29,7 @@ def class_images(labels):
 
 def stored(renamed=False, unlabelled=False, kind=int):
     """The arrays of an .npz file of three classes; with `unlabelled` every third image has no label."""
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for part, count in (("train", TRAIN), ("test", TEST)):
         labels = np.arange(count) % 3
         images = class_images(labels)

@@ -41,8 +41,8 @@ _LOOKED_AT = 256  # files whose headers are read for the summary, evenly spaced
 _THREADS = 16
 # Folders that programs make for themselves: macOS's archives, Synology, QNAP, Windows, ext4. Hidden
 # ones, such as .ipynb_checkpoints and .Trash-1000, begin with a dot.
-_SERVICE = ("__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "lost+found")
-_SERVICE += ("System Volume Information",)
+_SERVICE = {"__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "lost+found"}
+_SERVICE |= {"System Volume Information"}
 
 # Seconds within which a second change may leave a folder's time as it was, and a file is still being
 # written: what is younger when it is read is read again the next time.
@@ -125,8 +125,11 @@ def _walk(root: pathlib.Path, known: dict[str, dict], folders: dict[str, dict]) 
 
 
 def _read_folder(path: pathlib.Path, state: list[int]) -> dict:
-    files, folders, links, others = {}, [], [], collections.Counter[str]()
-    names = set()
+    files: dict[str, int] = {}
+    folders: list[str] = []
+    links: list[str] = []
+    others = collections.Counter[str]()
+    names: set[str] = set()
     newest, dead_links = state[0] / 1e9, False
     with os.scandir(path) as entries:
         for entry in entries:

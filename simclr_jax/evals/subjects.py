@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -126,7 +126,7 @@ def untrained(config: ConfigDict, images: Images, mesh: Mesh) -> dict:
     config = config.copy_and_resolve_references()
     config.data.batch_size = min(_CALIBRATION_IMAGES, images.split.count)
     alone = make_mesh(jax.local_devices()[:1])
-    made = assemble.views(config, alone)
+    made: Any = assemble.views(config, alone)
     order = dataclasses.replace(made.making.order, share=Share())
     made = dataclasses.replace(made, making=dataclasses.replace(made.making, order=order))
     with contextlib.closing(made.batches(images, 0)) as batches:
