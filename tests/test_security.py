@@ -106,7 +106,7 @@ def opened(**options):
 def test_arrays_with_objects_are_refused_unopened(tmp_path):
     with (tmp_path / "x.npz").open("wb") as file:
         np.savez(file, train_images=np.array([Bomb(tmp_path / "ran")], dtype=object))
-    with pytest.raises(UserError, match="cannot be read as an .npz file"):
+    with pytest.raises(UserError, match=r"cannot be read as an .npz file"):
         opened(source="arrays", path=str(tmp_path / "x.npz"))
     assert not (tmp_path / "ran").exists()
 
