@@ -11,14 +11,12 @@ to watch, and with --config.data.test_path=OTHER_PATH the run ends with a probe 
 OTHER_PATH.
 """
 
-import os
-import pathlib
-
 import jax
 
 from simclr_jax import config
 from simclr_jax.data import suggest
 from simclr_jax.data.index import look
+from simclr_jax.files import expanded
 
 
 def get_config(argument: str = ""):
@@ -28,7 +26,7 @@ def get_config(argument: str = ""):
     c = config.default()
     c.data.source = "folder"
     c.data.path = argument
-    found = look(pathlib.Path(os.path.expanduser(argument)))
+    found = look(expanded(argument))
     accelerator = jax.default_backend() != "cpu"
     chosen = suggest.suggest_settings(max(1, found.images), found.short_side, accelerator)
     config.set_options(c, {option: value for option, value, _ in chosen})

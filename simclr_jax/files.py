@@ -112,6 +112,18 @@ def locked(folder: epath.PathLike, advice: str) -> Iterator[None]:
                     path.parent.rmdir()
 
 
+def expanded(path: str | os.PathLike) -> pathlib.Path:
+    """Returns a local path with "~" and "~NAME" put in; of an unknown NAME the path as it is, where
+    pathlib's own would raise a RuntimeError.
+    """
+    return pathlib.Path(os.path.expanduser(path))
+
+
+def absolute(path: str) -> str:
+    """Returns a path that means the same from every current folder; an address with "://" as it is."""
+    return path if "://" in path else os.path.abspath(expanded(path))
+
+
 def cache_folder() -> epath.Path:
     """Returns the folder of this program's caches: $XDG_CACHE_HOME/simclr_jax or ~/.cache/simclr_jax."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

@@ -4,7 +4,6 @@ import concurrent.futures
 import functools
 import itertools
 import os
-import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ from simclr_jax import assemble
 from simclr_jax.config import from_dict
 from simclr_jax.data import pixels
 from simclr_jax.encoders import apply_network, init_encoder, to_float
+from simclr_jax.files import expanded
 from simclr_jax.training import saved
 from simclr_jax.views.crop import center_view
 
@@ -105,7 +105,7 @@ class Encoder:
         if isinstance(image, Image.Image):
             x = pixels.pixels(image, self.upright)
         elif isinstance(image, str | os.PathLike):
-            x = pixels.read(pathlib.Path(os.path.expanduser(image)).read_bytes(), self.upright)
+            x = pixels.read(expanded(image).read_bytes(), self.upright)
         else:
             x = np.asarray(image)
             x = np.repeat(x[..., np.newaxis], 3, axis=-1) if x.ndim == 2 else x

@@ -41,12 +41,12 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
         raise UserError(
             f"{path} holds {sorted(stored)}: expected train_images and any of {sorted(_KNOWN)}"
         )
-    classes = _classes_of(stored.get("train_labels"), f"{path}: train_labels")
-    codes = {part: _codes(stored, part, classes, path) for part in ("train", "test")}
-    train = in_memory(stored["train_images"], codes["train"], classes)
+    codes, classes = _coded(stored.get("train_labels"), f"{path}: train_labels")
+    train = in_memory(stored["train_images"], codes, classes)
     test = None
     if "test_images" in stored:
-        test = in_memory(stored["test_images"], codes["test"], classes)
+        codes, found = _coded(stored.get("test_labels"), f"{path}: test_labels", classes)
+        test = in_memory(stored["test_images"], codes if classes else None, found)
         if test.image_shape[-1] != train.image_shape[-1]:
             raise UserError(
                 f"{path}: test images have {test.image_shape[-1]} channels and training ones "
@@ -55,37 +55,34 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
     return DataSet(train, test)
 
 
-def _classes_of(labels: np.ndarray | None, name: str) -> Classes:
-    """Returns the names of the labels that occur, in their order; None if there are none."""
+def _coded(
+    labels: np.ndarray | None, name: str, classes: Classes = None
+) -> tuple[np.ndarray | None, Classes]:
+    """Numbers labels [N] by the classes, or where these are None by the labels that occur, in order.
+
+    Returns:
+      int32 [N], -1 for none, and the names of the classes; (None, None) where there are no labels.
+
+    Raises:
+      UserError: the labels are neither whole numbers nor texts, or one is not among the classes.
+    """
     if labels is None:
-        return None
+        return None, None
     if labels.dtype.kind not in "iuU":
         raise UserError(
             f"{name} are {labels.dtype}: expected whole numbers, of which -1 means no label, or texts"
         )
-    return tuple(str(label) for label in np.unique(labels[_is_label(labels)])) or None
-
-
-def _is_label(labels: np.ndarray) -> np.ndarray:
-    return labels != "" if labels.dtype.kind == "U" else labels != -1
-
-
-def _codes(stored: dict, part: str, classes: Classes, path: str) -> np.ndarray | None:
-    """Returns int32 [N], the places of a part's labels in `classes`, -1 for none."""
-    labels = stored.get(f"{part}_labels")
-    here = _classes_of(labels, f"{path}: {part}_labels")
-    if labels is None or classes is None or here is None:
-        return None
-    unknown = [name for name in here if name not in classes]
+    values, places = np.unique(labels, return_inverse=True)
+    names = [None if value in (-1, "") else str(value) for value in values.tolist()]
+    occurring = tuple(x for x in names if x is not None)
+    code = {x: i for i, x in enumerate(classes or occurring)}
+    unknown = [x for x in occurring if x not in code]
     if unknown:
         raise UserError(
-            f"{path}: {part}_labels hold the classes {', '.join(unknown[:5])}, which train_labels have not"
+            f"{name} hold the classes {', '.join(unknown[:5])}, which train_labels have not"
         )
-    code = {name: i for i, name in enumerate(classes)}
-    codes = [
-        code[str(x)] if known else -1 for x, known in zip(labels, _is_label(labels), strict=True)
-    ]
-    return np.asarray(codes, np.int32)
+    codes = np.asarray([-1 if x is None else code[x] for x in names], np.int32)
+    return codes[places], tuple(code) or None
 
 
 def in_memory(images: Any, labels: Any = None, classes: Classes = None) -> IndexedSplit:

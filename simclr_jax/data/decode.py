@@ -89,25 +89,21 @@ def _jpeg(data, upright):
     head = tf.strings.substr(data, 0, _EXIF_WITHIN)
     # \C is any byte, also of what is no UTF-8.
     has_exif = tf.strings.regex_full_match(head, r"(?s)\C*Exif\x00\x00\C*")
-    return tf.cond(has_exif, lambda: _turned(image, data), lambda: image)
+    return tf.cond(has_exif, lambda: _upright(image, data), lambda: image)
 
 
-def _turned(image, data):
+def _upright(image, data):
     """Turns pixels [H, W, 3] as the EXIF orientation of the file's content `data` says."""
     orientation = tf.numpy_function(
         lambda content: np.int64(pixels.orientation_of(_bytes(content))), [data], tf.int64
     )
-
-    def is_one_of(*some):
-        return tf.reduce_any(tf.equal(orientation, some))
-
-    for some, change in (
-        ((5, 6, 7, 8), lambda x: tf.transpose(x, (1, 0, 2))),
-        ((3, 4, 7, 8), lambda x: x[::-1]),
-        ((2, 3, 6, 7), lambda x: x[:, ::-1]),
-    ):
-        image = tf.cond(is_one_of(*some), lambda c=change, x=image: c(x), lambda x=image: x)
-    return image
+    return tf.cond(
+        tf.equal(orientation, 1),
+        lambda: image,
+        lambda: tf.ensure_shape(
+            tf.numpy_function(pixels.turned, [image, orientation], tf.uint8), [None, None, 3]
+        ),
+    )
 
 
 def _by_pillow(data, upright):

@@ -13,6 +13,7 @@ from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.source import Classes, Example, Source
 from simclr_jax.data.split import DataSet
 from simclr_jax.errors import UserError
+from simclr_jax.files import expanded
 
 
 class Files(Source):
@@ -93,7 +94,7 @@ def open_split(path: str, labels: bool, classes: Classes = None) -> IndexedSplit
         raise UserError(
             f"the name of the folder {os.fsencode(path)!r} is not UTF-8: rename it, or name a link to it"
         )
-    root = pathlib.Path(os.path.expanduser(path))
+    root = expanded(path)
     if root.is_file():
         raise UserError(f"{path!r} is a file: expected a folder of images (data.path)")
     if not root.is_dir():

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from simclr_jax.data.source import Classes
 from simclr_jax.data.streamed import memory
 from simclr_jax.errors import UserError
-from simclr_jax.files import cache_folder, write_text
+from simclr_jax.files import absolute, cache_folder, write_text
 
 # A row group is read at once, in up to this share of the machine's memory.
 _MEMORY_FOR_A_ROW_GROUP = 0.1
@@ -51,7 +51,7 @@ def list_files(path: str) -> tuple[Any, list[str]]:
     if "://" in path:
         system, paths = _list_remote(path)
     else:
-        system, inner = None, _local(path)
+        system, inner = None, absolute(path)
         below = glob.glob(os.path.join(glob.escape(inner), "**", "*.parquet"), recursive=True)
         found = below or glob.glob(inner, recursive=True) or [inner]
         paths = [path for path in found if os.path.isfile(path)]
@@ -74,10 +74,6 @@ def _list_remote(path: str) -> tuple[Any, list[str]]:
         return system, system.glob(inner) if glob.has_magic(inner) else [inner]
     except Exception as error:  # any of many systems' network and permission errors
         raise UserError(f"cannot open {path}: {_reason(error)}") from error
-
-
-def _local(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
 
 
 def _reason(error: Exception) -> str:
@@ -124,7 +120,7 @@ def index_files(system: Any, where: str, paths: list[str], columns: Columns) -> 
       paths: the files.
       columns: which to look at.
     """
-    key = json.dumps([where if system else _local(where), columns])
+    key = json.dumps([absolute(where), columns])
     name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     cache = cache_folder() / "parquet" / f"{name}.json"
     known: dict[str, ParquetFile] = {}

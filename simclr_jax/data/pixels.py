@@ -10,7 +10,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from simclr_jax.console import say
 
@@ -51,7 +51,8 @@ def read(content: bytes, upright: bool = True) -> np.ndarray:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"the image has more than {MOST_PIXELS} pixels")
             if content.startswith(_PNG) and content[24] == 16:
-                return _turned(_png_of_16_bits(content), orientation(image) if upright else 1)
+                x = _png_of_16_bits(content)
+                return turned(x, orientation(image)) if upright else x
             return pixels(image, upright)
 
 
@@ -62,9 +63,7 @@ def _as_value_error(content: bytes):
         yield
     except Image.UnidentifiedImageError:
         raise ValueError(_what_it_is(content)) from None
-    except ValueError:
-        raise
-    except MemoryError:
+    except (ValueError, MemoryError):
         raise
     except ImportError as error:
         raise ValueError(f"a PNG of 16 bits a sample needs TensorFlow: {error}") from error
@@ -94,9 +93,10 @@ def pixels(image: Image.Image, upright: bool = True) -> np.ndarray:
     if image.mode in ("I", "F"):
         raise ValueError(f"32 bits a sample (mode {image.mode}): expected 8 or 16")
     if image.mode.startswith("I;16"):  # Pillow would clip at 255
-        grey = _upper_8_bits(np.asarray(image)[..., np.newaxis])
-        return _turned(np.repeat(grey, 3, axis=-1), orientation(image) if upright else 1)
-    return np.asarray(on_white(ImageOps.exif_transpose(image) if upright else image))
+        x = np.repeat(_upper_8_bits(np.asarray(image)[..., np.newaxis]), 3, axis=-1)
+    else:
+        x = np.asarray(on_white(image))
+    return turned(x, orientation(image)) if upright else x
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -124,7 +124,7 @@ def orientation_of(content: bytes) -> int:
         return 1
 
 
-def _turned(x: np.ndarray, orientation: int) -> np.ndarray:
+def turned(x: np.ndarray, orientation: int) -> np.ndarray:
     """Turns pixels [H, W, C] upright, see `orientation`: from 5 on rows and columns are swapped first."""
     x = x.transpose(1, 0, 2) if orientation >= 5 else x
     x = x[::-1] if orientation in (3, 4, 7, 8) else x

@@ -62,7 +62,9 @@ def evaluate_features(name: str, config: ConfigDict, workdir: str, follow: bool 
     data, mesh = subjects.labelled(config), make_mesh()
     if follow:
         return _follow(name, config, workdir, data, mesh)
-    return _evaluate(name, config, workdir, data, mesh, subjects.trained(config, workdir, mesh))
+    trained = subjects.trained(config, workdir, mesh)
+    path = results.path_of(config, trained.saved, data, workdir, name)
+    return _evaluate(name, _Subject(config, data, trained, path, mesh))
 
 
 def config_for(name: str, config: ConfigDict) -> ConfigDict:
@@ -91,18 +93,10 @@ def can_evaluate(config: ConfigDict, name: str) -> bool:
     return True
 
 
-def _evaluate(
-    name: str,
-    config: ConfigDict,
-    workdir: str,
-    data: DataSet,
-    mesh: Mesh,
-    trained: Trained,
-) -> dict:
-    path = results.path_of(config, trained.saved, data, workdir, name)
-    evaluation = EVALUATIONS[name]
-    features = _features_of_all(_Subject(config, data, trained, path, mesh))
-    result = result_of(evaluation, config, features, trained.saved["step"])
+def _evaluate(name: str, subject: _Subject) -> dict:
+    evaluation, config, path = EVALUATIONS[name], subject.config, subject.path
+    features = _features_of_all(subject)
+    result = result_of(evaluation, config, features, subject.trained.saved["step"])
     results.save(path, config, result)
     title = evaluation.title(result["settings"])
     results.show(path, result, title, evaluation.table(result["rows"]))
@@ -209,7 +203,7 @@ def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Me
         trained = _trained_at(step, config, workdir, mesh)
         if trained is None:
             continue
-        result = _evaluate(name, config, workdir, data, mesh, trained)
+        result = _evaluate(name, _Subject(config, data, trained, path, mesh))
         lines.append({"step": step, metric: score_of(result)})
         if jax.process_index() == 0:
             write_text(file, "".join(f"{json.dumps(line)}\n" for line in lines))

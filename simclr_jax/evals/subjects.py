@@ -97,9 +97,10 @@ def with_labels(split: Split) -> Split:
     """Returns the images that have a label. Of a stream all: its other images count in no loss and no
     accuracy.
     """
-    if not isinstance(split, IndexedSplit) or np.all(split.all_labels() >= 0):
+    if not isinstance(split, IndexedSplit):
         return split
-    return split.subset(np.flatnonzero(split.all_labels() >= 0))
+    labelled = split.all_labels() >= 0
+    return split if labelled.all() else split.subset(np.flatnonzero(labelled))
 
 
 def digest_of(variables: dict) -> str:

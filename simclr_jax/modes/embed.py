@@ -24,6 +24,7 @@ from simclr_jax.encoders import apply_network, to_float
 from simclr_jax.errors import UserError
 from simclr_jax.evals import subjects
 from simclr_jax.evals.features import Extractor
+from simclr_jax.files import expanded
 from simclr_jax.mesh import make_mesh
 from simclr_jax.modes.feature_file import OUTPUT_SUFFIXES, Parts, alone
 
@@ -64,8 +65,8 @@ def open_input(config: ConfigDict, name: str) -> Input:
             raise UserError("the run's data have no test split: expected --input=FOLDER")
         paths = isinstance(split, IndexedSplit) and isinstance(split.source, folder.Files)
         where = config.data.path if name == "train" else config.data.test_path
-        return Input(split, pathlib.Path(os.path.expanduser(where)) if paths else None, name)
-    root = pathlib.Path(os.path.expanduser(name))
+        return Input(split, expanded(where) if paths else None, name)
+    root = expanded(name)
     if root.is_dir():
         split = folder.open_split(name, config.data.folder_labels)
         return Input(split, root, str(root.absolute()))
@@ -101,7 +102,7 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
       UserError: there is no such input or no checkpoint, the output cannot be written, or an unfinished
         output was made from another input or encoder.
     """
-    path = pathlib.Path(os.path.expanduser(output))
+    path = expanded(output)
     if path.suffix not in OUTPUT_SUFFIXES:
         raise UserError(
             f"--output={output}: expected a file that ends in {' or '.join(OUTPUT_SUFFIXES)}"
@@ -120,6 +121,7 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
         trained = subjects.trained(config, workdir, mesh, head=with_z, step=step)
         if input == "train" and source.split.fingerprint() != trained.saved["data_fingerprint"]:
             say("images      other ones than the run was trained on: data.path has changed since")
+        classes = _classes(source, trained)
         parts.begin(
             {
                 "step": trained.saved["step"],
@@ -129,10 +131,10 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
                 "z": with_z,
                 "batch": parts.batch_size,
                 "input": source.name,
-                "classes": _classes(source, trained),
+                "classes": classes,
             }
         )
-        for rows in _rows(config, source, trained, images, parts, with_z):
+        for rows in _rows(config, source, trained, images, parts, with_z, classes):
             parts.add(rows)
         if jax.process_index() == 0:
             count = parts.join(path)
@@ -154,6 +156,7 @@ def _rows(
     images: Images,
     parts: Parts,
     with_z: bool,
+    classes: list[str],
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the columns of one part after the other, from the first that is not there yet."""
     mesh = make_mesh()
@@ -174,7 +177,6 @@ def _rows(
         say(f"goes on after {first} of {count} images")
     began = time.monotonic()
     batches = assemble.views(config, mesh).evaluation_batches(images, batch_size, passed)
-    classes = _classes(source, trained)
     # The last place is that of the label -1.
     codes = np.asarray([*(classes.index(c) for c in source.split.classes or ()), -1], np.int32)
     held: list[dict[str, np.ndarray]] = []

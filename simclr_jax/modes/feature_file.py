@@ -7,7 +7,6 @@ cut off goes on, and are put together at the end.
 import contextlib
 import itertools
 import json
-import os
 import pathlib
 import shutil
 import zipfile
@@ -19,7 +18,7 @@ import numpy as np
 
 from simclr_jax import processes
 from simclr_jax.errors import UserError
-from simclr_jax.files import locked, replacing, write_text, writing
+from simclr_jax.files import expanded, locked, replacing, write_text, writing
 from simclr_jax.training.saved import saved_steps
 
 _PART = 4096  # rows, about: 34 MB of h at D = 2048
@@ -225,7 +224,7 @@ def _npz_blocks(path: pathlib.Path) -> Iterator[np.ndarray]:
 
 def read_feature_file(path: str) -> FeatureFile:
     """Opens a file that --mode=embed wrote. Raises a UserError if it is none."""
-    file = pathlib.Path(os.path.expanduser(path))
+    file = expanded(path)
     if not file.is_file():
         raise UserError(f"no file {path!r}: expected what --mode=embed wrote")
     try:

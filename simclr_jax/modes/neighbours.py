@@ -12,6 +12,7 @@ from simclr_jax.data import pixels
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.source import Example
 from simclr_jax.errors import UserError
+from simclr_jax.files import expanded
 from simclr_jax.modes.embed import Input, open_input
 from simclr_jax.modes.feature_file import FeatureFile, read_feature_file
 
@@ -90,7 +91,7 @@ def neighbours(
     names = [str(features.images[i]) for i in needed]
     pictures = dict(zip(needed, _pictures(source, names, config.data.upright), strict=True))
     grid = _grid(pictures, queries, found, similar)
-    path = pathlib.Path(os.path.expanduser(output or os.path.join(workdir, "neighbours.png")))
+    path = expanded(output or os.path.join(workdir, "neighbours.png"))
     try:
         grid.save(path)
     except (OSError, ValueError) as error:

@@ -2,8 +2,6 @@
 
 import collections
 import contextlib
-import os
-import pathlib
 
 import jax
 from etils import epath
@@ -16,7 +14,7 @@ from simclr_jax.console import say
 from simclr_jax.data import index, suggest
 from simclr_jax.evals.evaluate import can_evaluate, evaluate_features
 from simclr_jax.evals.on_the_way import watch
-from simclr_jax.files import locked
+from simclr_jax.files import expanded, locked
 from simclr_jax.mesh import FSDP
 from simclr_jax.training.checkpoint import Saving
 from simclr_jax.training.log import Reporting
@@ -136,7 +134,7 @@ def describe_run(config: ConfigDict, made: Pretraining) -> None:
 
 def describe_folder(config: ConfigDict) -> None:
     """Says what a folder holds, and which options follow from it."""
-    found = index.look(pathlib.Path(os.path.expanduser(config.data.path)))
+    found = index.look(expanded(config.data.path))
     for i, line in enumerate(index.summary_lines(found)):
         say(f"{'' if i else 'folder':<12}{line}")
     values = config_lib.flatten(config)

@@ -5,7 +5,6 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from simclr_jax import config as config_lib
 from simclr_jax.console import say
 from simclr_jax.data.split import DataSet, Split
 from simclr_jax.errors import UserError
-from simclr_jax.files import write_json
+from simclr_jax.files import absolute, write_json
 from simclr_jax.training.plan import Plan
 from simclr_jax.training.saved import find, read_newest, read_options, saved_steps
 
@@ -186,9 +185,8 @@ def _found_from_anywhere(config: ConfigDict) -> dict:
     """
     found = config.to_dict()
     for name in ("path", "test_path"):
-        path = found["data"][name]
-        if path and "://" not in path:
-            found["data"][name] = os.path.abspath(os.path.expanduser(path))
+        if found["data"][name]:
+            found["data"][name] = absolute(found["data"][name])
     return found
 
 

@@ -73,6 +73,12 @@ class Crop:
         return top, left, crop_height, crop_width
 
 
+def center_square(height: int, width: int, proportion: float) -> tuple[int, int, int]:
+    """Returns (top, left, side), pixels, of the middle `proportion` of the largest centred square."""
+    side = max(1, round(proportion * min(height, width)))
+    return (height - side + 1) // 2, (width - side + 1) // 2, side
+
+
 def center_view(image: np.ndarray, size: int, proportion: float) -> np.ndarray:
     """Makes the view that evaluation takes of one image, in NumPy: the largest centred square, of which
     the middle `proportion` of each side is kept and resized.
@@ -86,8 +92,7 @@ def center_view(image: np.ndarray, size: int, proportion: float) -> np.ndarray:
       uint8 [size, size, C]
     """
     height, width, _ = image.shape
-    side = max(1, round(proportion * min(height, width)))
-    top, left = (height - side + 1) // 2, (width - side + 1) // 2
+    top, left, side = center_square(height, width, proportion)
     square = image[top : top + side, left : left + side].astype(np.float32)
     weights = resize_matrix(np, 0.0, float(side), side, size).astype(np.float32)
     x = np.einsum("uh,hwc,vw->uvc", weights, square, weights, optimize=True)

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from simclr_jax.views.crop import resize_matrix
+from simclr_jax.views.crop import center_square, resize_matrix
 from simclr_jax.views.distortion import Distortion, key_of
 
 
@@ -63,9 +63,9 @@ def center_crop(images, size: int, proportion: float):
     centred square, of which the middle `proportion` of each side is kept and resized.
     """
     _, height, width, _ = images.shape
-    side = max(1, round(proportion * min(height, width)))
-    rows = resize_matrix(jnp, float((height - side + 1) // 2), float(side), height, size)
-    columns = resize_matrix(jnp, float((width - side + 1) // 2), float(side), width, size)
+    top, left, side = center_square(height, width, proportion)
+    rows = resize_matrix(jnp, float(top), float(side), height, size)
+    columns = resize_matrix(jnp, float(left), float(side), width, size)
     return jax.vmap(functools.partial(_resize, rows=rows, columns=columns))(images)
 
 
