@@ -1,16 +1,19 @@
 """Features to files: every image once, whatever interrupts it; and the neighbours in them."""
 
 import json
+import pickle
 import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tensorflow as tf
 from conftest import _tiny as tiny_in
 from conftest import encoder_checkpoint, random_images
 from PIL import Image
 
 import simclr_jax
+from simclr_jax.data import decode
 from simclr_jax.errors import UserError
 from simclr_jax.evals import subjects
 from simclr_jax.main import main
@@ -18,6 +21,7 @@ from simclr_jax.mesh import make_mesh
 from simclr_jax.modes import feature_file, neighbours
 from simclr_jax.modes.embed import embed, open_input
 from simclr_jax.training.saved import checkpoint_folder, find, read_newest, read_options
+from simclr_jax.views import host
 
 COUNT = 40
 
@@ -84,6 +88,66 @@ def test_a_row_for_every_whole_image(embedded, suffix):
     assert not list(folder.glob("*.parts"))
     broken = (folder / f"f{suffix}.broken_images.jsonl").read_text().splitlines()
     assert [json.loads(line)["image"].rpartition("/")[2] for line in broken] == ["04.png", "21.png"]
+
+
+def test_load_encoder_embeds_files_as_embed_does(embedded):
+    """By path, as PIL images and as arrays; more images than there are in a batch."""
+    (_, workdir, root), folder = embedded
+    names, _, pixels = expected_rows(root)
+    encoder = simclr_jax.load_encoder(workdir)
+    expected = read(folder / "f.npz")["h"]
+    paths = [root / name for name in names]
+    for images in (paths, map(str, paths), map(Image.open, paths), pixels):
+        np.testing.assert_allclose(encoder.embed(images), expected, rtol=1e-4, atol=1e-5)
+    many = encoder.embed(pixels[i % len(pixels)] for i in range(300))
+    np.testing.assert_allclose(many[290], expected[290 % len(pixels)], rtol=1e-4, atol=1e-5)
+    assert encoder.embed([]).shape == (0, encoder.width)
+
+
+def test_preprocess_is_the_view_of_evaluation(embedded, tmp_path):
+    """Of large, grey, transparent and turned images too: what the file decoder and the graph make."""
+    (config, workdir, _), _ = embedded
+    rng = np.random.default_rng(0)
+    shapes = {"RGB": (40, 31, 3), "L": (25, 50), "RGBA": (30, 30, 4)}
+    encoder = simclr_jax.load_encoder(workdir)
+    for mode, shape in shapes.items():
+        image = Image.fromarray(rng.integers(0, 256, shape).astype(np.uint8))
+        assert image.mode == mode
+        exif = image.getexif()
+        exif[0x0112] = 6  # orientation: a quarter turn
+        path = tmp_path / f"{mode}.png"
+        image.save(path, exif=exif)
+        decoded = decode.decode(tf.constant(path.read_bytes()), upright=True)
+        expected = host.center_crop(decoded, encoder.image_size, encoder.eval_crop)
+        expected = np.broadcast_to(expected, (12, 12, 3))
+        for given in (path, Image.open(path)):
+            found = encoder.preprocess(given)
+            assert found.dtype == np.uint8
+            np.testing.assert_allclose(found, np.asarray(expected), atol=1)
+    grey = rng.integers(0, 256, (25, 50)).astype(np.uint8)
+    colour = np.repeat(grey[..., None], 3, axis=-1)
+    np.testing.assert_array_equal(encoder.preprocess(grey), encoder.preprocess(colour))
+    for wrong in (grey / 255, colour[None], colour[..., :2]):
+        with pytest.raises(ValueError, match=r"expected uint8 \[H, W, 3\]"):
+            encoder.preprocess(wrong)
+    (tmp_path / "text.jpg").write_text("no image")
+    with pytest.raises(ValueError, match="image"):
+        encoder.preprocess(tmp_path / "text.jpg")
+
+
+def test_an_encoder_pickles_and_refuses_floats_that_are_standardised(embedded):
+    (_, workdir, root), _ = embedded
+    _, _, pixels = expected_rows(root)
+    encoder = simclr_jax.load_encoder(workdir)
+    expected = encoder(pixels)
+    copy = pickle.loads(pickle.dumps(encoder))
+    np.testing.assert_array_equal(copy(pixels), expected)
+    assert (copy.width, copy.step) == (encoder.width, encoder.step)
+    np.testing.assert_allclose(encoder(pixels / np.float32(255)), expected, rtol=1e-5, atol=1e-5)
+    standardised = (pixels - pixels.mean()) / pixels.std()
+    for wrong in (standardised, pixels.astype(np.float32), np.full((1, 12, 12, 3), np.nan)):
+        with pytest.raises(ValueError, match=r"expected floats in \[0, 1\], or uint8"):
+            encoder(wrong)
 
 
 def test_labels_are_numbered_as_in_the_run(tiny, tmp_path):

@@ -21,6 +21,7 @@ from simclr_jax import assemble, config
 from simclr_jax.data import open_source, order, streamed
 from simclr_jax.data.arrays import in_memory
 from simclr_jax.data.broken import Broken, Images
+from simclr_jax.data.digits import Digits
 from simclr_jax.data.folder import open_split
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Order, Share
@@ -100,12 +101,21 @@ class Drawn(Source):
         return Example(png(image) if index % 2 else image, label)
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tfds")
-    builder = Streamed(data_dir=folder)
+def prepared(folder, file_format=None):
+    """The training split of `Streamed`, in six files, prepared in `folder`."""
+    builder = Streamed(data_dir=folder, file_format=file_format)
     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=6))
     return opened(name="streamed", path=str(folder)).train
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return prepared(tmp_path_factory.mktemp("tfds"))
+
+
+@pytest.fixture(scope="module")
+def array_records(tmp_path_factory):
+    return prepared(tmp_path_factory.mktemp("array_record"), "array_record")
 
 
 @pytest.fixture(scope="module")
@@ -212,9 +222,22 @@ def test_encoded_images_decode_to_what_was_written(kind, request):
         np.testing.assert_array_equal(image, picture(int(example["label"])))
 
 
-def test_digits_are_scikit_learns(tmp_path):
+def test_array_record_is_read_as_tfrecord_is(files, array_records):
+    """The default format of `tfds build`: the same images, in the same order, from anywhere."""
+    np.testing.assert_array_equal(stream(array_records, steps=15), stream(files, steps=15))
+    late, expected = (stream(x, steps=4, start=7) for x in (array_records, files))
+    np.testing.assert_array_equal(late, expected)
+    both = [x.once(Share()).as_numpy_iterator() for x in (array_records, files)]
+    assert [e["image"] for e in both[0]] == [e["image"] for e in both[1]]
+    assert array_records.all_labels().tolist() == files.all_labels().tolist()
+    assert array_records.fingerprint() == files.fingerprint()
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_digits_are_scikit_learns(tmp_path, file_format):
     from sklearn.datasets import load_digits
 
+    Digits(data_dir=tmp_path, file_format=file_format).download_and_prepare()
     source = opened(name="digits", path=str(tmp_path))
     train, test = source.train.source, source.test.source
     images = np.concatenate([train.arrays, test.arrays])

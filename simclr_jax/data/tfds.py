@@ -1,7 +1,9 @@
-"""TensorFlow Datasets as a source: in memory up to 1 GB, else streamed from its record files."""
+"""TensorFlow Datasets as a source: in memory up to 1 GB, else streamed from its record files, which
+are TFRecord or ArrayRecord.
+"""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,9 @@ from simclr_jax.errors import UserError
 # A split of images of one shape is held in memory up to this size: any order is then free, and
 # nothing is decoded twice.
 _IN_MEMORY_BYTES = 2**30
+
+# Records of an ArrayRecord file that are read together: some 7 MB of ImageNet.
+_RECORDS_AT_ONCE = 64
 
 
 class RecordFiles(ShardedSource):
@@ -36,7 +41,14 @@ class RecordFiles(ShardedSource):
     def records(self, shard: Any) -> Any:
         import tensorflow as tf
 
-        return tf.data.TFRecordDataset(tf.gather(tf.constant(self._paths), shard))
+        path = tf.gather(tf.constant(self._paths), shard)
+        if _is_array_record(self._builder):
+            several = tf.TensorSpec([None], tf.string)
+            blocks = tf.data.Dataset.from_generator(
+                _blocks, output_signature=several, args=(path,)
+            )
+            return blocks.unbatch()
+        return tf.data.TFRecordDataset(path)
 
     def parse(self, record: Any) -> dict[str, Any]:
         import tensorflow as tf
@@ -60,6 +72,21 @@ class RecordFiles(ShardedSource):
     def fingerprint(self, shards: np.ndarray) -> str:
         lengths = ",".join(map(str, self.lengths[shards]))
         return f"{self._builder.info.full_name}/{self._split}:{lengths}"
+
+
+def _is_array_record(builder: Any) -> bool:
+    return builder.info.file_format.value == "array_record"
+
+
+def _blocks(path: bytes) -> Iterator[list[bytes]]:
+    """Yields the records of an ArrayRecord file, some at a time, in order."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(path.decode())
+    count = reader.num_records()
+    for start in range(0, count, _RECORDS_AT_ONCE):
+        yield reader.read(start, min(start + _RECORDS_AT_ONCE, count))
+    reader.close()
 
 
 def open_data_set(data: Mapping[str, Any]) -> DataSet:
@@ -128,14 +155,22 @@ def _open_split(builder: Any, name: str) -> Split:
             "uint8 [height, width, 1 or 3]"
         )
     if None not in shape and int(np.prod(shape)) * splits[name].num_examples <= _IN_MEMORY_BYTES:
-        import tensorflow_datasets as tfds
-
-        whole = tfds.as_numpy(builder.as_dataset(split=name, batch_size=-1))
+        whole = _all_examples(builder, name)
         return in_memory(whole["image"], whole["label"] if classes else None, classes)
     split = StreamedSplit(RecordFiles(builder, name, classes))
     if classes and not _has_labels(split):  # such as the unlabelled split of stl10
         return StreamedSplit(RecordFiles(builder, name, None))
     return split
+
+
+def _all_examples(builder: Any, split: str) -> Mapping[str, np.ndarray]:
+    """Reads a split of images of one shape: {feature: array [N, ...]}."""
+    import tensorflow_datasets as tfds
+
+    if _is_array_record(builder):
+        examples = list(builder.as_data_source(split=split))
+        return {name: np.stack([x[name] for x in examples]) for name in examples[0]}
+    return tfds.as_numpy(builder.as_dataset(split=split, batch_size=-1))
 
 
 def _has_labels(split: StreamedSplit) -> bool:
