@@ -20,6 +20,7 @@ import pathlib
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from simclr_jax import assemble, config
@@ -30,6 +31,10 @@ from simclr_jax.training.checkpoint import Checkpoints, Saving
 # Millions of objects live as long as the tests do. To look through all of them for garbage takes
 # seconds, and tracing makes Python do it often.
 gc.set_threshold(100_000, 50, 100)
+
+# Eight devices would save an eighth of each array, cut out by a program of its own for each shape and
+# each device: 80 programs, 2 s, for the smallest run. Programs that tests start do it.
+ocp.type_handlers.get_type_handler(jax.Array)._min_slice_bytes_for_replica_parallel = 2**20
 
 # Minutes each: begun first, so that the workers end together.
 _LONGEST = ("test_processes.py", "test_train.py", "test_stopping.py", "test_end_to_end.py")

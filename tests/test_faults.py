@@ -1,16 +1,21 @@
 """What breaks around a run: storage that is full, damaged, read-only or gone. Nothing is lost."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 
+import jax.numpy as jnp
 import pytest
 from conftest import encoder_checkpoint
 from test_loop import STEPS, Average, assert_same_training, config_file, run_python, train
 
-from simclr_jax import load_encoder, main
+from simclr_jax import assemble, load_encoder, main
+from simclr_jax.config import set_options
 from simclr_jax.errors import UserError
+from simclr_jax.modes.pretrain import pretrain
+from simclr_jax.training import workdir as workdirs
 from simclr_jax.training.saved import saved_steps
 
 
@@ -201,3 +206,35 @@ def test_a_workdir_on_a_read_only_disk_is_refused_before_anything_is_computed(
         f"error: cannot write {where}/w: Read-only file system. "
         "It must be a folder that can be written"
     )
+
+
+def test_out_of_memory_is_one_line_that_says_what_to_turn(capfd):
+    """The error of JAX itself, for more memory than any machine has, and Python's."""
+
+    def too_large(arguments):
+        jnp.zeros(2**50, jnp.uint8).block_until_ready()
+
+    def too_many(arguments):
+        raise MemoryError
+
+    for command, size in ((too_large, "while allocating 1125899906842624 bytes"), (too_many, "")):
+        with pytest.raises(SystemExit) as ended:
+            main.shell(command, [])
+        said = str(ended.value.code)
+        assert said.startswith(f"error: out of memory {size}".rstrip())
+        assert "\n" not in said
+        for option in ("train.microbatches=4", "model.remat=True", "data.batch_size"):
+            assert option in said
+
+
+def test_a_run_that_saved_nothing_is_replaced_and_says_so(tiny, tmp_path, capsys):
+    workdir = str(tmp_path / "w")
+    set_options(tiny, {"train.steps": 1, "eval.after_training": "none"})
+    workdirs.write_record(
+        tiny, assemble.plan_of(tiny, 48), assemble.data_set(tiny), "of other data", workdir
+    )
+    tiny.seed = 1
+    assert pretrain(tiny, workdir)
+    said = capsys.readouterr().out
+    assert "a run that saved nothing is replaced (seed: 0 -> 1)" in said
+    assert json.loads((tmp_path / "w/config.json").read_text())["config"]["seed"] == 1

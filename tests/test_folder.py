@@ -158,6 +158,16 @@ def test_a_name_that_is_not_utf8_is_shown(photos):
         open_split(str(photos), labels=False)
 
 
+def test_a_folder_whose_own_name_is_not_utf8_is_refused_in_one_line(photos):
+    """Python shows such a name with surrogates, which no file of results could hold."""
+    root = photos.with_name(os.fsdecode(b"caf\xe9"))
+    photos.rename(root)
+    with pytest.raises(UserError, match="not UTF-8") as caught:
+        open_split(str(root), labels=False)
+    assert "\n" not in str(caught.value)
+    str(caught.value).encode()  # can be printed
+
+
 def test_folders_that_are_gone_and_links_in_circles(photos):
     (photos / "a" / "up").symlink_to(photos, target_is_directory=True)
     (photos / "dead").symlink_to(photos / "nowhere")

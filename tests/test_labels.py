@@ -164,3 +164,14 @@ def test_a_run_records_its_classes(tiny, tmp_path):
     pretrain(tiny, str(tmp_path / "w"))
     record = json.loads((tmp_path / "w/config.json").read_text())
     assert record["classes"] == list(assemble.data_set(tiny).train.classes)
+
+
+def test_one_labelled_image_is_too_few_to_evaluate(tiny, tmp_path):
+    with np.load(tiny.data.path) as file:
+        arrays = dict(file)
+    arrays["train_labels"][1:] = -1
+    np.savez(tiny.data.path, **arrays)
+    workdir = str(encoder_checkpoint(tiny, tmp_path / "w"))
+    for name in ("probe", "knn", "transfer"):
+        with pytest.raises(UserError, match=r"^1 labelled training image.*expected two or more"):
+            evaluate_features(name, tiny, workdir)

@@ -247,18 +247,32 @@ def test_an_error_of_all_processes_ends_all(cache, quick, tmp_path):
         ({"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "node[1-2]"}, False, True),
         ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node1"}, False, False),
         ({"SLURM_NTASKS": "8", "SLURM_NODELIST": "node[1-2]"}, False, False),  # not under srun
+        # An interactive shell is a step of one process in a job of eight tasks.
+        (
+            {"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "node1", "SLURM_STEP_NUM_TASKS": "1"},
+            False,
+            False,
+        ),
+        (
+            {"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node1", "SLURM_STEP_NUM_TASKS": "2"},
+            False,
+            True,
+        ),
     ],
 )
 def test_clusters_are_recognised(environment, has_tpu, expected):
     assert processes.is_one_of_many(environment, has_tpu) == expected
 
 
-def test_under_slurm_jax_is_left_to_find_the_others(monkeypatch):
+def test_under_slurm_jax_is_left_to_find_the_others(monkeypatch, capfd):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append(a))
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
     processes.start(None, None, None)
+    said = capfd.readouterr().err
+    assert said.startswith("waiting for the 2 processes of SLURM's step")
+    assert said.count("\n") == 1
     processes.start("host:1234", 2, 1)
     assert calls == [(None, None, None), ("host:1234", 2, 1)]
 

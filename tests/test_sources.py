@@ -297,6 +297,9 @@ def test_a_test_folder_has_the_classes_of_the_training_folder(tmp_path):
         ({"source": "folder", "path": "/nowhere"}, "no folder '/nowhere'"),
         ({"source": "arrays", "path": "/nowhere.npz"}, "no file '/nowhere.npz'"),
         ({"source": "tfds", "name": "cifar11"}, "near names: cifar10"),
+        ({"source": "tfds", "name": "digits:9.9.9"}, r"'digits:9\.9\.9' \(data\.name\)"),
+        ({"source": "folder", "path": "~nobody-of-this-name/x"}, "no folder '~nobody-of"),
+        ({"source": "arrays", "path": "~nobody-of-this-name/x"}, "no file '~nobody-of"),
         (
             {"source": "tfds", "name": "digits", "train_split": "tran"},
             "it has test, train|train, test",
