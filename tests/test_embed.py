@@ -106,7 +106,7 @@ def test_load_encoder_embeds_files_as_embed_does(embedded):
 
 def test_preprocess_is_the_view_of_evaluation(embedded, tmp_path):
     """Of large, grey, transparent and turned images too: what the file decoder and the graph make."""
-    (config, workdir, _), _ = embedded
+    (_, workdir, _), _ = embedded
     rng = np.random.default_rng(0)
     shapes = {"RGB": (40, 31, 3), "L": (25, 50), "RGBA": (30, 30, 4)}
     encoder = simclr_jax.load_encoder(workdir)

@@ -104,13 +104,17 @@ def objective(x, y, kernel, bias, value):
     return -log_p[np.arange(len(y)), y].sum() + value / 2 * np.sum(np.float64(kernel) ** 2)
 
 
-@pytest.mark.parametrize("value", [1e-2, 1.0, 100.0])
-def test_a_lambda_reaches_scikit_learns_optimum(digits, value):
+@pytest.mark.parametrize(
+    ("value", "tolerance"), [(1e-6, 5e-3), (1e-2, 1e-4), (1.0, 1e-4), (100.0, 1e-4)]
+)
+def test_a_lambda_reaches_scikit_learns_optimum(digits, value, tolerance):
     (x, y), (x_test, _), *_ = digits
     weaker, weights, _ = fit_lambdas(x, y, [value / 10, value, value * 10], 10, 1000)
-    theirs = LogisticRegression(C=1 / value, tol=1e-8, max_iter=5000).fit(x, y)
+    # At the weakest the optimum is flat, and scikit-learn's default solver ends 20 % above it.
+    theirs = LogisticRegression(C=1 / value, tol=1e-10, max_iter=5000, solver="newton-cholesky")
+    theirs.fit(np.asarray(x, np.float64), y)
     optimum = objective(x, y, theirs.coef_.T, theirs.intercept_, value)
-    assert objective(x, y, **weights, value=value) == pytest.approx(optimum, rel=1e-4)
+    assert objective(x, y, **weights, value=value) == pytest.approx(optimum, rel=tolerance)
     logits = x_test @ weights["kernel"] + weights["bias"]
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
@@ -229,7 +233,7 @@ def means_for_each_lambda(x, y, lambdas, classes, *_):
     return [{"kernel": kernel, "bias": bias} for _ in lambdas]
 
 
-def test_the_few_labels_of_a_probe_are_given_as_numbers_and_as_a_share(monkeypatch):
+def test_the_few_labels_of_a_probe_are_given_as_numbers_and_as_a_share(monkeypatch, capsys):
     """2 % of 150 images in 3 classes is one of each class."""
     x, y = np.eye(150, 4, dtype=np.float32), np.arange(150) % 3
     features = Features((x, y), (x, y), 3)
@@ -238,11 +242,15 @@ def test_the_few_labels_of_a_probe_are_given_as_numbers_and_as_a_share(monkeypat
     found = {}
     for share in (0.0, 0.02, 0.08):
         options = {"labels_per_class": (10, 4), "label_fraction": share}
+        options |= {"validation_fraction": 0.1, "seed": 0}
         rows = probe.rows(features, options, "encoder")
         found[share] = [(r["labels_per_class"], r["seeds"], r["accuracy"]) for r in rows]
     few_and_all = [(4, 2, pytest.approx(0.4)), (10, 2, pytest.approx(1.0)), (None, 1, 0.9)]
     assert found[0.0] == found[0.08] == few_and_all
     assert found[0.02] == [(1, 2, pytest.approx(0.1)), *few_and_all]
+    assert "have fewer" not in capsys.readouterr().out
+    probe.rows(features, options | {"labels_per_class": (60,)}, "encoder")
+    assert "60 labels a class (3 classes have fewer: all of theirs)" in capsys.readouterr().out
 
 
 def test_evaluations_write_their_settings_and_all_rows(tiny, tmp_path, monkeypatch):

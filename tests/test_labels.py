@@ -170,6 +170,7 @@ def test_one_labelled_image_is_too_few_to_evaluate(tiny, tmp_path):
     with np.load(tiny.data.path) as file:
         arrays = dict(file)
     arrays["train_labels"][1:] = -1
+    arrays["test_labels"][:] = 0
     np.savez(tiny.data.path, **arrays)
     workdir = str(encoder_checkpoint(tiny, tmp_path / "w"))
     for name in ("probe", "knn", "transfer"):

@@ -317,11 +317,20 @@ import sys
 
 sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None  # importing them fails
 import jax
+import numpy as np
+import simclr_jax
+import simclr_jax.bench.step, simclr_jax.evals.finetune
+import simclr_jax.modes.embed, simclr_jax.modes.export
 from simclr_jax.main import main
 from simclr_jax.views import device, make_distortion
 
 config, workdir = sys.argv[1:]
 main([f"--config={config}", f"--workdir={workdir}"])
+
+encoder = simclr_jax.load_encoder(workdir, step=4)
+h = encoder(np.zeros((3, 12, 12, 3), np.uint8))
+assert h.shape == (3, encoder.width) and h.dtype == np.float32
+assert encoder.step == 4
 
 # Traced only: each operation takes seconds to compile.
 kind = make_distortion({"blur_probability": 0.5, "solarize_probability": 0.5})
@@ -333,7 +342,7 @@ assert "tensorflow.python" not in sys.modules
 """
 
 
-def test_training_and_probing_need_no_tensorflow(tiny, tmp_path):
+def test_training_probing_and_loading_the_encoder_need_no_tensorflow(tiny, tmp_path):
     tiny.eval.labels_per_class = ()
     options = {
         f"{group}.{name}": value

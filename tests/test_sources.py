@@ -335,8 +335,10 @@ def test_an_empty_folder_and_bad_arrays_are_refused(tmp_path):
     ):
         opened(source="arrays", path=str(tmp_path / "y.npz"))
     (tmp_path / "z.npz").write_text("no arrays")
-    with pytest.raises(UserError, match="cannot be read"):
-        opened(source="arrays", path=str(tmp_path / "z.npz"))
+    np.save(tmp_path / "one.npy", np.zeros((3, 8, 8, 3), np.uint8))
+    for name in ("z.npz", "one.npy"):
+        with pytest.raises(UserError, match=r"cannot be read as an .npz file: expected what"):
+            opened(source="arrays", path=str(tmp_path / name))
 
 
 def test_synthetic_images_have_classes():

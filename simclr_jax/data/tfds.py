@@ -44,9 +44,7 @@ class RecordFiles(ShardedSource):
         path = tf.gather(tf.constant(self._paths), shard)
         if _is_array_record(self._builder):
             several = tf.TensorSpec([None], tf.string)
-            blocks = tf.data.Dataset.from_generator(
-                _blocks, output_signature=several, args=(path,)
-            )
+            blocks = tf.data.Dataset.from_generator(_blocks, output_signature=several, args=(path,))
             return blocks.unbatch()
         return tf.data.TFRecordDataset(path)
 

@@ -165,9 +165,14 @@ class ResNet(nn.Module):
     pool_padding: str = "same"
 
     @property
+    def channels(self) -> int:
+        """Channels of the stem and, within their blocks, of the first stage."""
+        return round(64 * self.channel_factor)
+
+    @property
     def width(self) -> int:
         """D, the width of h."""
-        return round(64 * self.channel_factor) * 8 * (4 if STAGES[self.depth][1] else 1)
+        return self.channels * 8 * (4 if STAGES[self.depth][1] else 1)
 
     def describe(self) -> str:
         """Returns such as "ResNet-50 x1"."""
@@ -188,7 +193,7 @@ class ResNet(nn.Module):
     def __call__(self, x, train: bool):
         blocks, bottleneck = STAGES[self.depth]
         size, stride, pool = STEMS[self.stem]
-        x = Conv(round(64 * self.channel_factor), size, stride, self.dtype, name="stem")(x)
+        x = Conv(self.channels, size, stride, self.dtype, name="stem")(x)
         norm = batch_norm(train, self.dtype, self.norm_momentum, self.norm_group)
         x = nn.relu(norm(name="stem_norm")(x))
         if pool:
@@ -197,7 +202,7 @@ class ResNet(nn.Module):
         for stage, count in enumerate(blocks):
             for block in range(count):
                 x = block_type(
-                    features=round(64 * self.channel_factor) * 2**stage,
+                    features=self.channels * 2**stage,
                     stride=2 if stage > 0 and block == 0 else 1,
                     bottleneck=bottleneck,
                     dtype=self.dtype,

@@ -7,24 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from simclr_jax.encoders.resnet import STAGES, STEMS, ResNet
-from simclr_jax.errors import UserError
 
 
 def torchvision_weights(network: ResNet, variables: dict) -> dict[str, np.ndarray]:
     """Returns {name: float32 array}: the weights as torchvision.models.ResNet names and lays them out.
 
     Args:
-      network: of channel factor 1.
+      network: of any width, which `pytorch_loading` has torchvision's class build.
       variables: {"params", "batch_stats"} of the network.
-
-    Raises:
-      UserError: torchvision has no such network.
     """
-    if network.channel_factor != 1:
-        raise UserError(
-            f"torchvision's ResNet has no width of {network.channel_factor:g} times: use "
-            "--format=stablehlo or --format=savedmodel"
-        )
     params, statistics = jax.device_get((variables["params"], variables["batch_stats"]))
     blocks, _ = STAGES[network.depth]
     weights = {"conv1.weight": _filters(params["stem"])}
@@ -63,6 +54,7 @@ def pytorch_loading(network: ResNet, image_size: int, path: Any) -> str:
     to compute what this encoder does at `image_size`.
     """
     blocks, bottleneck = STAGES[network.depth]
+    block = f"torchvision.models.resnet.{'Bottleneck' if bottleneck else 'BasicBlock'}"
     lines = []
     dtype = jnp.dtype(network.dtype)
     if dtype != jnp.float32:
@@ -72,8 +64,7 @@ def pytorch_loading(network: ResNet, image_size: int, path: Any) -> str:
     if network.depth in (18, 34, 50, 101, 152):
         model = f"torchvision.models.resnet{network.depth}()"
     else:
-        block = "Bottleneck" if bottleneck else "BasicBlock"
-        model = f"torchvision.models.ResNet(torchvision.models.resnet.{block}, {list(blocks)})"
+        model = f"torchvision.models.ResNet({block}, {list(blocks)})"
     lines += [
         "import torch, torchvision",
         "from safetensors.torch import load_file",
@@ -82,10 +73,20 @@ def pytorch_loading(network: ResNet, image_size: int, path: Any) -> str:
         "model.fc = torch.nn.Identity()",
     ]
     size, stride, pool = STEMS[network.stem]
-    if (size, stride) != (7, 2):
+    channels = network.channels
+    if (size, stride, channels) != (7, 2, 64):
         lines.append(
-            f"model.conv1 = torch.nn.Conv2d(3, 64, {size}, {stride}, {size // 2}, bias=False)"
+            f"model.conv1 = torch.nn.Conv2d(3, {channels}, {size}, {stride}, {size // 2}, bias=False)"
         )
+    if channels != 64:  # torchvision's class has one width: its own method builds the stages anew
+        lines += [
+            f"model.bn1, model.inplanes = torch.nn.BatchNorm2d({channels}), {channels}",
+            *(
+                f"model.layer{i + 1} = model._make_layer({block}, {channels * 2**i}, {count}, "
+                f"stride={1 if i == 0 else 2})"
+                for i, count in enumerate(blocks)
+            ),
+        ]
     if not pool:
         lines.append("model.maxpool = torch.nn.Identity()")
     elif network.pool_padding == "same" and -(-image_size // 2) % 2 == 0:

@@ -26,9 +26,13 @@ def rows(features: Features, options: Options, kind: str) -> list[dict]:
     if options["label_fraction"] > 0:
         share = options["label_fraction"] * len(x_train) / features.classes
         few.add(max(1, round(share)))
+    part, _ = split_validation(features.train[1], options["validation_fraction"], options["seed"])
+    there = np.bincount(features.train[1][part], minlength=features.classes)
     found = []
     for per_class in sorted(few):
-        say(f"probing {kind}, {per_class} label{'s' if per_class > 1 else ''} a class")
+        fewer = int(np.sum(there < per_class))
+        hint = f" ({fewer} classes have fewer: all of theirs)" if fewer else ""
+        say(f"probing {kind}, {per_class} label{'s' if per_class > 1 else ''} a class{hint}")
         found.append(results.row(kind, per_class, probe_few_labels(scaled, options, per_class)))
     say(f"probing {kind}, all labels")
     best, l2 = probe_all_labels(scaled, options)
