@@ -28,6 +28,8 @@ def get_config(argument: str = ""):
     c.data.path = argument
     found = look(expanded(argument))
     accelerator = jax.default_backend() != "cpu"
-    chosen = suggest.suggest_settings(max(1, found.images), found.short_side, accelerator)
+    count = max(1, found.images)
+    chosen = suggest.suggest_settings(count, found.short_side, accelerator)
+    chosen += suggest.suggest_evaluation(count, accelerator)
     config.set_options(c, {option: value for option, value, _ in chosen})
     return c

@@ -211,12 +211,18 @@ def test_settings_are_valid_and_have_reasons(count, short_side, accelerator):
     c = config.default()
     c.data.source, c.data.path = "folder", "x"
     options = config.flatten(c)
-    for option, value, reason in suggest.suggest_settings(count, short_side, accelerator):
+    choices = suggest.suggest_settings(count, short_side, accelerator)
+    choices += suggest.suggest_evaluation(count, accelerator)
+    for option, value, reason in choices:
         assert type(value) is type(options[option])
         assert reason
         config.set_options(c, {option: value})
     config.validate(c)
     assert c.data.batch_size <= count
+    assert max(c.linear.batch_size, c.finetune.batch_size) <= count
+    assert 5 <= c.eval.knn_k <= 200
+    for share, epochs in zip(c.finetune.label_fractions, c.finetune.epochs, strict=True):
+        assert epochs * share * count / c.finetune.batch_size > 140  # steps
     assert c.data.image_size <= max(32, 1.4 * short_side)
 
 
@@ -227,6 +233,9 @@ def test_large_photographs_on_an_accelerator_get_the_papers_settings():
     assert chosen["model.depth"] == 50
     assert chosen["train.epochs"] == 100.0
     assert "views.blur_probability" not in chosen
+    assert "model.zero_init_residual" not in chosen
+    chosen = {c.option: c.value for c in suggest.suggest_evaluation(1_281_167, True)}
+    assert chosen == {"eval.knn_k": 200, "linear.batch_size": 4096, "finetune.batch_size": 4096}
 
 
 def test_the_configuration_chooses_from_the_folder(photos):

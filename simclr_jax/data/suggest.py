@@ -3,6 +3,10 @@
 from typing import Any, NamedTuple
 
 
+# Images from which on the paper's epochs and rates for ImageNet are used in fine-tuning.
+_MANY = 100_000
+
+
 class Choice(NamedTuple):
     """An option, its value, and why."""
 
@@ -63,6 +67,33 @@ def suggest_settings(count: int, short_side: int, accelerator: bool) -> list[Cho
     return [*chosen, Choice("train.epochs", float(epochs), why)]
 
 
+def suggest_evaluation(count: int, accelerator: bool) -> list[Choice]:
+    """Chooses options for every evaluation of an encoder on `count` labelled images; `accelerator`: see
+    `suggest_settings`. The paper's for ImageNet would be one step on a thousand images.
+    """
+    neighbours = min(200, max(5, count // 100))
+    most = 4096 if accelerator else 256
+    batch = max(min(64, _power_of_2(count)), min(most, _power_of_2(count // 32)))
+    why = f"{count / batch:.3g} steps an epoch"
+    chosen = [
+        Choice("eval.knn_k", neighbours, "a hundredth of the images, 5 to 200"),
+        Choice("linear.batch_size", batch, why),
+        Choice("finetune.batch_size", batch, why),
+    ]
+    if count >= _MANY:
+        return chosen
+    # At least some 150, 250 and 1,000 steps with 1 %, 10 % and all of the labels.
+    epochs = tuple(
+        float(round(max(least, steps * batch / (share * count))))
+        for share, steps, least in ((0.01, 150, 60), (0.1, 250, 30), (1.0, 1000, 30))
+    )
+    return [
+        *chosen,
+        Choice("finetune.epochs", epochs, "150, 250 and 1,000 steps or more"),
+        Choice("finetune.learning_rate", (0.2,), "x batch / 256: few steps"),
+    ]
+
+
 def _power_of_2(number: int) -> int:
     """Returns the largest power of 2 that is at most `number`, but 1 at least."""
     return 2 ** (max(1, number).bit_length() - 1)
@@ -79,6 +110,7 @@ def _model(accelerator: bool) -> list[Choice]:
     return [
         Choice("model.depth", 10, "for CPUs"),
         Choice("model.width", 0.5, "for CPUs"),
+        Choice("model.zero_init_residual", False, "learns faster in a short run"),
         Choice("optimizer.name", "adamw", "needs no large batch"),
         Choice("optimizer.learning_rate", 2e-3, "for adamw"),
         Choice("optimizer.scaling", "none", "for adamw"),

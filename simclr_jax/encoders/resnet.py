@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from simclr_jax.encoders.conv import conv2d
 from simclr_jax.encoders.norm import batch_norm
-from simclr_jax.options import Option, number, one_of
+from simclr_jax.options import Option, flag, number, one_of
 
 # depth: (blocks of each of the four stages, bottleneck blocks?). He et al. 2015, table 1; 200 from
 # He et al. 2016 (arXiv 1603.05027); 10 is the 18 with one block a stage, for small images on CPUs.
@@ -49,6 +49,12 @@ OPTIONS = (
         one_of(*POOL_PADDINGS),
         'padding of the stem\'s max-pool: "same" is the published code\'s, "symmetric" torchvision\'s',
     ),
+    Option(
+        "model.zero_init_residual",
+        True,
+        flag(),
+        "each block of a ResNet starts as its shortcut, as published; False learns faster in short runs",
+    ),
 )
 
 
@@ -62,6 +68,7 @@ def build(model: Mapping[str, Any]) -> "ResNet":
         dtype=jnp.dtype(model["dtype"]),
         norm_momentum=model["norm_momentum"],
         norm_group=model["norm_group"],
+        zero_init_residual=model["zero_init_residual"],
         remat=model["remat"],
     )
 

@@ -139,9 +139,10 @@ def describe_folder(config: ConfigDict) -> None:
         say(f"{'' if i else 'folder':<12}{line}")
     values = config_lib.flatten(config)
     accelerator = jax.default_backend() != "cpu"
-    for i, choice in enumerate(
-        suggest.suggest_settings(found.images, found.short_side, accelerator)
-    ):
+    choices = suggest.suggest_settings(found.images, found.short_side, accelerator)
+    if config.data.folder_labels:
+        choices += suggest.suggest_evaluation(found.images, accelerator)
+    for i, choice in enumerate(choices):
         option, suggested, reason = choice
         given = values[option]
         why = reason if given == suggested else f"given; the images suggest {suggested}"
