@@ -1,0 +1,331 @@
+"""What ours learns beside lightly's parts, from the same images: `python benchmarks/learning.py DATA`.
+
+DATA is a folder with train/CLASS/FILE and test/CLASS/FILE, or an .npz file of train_images and
+test_images, uint8 [N, H, W, 1 or 3], train_labels and test_labels. Three kinds of runs, each with
+several seeds, each a process of its own:
+
+    ours         the automatic settings of configs/folder.py on a CPU
+    lightly      the same encoder, epochs, batch, temperature and strength of colour, built from
+                 lightly's parts, with the optimizer of its documentation
+    ours, time   ours with as many epochs as fit into the seconds that lightly's training took
+
+One probe judges all: scikit-learn's logistic regression on standardised features, its C chosen on a
+part of the training images. A finished run is not run again: its line is in --runs.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+LABELS, DRAWS, NEIGHBOURS = 10, 5, 20
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C
+MOST_TRAINING = 10_000  # images that the probe is fitted on
+KINDS = ("ours", "lightly", "ours, time")
+
+
+class Run(NamedTuple):
+    """One run: of which data and kind, with which seed, how long, and whether views are flipped."""
+
+    path: pathlib.Path
+    kind: str
+    seed: int
+    epochs: float | None
+    flip: bool
+
+    def named(self) -> dict:
+        """Returns what tells it from the runs of the same data."""
+        return {"kind": self.kind, "seed": self.seed}
+
+
+class Part(NamedTuple):
+    """The training or the test images, uint8 [H, W, 3] each, of any sizes, and their labels [N]."""
+
+    images: list[np.ndarray]
+    labels: np.ndarray
+
+
+def load(path: pathlib.Path) -> dict[str, Part]:
+    """Reads {"train", "test"} from a folder or an .npz file."""
+    if path.is_dir():
+        return {name: folder(path / name) for name in ("train", "test")}
+    with np.load(path) as file:
+        return {
+            name: Part(
+                [np.repeat(x, 3, axis=-1)[..., :3] if x.shape[-1] == 1 else x for x in images],
+                file[f"{name}_labels"],
+            )
+            for name in ("train", "test")
+            for images in [file[f"{name}_images"]]
+        }
+
+
+def folder(root: pathlib.Path) -> Part:
+    """Reads the image files of class folders."""
+    from simclr_jax.data import pixels
+
+    paths = sorted(root.glob("*/*"))
+    classes = sorted({path.parent.name for path in paths})
+    images = [pixels.read(path.read_bytes()) for path in paths]
+    return Part(images, np.array([classes.index(path.parent.name) for path in paths]))
+
+
+def settings(images: list[np.ndarray], epochs: float | None) -> dict:
+    """Returns the options that `configs/folder.py` chooses for these images on a CPU."""
+    from simclr_jax.data.suggest import suggest_settings
+
+    short_side = int(np.median([min(x.shape[:2]) for x in images]))
+    chosen = {c.option: c.value for c in suggest_settings(len(images), short_side, False)}
+    return chosen | ({"train.epochs": epochs} if epochs else {})
+
+
+def ours(data: dict[str, Part], options: dict, run: Run) -> dict:
+    """Trains ours. Returns {"train", "test": features, "seconds", "contrastive": accuracy}."""
+    from simclr_jax import config, load_encoder
+    from simclr_jax.modes.pretrain import pretrain
+
+    c = config.default()
+    config.set_options(c, options)
+    c.data.source, c.data.path = "arrays", str(run.path)
+    if run.path.is_dir():
+        c.data.source, c.data.path = "folder", str(run.path / "train")
+    c.seed, c.views.flip, c.train.log_every_steps = run.seed, run.flip, 20
+    with tempfile.TemporaryDirectory() as workdir:
+        began = time.monotonic()
+        pretrain(c, workdir)
+        seconds = time.monotonic() - began
+        lines = pathlib.Path(workdir, "metrics.jsonl").read_text().splitlines()
+        encoder = load_encoder(workdir)
+    found = {name: encoder.embed(part.images) for name, part in data.items()}
+    return found | {"seconds": seconds, "contrastive": json.loads(lines[-1])["contrastive_top1"]}
+
+
+def resized(images: list[np.ndarray], size: int) -> np.ndarray:
+    """Resizes the largest centred square of each image to [N, size, size, 3], by Pillow."""
+    from PIL import Image, ImageOps
+
+    return np.stack(
+        [np.asarray(ImageOps.fit(Image.fromarray(x), (size, size), Image.BICUBIC)) for x in images]
+    )
+
+
+def lightly(data: dict[str, Part], options: dict, run: Run) -> dict:
+    """Trains lightly's parts; see `ours`."""
+    from peers import torch
+
+    t = torch()
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import SimCLRProjectionHead
+    from lightly.transforms import SimCLRTransform
+    from PIL import Image
+
+    t.manual_seed(run.seed)
+    size, batch = options["data.image_size"], options["data.batch_size"]
+    transform = SimCLRTransform(
+        input_size=size,
+        cj_strength=options["views.color_strength"],
+        gaussian_blur=options["views.blur_probability"],
+        hf_prob=0.5 if run.flip else 0.0,
+    )
+    pictures = [Image.fromarray(x) for x in data["train"].images]
+
+    class Views(t.utils.data.Dataset):
+        def __len__(self):
+            return len(pictures)
+
+        def __getitem__(self, i):
+            return transform(pictures[i])
+
+    encoder = torch_resnet(t, options["model.width"])
+    width = encoder[-1].width
+    head = SimCLRProjectionHead(width, width, 128)
+    loss_of = NTXentLoss(temperature=options["loss.temperature"])
+    parameters = [*encoder.parameters(), *head.parameters()]
+    steps = round(options["train.epochs"] * len(pictures) / batch)
+    optimizer = t.optim.SGD(parameters, lr=0.06, momentum=0.9, weight_decay=5e-4)
+    schedule = t.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    loader = t.utils.data.DataLoader(
+        Views(), batch, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
+    )
+    began, step, right = time.monotonic(), 0, []
+    while step < steps:
+        for first, second in loader:
+            z0, z1 = (head(encoder(x)) for x in (first, second))
+            loss = loss_of(z0, z1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            step += 1
+            right.append(contrastive_accuracy(t, z0.detach(), z1.detach()))
+            if step == steps:
+                break
+    seconds = time.monotonic() - began
+    encoder.eval()
+    found = {}
+    mean, std = (np.float32(x) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    for name, part in data.items():
+        x = (resized(part.images, size) / np.float32(255) - mean) / std
+        blocks = t.from_numpy(x.transpose(0, 3, 1, 2).copy()).split(256)
+        with t.no_grad():
+            found[name] = t.cat([encoder(block) for block in blocks]).numpy()
+    return found | {"seconds": seconds, "contrastive": statistics.mean(right[-20:])}
+
+
+def contrastive_accuracy(t, z0, z1) -> float:
+    """Share of the views whose nearest of all 2B - 1 others is their partner."""
+    z = t.nn.functional.normalize(t.cat([z0, z1]))
+    similar = (z @ z.T).fill_diagonal_(-2)
+    partner = t.arange(len(z)).roll(len(z0))
+    return (similar.argmax(1) == partner).float().mean().item()
+
+
+def torch_resnet(t, factor: float):
+    """ResNet-10 of torchvision's blocks and initialisation, with the "strided" stem of ours."""
+    from torchvision.models.resnet import BasicBlock, conv1x1
+
+    channels = round(64 * factor)
+    layers = [
+        t.nn.Conv2d(3, channels, 3, 2, 1, bias=False),
+        t.nn.BatchNorm2d(channels),
+        t.nn.ReLU(),
+    ]
+    for stage in range(4):
+        out, stride = channels * 2 ** max(0, stage), 1 if stage == 0 else 2
+        source = channels if stage == 0 else out // 2
+        shortcut = None
+        if stage:
+            shortcut = t.nn.Sequential(conv1x1(source, out, stride), t.nn.BatchNorm2d(out))
+        layers.append(BasicBlock(source, out, stride, shortcut))
+    for module in t.nn.Sequential(*layers).modules():
+        if isinstance(module, t.nn.Conv2d):
+            t.nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    class Mean(t.nn.Module):
+        width = channels * 8
+
+        def forward(self, x):
+            return x.mean((2, 3))
+
+    return t.nn.Sequential(*layers, Mean())
+
+
+def judge(features: dict[str, np.ndarray], data: dict[str, Part]) -> dict:
+    """Returns accuracies on the test images: 10 labels a class, all labels, 20 nearest neighbours."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.preprocessing import StandardScaler, normalize
+
+    train, test = features["train"], features["test"]
+    y, wanted = data["train"].labels, data["test"].labels
+    neighbours = KNeighborsClassifier(NEIGHBOURS, metric="euclidean")
+    knn = neighbours.fit(normalize(train), y).score(normalize(test), wanted)
+    scaler = StandardScaler().fit(train)
+    train, test = scaler.transform(train), scaler.transform(test)
+
+    def fitted(rows, strength):
+        return LogisticRegression(C=strength, max_iter=300).fit(train[rows], y[rows])
+
+    def probe(rows, held):
+        best = max(STRENGTHS, key=lambda c: fitted(rows, c).score(train[held], y[held]))
+        return fitted(rows, best).score(test, wanted)
+
+    order = np.random.default_rng(0).permutation(len(y))[:MOST_TRAINING]
+    held, rest = order[: len(order) // 10], order[len(order) // 10 :]
+    few = []
+    for draw in range(DRAWS):
+        rng = np.random.default_rng(draw)
+        rows = [rng.permutation(rest[y[rest] == c])[:LABELS] for c in np.unique(y)]
+        few.append(probe(np.concatenate(rows), held))
+    return {"ten": statistics.mean(few), "all": probe(rest, held), "knn": knn}
+
+
+def rank(h: np.ndarray) -> float:
+    """RankMe: exp of the entropy of the singular values' shares (Garrido et al. 2023)."""
+    s = np.linalg.svd(h[:4096] - h[:4096].mean(0), compute_uv=False)
+    p = s / s.sum() + 1e-7
+    return float(np.exp(-np.sum(p * np.log(p))))
+
+
+def one(run: Run) -> dict:
+    """Makes one run and judges it."""
+    data = load(run.path)
+    options = settings(data["train"].images, run.epochs)
+    if run.kind == "raw pixels":
+        size = options["data.image_size"]
+        flat = {
+            k: resized(x.images, size).reshape(len(x.labels), -1) / 255 for k, x in data.items()
+        }
+        return run.named() | judge(flat, data)
+    found = (lightly if run.kind == "lightly" else ours)(data, options, run)
+    about = {"seconds": found["seconds"], "contrastive": found["contrastive"]}
+    about |= {"epochs": options["train.epochs"], "rank": rank(found["train"])}
+    return run.named() | judge(found, data) | about
+
+
+def main() -> None:
+    """Runs what is not in --runs yet, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("data")
+    parser.add_argument("--runs", help="a file of one JSON line a run; default: DATA.runs.jsonl")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=float, help="default: what the automatic settings choose")
+    parser.add_argument("--no_flip", action="store_true", help="digits and letters have a left")
+    parser.add_argument("--one", nargs=2, metavar=("KIND", "SEED"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        kind, seed = arguments.one
+        path = pathlib.Path(arguments.data)
+        result = one(Run(path, kind, int(seed), arguments.epochs, not arguments.no_flip))
+        print("RESULT " + json.dumps(result))
+        return
+    runs = pathlib.Path(arguments.runs or f"{arguments.data}.runs.jsonl")
+    done = [json.loads(line) for line in runs.read_text().splitlines()] if runs.exists() else []
+
+    def run(kind, seed, epochs):
+        found = [r for r in done if (r["kind"], r["seed"]) == (kind, seed)]
+        if found:
+            return found[0]
+        command = [sys.executable, __file__, arguments.data, "--one", kind, str(seed)]
+        command += [f"--epochs={epochs}"] if epochs else []
+        command += ["--no_flip"] if arguments.no_flip else []
+        print(f"{kind}, seed {seed} ...", flush=True)
+        process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        line = process.stdout.rpartition("RESULT ")[2]
+        with runs.open("a") as file:
+            file.write(line)
+        done.append(json.loads(line))
+        return done[-1]
+
+    run("raw pixels", 0, None)
+    for seed in range(arguments.seeds):
+        mine = run("ours", seed, arguments.epochs)
+        theirs = run("lightly", seed, arguments.epochs)
+        run("ours, time", seed, mine["epochs"] * theirs["seconds"] / mine["seconds"])
+    show(done)
+
+
+def show(done: list[dict]) -> None:
+    """Prints mean and spread over seeds of each kind of run."""
+    columns = {"ten": 100, "all": 100, "knn": 100, "contrastive": 100, "rank": 1, "seconds": 1}
+    names = ["10 labels", "all", "20-NN", "contrastive", "rank of h", "seconds"]
+    print(f"{'':12}" + "".join(f"{name:>16}" for name in names))
+    for kind in ("raw pixels", *KINDS):
+        rows = [run for run in done if run["kind"] == kind]
+        cells = []
+        for column, factor in columns.items():
+            values = [factor * row[column] for row in rows if column in row]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            cells.append(f"{statistics.mean(values):.1f} +- {spread:.1f}" if values else "")
+        print(f"{kind:12}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+if __name__ == "__main__":
+    main()
