@@ -89,8 +89,10 @@ def settings(images: list[np.ndarray], epochs: float | None) -> dict:
 def ours(data: dict[str, Part], options: dict, run: Run) -> dict:
     """Trains ours. Returns {"train", "test": features, "seconds", "contrastive": accuracy}."""
     from simclr_jax import config, load_encoder
+    from simclr_jax.main import keep_compiled_programs
     from simclr_jax.modes.pretrain import pretrain
 
+    keep_compiled_programs()  # as the command does
     c = config.default()
     config.set_options(c, options)
     c.data.source, c.data.path = "arrays", str(run.path)

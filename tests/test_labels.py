@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from conftest import encoder_checkpoint, random_images
+from PIL import Image
 
 from simclr_jax import assemble, config
 from simclr_jax.data import open_source
@@ -176,3 +177,60 @@ def test_one_labelled_image_is_too_few_to_evaluate(tiny, tmp_path):
     for name in ("probe", "knn", "transfer"):
         with pytest.raises(UserError, match=r"^1 labelled training image.*expected two or more"):
             evaluate_features(name, tiny, workdir)
+
+
+def test_test_images_are_held_out_of_one_folder(tiny, tmp_path):
+    """The same ones for every seed, none of them among the training images."""
+    for i, image in enumerate(random_images(40, 12, 12)):
+        path = tmp_path / "photos" / ("cat", "dog")[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    options = {"data.source": "folder", "data.path": f"{tmp_path}/photos"}
+    options |= {"data.folder_labels": True, "data.test_fraction": 0.25, "data.placement": "host"}
+    config.set_options(tiny, options)
+    data = assemble.data_set(tiny)
+    train, test = (set(split.source.paths.tolist()) for split in (data.train, data.test))
+    assert (len(train), len(test), len(train | test)) == (30, 10, 40)
+    assert data.test.classes == data.train.classes == ("cat", "dog")
+    tiny.seed = 1
+    assert set(assemble.data_set(tiny).test.source.paths.tolist()) == test
+    workdir = str(encoder_checkpoint(tiny, tmp_path / "w"))
+    assert evaluate_features("knn", tiny, workdir)["test_images"] == 10
+    tiny.data.test_path = f"{tmp_path}/photos"
+    with pytest.raises(UserError, match=r"data\.test_fraction=0\.25 holds out .*there is a test"):
+        assemble.data_set(tiny)
+
+
+def labelled_by(tmp_path, text, **options):
+    """The data set of a folder of five images whose labels are in a file with this text."""
+    for i, image in enumerate(random_images(5, 12, 12)):
+        path = tmp_path / "photos" / f"{i // 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    (tmp_path / "labels.csv").write_text(text, encoding="utf-8")
+    found = config.default().data.to_dict() | {"seed": 0, "source": "folder"}
+    found |= {"path": f"{tmp_path}/photos", "labels_file": f"{tmp_path}/labels.csv"}
+    return open_source(found | options)
+
+
+def test_labels_of_a_folder_come_from_a_csv_file(tmp_path):
+    """By the path below the folder, in any order, quoted or not; what is not named has no label."""
+    text = '\ufefflabel,image,by\r\ndog,1/3.png,me\r\n"cat, grey",0/0.png,\r\n,0/1.png,\r\ndog,0/2.png,\r\n'
+    split = labelled_by(tmp_path, text).train
+    assert split.classes == ("cat, grey", "dog")
+    assert split.all_labels().tolist() == [0, -1, 1, 1, -1]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("file,class\n0/0.png,cat\n", "has the columns file, class: expected image and label"),
+        ("image,label\n9/9.png,cat\n", r"names no image below .*, such as '9/9\.png'"),
+        ("image,label\n0/0.png,cat\n0/0.png,dog\n", "labels '0/0.png' twice, cat and dog"),
+        ("", "is empty: expected"),
+    ],
+)
+def test_a_file_of_labels_that_does_not_fit_is_one_line(tmp_path, text, says):
+    with pytest.raises(UserError, match=says) as caught:
+        labelled_by(tmp_path, text)
+    assert "\n" not in str(caught.value)

@@ -11,7 +11,7 @@ from simclr_jax.data import arrays, folder, parquet, synthetic, tfds
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.split import DataSet, Split
 from simclr_jax.errors import UserError
-from simclr_jax.options import Option, flag, one_of, text
+from simclr_jax.options import Option, flag, number, one_of, text
 
 # name: ({option of the group "data", without the group: value}, and "seed") -> DataSet
 SOURCES: dict[str, Callable[[Mapping[str, Any]], DataSet]] = {
@@ -48,6 +48,12 @@ OPTIONS = (
         resumable=True,
     ),
     Option(
+        "data.test_fraction",
+        0.0,
+        number(0, 0.9),
+        "of the images, held out for every evaluation where there is no test split; 0: none",
+    ),
+    Option(
         "data.upright",
         True,
         flag(),
@@ -55,6 +61,14 @@ OPTIONS = (
     ),
     Option(
         "data.folder_labels", False, flag(), "the first folder below data.path is an image's class"
+    ),
+    Option(
+        "data.labels_file",
+        "",
+        text(),
+        "CSV file with the columns image, a path below the folder of images, and label; images it does "
+        "not name have none",
+        resumable=True,
     ),
     *parquet.OPTIONS,
 )
@@ -79,12 +93,24 @@ def cached(data: str) -> DataSet:
     """Opens the data set of options in JSON; see `open_source`."""
     options = json.loads(data)
     found = SOURCES[options["source"]](options)
+    if options["test_fraction"] > 0:
+        found = _held_out(found, options["test_fraction"])
     if found.test is not None and _are_the_same(found.train, found.test):
         raise UserError(
             "the test images are the training images: an accuracy on them would say nothing; see "
             "data.test_path and data.test_split"
         )
     return found
+
+
+def _held_out(data: DataSet, fraction: float) -> DataSet:
+    """Makes a test split of some of the training images, the same ones whatever the run's seed is."""
+    if data.test is not None:
+        raise UserError(
+            f"data.test_fraction={fraction:g} holds out test images, and there is a test split: set "
+            "data.test_fraction=0, or data.test_path='' and data.test_split=''"
+        )
+    return DataSet(*data.train.divided(fraction, seed=0))
 
 
 def _are_the_same(train: Split, test: Split) -> bool:

@@ -1,5 +1,6 @@
 """A folder of images as a source: every image file below it, at any depth, one file an image."""
 
+import csv
 import hashlib
 import os
 import pathlib
@@ -71,20 +72,54 @@ class Files(Source):
 def open_data_set(data: Mapping[str, Any]) -> DataSet:
     """Opens the folder "path" to train on and, unless it is empty, "test_path" to test on.
 
-    "folder_labels" and the errors: see `open_split`.
+    "folder_labels", "labels_file" and the errors: see `open_split` and `read_labels`.
     """
-    labels = data["folder_labels"]
+    if data["folder_labels"] and data["labels_file"]:
+        raise UserError("labels come from data.folder_labels or from data.labels_file: set one")
+    labels = read_labels(data["labels_file"]) if data["labels_file"] else data["folder_labels"]
     train = open_split(data["path"], labels)
     test = open_split(data["test_path"], labels, train.classes) if data["test_path"] else None
     return DataSet(train, test)
 
 
-def open_split(path: str, labels: bool, classes: Classes = None) -> IndexedSplit:
+def read_labels(path: str) -> dict[str, str]:
+    """Reads a CSV file: {"image", a path below the folder of images: "label"}, of the columns so called.
+
+    An image with an empty label is left out.
+
+    Raises:
+      UserError: the file cannot be read, lacks a column, or labels an image twice.
+    """
+    try:
+        # Excel begins UTF-8 with a byte order mark.
+        with expanded(path).open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            columns = list(rows.fieldnames or ())
+            lines = list(rows) if {"image", "label"} <= set(columns) else []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(
+            f"{path!r} cannot be read as a CSV file of labels ({error}) (data.labels_file)"
+        ) from error
+    if not {"image", "label"} <= set(columns):
+        what = f"has the columns {', '.join(columns)}" if columns else "is empty"
+        raise UserError(f"{path!r} {what}: expected image and label (data.labels_file)")
+    labels: dict[str, str] = {}
+    for line in lines:
+        name, label = line["image"], line["label"]
+        if label and labels.setdefault(name, label) != label:
+            raise UserError(f"{path!r} labels {name!r} twice, {labels[name]} and {label}")
+    return labels
+
+
+def open_split(
+    path: str, labels: bool | Mapping[str, str], classes: Classes = None
+) -> IndexedSplit:
     """Opens every image file below a folder, sorted by path.
 
     Args:
       path: the folder.
-      labels: the first folder below `path` is an image's class.
+      labels: True: the first folder below `path` is an image's class. False: there are none. A mapping:
+        path below the folder -> class; what it does not hold has no label.
       classes: their names, in order; None takes what is there, sorted.
 
     Raises:
@@ -109,15 +144,23 @@ def open_split(path: str, labels: bool, classes: Classes = None) -> IndexedSplit
             f"{len(odd)} files below {path!r} have names that are not UTF-8, such as "
             f"{os.fsencode(odd[0])!r}: rename them"
         )
-    if not labels:
+    if labels is False:
         nothing = np.full(len(paths), -1, np.int32)
         return IndexedSplit(Files(paths, nothing, None, found.sizes))
-    codes, classes = _labels_of(path, found.paths.tolist(), classes)
+    names = found.paths.tolist()
+    if labels is True:
+        owners = _first_folders(path, names)
+    else:
+        owners = [labels.get(name) for name in names]
+        if not any(owners):
+            such = f", such as {next(iter(labels))!r}" if labels else ""
+            raise UserError(f"data.labels_file names no image below {path!r}{such}")
+    codes, classes = _numbered(path, owners, classes)
     return IndexedSplit(Files(paths, codes, classes, found.sizes))
 
 
-def _labels_of(path: str, names: list[str], classes: Classes) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Returns the label of each name, by its first folder, and the classes."""
+def _first_folders(path: str, names: list[str]) -> list[str | None]:
+    """Returns the first folder of each name. Raises a UserError if one has none."""
     parts = [pathlib.PurePath(name).parts for name in names]
     loose = [name for name, inside in zip(names, parts, strict=True) if len(inside) == 1]
     if loose:
@@ -125,13 +168,20 @@ def _labels_of(path: str, names: list[str], classes: Classes) -> tuple[np.ndarra
             f"{len(loose)} images lie in no class folder, such as {os.path.join(path, loose[0])}: "
             "move them, or set data.folder_labels=False"
         )
-    owners = [inside[0] for inside in parts]
+    return [inside[0] for inside in parts]
+
+
+def _numbered(
+    path: str, owners: list[str | None], classes: Classes
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Numbers the classes of images, None for none, by `classes`, or by those that there are, sorted."""
+    there = {owner for owner in owners if owner is not None}
     if classes is None:
-        classes = tuple(sorted(set(owners)))
-    unknown = sorted(set(owners).difference(classes))
+        classes = tuple(sorted(there))
+    unknown = sorted(there.difference(classes))
     if unknown:
         raise UserError(f"{path!r} has the classes {', '.join(unknown)}, which training has not")
-    code = {name: i for i, name in enumerate(classes)}
+    code: dict[str | None, int] = {name: i for i, name in enumerate(classes)} | {None: -1}
     return np.asarray([code[owner] for owner in owners], np.int32), classes
 
 

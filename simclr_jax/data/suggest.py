@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-
 # Images from which on the paper's epochs and rates for ImageNet are used in fine-tuning.
 _MANY = 100_000
 

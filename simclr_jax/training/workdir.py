@@ -184,7 +184,7 @@ def _found_from_anywhere(config: ConfigDict) -> dict:
     whatever the current folder is.
     """
     found = config.to_dict()
-    for name in ("path", "test_path"):
+    for name in ("path", "test_path", "labels_file"):
         if found["data"][name]:
             found["data"][name] = absolute(found["data"][name])
     return found
