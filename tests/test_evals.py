@@ -237,7 +237,7 @@ def test_raw_pixels_are_the_pixels():
     np.testing.assert_allclose(raw_pixels(large, 3), 100 / 255, rtol=1e-5)
 
 
-def means_for_each_lambda(x, y, lambdas, classes, *_):
+def means_for_each_lambda(x, y, lambdas, classes, *_, **__):
     """Stands for `fit_lambdas` where the fit is not what is tested: the nearest mean of a class."""
     kernel = np.stack([x[y == c].mean(axis=0) for c in range(classes)], axis=1)
     bias = -0.5 * np.sum(kernel**2, axis=0)

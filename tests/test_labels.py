@@ -185,7 +185,7 @@ def test_test_images_are_held_out_of_one_folder(tiny, tmp_path):
         path = tmp_path / "photos" / ("cat", "dog")[i % 2] / f"{i:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
-    options = {"data.source": "folder", "data.path": f"{tmp_path}/photos"}
+    options: dict = {"data.source": "folder", "data.path": f"{tmp_path}/photos"}
     options |= {"data.folder_labels": True, "data.test_fraction": 0.25, "data.placement": "host"}
     config.set_options(tiny, options)
     data = assemble.data_set(tiny)

@@ -1,6 +1,7 @@
 """Multinomial logistic regression on fixed features, by L-BFGS (paper, appendix B.8)."""
 
 import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -121,8 +122,11 @@ def fit_lambdas(
     classes: int,
     max_iterations: int,
     mesh: Mesh | None = None,
+    watch: Callable[[Iterable[float]], Iterable[float]] = iter,
 ) -> list[dict]:
     """Finds the weights that minimise sum of cross-entropies + lambda / 2 * |kernel|^2, for each lambda.
+
+    `watch` passes the lambdas on as they are fitted, such as `Progress.track`.
 
     Fitted from the strongest on, each beginning where the one before ended. Internally the features
     are centred, which the free bias takes up, and scaled, with the lambda scaled to match: the same
@@ -135,7 +139,7 @@ def fit_lambdas(
     found = {}
     with jax.enable_x64(True):
         rows = divided(mesh, x, y)
-        for value in sorted(lambdas, reverse=True):
+        for value in watch(sorted(lambdas, reverse=True)):
             l2 = value * factor**2 / len(y)
             weights = to_host(fit_from(weights, *rows, l2, max_iterations, _TOLERANCE_OF_LAMBDAS))
             kernel = weights["kernel"] * factor

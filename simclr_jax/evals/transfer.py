@@ -6,7 +6,7 @@ and then fitted to all training labels.
 
 import numpy as np
 
-from simclr_jax.console import say
+from simclr_jax.console import Progress, say
 from simclr_jax.data.order import split_validation
 from simclr_jax.evals import results
 from simclr_jax.evals.contract import Evaluation, Features, Options, Table
@@ -46,12 +46,14 @@ def fit_chosen_lambda(features: Features, options: Options, lambdas: tuple[float
     part, held = split_validation(y, options["validation_fraction"], options["seed"])
     lambdas = tuple(sorted(lambdas))
     how = features.classes, options["max_iterations"], features.mesh
-    fits = fit_lambdas(x[part], y[part], lambdas, *how)
+    with Progress(len(lambdas)) as progress:
+        fits = fit_lambdas(x[part], y[part], lambdas, *how, watch=progress.track)
     scores = [float(accuracy(weights, x[held], y[held])) for weights in fits]
     # Of equals the strongest: on few validation images many lambdas are.
     best = max(range(len(lambdas)), key=lambda i: (scores[i], lambdas[i]))
     # From the strongest on, as above: each fit begins where the one before ended.
-    weights = fit_lambdas(x, y, lambdas[best:], *how)[0]
+    with Progress(len(lambdas) - best) as progress:
+        weights = fit_lambdas(x, y, lambdas[best:], *how, watch=progress.track)[0]
     x_test, y_test = features.test
     right = np.asarray(predict(weights, x_test)) == y_test
     return {
