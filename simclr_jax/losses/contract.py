@@ -47,7 +47,10 @@ def implementation_of(asked: str, batch_size: int, mesh: Mesh) -> str:
 
 
 def normalize(z):
-    """Scales the rows of z [N, D] to unit length, in float32. A zero row stays zero."""
+    """Scales the rows of z [N, D] to unit length, in float32; z / max(|z|, 1e-6).
+
+    A zero row stays zero, and its gradient is that of z / 1e-6: large, but finite.
+    """
     z = z.astype(jnp.float32)
     return z * jax.lax.rsqrt(jnp.maximum(jnp.sum(z * z, axis=-1, keepdims=True), 1e-12))
 
