@@ -4,6 +4,7 @@ The kinds whose order is tested: record files of TFDS and row groups of Parquet 
 streamed; arrays; and a source of two methods, as somebody would add it.
 """
 
+import importlib.util
 import io
 import itertools
 import json
@@ -231,6 +232,13 @@ def test_array_record_is_read_as_tfrecord_is(files, array_records):
     assert [e["image"] for e in both[0]] == [e["image"] for e in both[1]]
     assert array_records.all_labels().tolist() == files.all_labels().tolist()
     assert array_records.fingerprint() == files.fingerprint()
+
+
+def test_array_record_without_its_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install array_record") as caught:
+        prepared(tmp_path, "array_record")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])

@@ -3,6 +3,7 @@ are TFRecord or ArrayRecord.
 """
 
 import difflib
+import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -141,6 +142,11 @@ def _open_split(builder: Any, name: str) -> Split:
         raise UserError(
             f"the TFDS data set {builder.name!r} has no split {name!r}: it has {', '.join(splits)}; "
             "see data.train_split and data.test_split, which may be '' for none"
+        )
+    if _is_array_record(builder) and importlib.util.find_spec("array_record") is None:
+        raise UserError(
+            f"the TFDS data set {builder.name!r} is prepared as ArrayRecord, which the package array_record "
+            "reads (pip install array_record; Linux): install it, or prepare the data as TFRecord"
         )
     features = builder.info.features
     labelled = "label" in features and hasattr(features["label"], "names")
