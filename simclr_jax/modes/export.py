@@ -125,6 +125,14 @@ def _write_savedmodel(encoder: Encoder, path: epath.Path) -> str:
         autograph=False,
     )
     tf.saved_model.save(module, str(path), signatures=module.__call__)
+    try:
+        tf.saved_model.load(str(path))(tf.zeros([1, size, size, 3]))
+    except tf.errors.InvalidArgumentError as error:  # TensorFlow is older than what JAX writes
+        path.rmtree()
+        raise UserError(
+            f"TensorFlow {tf.__version__} cannot run what JAX {jax.__version__} exports: use "
+            "--format=stablehlo, or a newer TensorFlow or an older JAX"
+        ) from error
     return (
         "import tensorflow as tf\n\n"
         f'encoder = tf.saved_model.load("{path}")\n'
