@@ -1,4 +1,4 @@
-"""What ours learns beside lightly's parts, from the same images: `python benchmarks/learning.py DATA`.
+"""Trains ours and lightly's parts on the same images: `python benchmarks/learning.py DATA`.
 
 DATA is a folder with train/CLASS/FILE and test/CLASS/FILE, or an .npz file of train_images and
 test_images, uint8 [N, H, W, 1 or 3], train_labels and test_labels. Three kinds of runs, each with
@@ -55,26 +55,26 @@ class Part(NamedTuple):
 def load(path: pathlib.Path) -> dict[str, Part]:
     """Reads {"train", "test"} from a folder or an .npz file."""
     if path.is_dir():
-        return {name: folder(path / name) for name in ("train", "test")}
+        return {name: read_folder(path / name) for name in ("train", "test")}
     with np.load(path) as file:
         return {
-            name: Part(
-                [np.repeat(x, 3, axis=-1)[..., :3] if x.shape[-1] == 1 else x for x in images],
-                file[f"{name}_labels"],
-            )
+            name: Part([in_color(x) for x in file[f"{name}_images"]], file[f"{name}_labels"])
             for name in ("train", "test")
-            for images in [file[f"{name}_images"]]
         }
 
 
-def folder(root: pathlib.Path) -> Part:
+def in_color(image: np.ndarray) -> np.ndarray:
+    """Turns [H, W, 1 or 3] into [H, W, 3]."""
+    return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
+
+
+def read_folder(root: pathlib.Path) -> Part:
     """Reads the image files of class folders."""
     from simclr_jax.data import pixels
+    from simclr_jax.data.folder import open_split
 
-    paths = sorted(root.glob("*/*"))
-    classes = sorted({path.parent.name for path in paths})
-    images = [pixels.read(path.read_bytes()) for path in paths]
-    return Part(images, np.array([classes.index(path.parent.name) for path in paths]))
+    source = open_split(str(root), labels=True).source
+    return Part([pixels.read(source[i].image) for i in range(len(source))], source.labels)
 
 
 def settings(images: list[np.ndarray], epochs: float | None) -> dict:
@@ -200,7 +200,7 @@ def torch_resnet(t, factor: float):
         t.nn.ReLU(),
     ]
     for stage in range(4):
-        out, stride = channels * 2 ** max(0, stage), 1 if stage == 0 else 2
+        out, stride = channels * 2**stage, 1 if stage == 0 else 2
         source = channels if stage == 0 else out // 2
         shortcut = None
         if stage:

@@ -52,7 +52,7 @@ def suggest_settings(count: int, short_side: int, accelerator: bool) -> list[Cho
     chosen += _model(accelerator)
     most = 256 if size > 64 or not accelerator else 512
     least = min(64, max(2, _power_of_2(count)))
-    batch = max(least, min(most, _power_of_2(count // 32)))
+    batch = _batch_size(count, least, most)
     steps = f"{count / batch:.3g} steps an epoch"
     chosen.append(
         Choice("data.batch_size", batch, f"{steps}; 32 or more are aimed at, {least} to {most}")
@@ -72,7 +72,7 @@ def suggest_evaluation(count: int, accelerator: bool) -> list[Choice]:
     """
     neighbours = min(200, max(5, count // 100))
     most = 4096 if accelerator else 256
-    batch = max(min(64, _power_of_2(count)), min(most, _power_of_2(count // 32)))
+    batch = _batch_size(count, min(64, _power_of_2(count)), most)
     why = f"{count / batch:.3g} steps an epoch"
     chosen = [
         Choice("eval.knn_k", neighbours, "a hundredth of the images, 5 to 200"),
@@ -91,6 +91,11 @@ def suggest_evaluation(count: int, accelerator: bool) -> list[Choice]:
         Choice("finetune.epochs", epochs, "150, 250 and 1,000 steps or more"),
         Choice("finetune.learning_rate", (0.2,), "x batch / 256: few steps"),
     ]
+
+
+def _batch_size(count: int, least: int, most: int) -> int:
+    """Returns a power of 2 that makes 32 steps or more of an epoch, where the bounds allow it."""
+    return max(least, min(most, _power_of_2(count // 32)))
 
 
 def _power_of_2(number: int) -> int:

@@ -83,9 +83,9 @@ def moments(x):
     In float32 the variance is the mean squared distance from the mean: E[x^2] - E[x]^2 would keep
     no digit of it at a mean of 1000 standard deviations, and might be negative. bfloat16 cannot
     even hold such numbers: from a mean of 256 standard deviations on, neighbours are a deviation
-    apart. There the short formula is right to about 2 % (256^2 * 2^-24 = 0.4 % for each of several roundings;
-    1.8 % was measured), and is taken, with sums in float32: it needs one pass over x and one sum over the devices, not two of
-    each. Compiled for a TPU v5e slice, ResNet-50: 390 MB of memory traffic a view instead of 425,
+    apart. There the short formula is right to about 2 % (256^2 * 2^-24 = 0.4 % for each of several
+    roundings; 1.8 % was measured), and is taken, with sums in float32: it needs one pass over x and
+    one sum over the devices, not two of each. Compiled for a TPU v5e slice, ResNet-50: 390 MB of memory traffic a view instead of 425,
     and 104 all-reduces a step instead of 155.
     """
     axes = tuple(range(1, x.ndim - 1))

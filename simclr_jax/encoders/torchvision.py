@@ -13,7 +13,7 @@ def torchvision_weights(network: ResNet, variables: dict) -> dict[str, np.ndarra
     """Returns {name: float32 array}: the weights as torchvision.models.ResNet names and lays them out.
 
     Args:
-      network: of any width, which `pytorch_loading` has torchvision's class build.
+      network: the encoder; its width may be any, as `pytorch_loading` has torchvision's class build it.
       variables: {"params", "batch_stats"} of the network.
     """
     params, statistics = jax.device_get((variables["params"], variables["batch_stats"]))
