@@ -44,7 +44,7 @@ def evaluate(
     table.
 
     Args:
-      name: "probe", "knn", "transfer", "linear" or "finetune".
+      name: "probe", "knn", "transfer", "linear", "finetune" or "transfer_finetune".
       workdir: the run's folder, or a checkpoint folder.
       config: settings of the evaluation, which may name a different data set; None: the run's own.
       options: values of options, by name: evaluate(..., **{"eval.knn_k": 20}).
@@ -65,7 +65,11 @@ def evaluate(
     if config is None:
         config = from_dict(saved_config(workdir))
     config = _with_options(config, options)
-    trained = {"linear": finetune.linear, "finetune": finetune.finetune}
+    trained = {
+        "linear": finetune.linear,
+        "finetune": finetune.finetune,
+        "transfer_finetune": finetune.transfer_finetune,
+    }
     if name in trained:
         return trained[name](config, workdir)
     if name not in EVALUATIONS:

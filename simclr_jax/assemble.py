@@ -37,6 +37,7 @@ class Pretraining:
 
     Attributes:
       train: the images to train on.
+      classes: number of classes; None: images have no label, or several.
       views: makes views of the training images.
       plan: number of steps and peak learning rate.
       job: the jitted train step and the function that makes its first state.
@@ -46,6 +47,7 @@ class Pretraining:
     """
 
     train: Split
+    classes: int | None
     views: Views
     plan: Plan
     job: Job
@@ -69,18 +71,22 @@ def pretraining(
         do not fit each other.
     """
     mesh = mesh or make_mesh(fsdp=config.mesh.fsdp)
-    train = train or data_set(config).train
+    several_labels = False
+    if train is None:
+        data = data_set(config)
+        train, several_labels = data.train, data.members is not None
     check_divides(config.data.batch_size, mesh, config.train.microbatches)
     _check_enough(config.data.batch_size, train.count)
     plan = plan_of(config, train.count)
     made = views(config, mesh)
-    classes = len(train.classes) if train.classes else None
+    # One label an image or none: neither the online classifier nor a loss knows sets of them.
+    classes = len(train.classes) if train.classes and not several_labels else None
     loss = contrastive_loss(config, mesh)
     if loss.needs_labels and not classes:
         raise UserError(f"loss.name={config.loss.name} needs labels, and the data have none")
     job = pretraining_job(config, plan, classes, mesh)
     return Pretraining(
-        train, made, plan, job, loss, encoder(config), images_of_a_norm(config, mesh)
+        train, classes, made, plan, job, loss, encoder(config), images_of_a_norm(config, mesh)
     )
 
 

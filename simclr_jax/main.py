@@ -55,6 +55,11 @@ MODES = {
     "finetune": Mode(
         "evals.finetune", "finetune", "train the whole network with all labels and with few"
     ),
+    "transfer_finetune": Mode(
+        "evals.finetune",
+        "transfer_finetune",
+        "train the whole network with a grid of settings, as for transfer to other data",
+    ),
     "embed": Mode(
         "modes.embed",
         "embed",

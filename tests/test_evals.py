@@ -147,7 +147,9 @@ def test_the_lambda_is_chosen_on_validation_and_fitted_to_all(digits):
     assert len(LAMBDAS) == 45
     np.testing.assert_allclose([LAMBDAS[0], LAMBDAS[-1]], [1e-6, 1e5])
     lambdas = (1e-2, 1.0, 1e2, 1e5)
-    options = {"validation_fraction": 0.2, "seed": 0, "max_iterations": 1000}
+    options = {"validation_fraction": 0.2, "seed": 0, "max_iterations": 1000} | {
+        "metric": "accuracy"
+    }
     x_test, y_test = digits.test
     found = fit_chosen_lambda(digits, options, lambdas)
     wrong = fit_chosen_lambda(with_test_labels(digits, (y_test + 1) % 10), options, lambdas)
@@ -488,9 +490,9 @@ def trained_beside(tiny, tmp_path, monkeypatch):
         assert moments, "it waits for ever"
         passes(moments.pop(0))
 
-    def result_of(evaluation, c, features, step):
+    def result_of(evaluation, c, features, step, metric):
         evaluated.append(step)
-        return original(evaluation, c, features, step)
+        return original(evaluation, c, features, step, metric)
 
     original = evaluate.result_of
     monkeypatch.setattr(evaluate, "result_of", result_of)

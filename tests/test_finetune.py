@@ -268,8 +268,8 @@ def assert_chosen_alike(runs):
 class Peeking(classifier_training.Selection):
     """A wrong selection: the test split chooses."""
 
-    def __init__(self, steps, accuracy, validation, test):
-        super().__init__(steps, accuracy, test, test)
+    def __init__(self, steps, accuracy, validation, test, moments):
+        super().__init__(steps, accuracy, test, test, moments)
 
 
 def test_selection_never_sees_the_test_split(run, tmp_path, monkeypatch, one_device):

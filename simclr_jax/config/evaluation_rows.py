@@ -4,6 +4,16 @@ from simclr_jax.options import Option, each, flag, number, one_of, whole
 
 _MOST_IMAGES = 2**24  # of any batch
 
+_RATES = each(number(1e-9, 1e6), least=1)
+_DECAYS = each(number(0, 1e6), least=1)
+
+
+def _logarithmic(low: float, high: float, count: int) -> tuple[float, ...]:
+    """Returns `count` powers of ten, with evenly spaced exponents from `low` to `high`."""
+    step = (high - low) / (count - 1)
+    return tuple(float(f"{10 ** (low + i * step):.4g}") for i in range(count))
+
+
 OPTIONS: tuple[Option, ...] = (
     Option(
         "eval.after_training",
@@ -141,4 +151,52 @@ OPTIONS: tuple[Option, ...] = (
         True,
     ),
     Option("finetune.momentum", 0.9, number(0, 1), "Nesterov's", True),
+    Option(
+        "eval.metric",
+        "auto",
+        one_of("auto", "accuracy", "mean_per_class", "11_point_map"),
+        "what transfer and transfer_finetune choose by; auto: what the paper reports (B.8.1)",
+        True,
+    ),
+    # Fine-tuning for transfer, --mode=transfer_finetune (appendix B.8).
+    Option("transfer_finetune.steps", 20_000, whole(1), "of each training from the encoder", True),
+    Option(
+        "transfer_finetune.learning_rate",
+        _logarithmic(-4, -1, 7),
+        _RATES,
+        "x batch / 256; of several the validation part chooses one",
+        True,
+    ),
+    Option(
+        "transfer_finetune.weight_decay",
+        (0.0, *_logarithmic(-6, -3, 7)),
+        _DECAYS,
+        "divided by the learning rate; of several the validation part chooses one",
+        True,
+    ),
+    Option(
+        "transfer_finetune.untrained_steps", 40_000, whole(1), "from the untrained encoder", True
+    ),
+    Option(
+        "transfer_finetune.untrained_learning_rate",
+        _logarithmic(-3, 0, 7),
+        _RATES,
+        "the untrained encoder's, x batch / 256",
+        True,
+    ),
+    Option(
+        "transfer_finetune.untrained_weight_decay",
+        _logarithmic(-5, -1.5, 8),
+        _DECAYS,
+        "the untrained encoder's, divided by the learning rate",
+        True,
+    ),
+    Option(
+        "transfer_finetune.batch_size",
+        256,
+        whole(1, _MOST_IMAGES),
+        "images, each cropped at random",
+        True,
+    ),
+    Option("transfer_finetune.momentum", 0.9, number(0, 1), "Nesterov's", True),
 )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from simclr_jax.data.indexed import IndexedSplit
-from simclr_jax.data.source import Classes, InMemory
+from simclr_jax.data.source import Classes, InMemory, codes_of
 from simclr_jax.data.split import DataSet
 from simclr_jax.errors import UserError
 
@@ -75,14 +75,9 @@ def _coded(
     values, places = np.unique(labels, return_inverse=True)
     names = [None if value in (-1, "") else str(value) for value in values.tolist()]
     occurring = tuple(x for x in names if x is not None)
-    code = {x: i for i, x in enumerate(classes or occurring)}
-    unknown = [x for x in occurring if x not in code]
-    if unknown:
-        raise UserError(
-            f"{name} hold the classes {', '.join(unknown[:5])}, which train_labels have not"
-        )
-    codes = np.asarray([-1 if x is None else code[x] for x in names], np.int32)
-    return codes[places], tuple(code) or None
+    code = codes_of(occurring, classes, name)
+    codes = np.asarray([code[x] for x in names], np.int32)
+    return codes[places], (classes or occurring) or None
 
 
 def in_memory(images: Any, labels: Any = None, classes: Classes = None) -> IndexedSplit:

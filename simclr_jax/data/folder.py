@@ -11,7 +11,7 @@ import numpy as np
 
 from simclr_jax.data.index import SUFFIXES, index
 from simclr_jax.data.indexed import IndexedSplit
-from simclr_jax.data.source import Classes, Example, Source
+from simclr_jax.data.source import Classes, Example, Source, codes_of
 from simclr_jax.data.split import DataSet
 from simclr_jax.errors import UserError
 from simclr_jax.files import expanded
@@ -155,8 +155,10 @@ def open_split(
         if not any(owners):
             such = f", such as {next(iter(labels))!r}" if labels else ""
             raise UserError(f"data.labels_file names no image below {path!r}{such}")
-    codes, classes = _numbered(path, owners, classes)
-    return IndexedSplit(Files(paths, codes, classes, found.sizes))
+    occurring = sorted({owner for owner in owners if owner is not None})
+    code = codes_of(occurring, classes, repr(path))
+    codes = np.asarray([code[owner] for owner in owners], np.int32)
+    return IndexedSplit(Files(paths, codes, classes or tuple(occurring), found.sizes))
 
 
 def _first_folders(path: str, names: list[str]) -> list[str | None]:
@@ -169,20 +171,6 @@ def _first_folders(path: str, names: list[str]) -> list[str | None]:
             "move them, or set data.folder_labels=False"
         )
     return [inside[0] for inside in parts]
-
-
-def _numbered(
-    path: str, owners: list[str | None], classes: Classes
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Numbers the classes of images, None for none, by `classes`, or by those that there are, sorted."""
-    there = {owner for owner in owners if owner is not None}
-    if classes is None:
-        classes = tuple(sorted(there))
-    unknown = sorted(there.difference(classes))
-    if unknown:
-        raise UserError(f"{path!r} has the classes {', '.join(unknown)}, which training has not")
-    code: dict[str | None, int] = {name: i for i, name in enumerate(classes)} | {None: -1}
-    return np.asarray([code[owner] for owner in owners], np.int32), classes
 
 
 def _is_utf8(name: str) -> bool:

@@ -22,7 +22,7 @@ from simclr_jax.data.parquet_files import (
     list_files,
     open_parquet,
 )
-from simclr_jax.data.source import Classes, ShardedSource
+from simclr_jax.data.source import Classes, ShardedSource, codes_of
 from simclr_jax.data.split import DataSet
 from simclr_jax.data.streamed import StreamedSplit
 from simclr_jax.errors import UserError
@@ -64,13 +64,9 @@ class RowGroups(ShardedSource):
         self.lengths = np.asarray([file.rows[g] for file, g in self._groups], np.int64)
         self.total_bytes = sum(file.sizes[g] for file, g in self._groups)
         check_sizes(self._groups)
-        self.classes = classes_of(files) if classes is None else classes or None
-        self._code = {name: i for i, name in enumerate(self.classes or ())}
-        unknown = sorted({name for file in files for name in file.labels} - self._code.keys())
-        if self.classes and unknown:
-            raise UserError(
-                f"{path!r} has the classes {', '.join(unknown)}, which training has not"
-            )
+        occurring = classes_of(files)
+        self.classes = occurring if classes is None else classes or None
+        self._code = codes_of(occurring or (), self.classes, repr(path)) if self.classes else {}
 
     def records(self, shard: Any) -> Any:
         import tensorflow as tf
@@ -126,7 +122,7 @@ class RowGroups(ShardedSource):
         if not self.classes or self._columns.label not in table.column_names:
             return np.full(self.lengths[shard], -1, np.int32)
         found = [class_of(x, file.names) for x in table[self._columns.label].to_pylist()]
-        return np.asarray([-1 if name is None else self._code[name] for name in found], np.int32)
+        return np.asarray([self._code[name] for name in found], np.int32)
 
     def name_of(self, index: int) -> str:
         """Returns the path of the file and the row in it, from 0."""

@@ -8,14 +8,40 @@ import abc
 import functools
 import hashlib
 import io
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from simclr_jax.errors import UserError
+
 Classes = tuple[str, ...] | None
 
 _LABELS_AT_ONCE = 8192
+
+
+def codes_of(occurring: Sequence[str], classes: Classes, where: str) -> dict[str | None, int]:
+    """Numbers classes: {name: number from 0 on}, and -1 for None, which is no label.
+
+    Args:
+      occurring: the classes of a split, in the order in which they are numbered where `classes` is None.
+      classes: those of the training split, in order; None: this is the training split.
+      where: what a person calls the split's labels.
+
+    Raises:
+      UserError: a class occurs that is not among `classes`.
+    """
+    code: dict[str | None, int] = {
+        name: i for i, name in enumerate(occurring if classes is None else classes)
+    }
+    unknown = [name for name in occurring if name not in code]
+    if unknown:
+        more = ", ..." if len(unknown) > 5 else ""
+        raise UserError(
+            f"{where} has the classes {', '.join(unknown[:5])}{more}, which training has not"
+        )
+    return code | {None: -1}
 
 
 class Example(NamedTuple):

@@ -88,7 +88,11 @@ class DataSet:
     Attributes:
       train: the split to train on.
       test: the split to test on; None: there is none.
+      members: where images have several labels each: int8 [C, K]. A class is then a set of labels, and
+        members[c, k] is 1 if label k is in it, 0 if not, -1 if it does not count ("difficult" in PASCAL
+        VOC). None: each image has one label.
     """
 
     train: Split
     test: Split | None
+    members: np.ndarray | None = None

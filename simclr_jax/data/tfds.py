@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from simclr_jax.data.arrays import in_memory
+from simclr_jax.data.label_sets import MOST_LABELS, LabelSets, mask_of, names_of
 from simclr_jax.data.order import Share
 from simclr_jax.data.source import Classes, ShardedSource
 from simclr_jax.data.split import DataSet, Split
@@ -29,10 +30,13 @@ class RecordFiles(ShardedSource):
 
     shard_name = "file"
 
-    def __init__(self, builder: Any, split: str, classes: Classes):
-        """Takes a prepared TFDS builder, the name of a split, and its classes."""
+    def __init__(self, builder: Any, split: str, classes: Classes, sets: LabelSets | None = None):
+        """Takes a prepared TFDS builder, the name of a split, and its classes.
+
+        `sets`: the classes are sets of labels; None: they are labels.
+        """
         info = builder.info.splits[split]
-        self._builder, self._split, self.classes = builder, split, classes
+        self._builder, self._split, self.classes, self._sets = builder, split, classes, sets
         self._paths = [str(path) for path in info.filepaths]
         self.lengths = np.asarray(info.shard_lengths, np.int64)
         self.title = f"{builder.name}/{split}"
@@ -49,15 +53,35 @@ class RecordFiles(ShardedSource):
             return blocks.unbatch()
         return tf.data.TFRecordDataset(path)
 
-    def parse(self, record: Any) -> dict[str, Any]:
-        import tensorflow as tf
+    def _without_pixels(self, record: Any) -> dict[str, Any]:
         import tensorflow_datasets as tfds
 
-        example = self._builder.info.features.deserialize_example(
+        return self._builder.info.features.deserialize_example(
             record, decoders={"image": tfds.decode.SkipDecoding()}
         )
-        label = tf.cast(example["label"], tf.int32) if self.classes else tf.constant(-1)
+
+    def parse(self, record: Any) -> dict[str, Any]:
+        import tensorflow as tf
+
+        example = self._without_pixels(record)
+        if self._sets is not None:
+            label = self._sets.code(example)
+        else:
+            label = tf.cast(example["label"], tf.int32) if self.classes else tf.constant(-1)
         return {"image": example["image"], "label": label}
+
+    def masks(self, labels: int) -> np.ndarray:
+        """Returns the different masks of the sets of labels that occur, int64; see `LabelSets`.
+
+        `labels`: the number of different labels.
+        """
+        import tensorflow as tf
+
+        shards = tf.data.Dataset.range(len(self.lengths))
+        # Numbered, as a record that is a tuple would become several arguments.
+        records = shards.flat_map(self.records).enumerate()
+        found = records.map(lambda _, r: mask_of(self._without_pixels(r), labels), tf.data.AUTOTUNE)
+        return np.unique(list(found.as_numpy_iterator())).astype(np.int64)
 
     def decode(self, image: Any, upright: bool = True) -> Any:
         """Decodes as TFDS does, which turns no image: numbers that others publish hold for that."""
@@ -103,8 +127,27 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
         raise UserError(
             f"the TFDS data set {name!r} has no feature 'image': expected an image data set"
         )
-    test = _open_split(builder, data["test_split"]) if data["test_split"] else None
-    return DataSet(_open_split(builder, data["train_split"]), test)
+    names = [data["train_split"], *([data["test_split"]] if data["test_split"] else [])]
+    for name in names:
+        _check_split(builder, name)
+    if labels := names_of(features):
+        return _open_sets(builder, names, labels)
+    found = [_open_split(builder, name) for name in names]
+    return DataSet(found[0], found[1] if len(found) > 1 else None)
+
+
+def _open_sets(builder: Any, names: list[str], labels: tuple[str, ...]) -> DataSet:
+    """Opens splits whose images have several labels each."""
+    if len(labels) > MOST_LABELS:
+        raise UserError(
+            f"the TFDS data set {builder.name!r} has {len(labels)} labels, several an image: expected at "
+            f"most {MOST_LABELS}"
+        )
+    found = [RecordFiles(builder, name, None).masks(len(labels)) for name in names]
+    every = np.unique(np.concatenate(found))
+    sets = LabelSets(labels, every[every > 0])
+    made = [StreamedSplit(RecordFiles(builder, name, sets.classes, sets)) for name in names]
+    return DataSet(made[0], made[1] if len(made) > 1 else None, sets.members)
 
 
 def _prepared_builder(name: str, data_dir: str) -> Any:
@@ -136,7 +179,8 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
     return builder
 
 
-def _open_split(builder: Any, name: str) -> Split:
+def _check_split(builder: Any, name: str) -> None:
+    """Raises a UserError if there is no such split, or it cannot be read."""
     splits = builder.info.splits
     if name not in splits:
         raise UserError(
@@ -148,16 +192,24 @@ def _open_split(builder: Any, name: str) -> Split:
             f"the TFDS data set {builder.name!r} is prepared as ArrayRecord, which the package array_record "
             "reads (pip install array_record; Linux): install it, or prepare the data as TFRecord"
         )
+    image = builder.info.features["image"]
+    if (
+        len(image.shape) != 3
+        or image.shape[-1] not in (1, 3)
+        or np.dtype(image.np_dtype) != np.uint8
+    ):
+        raise UserError(
+            f"the images of {builder.name!r} are {np.dtype(image.np_dtype)} {list(image.shape)}: expected "
+            "uint8 [height, width, 1 or 3]"
+        )
+
+
+def _open_split(builder: Any, name: str) -> Split:
+    splits = builder.info.splits
     features = builder.info.features
     labelled = "label" in features and hasattr(features["label"], "names")
     classes = tuple(features["label"].names) if labelled else None
-    image = features["image"]
-    shape = image.shape
-    if len(shape) != 3 or shape[-1] not in (1, 3) or np.dtype(image.np_dtype) != np.uint8:
-        raise UserError(
-            f"the images of {builder.name!r} are {np.dtype(image.np_dtype)} {list(shape)}: expected "
-            "uint8 [height, width, 1 or 3]"
-        )
+    shape = features["image"].shape
     if None not in shape and int(np.prod(shape)) * splits[name].num_examples <= _IN_MEMORY_BYTES:
         whole = _all_examples(builder, name)
         return in_memory(whole["image"], whole["label"] if classes else None, classes)

@@ -42,15 +42,15 @@ class Classified(NamedTuple):
         """
         return self._apply(params, batch_stats, images, self.train_encoder)
 
-    def classes(self, variables: dict, images) -> dict[str, jax.Array]:
-        """Predicts {"class": int [n, 1]} of images uint8 [n, H, W, 3] in evaluation.
+    def predict(self, variables: dict, images) -> dict[str, jax.Array]:
+        """Computes {"logits": [n, C]} of images uint8 [n, H, W, 3] in evaluation.
 
         `variables` is {"params", "batch_stats"}.
         """
         logits, _ = self._apply(
             variables["params"], variables["batch_stats"], to_float(images), False
         )
-        return {"class": jnp.argmax(logits, axis=-1, keepdims=True)}
+        return {"logits": logits}
 
     def _apply(self, params: dict, batch_stats: dict, images, train: bool):
         def through(network, name, x):

@@ -1,17 +1,15 @@
-"""Trainings of a classifier: with every label or few, from every start, with every setting.
+"""Trainings of a classifier: with every label or few, from every start, with every candidate setting.
 
 Every training runs through `training.loop.fit` in a folder of its own below WORKDIR/MODE, so the same
 command goes on where it was stopped, and nothing that was finished is trained again.
 """
 
 import hashlib
-import itertools
 import json
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
@@ -26,9 +24,12 @@ from simclr_jax.errors import UserError
 from simclr_jax.evals import results, subjects
 from simclr_jax.evals.classifier import Classified
 from simclr_jax.evals.features import Extractor
+from simclr_jax.evals.protocol import Protocol, Setting, Training
+from simclr_jax.evals.scores import METRICS
 from simclr_jax.evals.selection import VALIDATIONS, Selection
 from simclr_jax.evals.subjects import ENCODER, UNTRAINED
 from simclr_jax.files import write_json
+from simclr_jax.losses.classification import loss_of_labels
 from simclr_jax.mesh import check_divides, make_mesh, replicated
 from simclr_jax.training.checkpoint import Saving
 from simclr_jax.training.log import Reporting
@@ -38,55 +39,6 @@ from simclr_jax.training.optimizer import make_classifier_optimizer
 from simclr_jax.training.state import TrainState, init_head, start_of
 from simclr_jax.training.step import UpdateRule, make_step
 from simclr_jax.views.placement import stream
-
-
-class Protocol(NamedTuple):
-    """The settings of --mode=linear or --mode=finetune.
-
-    Attributes:
-      mode: "linear" or "finetune", also the group of its options.
-      title: of the table.
-      options: batch_size, learning_rate, weight_decay and momentum.
-      train_encoder: train f and g too, or only the classifier.
-      layer: layer of the projection head whose output is classified; 0 is h.
-      trainings: (fraction of each class's labels, epochs) of each.
-    """
-
-    mode: str
-    title: str
-    options: ConfigDict
-    train_encoder: bool
-    layer: int
-    trainings: list[tuple[float, float]]
-
-
-class Setting(NamedTuple):
-    """One training: from which start, with how many of the labels, how long and how fast."""
-
-    kind: str
-    fraction: float
-    draw: int
-    epochs: float
-    learning_rate: float  # before scaling by batch / 256
-    weight_decay: float
-
-    @property
-    def folder(self) -> str:
-        """Name of its folder below WORKDIR/MODE."""
-        start = "encoder" if self.kind == ENCODER else "untrained"
-        return (
-            f"{start}_{self.fraction:g}_of_labels_draw_{self.draw}_{self.epochs:g}_epochs"
-            f"_rate_{self.learning_rate:g}_decay_{self.weight_decay:g}"
-        )
-
-    def describe(self, images: int, batch_size: int) -> str:
-        """Says what is about to be trained."""
-        return (
-            f"{self.kind}, {images} labels"
-            + (f", draw {self.draw + 1}" if self.fraction < 1 else "")
-            + f", {self.epochs:g} epochs, learning rate {self.learning_rate:g} x {batch_size} / 256"
-            + (f", weight decay {self.weight_decay:g}" if self.weight_decay else "")
-        )
 
 
 class Stopped(Exception):
@@ -102,6 +54,8 @@ class Setup:
       validation: what of it settings are chosen on, or None.
       test: the test split's labelled images.
       starts: kind -> {"params", "batch_stats"} of f and of g before training.
+      members: int8 [C, K], see `DataSet`; None: each image has one label.
+      metric: name of the metric, a row of `METRICS`, by which candidates are chosen and reported.
       saved: what was saved beside the encoder.
       path: WORKDIR/MODE.json, or WORKDIR/MODE_DATA.json for other data than those of training; the
         trainings lie in the folder of the same name.
@@ -110,8 +64,10 @@ class Setup:
     def __init__(self, config: ConfigDict, workdir: str, protocol: Protocol):
         self.config, self.protocol = config, protocol
         options, name = protocol.options, protocol.mode
-        data = subjects.labelled(config)
+        data = subjects.labelled(config, sets=protocol.sets)
         assert data.test is not None
+        self.members = data.members
+        self.metric = subjects.metric_of(config, data) if protocol.sets else "accuracy"
         self.mesh = make_mesh()
         check_divides(options.batch_size, self.mesh, option=f"{name}.batch_size")
         self.whole = subjects.with_labels(data.train)
@@ -121,7 +77,7 @@ class Setup:
         if fraction > 0:
             part, held = self.whole.divided(fraction, config.seed)
             self.validation = assemble.images_of(config, held, whole=self.whole)
-        elif len(options.learning_rate) * len(options.weight_decay) > 1:
+        elif any(len(training.candidates) > 1 for training in protocol.trainings(ENCODER)):
             raise UserError(
                 f"{name}.learning_rate and weight_decay name several values, and "
                 "eval.validation_fraction=0 leaves nothing to choose them on"
@@ -140,7 +96,7 @@ class Setup:
         self._views = assemble.classifier_views(config, self.mesh, options.batch_size)
         self._batch_size = subjects.batch_size_of(config, self.mesh)
         self._predict = Extractor(
-            self._model(1).classes,
+            self._model(1).predict,
             batch_size=self._batch_size,
             size=config.data.image_size,
             mesh=self.mesh,
@@ -157,28 +113,33 @@ class Setup:
     def check_memory(self) -> None:
         """Raises a UserError, before hours of training, if a fraction will not fit into memory."""
         assert self.whole.classes
-        for fraction, _ in self.protocol.trainings:
-            if fraction < 1:
-                count = self.per_class(fraction) * len(self.whole.classes)
+        for training in self.protocol.trainings(ENCODER):
+            if training.fraction < 1:
+                count = self.per_class(training.fraction) * len(self.whole.classes)
                 self.part.split.check_subset(count)
 
-    def best_of(self, kind: str, fraction: float, epochs: float, draw: int) -> dict:
+    def best_of(self, kind: str, training: Training, draw: int) -> dict:
         """Trains with every candidate; the validation part chooses one, if there are several.
 
         Returns:
-          the outcome of the chosen one, see `_Training.outcome`, with its learning_rate and
-          weight_decay.
+          the outcome of the chosen one, see `Selection.outcome`, with "steps", "images", the labelled
+          images trained on, "learning_rate" and "weight_decay".
 
         Raises:
           Stopped: a signal has ended it.
         """
-        images, options = self._labels(fraction, draw), self.protocol.options
+        images = self._labels(training.fraction, draw)
+        start = Setting(kind, training.fraction, draw, training.length, 0.0, 0.0)
         outcomes = []
-        for rate, decay in itertools.product(options.learning_rate, options.weight_decay):
-            setting = Setting(kind, fraction, draw, epochs, rate, decay)
-            say(setting.describe(images.split.count, options.batch_size))
-            outcomes.append((setting, self._train(images, setting)))
+        for number, (rate, decay) in enumerate(training.candidates):
+            setting = start._replace(learning_rate=rate, weight_decay=decay)
+            which = f"{number + 1} of {len(training.candidates)}: " * (len(training.candidates) > 1)
+            outcomes.append((setting, self._train(images, setting, which)))
         setting, outcome = max(outcomes, key=lambda pair: pair[1]["validation"] or 0.0)
+        if self.protocol.refit and self.validation is not None:
+            everything = assemble.images_of(self.config, self.whole)
+            chosen = {"validation": outcome["validation"], "candidates": len(outcomes)}
+            outcome = self._train(everything, setting._replace(refit=True), "chosen: ") | chosen
         return outcome | {
             "learning_rate": setting.learning_rate,
             "weight_decay": setting.weight_decay,
@@ -221,25 +182,31 @@ class Setup:
             encoder=assemble.encoder(self.config, norm_momentum=momentum),
             head=assemble.head(self.config, norm_momentum=momentum),
             layer=self.protocol.layer,
-            classifier=LinearClassifier(len(self.whole.classes)),
+            classifier=LinearClassifier(
+                len(self.whole.classes) if self.members is None else self.members.shape[1]
+            ),
             train_encoder=self.protocol.train_encoder,
         )
 
-    def _train(self, images: Images, setting: Setting) -> dict:
-        """Trains with one setting, or reads its outcome where it was trained before."""
-        per_epoch = images.split.count / self.protocol.options.batch_size
-        steps = max(1, round(setting.epochs * per_epoch))
+    def _train(self, images: Images, setting: Setting, which: str) -> dict:
+        """Trains with one setting, or reads its outcome where it was trained before.
+
+        `which`: begins the line that says so.
+        """
+        batch_size = self.protocol.options.batch_size
+        say(which + setting.describe(images.split.count, batch_size))
+        steps = setting.length.steps(images.split.count, batch_size)
         folder = self.path.with_name(self.path.stem) / setting.folder
         finished = folder / "outcome.json"
         self._begin(folder, setting, images)
         if finished.exists():
             return json.loads(finished.read_text())
-        job = self._job(setting, steps, round(per_epoch))
-        selection = Selection(steps, self._accuracy, self.validation, self.test)
+        job = self._job(setting, steps, round(images.split.count / batch_size))
+        # A refit has the validation part among its training images.
+        judge = None if setting.refit else self.validation
+        selection = Selection(steps, self._score, judge, self.test, self.protocol.moments)
         advice = f"try a lower {self.protocol.mode}.learning_rate"
-        reporting = Reporting(
-            max(1, steps // VALIDATIONS), self.protocol.options.batch_size, steps, advice
-        )
+        reporting = Reporting(max(1, steps // VALIDATIONS), batch_size, steps, advice)
         run = Run(str(folder), {}, Saving(self.config.checkpoint.every_steps), reporting)
         state, done = fit(job, stream(self._views, images), run, (selection,))
         if not done:
@@ -255,7 +222,7 @@ class Setup:
         config = self.config
         options = {name: self.protocol.options[name] for name in ("batch_size", "momentum")}
         about = {
-            "setting": setting._asdict(),
+            "setting": setting.record(),
             "start": self._digest,
             "images": images.split.fingerprint(),
             "judged_on": self._judged_on,
@@ -266,6 +233,8 @@ class Setup:
             "validation_fraction": config.eval.validation_fraction,
             "seed": config.seed,
         }
+        if self.metric != "accuracy":
+            about["metric"] = self.metric
         digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
         file = folder / "about.json"
         same = file.exists() and json.loads(file.read_text())["digest"] == digest
@@ -294,7 +263,7 @@ class Setup:
 
         start = (*self.starts[setting.kind], jax.random.key(self.config.seed))
         step = make_step(
-            supervised(model.logits, self._views.views),
+            supervised(model.logits, self._views.views, loss_of_labels(self.members)),
             no_loss,
             UpdateRule(optimizer, schedule),
             fetch=self._views.fetch,
@@ -305,8 +274,9 @@ class Setup:
         _, job, begin = self._compiled
         return job._replace(init=lambda: begin(*start))
 
-    def _accuracy(self, state: TrainState, images: Images) -> float:
+    def _score(self, state: TrainState, images: Images) -> float:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         batches = self._views.evaluation_batches(images, self._batch_size)
         found, labels = self._predict.extract(variables, batches, images.split.count)
-        return float(np.mean(found["class"][:, 0] == labels))
+        targets = labels if self.members is None else self.members[labels]
+        return METRICS[self.metric](found["logits"], targets)

@@ -17,15 +17,21 @@ class Features(NamedTuple):
       test: features and labels of the test split.
       classes: C; labels are from 0 to C - 1.
       mesh: devices to divide the work over; None: one.
+      members: int8 [C, K] where images have several labels each, see `DataSet`; else None.
     """
 
     train: tuple[np.ndarray, np.ndarray]
     test: tuple[np.ndarray, np.ndarray]
     classes: int
     mesh: Mesh | None = None
+    members: np.ndarray | None = None
+
+    def targets(self, labels: np.ndarray) -> np.ndarray:
+        """Returns what a classifier is to say of labels int [n]: themselves, or int8 [n, K]."""
+        return labels if self.members is None else self.members[labels]
 
 
-# {option of the group "eval", without the group: value}, and "seed".
+# {option of the group "eval", without the group: value}, "seed", and "metric" as it was resolved.
 Options = Mapping[str, Any]
 
 
@@ -42,6 +48,7 @@ class Evaluation(NamedTuple):
       chooses: whether it chooses something on a validation part of the training split.
       metric: name of the metric that it reports on the way; its value is that of the row with all
         labels.
+      sets: whether images may have several labels each.
     """
 
     rows: Callable[[Features, Options, str], list[dict]]
@@ -51,3 +58,4 @@ class Evaluation(NamedTuple):
     changes: Mapping[str, Any]
     chooses: bool
     metric: str
+    sets: bool = False

@@ -59,7 +59,7 @@ def evaluate_features(name: str, config: ConfigDict, workdir: str, follow: bool 
       UserError: there are no labels, no checkpoint, or no validation part to choose on.
     """
     config = config_for(name, config)
-    data, mesh = subjects.labelled(config), make_mesh()
+    data, mesh = subjects.labelled(config, EVALUATIONS[name].sets), make_mesh()
     if follow:
         return _follow(name, config, workdir, data, mesh)
     trained = subjects.trained(config, workdir, mesh)
@@ -96,7 +96,8 @@ def can_evaluate(config: ConfigDict, name: str) -> bool:
 def _evaluate(name: str, subject: _Subject) -> dict:
     evaluation, config, path = EVALUATIONS[name], subject.config, subject.path
     features = _features_of_all(subject)
-    result = result_of(evaluation, config, features, subject.trained.saved["step"])
+    metric = subjects.metric_of(config, subject.data)
+    result = result_of(evaluation, config, features, subject.trained.saved["step"], metric)
     results.save(path, config, result)
     title = evaluation.title(result["settings"])
     results.show(path, result, title, evaluation.table(result["rows"]))
@@ -104,10 +105,14 @@ def _evaluate(name: str, subject: _Subject) -> dict:
 
 
 def result_of(
-    evaluation: Evaluation, config: ConfigDict, features: dict[str, Features], step: int
+    evaluation: Evaluation,
+    config: ConfigDict,
+    features: dict[str, Features],
+    step: int,
+    metric: str = "accuracy",
 ) -> dict:
     """Evaluates features of each kind: {"step", "rows", "train_images", "test_images", "settings"}."""
-    options = config.eval.to_dict() | {"seed": config.seed}
+    options = config.eval.to_dict() | {"seed": config.seed, "metric": metric}
     first = next(iter(features.values()))
     images = len(first.train[1])
     rows = [row for kind, x in features.items() for row in evaluation.rows(x, options, kind)]
@@ -150,7 +155,8 @@ def _features_of_all(subject: _Subject) -> dict[str, Features]:
         with Progress(-(-count // batch_size)) as progress:
             batches = progress.track(views.evaluation_batches(some, batch_size))
             found[name] = extractor.extract(variables, batches, count)
-    return pair(found["training"], found["test"], len(data.train.classes or ()), mesh)
+    about = len(data.train.classes or ()), mesh, data.members
+    return pair(found["training"], found["test"], *about)
 
 
 def _test_images(config: ConfigDict, data: DataSet, report: epath.Path | None = None) -> Images:
@@ -158,7 +164,9 @@ def _test_images(config: ConfigDict, data: DataSet, report: epath.Path | None = 
     return assemble.images_of(config, data.test, report)
 
 
-def pair(train: tuple, test: tuple, classes: int, mesh: Mesh) -> dict[str, Features]:
+def pair(
+    train: tuple, test: tuple, classes: int, mesh: Mesh, members: np.ndarray | None = None
+) -> dict[str, Features]:
     """Turns ({kind: features}, labels) of both splits into {kind: Features}, baselines first.
 
     Raises a UserError if there are too few images.
@@ -171,7 +179,11 @@ def pair(train: tuple, test: tuple, classes: int, mesh: Mesh) -> dict[str, Featu
         )
     return {
         kind: Features(
-            (train_features[kind], train_labels), (test_features[kind], test_labels), classes, mesh
+            (train_features[kind], train_labels),
+            (test_features[kind], test_labels),
+            classes,
+            mesh,
+            members,
         )
         for kind in subjects.KINDS
         if kind in train_features

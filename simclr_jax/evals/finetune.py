@@ -1,4 +1,5 @@
-"""--mode=linear and --mode=finetune: classifiers trained by SGD on random crops (appendices B.5, B.6).
+"""--mode=linear, finetune and transfer_finetune: classifiers trained by SGD on random crops (appendices
+B.5, B.6 and B.8).
 
 What is reported is the accuracy of the last step, and, where a validation part was held out of the
 training split, of the step that did best on it. The test split chooses nothing.
@@ -8,11 +9,16 @@ data than those of pretraining: WORKDIR/MODE_DATA), so the same command goes on 
 and nothing that was finished is trained again.
 """
 
-import numpy as np
+import itertools
+
 from ml_collections import ConfigDict
 
 from simclr_jax.evals import results
-from simclr_jax.evals.classifier_training import Protocol, Setup, Stopped
+from simclr_jax.evals.classifier_training import Setup, Stopped
+from simclr_jax.evals.contract import Table
+from simclr_jax.evals.protocol import Length, Protocol, Training
+from simclr_jax.evals.scores import METRIC_NAMES
+from simclr_jax.evals.subjects import ENCODER
 
 
 def linear(config: ConfigDict, workdir: str) -> dict | None:
@@ -25,8 +31,8 @@ def linear(config: ConfigDict, workdir: str) -> dict | None:
     """
     options = config.linear
     title = "Linear evaluation by SGD (appendix B.6), test accuracy"
-    trainings = [(1.0, options.epochs)]
-    return _run(config, workdir, Protocol("linear", title, options, False, 0, trainings))
+    trainings = [Training(1.0, Length(options.epochs, "epochs"), _candidates(options))]
+    return _run(config, workdir, Protocol("linear", title, options, False, 0, lambda _: trainings))
 
 
 def finetune(config: ConfigDict, workdir: str) -> dict | None:
@@ -43,9 +49,44 @@ def finetune(config: ConfigDict, workdir: str) -> dict | None:
     title = "Fine-tuning (appendix B.5), test accuracy"
     if options.from_layer:
         title = f"Fine-tuning from layer {options.from_layer} of the head, test accuracy"
-    trainings = list(zip(options.label_fractions, options.epochs, strict=True))
-    protocol = Protocol("finetune", title, options, True, options.from_layer, trainings)
+    trainings = [
+        Training(fraction, Length(epochs, "epochs"), _candidates(options))
+        for fraction, epochs in zip(options.label_fractions, options.epochs, strict=True)
+    ]
+    protocol = Protocol("finetune", title, options, True, options.from_layer, lambda _: trainings)
     return _run(config, workdir, protocol)
+
+
+def transfer_finetune(config: ConfigDict, workdir: str) -> dict | None:
+    """Fine-tunes the whole network as for transfer to other data (appendix B.8): a grid of learning rates
+    and weight decays, of which the validation part chooses one, and with that once more on all training
+    images. The untrained encoder beside it is trained for longer, with a grid of its own.
+
+    Writes WORKDIR/transfer_finetune.json and shows a table.
+
+    Returns:
+      the result; None if a signal stopped it: the same command goes on.
+    """
+    options = config.transfer_finetune
+
+    def trainings(kind: str) -> list[Training]:
+        own = "" if kind == ENCODER else "untrained_"
+        steps = options[f"{own}steps"]
+        # Appendix B.8: "We divide these values of weight decay by the learning rate".
+        grid = [(r, d / r) for r, d in _candidates(options, own)]
+        return [Training(1.0, Length(steps, "steps"), grid)]
+
+    title = "Fine-tuning for transfer (appendix B.8), test"
+    protocol = Protocol(
+        "transfer_finetune", title, options, True, 0, trainings, moments=1, refit=True, sets=True
+    )
+    return _run(config, workdir, protocol)
+
+
+def _candidates(options: ConfigDict, prefix: str = "") -> list[tuple[float, float]]:
+    """Returns every (learning rate, weight decay) of the options whose names begin with `prefix`."""
+    rates, decays = options[f"{prefix}learning_rate"], options[f"{prefix}weight_decay"]
+    return list(itertools.product(rates, decays))
 
 
 def _run(config: ConfigDict, workdir: str, protocol: Protocol) -> dict | None:
@@ -62,37 +103,47 @@ def _run(config: ConfigDict, workdir: str, protocol: Protocol) -> dict | None:
         "train_images": setup.part.split.count,
         "validation_images": setup.validation.split.count if setup.validation else 0,
         "test_images": setup.test.split.count,
-        "settings": protocol.options.to_dict() | {"seed": config.seed},
+        "settings": protocol.options.to_dict() | {"seed": config.seed, "metric": setup.metric},
     }
     path = setup.path
     try:
         for kind in setup.starts:
-            for fraction, epochs in protocol.trainings:
+            for training in protocol.trainings(kind):
+                fraction = training.fraction
                 draws = 1 if fraction == 1 else config.eval.seeds
-                runs = [setup.best_of(kind, fraction, epochs, draw) for draw in range(draws)]
+                runs = [setup.best_of(kind, training, draw) for draw in range(draws)]
                 per_class = None if fraction == 1 else setup.per_class(fraction)
                 rows.append(_row(kind, per_class, fraction, runs))
                 results.save(path, config, result)
     except Stopped:
         return None
-    header = ["from", "labels", "last step", "selected on validation"]
-    results.show(path, result, protocol.title, (header, [_line(row) for row in rows]))
+    title = protocol.title + (f" {METRIC_NAMES[setup.metric]}" if protocol.refit else "")
+    results.show(path, result, title, (_chosen if protocol.refit else _at_steps)(rows))
     return result
 
 
 def _row(kind: str, per_class: int | None, fraction: float, runs: list[dict]) -> dict:
     row = results.row(kind, per_class, [run["last"] for run in runs]) | {"label_fraction": fraction}
     if runs[0]["selected"] is not None:
-        selected = [run["selected"] for run in runs]
-        row |= {
-            "selected_accuracy": float(np.mean(selected)),
-            "selected_std": float(np.std(selected)),
-        }
+        selected = results.row(kind, per_class, [run["selected"] for run in runs])
+        row |= {f"selected_{name}": selected[name] for name in ("accuracy", "std")}
     return row | {"runs": runs}
 
 
-def _line(row: dict) -> list[str]:
-    labels = f"{row['label_fraction']:.0%}, {row['runs'][0]['images']} images"
-    held_out = "selected_accuracy" in row
-    selected = results.cell(row, "selected_") if held_out else "none held out"
-    return [row["features"], labels, results.cell(row), selected]
+def _at_steps(rows: list[dict]) -> Table:
+    lines = []
+    for row in rows:
+        labels = f"{row['label_fraction']:.0%}, {row['runs'][0]['images']} images"
+        held_out = "selected_accuracy" in row
+        selected = results.cell(row, "selected_") if held_out else "none held out"
+        lines.append([row["features"], labels, results.cell(row), selected])
+    return ["from", "labels", "last step", "selected on validation"], lines
+
+
+def _chosen(rows: list[dict]) -> Table:
+    lines = []
+    for row in rows:
+        (run,) = row["runs"]
+        chosen = f"{run['learning_rate']:.2g}, {run['weight_decay']:.2g}"
+        lines.append([row["features"], f"{run['images']}", chosen, results.cell(row)])
+    return ["from", "labels", "chosen rate, decay", "last step"], lines

@@ -36,7 +36,7 @@ def knn_accuracy(features: Features, *, k: int, temperature: float) -> float:
       k: at most the number of training images.
       temperature: divides s in the weight of a vote.
     """
-    train, test, classes, mesh = features
+    train, test, classes, mesh = features.train, features.test, features.classes, features.mesh
     bank, bank_labels = normalize(jnp.asarray(train[0])), jnp.asarray(train[1])
     rows, vote, place = _BLOCK, _vote, jnp.asarray
     if mesh is not None and mesh.size > 1:

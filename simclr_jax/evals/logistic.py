@@ -27,7 +27,9 @@ def fit_logistic(x, y, l2, classes: int, max_iterations: int) -> dict:
 
     Args:
       x: features float32 [n, D].
-      y: labels int [n]; rows of -1 do not count.
+      y: labels int [n]; rows of -1 do not count. Or int [n, C], for images of several labels each: 1:
+        image i is of the class; 0: it is not; -1: it does not count. Each class then has a binary
+        classifier, and the cross-entropy of an image is the sum of theirs.
       l2: weight of the penalty, a scalar of at least 0.
       classes: C.
       max_iterations: of L-BFGS; it stops earlier when the gradient's norm is below 1e-5.
@@ -45,12 +47,15 @@ def fit_from(start: dict, x, y, l2, max_iterations: int, tolerance=_TOLERANCE) -
     gradient's norm is below `tolerance`.
     """
     counts = (y >= 0).astype(start["bias"].dtype)
-    n = jnp.sum(counts)
+    n = jnp.sum(counts if y.ndim == 1 else jnp.any(y >= 0, axis=1))
 
     def objective(weights):
         logits = x @ weights["kernel"] + weights["bias"]
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(y, 0))
-        return jnp.sum(counts * cross_entropy) / n + l2 / 2 * jnp.sum(weights["kernel"] ** 2)
+        if y.ndim == 1:
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(y, 0))
+        else:
+            losses = optax.sigmoid_binary_cross_entropy(logits, jnp.maximum(y, 0))
+        return jnp.sum(counts * losses) / n + l2 / 2 * jnp.sum(weights["kernel"] ** 2)
 
     solver = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(objective)
@@ -97,7 +102,7 @@ def _mean_and_factor(x: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def divided(mesh: Mesh | None, x: np.ndarray, y: np.ndarray) -> tuple[Any, Any]:
-    """Lays features x [n, D] and labels y [n] out over the devices of `mesh`, padded with rows of
+    """Lays features x [n, D] and labels y [n] or [n, C] out over the devices of `mesh`, padded with rows of
     label -1, which fits ignore. Returns them as they are if there is no mesh, or the problem is too small
     to be worth dividing.
     """
@@ -105,7 +110,7 @@ def divided(mesh: Mesh | None, x: np.ndarray, y: np.ndarray) -> tuple[Any, Any]:
         return x, y
     n = -(-len(x) // mesh.size) * mesh.size
     x = np.concatenate([x, np.zeros((n - len(x), x.shape[1]), x.dtype)])
-    y = np.concatenate([y, np.full(n - len(y), -1, y.dtype)])
+    y = np.concatenate([y, np.full((n - len(y), *y.shape[1:]), -1, y.dtype)])
     sharding = batch_sharded(mesh)
     return laid_out(x, sharding), laid_out(y, sharding)
 

@@ -17,7 +17,7 @@ from simclr_jax.files import write_json
 
 def row(kind: str, per_class: int | None, accuracies: list[float]) -> dict:
     """Makes one row of a result: {"features", "labels_per_class", "accuracy", "std", "seeds"}, mean and
-    standard deviation over the draws of the labels.
+    sample standard deviation (n - 1) over the draws of the labels; 0 for one draw.
 
     Args:
       kind: name of the features.
@@ -28,7 +28,7 @@ def row(kind: str, per_class: int | None, accuracies: list[float]) -> dict:
         "features": kind,
         "labels_per_class": per_class,
         "accuracy": float(np.mean(accuracies)),
-        "std": float(np.std(accuracies)),
+        "std": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else 0.0,
         "seeds": len(accuracies),
     }
 

@@ -9,7 +9,7 @@ VALIDATIONS = 10  # evenly spaced moments of a training among which the validati
 
 
 class Selection:
-    """A hook that evaluates on the validation part at ten moments, and remembers the best of them.
+    """A hook that evaluates on the validation part at some moments, and remembers the best of them.
 
     Attributes:
       name: "selection".
@@ -18,7 +18,14 @@ class Selection:
 
     name = "selection"
 
-    def __init__(self, steps: int, accuracy: Any, validation: Images | None, test: Images):
+    def __init__(
+        self,
+        steps: int,
+        accuracy: Any,
+        validation: Images | None,
+        test: Images,
+        moments: int = VALIDATIONS,
+    ):
         """Remembers nothing yet.
 
         Args:
@@ -26,9 +33,10 @@ class Selection:
           accuracy: (state, images) -> accuracy in [0, 1].
           validation: images that choose the best step; None: none is chosen.
           test: images evaluated at the best step, for the result alone.
+          moments: how many there are, evenly spaced; 1: the last step.
         """
         self.memory: dict | None = None
-        self._moments = {round((i + 1) * steps / VALIDATIONS) for i in range(VALIDATIONS)}
+        self._moments = {round((i + 1) * steps / moments) for i in range(moments)}
         self._steps, self._accuracy = steps, accuracy
         self._validation, self._test = validation, test
 

@@ -18,6 +18,7 @@ from simclr_jax.data.order import Share
 from simclr_jax.data.split import DataSet, Split
 from simclr_jax.encoders import apply_network, init_encoder
 from simclr_jax.errors import UserError
+from simclr_jax.evals import scores
 from simclr_jax.mesh import laid_out, make_mesh, replicated, traced_on
 from simclr_jax.pretrained import read_variables
 from simclr_jax.training.saved import find, read_head_arrays, read_newest, with_shardings
@@ -77,20 +78,59 @@ def trained(
 
 
 def is_labelled(data: DataSet) -> bool:
-    """Returns whether both splits are there and have labels."""
+    """Returns whether both splits are there and have one label an image."""
+    return data.members is None and _has_classes(data)
+
+
+def _has_classes(data: DataSet) -> bool:
     return bool(data.train.classes and data.test is not None and data.test.classes)
 
 
-def labelled(config: ConfigDict) -> DataSet:
-    """Opens the data of the configuration. Raises a UserError unless both splits have labels."""
+def labelled(config: ConfigDict, sets: bool = False) -> DataSet:
+    """Opens the data of the configuration.
+
+    Args:
+      config: the evaluation's configuration.
+      sets: whether images may have several labels each.
+
+    Raises:
+      UserError: not both splits have labels, or images have several and must not.
+    """
     data = assemble.data_set(config)
-    if not is_labelled(data):
+    if not _has_classes(data):
         lacking = "labelled test split" if data.train.classes else "labels"
         raise UserError(
             f"the data have no {lacking}, so there is nothing to evaluate on; see "
             "data.folder_labels, data.test_path and data.test_split"
         )
+    if data.members is not None and not sets:
+        raise UserError(
+            "images of these data have several labels each: --mode=transfer and "
+            "--mode=transfer_finetune evaluate on them"
+        )
     return data
+
+
+def metric_of(config: ConfigDict, data: DataSet) -> str:
+    """Returns the name of the metric that eval.metric asks for; "auto" is the one that the paper reports
+    for the data set (appendix B.8.1).
+
+    Raises:
+      UserError: it is not of the kind of the labels.
+    """
+    asked = config.eval.metric
+    if data.members is None:
+        if asked == "11_point_map":
+            raise UserError(
+                f"eval.metric={asked} is for several labels an image, and these have one"
+            )
+        return scores.metric_of(asked, config.data.source, config.data.name)
+    if asked not in ("auto", "11_point_map"):
+        raise UserError(
+            f"eval.metric={asked} is for one label an image, and these have several: expected auto or "
+            "11_point_map"
+        )
+    return "11_point_map"
 
 
 def with_labels(split: Split) -> Split:

@@ -10,7 +10,8 @@ from simclr_jax.console import Progress, say
 from simclr_jax.data.order import split_validation
 from simclr_jax.evals import results
 from simclr_jax.evals.contract import Evaluation, Features, Options, Table
-from simclr_jax.evals.logistic import accuracy, fit_lambdas, predict
+from simclr_jax.evals.logistic import fit_lambdas
+from simclr_jax.evals.scores import METRIC_NAMES, METRICS, mean_per_class
 
 # The candidates of appendix B.8: 45, logarithmically spaced. They weigh |kernel|^2 / 2 beside the sum
 # of the cross-entropies, so that scikit-learn's C is 1 / lambda; beside a mean 1e5 would leave nothing.
@@ -26,7 +27,7 @@ def rows(features: Features, options: Options, kind: str) -> list[dict]:
 
 def settings(options: Options, images: int, classes: int) -> dict:
     """Returns the settings used."""
-    names = ("validation_fraction", "seed", "max_iterations")
+    names = ("validation_fraction", "seed", "max_iterations", "metric")
     return {"lambdas": LAMBDAS} | {name: options[name] for name in names}
 
 
@@ -35,57 +36,66 @@ def fit_chosen_lambda(features: Features, options: Options, lambdas: tuple[float
 
     Args:
       features: as they are, not scaled.
-      options: "validation_fraction", "seed" of the validation part, "max_iterations" of each fit.
+      options: "validation_fraction", "seed" of the validation part, "max_iterations" of each fit, and
+        "metric", what is chosen by.
       lambdas: candidates; each weighs |kernel|^2 / 2 beside the sum of the cross-entropies.
 
     Returns:
-      {"accuracy", "mean_per_class_accuracy", "lambda", "validation_accuracies": one a lambda,
-      ascending}
+      {"accuracy": the metric on the test images, "lambda", "validation_accuracies": the metric for each
+      lambda, ascending}, and "mean_per_class_accuracy" where images have one label.
     """
     x, y = features.train
     part, held = split_validation(y, options["validation_fraction"], options["seed"])
-    lambdas = tuple(sorted(lambdas))
-    how = features.classes, options["max_iterations"], features.mesh
+    lambdas, targets = tuple(sorted(lambdas)), features.targets(y)
+    classes = features.classes if features.members is None else features.members.shape[1]
+    how = classes, options["max_iterations"], features.mesh
     with Progress(len(lambdas)) as progress:
-        fits = fit_lambdas(x[part], y[part], lambdas, *how, watch=progress.track)
-    scores = [float(accuracy(weights, x[held], y[held])) for weights in fits]
+        fits = fit_lambdas(x[part], targets[part], lambdas, *how, watch=progress.track)
+    metric = METRICS[options["metric"]]
+    scores = [metric(_logits(weights, x[held]), targets[held]) for weights in fits]
     # Of equals the strongest: on few validation images many lambdas are.
     best = max(range(len(lambdas)), key=lambda i: (scores[i], lambdas[i]))
     # From the strongest on, as above: each fit begins where the one before ended.
     with Progress(len(lambdas) - best) as progress:
-        weights = fit_lambdas(x, y, lambdas[best:], *how, watch=progress.track)[0]
+        weights = fit_lambdas(x, targets, lambdas[best:], *how, watch=progress.track)[0]
     x_test, y_test = features.test
-    right = np.asarray(predict(weights, x_test)) == y_test
-    return {
-        "accuracy": float(right.mean()),
-        "mean_per_class_accuracy": float(
-            np.mean([right[y_test == c].mean() for c in np.unique(y_test)])
-        ),
+    logits = _logits(weights, x_test)
+    found = {
+        "accuracy": metric(logits, features.targets(y_test)),
         "lambda": lambdas[best],
         "validation_accuracies": scores,
     }
+    if features.members is None:
+        found["mean_per_class_accuracy"] = mean_per_class(logits, y_test)
+    return found
+
+
+def _logits(weights: dict, x: np.ndarray) -> np.ndarray:
+    return x @ weights["kernel"] + weights["bias"]
 
 
 def table(found: list[dict]) -> Table:
-    """Shows accuracy, the mean over the classes, and the lambda chosen."""
+    """Shows the metric, the mean over the classes where it was measured, and the lambda chosen."""
+    extra = "mean_per_class_accuracy" in found[0]
     lines = [
         [
             row["features"],
             results.cell(row),
-            f"{row['mean_per_class_accuracy']:.1%}",
+            *([f"{row['mean_per_class_accuracy']:.1%}"] if extra else []),
             f"{row['lambda']:.2g}",
         ]
         for row in found
     ]
-    return ["features", "accuracy", "mean of classes", "lambda"], lines
+    return ["features", "chosen by", *(["mean of classes"] if extra else []), "lambda"], lines
 
 
 EVALUATION = Evaluation(
     rows=rows,
     settings=settings,
-    title=lambda _: "Logistic regression (appendix B.8), test accuracy",
+    title=lambda used: f"Logistic regression (appendix B.8), test {METRIC_NAMES[used['metric']]}",
     table=table,
     changes={"data.eval_crop": 1.0},
     chooses=True,
     metric="transfer_accuracy",
+    sets=True,
 )

@@ -1,5 +1,8 @@
 """Cross-entropy against labels: for the online classifier, linear evaluation and fine-tuning."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -17,3 +20,31 @@ def cross_entropy(logits, labels):
     of_label = jnp.take_along_axis(log_p, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
     right = known & (jnp.argmax(logits, axis=-1) == labels)
     return -jnp.sum(jnp.where(known, of_label, 0)) / count, jnp.sum(right) / count
+
+
+def cross_entropy_of_sets(logits, labels, members):
+    """Computes the mean cross-entropy of one binary classifier a class, and the share of their decisions
+    that are right, float32 scalars: for images that have several labels each.
+
+    Args:
+      logits: [N, K].
+      labels: int [N], each a row of `members`, or below 0: none.
+      members: int [C, K]: 1: of the class; 0: not of it; -1: does not count for it.
+    """
+    logits = logits.astype(jnp.float32)
+    targets = jnp.asarray(members)[jnp.maximum(labels, 0)]
+    counted = (targets >= 0) & (labels >= 0)[:, None]
+    count = jnp.maximum(jnp.sum(counted), 1)
+    wanted = targets == 1
+    losses = jax.nn.softplus(jnp.where(wanted, -logits, logits))
+    right = counted & ((logits > 0) == wanted)
+    return jnp.sum(jnp.where(counted, losses, 0)) / count, jnp.sum(right) / count
+
+
+def loss_of_labels(members) -> Callable:
+    """Returns (logits, labels) -> (loss, accuracy): `cross_entropy_of_sets` with `members`, or
+    `cross_entropy` where that is None.
+    """
+    if members is None:
+        return cross_entropy
+    return functools.partial(cross_entropy_of_sets, members=members)

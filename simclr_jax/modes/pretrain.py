@@ -109,7 +109,7 @@ def describe_run(config: ConfigDict, made: Pretraining) -> None:
     f, g = (count_parameters(state.params[name]) / 1e6 for name in ("encoder", "head"))
     kinds = collections.Counter(device.device_kind for device in mesh.devices.flat)
     devices = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
-    labels = f"{len(train.classes)} classes" if train.classes else "no labels"
+    labels = f"{made.classes} classes" if made.classes else "no labels"
     norm = "the batch" if made.norm_images == batch else f"groups of {made.norm_images} images"
     if config.data.source == "folder":
         describe_folder(config)
@@ -140,7 +140,7 @@ def describe_folder(config: ConfigDict) -> None:
     values = config_lib.flatten(config)
     accelerator = jax.default_backend() != "cpu"
     choices = suggest.suggest_settings(found.images, found.short_side, accelerator)
-    if config.data.folder_labels:
+    if config.data.folder_labels or config.data.labels_file:
         choices += suggest.suggest_evaluation(found.images, accelerator)
     for i, choice in enumerate(choices):
         option, suggested, reason = choice

@@ -50,6 +50,7 @@ def contrastive(networks: Networks, views: Callable[[Any], jax.Array]) -> Object
 def supervised(
     classify: Callable[[Any, Any, Any], tuple[jax.Array, Any]],
     views: Callable[[Any], jax.Array],
+    loss_of: Callable[[Any, Any], tuple[jax.Array, jax.Array]] = cross_entropy,
 ) -> Objective:
     """Returns the objective of training with labels: the cross-entropy of the logits of all views.
 
@@ -59,13 +60,14 @@ def supervised(
     Args:
       classify: (params, batch_stats, images [n, H, W, 3]) -> (logits [n, C], new batch_stats).
       views: a batch -> float views [b, V, H, W, 3] in [0, 1].
+      loss_of: (logits [n, C], labels [n]) -> (loss, accuracy).
     """
 
     def embed(params, batch_stats, batch) -> Embedding:
         x = views(batch)
         labels = jnp.repeat(batch["label"], x.shape[1])
         logits, seen = classify(params, batch_stats, x.reshape(-1, *x.shape[2:]))
-        loss, accuracy = cross_entropy(logits, labels)
+        loss, accuracy = loss_of(logits, labels)
         metrics = {"loss": loss, "classifier_accuracy": accuracy}
         return Embedding(jnp.zeros((len(x), 0)), loss, metrics, seen)
 

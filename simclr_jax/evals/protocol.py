@@ -1,0 +1,112 @@
+"""The protocols by which classifiers are trained: which trainings, from where, how long, how fast."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from simclr_jax.evals.selection import VALIDATIONS
+from simclr_jax.evals.subjects import ENCODER
+
+
+class Length(NamedTuple):
+    """How long a training is: a number of "epochs" or of "steps"."""
+
+    number: float
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.number:g} {self.unit}"
+
+    def steps(self, images: int, batch_size: int) -> int:
+        """Returns the number of steps over `images` training images, at least one."""
+        per_unit = images / batch_size if self.unit == "epochs" else 1
+        return max(1, round(self.number * per_unit))
+
+
+class Training(NamedTuple):
+    """What one row of the result is trained with.
+
+    Attributes:
+      fraction: of each class's labels.
+      length: of each training.
+      candidates: (learning rate, weight decay) of each; the validation part chooses one of several.
+    """
+
+    fraction: float
+    length: Length
+    candidates: list[tuple[float, float]]
+
+
+class Protocol(NamedTuple):
+    """The settings of --mode=linear, finetune or transfer_finetune.
+
+    Attributes:
+      mode: its name, also the group of its options.
+      title: of the table.
+      options: batch_size and momentum.
+      train_encoder: train f and g too, or only the classifier.
+      layer: layer of the projection head whose output is classified; 0 is h.
+      trainings: start, see `subjects.KINDS`, -> the trainings from it.
+      moments: evenly spaced moments of a training at which the validation part is looked at.
+      refit: train once more, with the chosen candidate, on the validation part too.
+      sets: whether images may have several labels each.
+    """
+
+    mode: str
+    title: str
+    options: ConfigDict
+    train_encoder: bool
+    layer: int
+    trainings: Callable[[str], list[Training]]
+    moments: int = VALIDATIONS
+    refit: bool = False
+    sets: bool = False
+
+
+class Setting(NamedTuple):
+    """One training: from which start, with how many of the labels, how long and how fast.
+
+    Attributes:
+      kind: the start.
+      fraction: of each class's labels.
+      draw: which draw of them.
+      length: of the training.
+      learning_rate: before it is multiplied by batch / 256.
+      weight_decay: see `make_classifier_optimizer`.
+      refit: on the validation part too.
+    """
+
+    kind: str
+    fraction: float
+    draw: int
+    length: Length
+    learning_rate: float
+    weight_decay: float
+    refit: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder below WORKDIR/MODE."""
+        start = "encoder" if self.kind == ENCODER else "untrained"
+        return (
+            f"{start}_{self.fraction:g}_of_labels_draw_{self.draw}_{self.length.number:g}"
+            f"_{self.length.unit}_rate_{self.learning_rate:g}_decay_{self.weight_decay:g}"
+            + ("_refit" if self.refit else "")
+        )
+
+    def record(self) -> dict:
+        """Returns what is recorded of it, by which a training that was stopped is known again."""
+        fields = {"kind": self.kind, "fraction": self.fraction, "draw": self.draw}
+        fields |= {self.length.unit: self.length.number}
+        fields |= {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
+        return fields | ({"refit": True} if self.refit else {})
+
+    def describe(self, images: int, batch_size: int) -> str:
+        """Says what is about to be trained."""
+        return (
+            f"{self.kind}, {images} labels"
+            + (f", draw {self.draw + 1}" if self.fraction < 1 else "")
+            + f", {self.length}, learning rate {self.learning_rate:g} x {batch_size} / 256"
+            + (f", weight decay {self.weight_decay:g}" if self.weight_decay else "")
+        )

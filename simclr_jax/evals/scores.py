@@ -1,0 +1,86 @@
+"""Measures of a classifier on test images, and which of them the paper reports for which data set."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+# Data sets of TFDS for which the paper reports the mean over the classes (appendix B.8.1).
+_MEAN_PER_CLASS = ("caltech101", "fgvc_aircraft", "oxford_flowers102", "oxford_iiit_pet")
+
+_RECALLS = np.linspace(0, 1, 11)
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the share of images whose largest logit is their label's.
+
+    Args:
+      logits: [n, C].
+      labels: int [n], from 0 to C - 1.
+    """
+    return float(np.mean(np.argmax(logits, axis=1) == labels))
+
+
+def mean_per_class(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the mean, over the classes that occur, of the accuracy on a class's images.
+
+    The arguments are those of `accuracy`.
+    """
+    right = np.argmax(logits, axis=1) == labels
+    return float(np.mean([right[labels == c].mean() for c in np.unique(labels)]))
+
+
+def eleven_point_map(logits: np.ndarray, members: np.ndarray) -> float:
+    """Returns the mean over the classes of the 11-point average precision of PASCAL VOC 2007 (Everingham et
+    al. 2010, section 4.2): the mean, over the recalls 0, 0.1, ..., 1, of the largest precision at that
+    recall or a larger one.
+
+    Args:
+      logits: [n, K].
+      members: int [n, K]: 1: the image is of the class; 0: it is not; -1: it does not count for the class
+        ("difficult"). Classes without any image of theirs are left out.
+    """
+    found = [
+        _average_precision(logits[:, k], members[:, k])
+        for k in range(members.shape[1])
+        if np.any(members[:, k] == 1)
+    ]
+    return float(np.mean(found))
+
+
+def _average_precision(scores: np.ndarray, members: np.ndarray) -> float:
+    counted = members >= 0
+    # Of equal scores the wrong images first, so that no order of the images is of advantage.
+    order = np.lexsort((members[counted], -scores[counted]))
+    right = members[counted][order] == 1
+    hits = np.cumsum(right)
+    recall, precision = hits / hits[-1], hits / np.arange(1, len(hits) + 1)
+    # 1e-9: 3 / 10 recalled are the recall 0.3, whatever the rounding.
+    best = [precision[recall >= r - 1e-9].max() for r in _RECALLS]
+    return float(np.mean(best))
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": accuracy,
+    "mean_per_class": mean_per_class,
+    "11_point_map": eleven_point_map,
+}
+
+METRIC_NAMES = {
+    "accuracy": "accuracy",
+    "mean_per_class": "accuracy, mean of the classes",
+    "11_point_map": "11-point mAP",
+}
+
+
+def metric_of(asked: str, source: str, name: str) -> str:
+    """Returns the name of a metric of images of one label each.
+
+    Args:
+      asked: "auto", for the one that the paper reports, or a metric.
+      source: kind of the data set.
+      name: the data set's name in TFDS, perhaps with a configuration and a version.
+    """
+    if asked != "auto":
+        return asked
+    known = source == "tfds" and name.partition("/")[0].partition(":")[0] in _MEAN_PER_CLASS
+    return "mean_per_class" if known else "accuracy"

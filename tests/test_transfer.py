@@ -1,0 +1,251 @@
+"""Transfer to other data (appendix B.8): its metrics, its fine-tuning, and images of several labels."""
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from conftest import encoder_checkpoint, random_images
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+
+import simclr_jax
+from simclr_jax import assemble, config
+from simclr_jax.errors import UserError
+from simclr_jax.evals import classifier_training, finetune
+from simclr_jax.evals.evaluate import evaluate_features
+from simclr_jax.evals.logistic import fit_lambdas
+from simclr_jax.evals.scores import eleven_point_map, mean_per_class, metric_of
+from simclr_jax.losses.classification import cross_entropy_of_sets
+from simclr_jax.mesh import make_mesh
+
+RNG = np.random.default_rng(0)
+
+
+def slow_map(logits, members, recalls=11):
+    """The 11-point mean average precision of Everingham et al. 2010, image by image."""
+    found = []
+    for k in range(members.shape[1]):
+        ranked = sorted(
+            (i for i in range(len(logits)) if members[i, k] >= 0), key=lambda i: -logits[i, k]
+        )
+        positives = sum(members[i, k] == 1 for i in ranked)
+        hits, points = 0, []
+        for place, i in enumerate(ranked, start=1):
+            hits += members[i, k] == 1
+            points.append((hits / positives, hits / place))
+        best = [
+            max((p for r, p in points if r >= t / (recalls - 1) - 1e-9), default=0.0)
+            for t in range(recalls)
+        ]
+        found.append(sum(best) / recalls)
+    return sum(found) / len(found)
+
+
+def test_the_mean_average_precision_equals_a_loop():
+    logits = RNG.normal(size=(60, 5))
+    members = RNG.choice([1, 0, -1], size=(60, 5), p=[0.3, 0.6, 0.1])
+    assert eleven_point_map(logits, members) == pytest.approx(slow_map(logits, members), abs=1e-12)
+    # Other numbers of points, and images that do not count counted as wrong, give another value.
+    assert abs(slow_map(logits, members, 101) - slow_map(logits, members)) > 1e-3
+    counted = eleven_point_map(logits, np.maximum(members, 0))
+    assert abs(counted - slow_map(logits, members)) > 1e-3
+
+
+def test_the_mean_average_precision_of_a_list_worked_by_hand():
+    """Right at the ranks 1, 3 and 4 of 4: precision 1 up to recall 1/3, then 3/4."""
+    logits = np.asarray([[4.0], [3.0], [2.0], [1.0]])
+    members = np.asarray([[1], [0], [1], [1]])
+    assert eleven_point_map(logits, members) == pytest.approx((4 * 1 + 7 * 0.75) / 11)
+    ties = eleven_point_map(np.zeros((4, 1)), members)
+    assert ties == eleven_point_map(np.zeros((4, 1)), members[::-1]) == pytest.approx(0.75)
+
+
+def test_the_mean_of_the_classes_is_scikit_learns():
+    labels, logits = RNG.choice(4, size=50, p=[0.7, 0.1, 0.1, 0.1]), RNG.normal(size=(50, 4))
+    expected = balanced_accuracy_score(labels, logits.argmax(1))
+    assert mean_per_class(logits, labels) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("asked", "name", "expected"),
+    [
+        ("auto", "oxford_iiit_pet", "mean_per_class"),
+        ("auto", "caltech101:3.0.1", "mean_per_class"),
+        ("auto", "food101", "accuracy"),
+        ("accuracy", "oxford_flowers102", "accuracy"),
+    ],
+)
+def test_the_metric_is_the_papers(asked, name, expected):
+    assert metric_of(asked, "tfds", name) == expected
+
+
+def test_a_classifier_of_sets_is_one_of_scikit_learns_for_each_label():
+    x = RNG.normal(size=(80, 6)).astype(np.float32)
+    members = (x @ RNG.normal(size=(6, 3)) + RNG.normal(size=(80, 3)) > 0).astype(np.int8)
+    members[::7, 1] = -1
+    ours, _ = fit_lambdas(x, members, [1.0, 1e5], 3, 1000)
+    for k in range(3):
+        counted = members[:, k] >= 0
+        theirs = LogisticRegression(C=1.0, tol=1e-10, max_iter=5000)
+        theirs.fit(x[counted], members[counted, k])
+        np.testing.assert_allclose(ours["kernel"][:, k], theirs.coef_[0], atol=1e-3)
+        np.testing.assert_allclose(ours["bias"][k], theirs.intercept_[0], atol=1e-3)
+
+
+def test_the_cross_entropy_of_sets_equals_a_loop():
+    members = np.asarray([[1, 0, 0], [1, 1, 0], [0, -1, 1]])
+    labels = np.asarray([0, 1, 2, -1, 1])
+    logits = RNG.normal(size=(5, 3))
+    losses = [
+        np.log1p(np.exp(-logits[i, k] if members[label, k] == 1 else logits[i, k]))
+        for i, label in enumerate(labels)
+        for k in range(3)
+        if label >= 0 and members[label, k] >= 0
+    ]
+    loss, accuracy = cross_entropy_of_sets(logits, labels, members)
+    assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert 0 < float(accuracy) < 1
+    gradient = jax.grad(lambda z: cross_entropy_of_sets(z, labels, members)[0])(logits)
+    assert np.all(np.asarray(gradient)[3] == 0)  # no label
+    assert gradient[2, 1] == 0  # does not count
+    assert np.count_nonzero(gradient) == len(losses)
+
+
+class Several(tfds.core.GeneratorBasedBuilder):
+    """Images of differing sizes whose first rows say which of three labels they have, as in VOC."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        labels = tfds.features.Sequence(tfds.features.ClassLabel(names=["cat", "dog", "owl"]))
+        image = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
+        features = {"image": image, "labels": labels, "labels_no_difficult": labels}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(48), "test": self._generate_examples(21)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            image = random_images(count + i, 12 + i % 3, 12)[0]
+            # Every 12th image has no label; of every 6th the owl is difficult.
+            labels = [] if i % 12 == 11 else [k for k in range(3) if (1 + i % 7) >> k & 1]
+            for k in labels:
+                image[4 * k : 4 * k + 4] = 255
+            certain = [k for k in labels if k < 2 or i % 6]
+            yield i, {"image": image, "labels": labels, "labels_no_difficult": certain}
+
+
+@pytest.fixture
+def several(tiny, tmp_path):
+    """A configuration whose images have several labels each."""
+    builder = Several(data_dir=tmp_path / "tfds")
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=4))
+    tiny.data.source, tiny.data.name, tiny.data.path = "tfds", "several", f"{tmp_path}/tfds"
+    tiny.data.placement = "host"
+    tiny.eval.validation_fraction = 0.25
+    return tiny
+
+
+def test_each_set_of_labels_that_occurs_is_a_class(several):
+    data = assemble.data_set(several)
+    assert set(data.train.classes) == set(data.test.classes)
+    labels = data.train.all_labels()
+    assert np.sum(labels < 0) == 4
+    for name, row in zip(data.train.classes, data.members, strict=True):
+        said = {1: "{}", -1: "[{}]"}
+        words = [said[x].format(n) for x, n in zip(row, ("cat", "dog", "owl"), strict=True) if x]
+        assert name == ", ".join(words)
+    # In the order of the files, which TFDS shuffles: as often as they were written.
+    written = [1 + i % 7 for i in range(48) if i % 12 != 11]
+    for k in range(3):
+        assert np.sum(data.members[labels[labels >= 0], k] != 0) == sum(w >> k & 1 for w in written)
+    assert "[owl]" in " ".join(data.train.classes)
+
+
+def test_transfer_evaluates_them_and_other_evaluations_refuse(several, tmp_path):
+    workdir = str(encoder_checkpoint(several, tmp_path / "w"))
+    result = evaluate_features("transfer", several, workdir)
+    assert result["settings"]["metric"] == "11_point_map"
+    assert result["train_images"] == 44
+    assert all(0 < row["accuracy"] <= 1 for row in result["rows"])
+    # The label is written into the pixels.
+    assert result["rows"][0]["features"] == "raw pixels"
+    assert result["rows"][0]["accuracy"] > 0.9
+    with pytest.raises(UserError, match="several labels each: --mode=transfer and"):
+        evaluate_features("probe", several, workdir)
+    several.eval.metric = "accuracy"
+    with pytest.raises(UserError, match=r"eval\.metric=accuracy is for one label an image"):
+        evaluate_features("transfer", several, workdir)
+
+
+def test_pretraining_takes_them_for_images_without_labels(several, tmp_path, capsys):
+    several.train.steps = 1
+    simclr_jax.pretrain(several, str(tmp_path / "w"))
+    assert "48 images, no labels" in capsys.readouterr().out
+
+
+GRID = {
+    "transfer_finetune.steps": 4,
+    "transfer_finetune.learning_rate": (0.01, 0.1),
+    "transfer_finetune.weight_decay": (1e-3,),
+    "transfer_finetune.untrained_steps": 6,
+    "transfer_finetune.untrained_learning_rate": (0.1,),
+    "transfer_finetune.untrained_weight_decay": (1e-3,),
+    "transfer_finetune.batch_size": 16,
+    "eval.validation_fraction": 0.25,
+}
+
+
+def test_images_of_several_labels_are_fine_tuned_on(several, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier_training, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    config.set_options(several, GRID | {"eval.baselines": False, "data.placement": "host"})
+    config.set_options(several, {"transfer_finetune.learning_rate": (0.1,)})
+    workdir = str(encoder_checkpoint(several, tmp_path / "w"))
+    result = finetune.transfer_finetune(several, workdir)
+    assert result["settings"]["metric"] == "11_point_map"
+    assert 0 < result["rows"][0]["accuracy"] <= 1
+
+
+def test_the_grid_is_chosen_on_validation_and_the_choice_trained_on_all(
+    tiny, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(classifier_training, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    config.set_options(tiny, GRID)
+    workdir = encoder_checkpoint(tiny, tmp_path / "w")
+    result = finetune.transfer_finetune(tiny, str(workdir))
+    untrained, trained = result["rows"]
+    (run,) = trained["runs"]
+    assert run["images"] == 48  # 36 and the 12 of the validation part
+    assert run["steps"] == 4
+    assert untrained["runs"][0]["steps"] == 6
+    folders = {path.name for path in (workdir / "transfer_finetune").iterdir()}
+    # Decays are divided by the rates: 1e-3 / 0.01 and 1e-3 / 0.1.
+    candidates = {
+        f"encoder_1_of_labels_draw_0_4_steps_rate_{r}_decay_{d}"
+        for r, d in (("0.01", "0.1"), ("0.1", "0.01"))
+    }
+    assert candidates < folders
+    chosen = f"rate_{run['learning_rate']:g}_decay_{run['weight_decay']:g}"
+    refits = [name for name in folders - candidates if name.startswith("encoder")]
+    assert refits == [f"encoder_1_of_labels_draw_0_4_steps_{chosen}_refit"]
+    assert "untrained_1_of_labels_draw_0_6_steps_rate_0.1_decay_0.01_refit" in folders
+    said = capsys.readouterr().out
+    assert (
+        "2 of 2: encoder, 36 labels, 4 steps, learning rate 0.1 x 16 / 256, weight decay 0.01"
+        in said
+    )
+    assert f"chosen: encoder, 48 labels, 4 steps, learning rate {run['learning_rate']:g}" in said
+    assert "test accuracy" in said
+    # Nothing is trained again.
+    monkeypatch.setattr(classifier_training, "fit", None)
+    assert finetune.transfer_finetune(tiny, str(workdir)) == result
+
+
+def test_the_grids_of_the_paper_are_the_defaults():
+    c = config.default().transfer_finetune
+    assert (c.steps, c.untrained_steps, c.batch_size, c.momentum) == (20_000, 40_000, 256, 0.9)
+    np.testing.assert_allclose(c.learning_rate, np.logspace(-4, -1, 7), rtol=1e-3)
+    np.testing.assert_allclose(c.weight_decay, [0, *np.logspace(-6, -3, 7)], rtol=1e-3)
+    np.testing.assert_allclose(c.untrained_learning_rate, np.logspace(-3, 0, 7), rtol=1e-3)
+    np.testing.assert_allclose(c.untrained_weight_decay, np.logspace(-5, -1.5, 8), rtol=1e-3)
