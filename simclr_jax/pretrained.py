@@ -34,6 +34,7 @@ class Encoder:
       image_size: pixels, what it was trained on. Other sizes work.
       eval_crop: share of the centred square's side that `preprocess` keeps.
       upright: whether `preprocess` turns images as their EXIF data say.
+      antialias: whether `preprocess` averages all pixels where it makes an image smaller.
       width: D.
       step: steps that it was trained for.
     """
@@ -46,6 +47,7 @@ class Encoder:
         step: int,
         eval_crop: float = 1.0,
         upright: bool = True,
+        antialias: bool = False,
     ):
         self.network = network
         self.variables = variables
@@ -54,6 +56,7 @@ class Encoder:
         self.width = network.width
         self.eval_crop = eval_crop
         self.upright = upright
+        self.antialias = antialias
 
     @functools.cached_property
     def _apply(self) -> Any:
@@ -111,7 +114,7 @@ class Encoder:
             x = np.repeat(x[..., np.newaxis], 3, axis=-1) if x.ndim == 2 else x
         if x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] != 3:
             raise ValueError(f"an image is {x.dtype} {list(x.shape)}: expected uint8 [H, W, 3]")
-        return center_view(x, self.image_size, self.eval_crop)
+        return center_view(x, self.image_size, self.eval_crop, self.antialias)
 
     def embed(self, images: Iterable[Any]) -> np.ndarray:
         """Computes h float32 [N, D] of N images, each what `preprocess` takes, as --mode=embed does.
@@ -160,9 +163,8 @@ def read_encoder(found: epath.Path) -> Encoder:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     variables = read_variables(config, network, found, sharding)
     data = config.data
-    return Encoder(
-        network, variables, data.image_size, options["step"], data.eval_crop, data.upright
-    )
+    how = data.eval_crop, data.upright, config.views.antialias
+    return Encoder(network, variables, data.image_size, options["step"], *how)
 
 
 def read_variables(

@@ -2,6 +2,7 @@
 
 import gc
 import importlib.metadata
+import importlib.util
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -11,7 +12,11 @@ os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true"
 )
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know this flag
+# Later ones and libtpu end the process at this flag, which they do not know.
+if (
+    importlib.metadata.version("jaxlib").startswith("0.10.")
+    and importlib.util.find_spec("libtpu") is None
+):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import tensorflow as tf
+from PIL import Image
 
 from simclr_jax.views import crop, host, make_distortion
 from simclr_jax.views.blur import blurred
@@ -97,18 +98,30 @@ def test_resize_is_the_identity_at_its_own_size():
     np.testing.assert_allclose(host.resize(tf.constant(x), 16), x / 255, atol=1e-6)
 
 
+@pytest.mark.parametrize("antialias", [False, True])
 @pytest.mark.parametrize("window", [(0, 0, 12, 10), (3, 2, 7, 5), (11, 9, 1, 1), (0, 1, 3, 8)])
-def test_a_crop_by_matrices_equals_tensorflows_resize(window):
+def test_a_crop_by_matrices_equals_tensorflows_resize(window, antialias):
     x = image(12, 10)
     top, left, height, width = window
     cut = x[np.newaxis, top : top + height, left : left + width]
-    expected = tf.image.resize(cut, [9, 9], "bicubic")[0]
-    rows = crop.resize_matrix(tf, float(top), float(height), 12, 9)
-    columns = crop.resize_matrix(tf, float(left), float(width), 10, 9)
+    expected = tf.image.resize(cut, [5, 5], "bicubic", antialias=antialias)[0]
+    rows = crop.resize_matrix(tf, float(top), float(height), 12, 5, antialias)
+    columns = crop.resize_matrix(tf, float(left), float(width), 10, 5, antialias)
     found = np.einsum("uh,hwc,vw->uvc", rows, x, columns)
     # TensorFlow rounds the offset of a tap to 1 / 1024 px.
     np.testing.assert_allclose(found, expected, atol=0.3)
     assert np.mean(np.abs(found - expected)) < 0.1
+
+
+def test_antialiasing_averages_what_a_smaller_view_is_made_of():
+    """Pillow's bicubic reduction; moving the picture by a pixel changes the view less than without."""
+    x = image(96, 96)
+    expected = np.asarray(Image.fromarray(x).resize((24, 24), Image.BICUBIC)).astype(int)
+    found = crop.center_view(x, 24, 1.0, antialias=True).astype(int)
+    assert np.max(np.abs(found - expected)) <= 1
+    without = crop.center_view(x, 24, 1.0).astype(int)
+    assert np.mean(np.abs(without - expected)) > 5
+    np.testing.assert_array_equal(host.center_crop(tf.constant(x), 24, 1.0, True), found)
 
 
 def jittered(x, factors, order=(0.0, 0.1, 0.2, 0.3), strength=1.0, brightness="additive"):

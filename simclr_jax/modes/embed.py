@@ -127,7 +127,11 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
                 "step": trained.saved["step"],
                 "encoder": subjects.digest_of(trained.encoder),
                 "images": source.split.fingerprint(),
-                "crop": [config.data.image_size, config.data.eval_crop],
+                "crop": [
+                    config.data.image_size,
+                    config.data.eval_crop,
+                    config.views.antialias,
+                ],
                 "z": with_z,
                 "batch": parts.batch_size,
                 "input": source.name,

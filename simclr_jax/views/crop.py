@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from simclr_jax.options import Option, interval
+from simclr_jax.options import Option, flag, interval
 
 CROP_ATTEMPTS = 10  # then the largest centred crop of an allowed aspect ratio is taken
 
@@ -18,10 +18,12 @@ class Crop:
     Attributes:
       crop_area: range of the crop's share of the image's area, uniform.
       crop_aspect: range of the crop's width / height, log-uniform.
+      antialias: average all the pixels that a smaller view is made of, in evaluation too.
     """
 
     crop_area: tuple[float, float] = (0.08, 1.0)
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    antialias: bool = False
 
     OPTIONS: ClassVar[tuple[Option, ...]] = (
         Option(
@@ -32,6 +34,13 @@ class Crop:
             (3 / 4, 4 / 3),
             interval(0.01, 100),
             "width / height of a crop, log-uniform",
+        ),
+        Option(
+            "views.antialias",
+            False,
+            flag(),
+            "average all pixels of a crop that is made smaller, as Pillow does; in evaluation too. The "
+            "published code takes 4 x 4 of them",
         ),
     )
     NAME: ClassVar[str] = "crop"
@@ -79,7 +88,9 @@ def center_square(height: int, width: int, proportion: float) -> tuple[int, int,
     return (height - side + 1) // 2, (width - side + 1) // 2, side
 
 
-def center_view(image: np.ndarray, size: int, proportion: float) -> np.ndarray:
+def center_view(
+    image: np.ndarray, size: int, proportion: float, antialias: bool = False
+) -> np.ndarray:
     """Makes the view that evaluation takes of one image, in NumPy: the largest centred square, of which
     the middle `proportion` of each side is kept and resized.
 
@@ -87,6 +98,7 @@ def center_view(image: np.ndarray, size: int, proportion: float) -> np.ndarray:
       image: uint8 [H, W, C].
       size: height and width of the view, pixels.
       proportion: in (0, 1].
+      antialias: see `Crop`.
 
     Returns:
       uint8 [size, size, C]
@@ -94,26 +106,31 @@ def center_view(image: np.ndarray, size: int, proportion: float) -> np.ndarray:
     height, width, _ = image.shape
     top, left, side = center_square(height, width, proportion)
     square = image[top : top + side, left : left + side].astype(np.float32)
-    weights = resize_matrix(np, 0.0, float(side), side, size).astype(np.float32)
+    weights = resize_matrix(np, 0.0, float(side), side, size, antialias).astype(np.float32)
     x = np.einsum("uh,hwc,vw->uvc", weights, square, weights, optimize=True)
     return np.round(np.clip(x, 0.0, 255.0)).astype(np.uint8)
 
 
-def resize_matrix(xp: Any, start: Any, length: Any, source: int, size: int) -> Any:
+def resize_matrix(
+    xp: Any, start: Any, length: Any, source: int, size: int, antialias: bool = False
+) -> Any:
     """Computes the weights [size, source] that resize a window of one axis, as `tf.image.resize` does.
 
-    Bicubic (Keys, a = -0.5), not antialiased; at the window's edges the taps outside are left out and
-    the rest scaled to sum 1.
+    Bicubic (Keys, a = -0.5); at the window's edges the taps outside are left out and the rest scaled to
+    sum 1.
 
     Args:
       xp: the module that computes.
       start, length: the window, pixels, floats.
       source: pixels of the image along the axis.
       size: pixels of the view.
+      antialias: stretch the kernel over the pixels that a smaller view is made of.
     """
     outputs = np.arange(size, dtype=np.float32)[:, np.newaxis]
     inputs = np.arange(source, dtype=np.float32)[np.newaxis]
     distance = xp.abs(start + (outputs + 0.5) * (length / size) - 0.5 - inputs)
+    if antialias:
+        distance = distance / xp.maximum(length / size, 1.0)
     near = (1.5 * distance - 2.5) * distance * distance + 1.0
     far = ((-0.5 * distance + 2.5) * distance - 4.0) * distance + 2.0
     nothing = 0.0 * distance

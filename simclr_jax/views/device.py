@@ -53,19 +53,21 @@ def crop(image, draws, size: int, distortion: Distortion):
     top, left, crop_height, crop_width = distortion.crop.window(
         jnp, float(height), float(width), numbers
     )
-    rows = resize_matrix(jnp, top, crop_height, height, size)
-    columns = resize_matrix(jnp, left, crop_width, width, size)
+    antialias = distortion.crop.antialias
+    rows = resize_matrix(jnp, top, crop_height, height, size, antialias)
+    columns = resize_matrix(jnp, left, crop_width, width, size, antialias)
     return _resize(image, rows, columns)
 
 
-def center_crop(images, size: int, proportion: float):
+def center_crop(images, size: int, proportion: float, antialias: bool = False):
     """Makes the evaluation views, uint8 [N, size, size, C], of images uint8 [N, H, W, C]: the largest
-    centred square, of which the middle `proportion` of each side is kept and resized.
+    centred square, of which the middle `proportion` of each side is kept and resized; `antialias`: see
+    `Crop`.
     """
     _, height, width, _ = images.shape
     top, left, side = center_square(height, width, proportion)
-    rows = resize_matrix(jnp, float(top), float(side), height, size)
-    columns = resize_matrix(jnp, float(left), float(side), width, size)
+    rows = resize_matrix(jnp, float(top), float(side), height, size, antialias)
+    columns = resize_matrix(jnp, float(left), float(side), width, size, antialias)
     return jax.vmap(functools.partial(_resize, rows=rows, columns=columns))(images)
 
 

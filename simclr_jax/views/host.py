@@ -150,7 +150,8 @@ def _continued(x, draws, distortion: Distortion, place: int):
 def _crop(image, draws, size: int, distortion: Distortion):
     """Crops a view, float32 [size, size, C], up to 255, which bicubic interpolation passes."""
     top, left, height, width = tf.unstack(_window(tf.shape(image), draws, distortion))
-    return _resized(image[top : top + height, left : left + width], size)
+    window = image[top : top + height, left : left + width]
+    return _resized(window, size, distortion.crop.antialias)
 
 
 def crop_window(shape, draws, distortion: Distortion):
@@ -165,15 +166,14 @@ def _window(shape, draws, distortion: Distortion):
     return tf.cast(tf.stack(crop_window(shape, draws, distortion)), tf.int32)
 
 
-def _resized(image, size: int):
-    # The published code's tf.image.resize: bicubic, not antialiased.
-    x = tf.image.resize(image[tf.newaxis], [size, size], tf.image.ResizeMethod.BICUBIC)[0]
+def _resized(image, size: int, antialias: bool):
+    x = tf.image.resize(image[tf.newaxis], [size, size], "bicubic", antialias=antialias)[0]
     return tf.ensure_shape(x, [size, size, image.shape[-1]])
 
 
-def resize(image, size: int):
-    """Resizes uint8 [H, W, C] to float32 [size, size, C] in [0, 1], bicubic, not antialiased."""
-    return tf.clip_by_value(_resized(image, size) / 255.0, 0.0, 1.0)
+def resize(image, size: int, antialias: bool = False):
+    """Resizes uint8 [H, W, C] to float32 [size, size, C] in [0, 1], bicubic; `antialias`: see `Crop`."""
+    return tf.clip_by_value(_resized(image, size, antialias) / 255.0, 0.0, 1.0)
 
 
 @_compiled
@@ -199,8 +199,9 @@ def _small_crops(image, draws, size: int, distortion: Distortion):
 def _small_crop(image, draws, size: int, distortion: Distortion):
     """Crops like `_crop` by two matrix products, [C, size, size]: XLA slices no drawn shapes."""
     top, left, height, width = crop_window(image.shape, draws, distortion)
-    rows = resize_matrix(tf, top, height, image.shape[0], size)
-    columns = resize_matrix(tf, left, width, image.shape[1], size)
+    antialias = distortion.crop.antialias
+    rows = resize_matrix(tf, top, height, image.shape[0], size, antialias)
+    columns = resize_matrix(tf, left, width, image.shape[1], size, antialias)
     height, width, channels = image.shape
     x = rows @ tf.reshape(tf.cast(image, tf.float32), [height, width * channels])
     x = tf.transpose(tf.reshape(x, [size, width, channels]), [2, 0, 1])
@@ -225,13 +226,13 @@ def three_channels(x):
     return tf.repeat(x, 3, axis=-1) if x.shape[-1] == 1 else x
 
 
-def center_crop(image, size: int, proportion: float):
+def center_crop(image, size: int, proportion: float, antialias: bool = False):
     """Makes the evaluation view, uint8 [size, size, 3]: the largest centred square, of which the
-    middle `proportion` of each side is kept and resized.
+    middle `proportion` of each side is kept and resized; `antialias`: see `Crop`.
     """
     height, width = tf.shape(image)[0], tf.shape(image)[1]
     short = tf.cast(tf.minimum(height, width), tf.float32)
     side = tf.maximum(1, tf.cast(tf.round(proportion * short), tf.int32))
     top, left = (height - side + 1) // 2, (width - side + 1) // 2
-    x = resize(image[top : top + side, left : left + side], size)
+    x = resize(image[top : top + side, left : left + side], size, antialias)
     return three_channels(_rounded(x * 255.0))

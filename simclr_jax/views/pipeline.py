@@ -110,11 +110,13 @@ class EvaluationView:
     Attributes:
       size: height and width, pixels.
       proportion: share of the centred square's side that is kept, in (0, 1].
+      antialias: see `Crop`.
       upright: turn images as the orientation in their EXIF data says.
     """
 
     size: int
     proportion: float
+    antialias: bool = False
     upright: bool = True
 
 
@@ -153,7 +155,7 @@ def evaluation_batches(
     @_as_written
     def image_of(example):
         decoded = split.decode(example["image"], view.upright)
-        image = center_crop(decoded, view.size, view.proportion)
+        image = center_crop(decoded, view.size, view.proportion, view.antialias)
         return {"image": image, "label": example["label"]}
 
     return _run(images, dataset, indices, start)

@@ -138,7 +138,9 @@ class HostViews:
         from simclr_jax.views import pipeline
 
         making, share = self.making, self.making.order.share
-        view = pipeline.EvaluationView(making.size, making.eval_crop, making.upright)
+        view = pipeline.EvaluationView(
+            making.size, making.eval_crop, making.distortion.crop.antialias, making.upright
+        )
         return pipeline.evaluation_batches(images, batch_size // share.count, share, view, start)
 
 
@@ -220,7 +222,8 @@ class Resident:
     ) -> Iterator[dict[str, np.ndarray]]:
         _, source = _resident(images.split)
         share, making = self.making.order.share, self.making
-        cropped = jax.jit(device.center_crop, static_argnums=(1, 2))
+        cropped = jax.jit(device.center_crop, static_argnums=(1, 2, 3))
+        how = making.size, making.eval_crop, making.distortion.crop.antialias
         own_size = batch_size // share.count
         stride = own_size * share.count
         for first in range(share.index + start * stride, len(source), stride):
@@ -228,7 +231,7 @@ class Resident:
             some = source.arrays[own]
             filled = np.zeros((own_size, *some.shape[1:]), np.uint8)
             filled[: len(some)] = some  # one shape, so one compilation
-            crops = np.asarray(cropped(filled, making.size, making.eval_crop))[: len(some)]
+            crops = np.asarray(cropped(filled, *how))[: len(some)]
             yield {
                 "image": np.broadcast_to(crops, (*crops.shape[:-1], 3)),
                 "label": source.labels[own],
