@@ -82,7 +82,8 @@ def fit(
 ) -> tuple[TrainState, bool]:
     """Trains from the workdir's newest checkpoint, or from the start, to the last step.
 
-    On SIGTERM or SIGINT it finishes the step, saves, and returns; on all processes at one step.
+    On SIGTERM or SIGINT it finishes the step, saves, and returns; on all processes at one step. One that
+    comes in the last step is delivered again when all is saved.
 
     Args:
       job: the step and how its state starts.
@@ -141,6 +142,7 @@ def fit(
             if stopping:
                 say(f"stopped after step {step}, which is saved: the same command goes on from it")
                 return state, False
+    stop.pass_on()
     return state, True
 
 

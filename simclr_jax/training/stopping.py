@@ -34,7 +34,7 @@ class Stop:
     def __init__(self, mesh: Mesh):
         """Starts without a wish. The processes agree over `mesh`, which holds all devices."""
         self._mesh = mesh
-        self._wished, self._since = False, 0.0
+        self._wished, self._since, self._number = False, 0.0, 0
         self._pending: collections.deque[jax.Array] = collections.deque()
         self._any = jax.jit(jnp.any, out_shardings=replicated(mesh))
 
@@ -50,10 +50,17 @@ class Stop:
 
     def _note(self, number: int, _) -> None:
         if not self._wished:
-            self._wished, self._since = True, time.monotonic()
+            self._wished, self._since, self._number = True, time.monotonic(), number
         elif time.monotonic() - self._since > _SAME_WISH_SECONDS:
             self.__exit__()
             os.kill(os.getpid(), number)
+
+    def pass_on(self) -> None:
+        """Delivers the signal, if there was one, to the handler that was there before: call it once the
+        training has ended, as a signal in its last step is meant for what comes after it.
+        """
+        if self._wished:
+            os.kill(os.getpid(), self._number)
 
     def now(self) -> bool:
         """Returns whether to stop after this step, the same on all processes. Call it once a step."""
