@@ -74,6 +74,9 @@ def test_a_step_changes_every_parameter_and_statistic(three_steps):
     assert set(metrics) == {
         "loss",
         "contrastive_top1",
+        "other_view_top1",
+        "other_view_top5",
+        "other_view_entropy",
         "contrastive_top5",
         "contrastive_entropy",
         "classifier_loss",

@@ -4,22 +4,28 @@ Each is written for the whole batch [2B, D]: under `jit` over a sharded batch th
 projections, and the result is that of one device, to the rounding of sums in another order.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 
-from simclr_jax.losses import decoupled, nt_xent_dense
+from simclr_jax.losses import decoupled, nt_xent_dense, pairwise
 from simclr_jax.losses.contract import Loss
 from simclr_jax.losses.decoupled import dcl
 from simclr_jax.losses.nt_xent_dense import nt_xent
 from simclr_jax.losses.nt_xent_tiles import nt_xent_chunked
-from simclr_jax.options import Option, number, one_of
+from simclr_jax.options import Option, flag, number, one_of
 
 # name: ({option of the group "loss", without the group: value}, mesh, B) -> Loss
 LOSSES: dict[str, Callable[[Mapping[str, Any], Mesh, int], Loss]] = {
     "nt_xent": nt_xent_dense.build,
     "dcl": decoupled.build,
+    "nt_logistic": functools.partial(pairwise.build_nt_logistic, semihard=False),
+    "nt_logistic_semihard": functools.partial(pairwise.build_nt_logistic, semihard=True),
+    "margin": functools.partial(pairwise.build_margin, semihard=False),
+    "margin_semihard": functools.partial(pairwise.build_margin, semihard=True),
+    "supcon": pairwise.build_supcon,
 }
 
 OPTIONS = (
@@ -29,6 +35,31 @@ OPTIONS = (
         0.1,
         number(1e-3, 1e3),
         "tau, divides the cosine similarities; 0.5 for CIFAR (appendix B.9)",
+    ),
+    Option(
+        "loss.margin",
+        0.8,
+        number(0, 2),
+        "m of the losses margin and margin_semihard; the paper tries 0, 0.4, 0.8, 1.6 (B.10)",
+    ),
+    Option(
+        "loss.over_negatives",
+        "mean",
+        one_of("mean", "sum"),
+        "of the terms of an anchor's negatives, in nt_logistic and margin; the paper does not say",
+    ),
+    Option(
+        "loss.normalize",
+        True,
+        flag(),
+        "compare z by their cosine; False: by their dot product (Table 5)",
+    ),
+    Option(
+        "loss.negatives",
+        "both_views",
+        one_of("both_views", "other_view"),
+        "an anchor's negatives: the 2B - 2 views of other images, or of these the B - 1 of the other "
+        "view, first or second, than the anchor (appendix B.10)",
     ),
     Option(
         "loss.implementation",

@@ -1,6 +1,6 @@
 """The contract of a loss, and what losses share: unit vectors, similarities and their metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +46,16 @@ def implementation_of(asked: str, batch_size: int, mesh: Mesh) -> str:
     return "chunked" if share > _DENSE_BYTES else "dense"
 
 
+def described(name: str, implementation: str, options: Mapping[str, Any], *more: str) -> str:
+    """Says which loss a run has: its name, how it is computed, and the options that are not usual."""
+    chosen = " for this size" if options["implementation"] == "auto" else ""
+    unusual = [
+        *(["negatives of the other view only"] if options["negatives"] == "other_view" else []),
+        *([] if options["normalize"] else ["z not normalised"]),
+    ]
+    return ", ".join([name, f"{implementation}{chosen}", *more, *unusual])
+
+
 def normalize(z):
     """Scales the rows of z [N, D] to unit length, in float32; z / max(|z|, 1e-6).
 
@@ -55,23 +65,41 @@ def normalize(z):
     return z * jax.lax.rsqrt(jnp.maximum(jnp.sum(z * z, axis=-1, keepdims=True), 1e-12))
 
 
-def similarities(z, temperature: float):
+def embedded(z, normalized: bool):
+    """Returns z [N, D] in float32, its rows scaled to unit length if `normalized`."""
+    return normalize(z) if normalized else z.astype(jnp.float32)
+
+
+def similarities(z, temperature: float, normalized: bool = True):
     """Computes what dense losses start from.
 
     Args:
       z: projections [2B, D], not normalised.
       temperature: tau.
+      normalized: compare directions, by their cosine; else z themselves, by their dot product.
 
     Returns:
-      logits: float32 [2B, 2B], cosine similarities / tau, MASKED on the diagonal;
+      logits: float32 [2B, 2B], similarities / tau, MASKED on the diagonal;
       is_partner: bool [2B, 2B], True where the column is the other view of the row's image.
     """
-    z = normalize(z)
+    z = embedded(z, normalized)
     # HIGHEST: a float32 product; the TPU's default would round z to bfloat16.
     logits = jnp.matmul(z, z.T, precision=jax.lax.Precision.HIGHEST) / temperature
-    row = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 0)
-    column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    row, column = rows_and_columns(logits.shape)
     return jnp.where(row == column, MASKED, logits), column == row ^ 1
+
+
+def rows_and_columns(shape: tuple[int, ...]):
+    """Returns the row number and the column number of each place of a matrix, int32 [rows, columns]."""
+    return tuple(jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+
+
+def only_other_view(logits):
+    """Masks the candidates of the anchor's own view: of logits [2B, 2B] those in which row and column are
+    both the first, or both the second, view of an image.
+    """
+    row, column = rows_and_columns(logits.shape)
+    return jnp.where((row ^ column) % 2 == 0, MASKED, logits)
 
 
 def positives(logits, is_partner):
@@ -82,32 +110,46 @@ def positives(logits, is_partner):
 
 
 def contrastive_metrics(logits, positive) -> dict[str, jax.Array]:
-    """Computes how well each anchor tells its positive from all 2B - 1 candidates. No gradient.
+    """Computes how well each anchor tells its positive from the candidates. No gradient.
 
     Args:
       logits: [2B, 2B], see `similarities`.
       positive: [2B], see `positives`.
 
     Returns:
-      float32 scalars:
+      float32 scalars, over all 2B - 1 candidates:
         contrastive_top1, contrastive_top5: share of anchors whose positive is among the 1 or 5
           nearest (a tie counts against it, so that collapsed projections score 0);
-        contrastive_entropy: mean entropy of the softmax over the candidates, in nats.
+        contrastive_entropy: mean entropy of the softmax over the candidates, in nats;
+      and over the B candidates of the other view, as the published code and the paper's Table 5 have it:
+        other_view_top1, other_view_top5, other_view_entropy.
     """
     logits, positive = jax.lax.stop_gradient((logits, positive))
+    every, other = (_told(x, positive) for x in (logits, only_other_view(logits)))
+    return metrics_of(*every, *other)
+
+
+def _told(logits, positive):
+    """Returns how many candidates are at least as near as the positive, and the entropy, [2B] each."""
     nearer = jnp.sum(logits >= positive[:, None], axis=1) - 1  # the positive itself is one of them
     log_p = logits - jax.nn.logsumexp(logits, axis=1)[:, None]
-    return ranks(nearer) | {
-        "contrastive_entropy": jnp.mean(-jnp.sum(jnp.exp(log_p) * log_p, axis=1))
-    }
+    return nearer, -jnp.sum(jnp.exp(log_p) * log_p, axis=1)
 
 
-def ranks(nearer) -> dict[str, jax.Array]:
-    """Returns contrastive_top1 and contrastive_top5.
+def metrics_of(nearer, entropy, other_nearer, other_entropy) -> dict[str, jax.Array]:
+    """Returns the metrics of `contrastive_metrics`.
 
-    `nearer`: int [2B], number of candidates, without the positive, at least as similar as the positive.
+    Args:
+      nearer: int [2B], candidates, without the positive, at least as similar as the positive.
+      entropy: [2B], of the softmax over the candidates, nats.
+      other_nearer, other_entropy: [2B], with the candidates of the other view only.
     """
-    return {
-        "contrastive_top1": jnp.mean(nearer < 1, dtype=jnp.float32),
-        "contrastive_top5": jnp.mean(nearer < 5, dtype=jnp.float32),
-    }
+    found = {}
+    for name, near, spread in (
+        ("contrastive", nearer, entropy),
+        ("other_view", other_nearer, other_entropy),
+    ):
+        found[f"{name}_top1"] = jnp.mean(near < 1, dtype=jnp.float32)
+        found[f"{name}_top5"] = jnp.mean(near < 5, dtype=jnp.float32)
+        found[f"{name}_entropy"] = jnp.mean(spread)
+    return found

@@ -5,7 +5,7 @@ keeps its gradient, which helps most in small batches. The loss may go below zer
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,9 @@ from simclr_jax.losses.contract import (
     MASKED,
     Loss,
     contrastive_metrics,
+    described,
     implementation_of,
+    only_other_view,
     positives,
     similarities,
 )
@@ -26,30 +28,38 @@ from simclr_jax.losses.nt_xent_tiles import softmax_in_tiles
 def build(options: Mapping[str, Any], mesh: Mesh, batch_size: int) -> Loss:
     """Returns DCL, dense or in tiles. The arguments are those of `nt_xent_dense.build`."""
     name = implementation_of(options["implementation"], batch_size, mesh)
-    chosen = " for this size" if options["implementation"] == "auto" else ""
-    loss = dcl
+    how: dict[str, Any] = {
+        "normalized": options["normalize"],
+        "other_view": options["negatives"] == "other_view",
+    }
+    loss: Callable = functools.partial(dcl, **how)
     if name == "chunked":
-        loss = functools.partial(
-            softmax_in_tiles, mesh=mesh if mesh.size > 1 else None, positive_in_sum=False
-        )
+        of_mesh: dict[str, Any] = {
+            "mesh": mesh if mesh.size > 1 else None,
+            "positive_in_sum": False,
+        }
+        loss = functools.partial(softmax_in_tiles, **of_mesh, **how)
     temperature = options["temperature"]
-    return Loss(lambda z, labels: loss(z, temperature), f"DCL, {name}{chosen}, tau {temperature:g}")
+    text = described("DCL", name, options, f"tau {temperature:g}")
+    return Loss(lambda z, labels: loss(z, temperature), text)
 
 
-def dcl(z, temperature):
+def dcl(z, temperature, *, normalized: bool = True, other_view: bool = False):
     """Computes DCL over all pairs of the batch; in tiles: `nt_xent_tiles.softmax_in_tiles`.
 
     Args:
       z: projections [2B, D]; rows 2i and 2i + 1 are the two views of image i. Not normalised.
       temperature: tau, the divisor of the cosine similarities, above 0.
+      normalized, other_view: see `nt_xent`.
 
     Returns:
       loss, a float32 scalar: the mean over all 2B anchors of
         -s(i, j) / tau + log( sum over k != i, j of exp(s(i, k) / tau) ), j the partner of i;
       metrics, see `contract.contrastive_metrics`: over all 2B - 1 candidates, as for NT-Xent.
     """
-    logits, is_partner = similarities(z, temperature)
+    logits, is_partner = similarities(z, temperature, normalized)
     positive = positives(logits, is_partner)
-    negatives = jnp.where(is_partner, MASKED, logits)
+    candidates = only_other_view(logits) if other_view else logits
+    negatives = jnp.where(is_partner, MASKED, candidates)
     loss = jnp.mean(jax.nn.logsumexp(negatives, axis=1) - positive)
     return loss, contrastive_metrics(logits, positive)

@@ -8,7 +8,8 @@ symmetric, with every anchor's normaliser known one product gives the whole grad
     p_ij = exp(s_ij - log_normalizer_i), s = z z^T / tau,
 
 so forward and backward take three products of 2B x 2B x D, as many as the dense loss. NT-Xent sums
-its normaliser over all j != i; DCL leaves the partner out, and then p_ij of the partner is 0.
+its normaliser over all j != i; DCL leaves the partner out, and then p_ij of the partner is 0; with
+negatives of the other view only, so is p_ij of every j of the anchor's own view.
 
 Over a mesh a device keeps its own anchors as rows and streams all candidates: z is gathered once,
 and the normalisers, one number an anchor, before the backward pass.
@@ -22,19 +23,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from simclr_jax.losses.contract import MASKED, normalize, ranks
+from simclr_jax.losses.contract import MASKED, embedded, metrics_of
 
 CHUNK = 1024
 
 
 class _Tiles(NamedTuple):
-    """How the similarities are computed: tau, rows of a tile, and whether the normaliser counts the
-    positive.
+    """How the similarities are computed: tau, rows of a tile, and which candidates the normaliser counts:
+    the positive, and only those of the other view than the anchor.
     """
 
     temperature: float
     chunk: int
     positive_in_sum: bool
+    other_view: bool
 
 
 def nt_xent_chunked(z, temperature: float, *, mesh: Mesh | None = None, chunk: int = CHUNK):
@@ -62,16 +64,21 @@ def softmax_in_tiles(
     mesh: Mesh | None = None,
     chunk: int = CHUNK,
     positive_in_sum: bool = True,
+    normalized: bool = True,
+    other_view: bool = False,
 ):
     """Computes the mean over anchors of log-normaliser - positive; see `nt_xent_chunked`.
 
-    `positive_in_sum`: the normaliser counts the positive (NT-Xent), or only the negatives (DCL).
+    Args:
+      z, temperature, mesh, chunk: see `nt_xent_chunked`.
+      positive_in_sum: the normaliser counts the positive (NT-Xent), or only the negatives (DCL).
+      normalized, other_view: see `nt_xent`.
     """
     if chunk % 2:
         raise ValueError(f"chunk={chunk}: expected an even number, as two rows are one image")
-    tiles = _Tiles(float(temperature), min(chunk, len(z)), positive_in_sum)
-    loss, (nearer, entropy) = _softmax(normalize(z), tiles, mesh)
-    return loss, ranks(nearer) | {"contrastive_entropy": jnp.mean(entropy)}
+    tiles = _Tiles(float(temperature), min(chunk, len(z)), positive_in_sum, other_view)
+    loss, told = _softmax(embedded(z, normalized), tiles, mesh)
+    return loss, metrics_of(*told)
 
 
 _OWN, _EVERY = "a device's own rows", "all rows"
@@ -84,11 +91,11 @@ def _softmax(z, tiles, mesh):
 
 def _forward(z, tiles, mesh):
     fold = functools.partial(_fold_rows, tiles=tiles)
-    every, log_normalizer, positive, nearer, entropy = _on_each_device(
-        fold, mesh, outputs=(_EVERY, *[_OWN] * 4)
+    every, log_normalizer, positive, *told = _on_each_device(
+        fold, mesh, outputs=(_EVERY, *[_OWN] * 6)
     )(z)
     loss = jnp.mean(log_normalizer - positive)
-    return (loss, (nearer, entropy)), (z, every, log_normalizer)
+    return (loss, told), (z, every, log_normalizer)
 
 
 def _backward(tiles, mesh, saved, cotangents):
@@ -139,22 +146,77 @@ def _similarities(anchors, candidates, temperature):
     return jnp.matmul(anchors, candidates.T, precision=lax.Precision.HIGHEST) / temperature
 
 
-def _masks(row, column, count: int, positive_in_sum: bool):
-    """Returns bool [rows, columns]: the column is the row's partner; it is not in the normaliser."""
+class _Masks(NamedTuple):
+    """Bool [rows, columns] of a tile: the column is the row's partner; it is a candidate; it is one of the
+    other view than the row; it is in the normaliser.
+    """
+
+    is_partner: jax.Array
+    is_candidate: jax.Array
+    is_other: jax.Array
+    in_sum: jax.Array
+
+
+def _masks(row, column, count: int, tiles: _Tiles) -> _Masks:
     is_partner = column == row[:, None] ^ 1
-    masked = (column == row[:, None]) | (column >= count)
-    return is_partner, masked if positive_in_sum else masked | is_partner
+    is_candidate = (column != row[:, None]) & (column < count)
+    is_other = is_candidate & ((row[:, None] ^ column) % 2 == 1)
+    in_sum = is_other if tiles.other_view else is_candidate
+    return _Masks(
+        is_partner,
+        is_candidate,
+        is_other,
+        in_sum if tiles.positive_in_sum else in_sum & ~is_partner,
+    )
+
+
+class _Softmax(NamedTuple):
+    """A softmax over candidates that come tile by tile, of n anchors: the largest similarity so far, and
+    relative to it the sum of the exponentials and the sum of them times the similarities.
+    """
+
+    largest: jax.Array
+    total: jax.Array
+    weighted: jax.Array
+
+    @classmethod
+    def of_nothing(cls, anchors: int) -> "_Softmax":
+        zeros = jnp.zeros(anchors)
+        return cls(zeros + MASKED, zeros, zeros)
+
+    def add(self, s, counted) -> "_Softmax":
+        """Adds the similarities s [n, columns] that are counted, bool [n, columns]."""
+        s = jnp.where(counted, s, MASKED)
+        largest = jnp.maximum(self.largest, jnp.max(s, axis=1))
+        shrink = jnp.exp(self.largest - largest)
+        w = jnp.exp(s - largest[:, None])
+        return _Softmax(
+            largest,
+            self.total * shrink + jnp.sum(w, axis=1),
+            self.weighted * shrink + jnp.sum(w * s, axis=1),
+        )
+
+    @property
+    def log_normalizer(self):
+        return self.largest + jnp.log(self.total)
+
+    @property
+    def entropy(self):
+        """In nats."""
+        return self.log_normalizer - self.weighted / self.total
 
 
 def _fold_rows(z, axes, tiles: _Tiles):
     """Returns all rows of the batch, and for each row of z [n, D] its log-normaliser, its similarity
-    with its partner, the number of candidates at least as near as the partner, and the entropy of its
-    softmax over all candidates.
+    with its partner, and twice, for all candidates and for those of the other view: the number of them at
+    least as near as the partner, and the entropy of the softmax over them.
     """
-    temperature, chunk, positive_in_sum = tiles
+    temperature, chunk = tiles.temperature, tiles.chunk
     every = _gather(z, axes)
     columns = _divide(every, chunk)
     padded = columns.reshape(-1, z.shape[1])
+    # NT-Xent's normaliser is that of all candidates: one softmax serves both.
+    is_usual = tiles.positive_in_sum and not tiles.other_view
 
     def fold(tile):
         anchors, row = tile
@@ -167,34 +229,30 @@ def _fold_rows(z, axes, tiles: _Tiles):
         positive = jnp.sum(jnp.where(is_partner, s, 0.0), axis=1)
 
         def add(carry, candidates_and_first):
-            largest, total, weighted, nearer = carry
+            (of_all, of_other, of_loss), nearer, other_nearer = carry
             candidates, first = candidates_and_first
-            column = first + jnp.arange(chunk)
             s = _similarities(anchors, candidates, temperature)
-            is_partner, masked = _masks(row, column, len(every), positive_in_sum)
-            s = jnp.where(masked, MASKED, s)
-            new_largest = jnp.maximum(largest, jnp.max(s, axis=1))
-            shrink = jnp.exp(largest - new_largest)
-            w = jnp.exp(s - new_largest[:, None])
-            is_nearer = (s >= positive[:, None]) & ~is_partner
+            masks = _masks(row, first + jnp.arange(chunk), len(every), tiles)
+            is_nearer = (s >= positive[:, None]) & ~masks.is_partner
+            softmaxes = (
+                of_all.add(s, masks.is_candidate),
+                of_other.add(s, masks.is_other),
+                of_loss if is_usual else of_loss.add(s, masks.in_sum),
+            )
             return (
-                new_largest,
-                total * shrink + jnp.sum(w, axis=1),
-                weighted * shrink + jnp.sum(w * s, axis=1),
-                nearer + jnp.sum(is_nearer, axis=1),
+                softmaxes,
+                nearer + jnp.sum(is_nearer & masks.is_candidate, axis=1),
+                other_nearer + jnp.sum(is_nearer & masks.is_other, axis=1),
             ), None
 
-        zeros = jnp.zeros(len(anchors))
-        start = (zeros + MASKED, zeros, zeros, jnp.zeros(len(anchors), jnp.int32))
+        empty, none = _Softmax.of_nothing(len(anchors)), jnp.zeros(len(anchors), jnp.int32)
+        start = (empty, empty, empty), none, none
         firsts = jnp.arange(len(columns)) * chunk
-        (largest, total, weighted, nearer), _ = lax.scan(add, start, (columns, firsts))
-        log_normalizer = largest + jnp.log(total)
-        mean_similarity, log_all = weighted / total, log_normalizer
-        if not positive_in_sum:  # the metrics are over all candidates
-            log_all = jnp.logaddexp(log_normalizer, positive)
-            p = jnp.exp(positive - log_all)
-            mean_similarity = (1 - p) * mean_similarity + p * positive
-        return log_normalizer, positive, nearer, log_all - mean_similarity
+        carry, _ = lax.scan(add, start, (columns, firsts))
+        (of_all, of_other, of_loss), nearer, other_nearer = carry
+        log_normalizer = (of_all if is_usual else of_loss).log_normalizer
+        told = nearer, of_all.entropy, other_nearer, of_other.entropy
+        return log_normalizer, positive, *told
 
     folded = lax.map(fold, _row_tiles(z, axes, chunk))
     return every, *(x.reshape(-1)[: len(z)] for x in folded)
@@ -202,7 +260,7 @@ def _fold_rows(z, axes, tiles: _Tiles):
 
 def _differentiate_rows(z, every, log_normalizer, axes, tiles: _Tiles):
     """Computes d loss / d z [n, D]."""
-    temperature, chunk, positive_in_sum = tiles
+    temperature, chunk = tiles.temperature, tiles.chunk
     columns = _divide(every, chunk)
     column_normalizer = _divide(_gather(log_normalizer, axes), chunk)
     rows, row_number = _row_tiles(z, axes, chunk)
@@ -216,8 +274,8 @@ def _differentiate_rows(z, every, log_normalizer, axes, tiles: _Tiles):
             column = first + jnp.arange(chunk)
             s = _similarities(anchors, candidates, temperature)
             p = jnp.exp(s - normalizer[:, None]) + jnp.exp(s - other_normalizer)
-            is_partner, masked = _masks(row, column, len(every), positive_in_sum)
-            p = jnp.where(masked, 0.0, p) - jnp.where(is_partner, 2.0, 0.0)
+            masks = _masks(row, column, len(every), tiles)
+            p = jnp.where(masks.in_sum, p, 0.0) - jnp.where(masks.is_partner, 2.0, 0.0)
             return total + jnp.matmul(p, candidates, precision=lax.Precision.HIGHEST), None
 
         firsts = jnp.arange(len(columns)) * chunk

@@ -1,0 +1,151 @@
+"""The frame of losses that are a function of one anchor's similarities with all views of the batch.
+
+Such a loss is written for some anchors at a time: `Rows` in, one number an anchor out. Dense, all anchors
+are one such call; in tiles a device computes `chunk` of its own anchors at once, which takes memory of
+2B x chunk numbers, and computes them again for the gradient.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from simclr_jax.losses.contract import (
+    MASKED,
+    embedded,
+    metrics_of,
+    rows_and_columns,
+)
+
+CHUNK = 128
+
+
+class Candidates(NamedTuple):
+    """What anchors are compared with.
+
+    Attributes:
+      normalized: by their cosine; else by their dot product.
+      other_view: negatives are those of the other view, first or second, than the anchor only.
+      temperature: tau, of the softmax whose entropy is a metric.
+    """
+
+    normalized: bool = True
+    other_view: bool = False
+    temperature: float = 1.0
+
+
+class Rows(NamedTuple):
+    """Some anchors beside all 2B views of the batch; every array is [n, 2B].
+
+    Attributes:
+      similarity: float32, cosines (or dot products), not divided by tau.
+      is_partner: bool, the column is the other view of the anchor's image.
+      is_candidate: bool, the column is the partner, or may be a negative.
+      same_label: bool, both have a label, and the same one.
+    """
+
+    similarity: jax.Array
+    is_partner: jax.Array
+    is_candidate: jax.Array
+    same_label: jax.Array
+
+    @property
+    def positive(self) -> jax.Array:
+        """[n, 1], the similarity with the partner."""
+        return jnp.sum(jnp.where(self.is_partner, self.similarity, 0.0), axis=1, keepdims=True)
+
+
+# Rows -> the loss of each anchor, float32 [n].
+RowLoss = Callable[[Rows], jax.Array]
+
+
+def over_rows(
+    z,
+    labels,
+    loss: RowLoss,
+    candidates: Candidates,
+    *,
+    mesh: Mesh | None = None,
+    chunk: int | None = None,
+):
+    """Computes the mean of a loss over all 2B anchors.
+
+    Args:
+      z: projections [2B, D]; rows 2i and 2i + 1 are the two views of image i. Not normalised.
+      labels: int [B], -1 where there is none.
+      loss: of each anchor.
+      candidates: what anchors are compared with.
+      mesh: in tiles, the devices over which the rows of z are divided; None: one device.
+      chunk: anchors that are computed at once; None: all.
+
+    Returns:
+      the loss, a float32 scalar, and the metrics of `contrastive_metrics`.
+    """
+    z, labels = embedded(z, candidates.normalized), jnp.repeat(labels, 2)
+    if chunk is None:
+        losses, *told = _of_anchors(z, labels, 0, z, labels, loss=loss, candidates=candidates)
+    elif mesh is None:
+        losses, *told = _in_tiles(z, labels, (), chunk, loss, candidates)
+    else:
+        axes = mesh.axis_names
+        own = PartitionSpec(axes)
+        losses, *told = jax.shard_map(
+            lambda z, labels: _in_tiles(z, labels, axes, chunk, loss, candidates),
+            mesh=mesh,
+            in_specs=(own, own),
+            out_specs=own,
+            check_vma=False,  # an all-gather's result is equal everywhere, which the check cannot see
+        )(z, labels)
+    return jnp.mean(losses), metrics_of(*told)
+
+
+def _in_tiles(z, labels, axes, chunk: int, loss: RowLoss, candidates: Candidates):
+    """Computes `_of_anchors` for a device's own rows, `chunk` of them at a time."""
+    gather = functools.partial(lax.all_gather, axis_name=axes, tiled=True) if axes else lambda x: x
+    every, every_label = gather(z), gather(labels)
+    start = lax.axis_index(axes) * len(z) if axes else 0
+    chunk = min(chunk, len(z))
+    tiles = -(-len(z) // chunk)
+    padded = jnp.pad(z, ((0, tiles * chunk - len(z)), (0, 0)))
+    padded_label = jnp.pad(labels, (0, tiles * chunk - len(z)), constant_values=-1)
+
+    @jax.checkpoint
+    def of_tile(first):
+        anchors = lax.dynamic_slice_in_dim(padded, first, chunk)
+        label = lax.dynamic_slice_in_dim(padded_label, first, chunk)
+        about = anchors, label, start + first, every, every_label
+        return _of_anchors(*about, loss=loss, candidates=candidates)
+
+    found = lax.map(of_tile, jnp.arange(tiles) * chunk)
+    return tuple(x.reshape(-1)[: len(z)] for x in found)
+
+
+def _of_anchors(anchors, label, first, every, every_label, *, loss, candidates: Candidates):
+    """Computes the loss of some anchors, and what `metrics_of` is made of, [n] each.
+
+    Args:
+      anchors, label: z [n, D] and labels [n] of the anchors.
+      first: place of the first of them in the batch.
+      every, every_label: z [2B, D] and labels [2B] of the whole batch.
+      loss, candidates: see `over_rows`.
+    """
+    similarity = jnp.matmul(anchors, every.T, precision=lax.Precision.HIGHEST)
+    row, column = rows_and_columns(similarity.shape)
+    row = row + first
+    is_partner, is_self = column == row ^ 1, column == row
+    is_other = (row ^ column) % 2 == 1
+    same_label = (label[:, None] == every_label) & (label[:, None] >= 0) & ~is_self
+    is_candidate = is_other if candidates.other_view else ~is_self
+    rows = Rows(similarity, is_partner, is_candidate, same_label & is_candidate)
+    logits, positive = lax.stop_gradient((similarity, rows.positive))
+    told = []
+    for counted in (~is_self, is_other):
+        told.append(jnp.sum((logits >= positive) & counted & ~is_partner, axis=1))
+        scaled = jnp.where(counted, logits / candidates.temperature, MASKED)
+        log_p = jax.nn.log_softmax(scaled, axis=1)
+        told.append(-jnp.sum(jnp.exp(log_p) * log_p, axis=1))
+    return loss(rows), *told
