@@ -369,16 +369,22 @@ def test_a_stopped_evaluation_goes_on_bit_for_bit(run, tmp_path, capsys, one_dev
 
 
 def test_a_signal_in_the_last_step_ends_what_would_come_next(run, one_device):
-    """The first of two trainings is whole, and the second does not begin."""
+    """The first of two trainings is whole, and the second does not begin: the handler that was there
+    before, here one that raises, gets the signal.
+    """
     config, workdir = run
     config.finetune.label_fractions, config.finetune.epochs = (1.0,), (3.0,)
-    with states_of_fit() as states:
-        last = at_moment(7, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with last, pytest.raises(KeyboardInterrupt):
-            finetune.finetune(config, str(workdir))
-        assert states == []
-        assert finetune.finetune(config, str(workdir)) is not None
-        assert [int(state.step) for state in states] == [7, 7]
+    before = signal.signal(signal.SIGTERM, lambda *_: kill())
+    try:
+        with states_of_fit() as states:
+            last = at_moment(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            with last, pytest.raises(Killed):
+                finetune.finetune(config, str(workdir))
+            assert states == []
+            assert finetune.finetune(config, str(workdir)) is not None
+            assert [int(state.step) for state in states] == [7, 7]
+    finally:
+        signal.signal(signal.SIGTERM, before)
     lines = metrics_of(workdir / "finetune")
     assert all([line["step"] for line in x].count(7) == 2 for x in lines.values())
 
