@@ -70,10 +70,17 @@ def test_a_signal_lets_the_step_finish_and_saves(whole, tmp_path, capsys, number
     assert_same_training(tmp_path / "w", whole)
 
 
-def test_a_signal_in_the_last_step_changes_nothing(whole, tmp_path):
-    _, finished = train(tmp_path / "w", hooks=[Average()], before=sends(signal.SIGTERM, STEPS))
-    assert finished
+def test_a_signal_in_the_last_step_leaves_it_whole_and_is_passed_on(whole, tmp_path, monkeypatch):
+    def train_to_the_end(workdir):
+        return train(workdir, hooks=[Average()], before=sends(signal.SIGINT, STEPS))
+
+    with pytest.raises(KeyboardInterrupt):
+        train_to_the_end(tmp_path / "w")
     assert_same_training(tmp_path / "w", whole)
+    # One of several processes goes on with the others: they would wait for it.
+    monkeypatch.setattr(stopping, "_wishes_are_passed_on", lambda: False)
+    _, finished = train_to_the_end(tmp_path / "v")
+    assert finished
 
 
 def test_a_second_signal_seconds_later_ends_the_run_at_once(whole, tmp_path, monkeypatch):

@@ -57,9 +57,10 @@ class Stop:
 
     def pass_on(self) -> None:
         """Delivers the signal, if there was one, to the handler that was there before: call it once the
-        training has ended, as a signal in its last step is meant for what comes after it.
+        training has ended, as a signal in its last step is meant for what comes after it. One of several
+        processes keeps it to itself: those that got none would wait for it for ever.
         """
-        if self._wished:
+        if self._wished and _wishes_are_passed_on():
             os.kill(os.getpid(), self._number)
 
     def now(self) -> bool:
@@ -69,3 +70,7 @@ class Stop:
         mine = np.full(jax.local_device_count(), self._wished)
         self._pending.append(self._any(to_global(self._mesh, mine)))
         return len(self._pending) > _STEPS_LATE and bool(self._pending.popleft())
+
+
+def _wishes_are_passed_on() -> bool:
+    return jax.process_count() == 1
