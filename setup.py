@@ -41,9 +41,11 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
         "heic": ["pillow-heif>=1"],
+        "studies": ["matplotlib>=3.9"],
         # google-cloud-storage: TensorBoard events into a bucket.
         "tpu": ["google-cloud-storage>=3", "jax[tpu]>=0.10"],
         "dev": [
+            "matplotlib>=3.9",
             "mypy>=2.4",
             "pillow-heif>=1",
             "pytest>=8.4",

@@ -81,6 +81,13 @@ MODES = {
         needs=("format",),
         takes=("output",),
     ),
+    "study": Mode(
+        "modes.study",
+        "run_study",
+        "a table or figure of the paper, from runs of its own; see configs/studies",
+        needs=("study",),
+        takes=("part", "dry_run"),
+    ),
     "compile": Mode(
         "modes.compile",
         "compile_for",
@@ -179,6 +186,19 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="for probe, knn and transfer: evaluate each new checkpoint of a run that another process "
         "trains, until its last step",
+    )
+    parser.add_argument(
+        "--study", metavar="FILE.py", help="for --mode=study: such as configs/studies/loss.py"
+    )
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        help="for --mode=study: only every N-th run from the I-th on, so that N programs share a study",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="for --mode=study: list the runs and estimate their time",
     )
     parser.add_argument(
         "--extend",

@@ -86,8 +86,9 @@ def test_the_regularisation_is_chosen_without_the_test_split(digits):
         "max_iterations": 1000,
     }
     wrong = with_test_labels(digits, (digits.test[1] + 1) % 10)
-    best, l2 = probe_all_labels(digits, options)
-    _, same = probe_all_labels(wrong, options)
+    best, l2, validation = probe_all_labels(digits, options)
+    _, same, as_before = probe_all_labels(wrong, options)
+    assert validation == as_before
     assert l2 == same
     assert l2 != 1e3
     assert best > 0.85
@@ -251,7 +252,7 @@ def test_the_few_labels_of_a_probe_are_given_as_numbers_and_as_a_share(monkeypat
     x, y = np.eye(150, 4, dtype=np.float32), np.arange(150) % 3
     features = Features((x, y), (x, y), 3)
     monkeypatch.setattr(probe, "probe_few_labels", lambda _, options, n: [n / 10] * 2)
-    monkeypatch.setattr(probe, "probe_all_labels", lambda *_: (0.9, 1e-3))
+    monkeypatch.setattr(probe, "probe_all_labels", lambda *_: (0.9, 1e-3, 0.8))
     found = {}
     for share in (0.0, 0.02, 0.08):
         options = {"labels_per_class": (10, 4), "label_fraction": share}

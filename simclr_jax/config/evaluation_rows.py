@@ -152,6 +152,13 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option("finetune.momentum", 0.9, number(0, 1), "Nesterov's", True),
     Option(
+        "eval.features",
+        "h",
+        one_of("h", "z"),
+        "what probe, knn and transfer evaluate: h, or z, the output of the projection head",
+        True,
+    ),
+    Option(
         "eval.metric",
         "auto",
         one_of("auto", "accuracy", "mean_per_class", "11_point_map"),

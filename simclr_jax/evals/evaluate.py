@@ -62,9 +62,15 @@ def evaluate_features(name: str, config: ConfigDict, workdir: str, follow: bool 
     data, mesh = subjects.labelled(config, EVALUATIONS[name].sets), make_mesh()
     if follow:
         return _follow(name, config, workdir, data, mesh)
-    trained = subjects.trained(config, workdir, mesh)
-    path = results.path_of(config, trained.saved, data, workdir, name)
+    of_z = config.eval.features == "z"
+    trained = subjects.trained(config, workdir, mesh, head=of_z)
+    path = results.path_of(config, trained.saved, data, workdir, _file_of(name, config))
     return _evaluate(name, _Subject(config, data, trained, path, mesh))
+
+
+def _file_of(name: str, config: ConfigDict) -> str:
+    """Returns the name of the result: "probe", or "probe_z" of the projections."""
+    return name if config.eval.features == "h" else f"{name}_{config.eval.features}"
 
 
 def config_for(name: str, config: ConfigDict) -> ConfigDict:
@@ -135,16 +141,25 @@ def _features_of_all(subject: _Subject) -> dict[str, Features]:
         ),
         "test": _test_images(config, data, path.with_name(f"{path.stem}_broken_test.jsonl")),
     }
-    variables = {ENCODER: trained.encoder}
+    variables = {ENCODER: (trained.encoder, trained.head)}
+    network, head = assemble.encoder(config), assemble.head(config)
     if config.eval.baselines:
         start = subjects.untrained(config, images["training"], mesh)
-        variables = {UNTRAINED: start} | variables
-    network, channels = assemble.encoder(config), data.train.image_shape[-1]
+        start_of_head = subjects.untrained_head(config, mesh) if trained.head else None
+        variables = {UNTRAINED: (start, start_of_head)} | variables
+    channels = data.train.image_shape[-1]
+
+    def represented(of, x):
+        encoder_variables, head_variables = of
+        h = apply_network(network, encoder_variables, x, False)[0]
+        if head_variables is None:
+            return h
+        return apply_network(head, head_variables, h, False)[0][-1]
 
     def forward(variables, images):
         x = to_float(images)
         raw = {RAW_PIXELS: raw_pixels(images, channels)} if config.eval.baselines else {}
-        return raw | {kind: apply_network(network, v, x, False)[0] for kind, v in variables.items()}
+        return raw | {kind: represented(of, x) for kind, of in variables.items()}
 
     extractor = Extractor(forward, batch_size=batch_size, size=config.data.image_size, mesh=mesh)
     views = assemble.views(config, mesh)
@@ -203,7 +218,7 @@ def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Me
     say(f"following {workdir}: Ctrl-C ends it")
     while (record := _record_of(workdir)) is None:
         time.sleep(_LOOK_EVERY_SECONDS)
-    path = results.path_of(config, record, data, workdir, name)
+    path = results.path_of(config, record, data, workdir, _file_of(name, config))
     file = path.with_name(f"{path.stem}_followed.jsonl")
     lines = _lines_of(file) if path.exists() else []
     done, result = lines[-1]["step"] if lines else -1, None
@@ -234,7 +249,7 @@ def _next_step(workdir: str, done: int) -> int:
 def _trained_at(step: int, config: ConfigDict, workdir: str, mesh: Mesh) -> Trained | None:
     """Reads a checkpoint; returns None if training has deleted it for a newer one."""
     try:
-        return subjects.trained(config, workdir, mesh, step=step)
+        return subjects.trained(config, workdir, mesh, config.eval.features == "z", step)
     except UserError:
         # What is not the newest may be half deleted: a folder is left when its files are gone.
         steps = saved_steps(workdir)

@@ -35,8 +35,9 @@ def rows(features: Features, options: Options, kind: str) -> list[dict]:
         say(f"probing {kind}, {per_class} label{'s' if per_class > 1 else ''} a class{hint}")
         found.append(results.row(kind, per_class, probe_few_labels(scaled, options, per_class)))
     say(f"probing {kind}, all labels")
-    best, l2 = probe_all_labels(scaled, options)
-    return [*found, results.row(kind, None, [best]) | {"l2": l2}]
+    best, l2, validation = probe_all_labels(scaled, options)
+    more = {"l2": l2, "validation_accuracy": validation}
+    return [*found, results.row(kind, None, [best]) | more]
 
 
 def settings(options: Options, images: int, classes: int) -> dict:
@@ -45,7 +46,7 @@ def settings(options: Options, images: int, classes: int) -> dict:
     return {name: options[name] for name in names} | {"classes": classes}
 
 
-def probe_all_labels(features: Features, options: Options) -> tuple[float, float]:
+def probe_all_labels(features: Features, options: Options) -> tuple[float, float, float]:
     """Fits with every label of the training split, with the l2 that does best on a validation part.
 
     Args:
@@ -53,16 +54,16 @@ def probe_all_labels(features: Features, options: Options) -> tuple[float, float
       options: "l2", the candidates, "validation_fraction", "seed" and "max_iterations".
 
     Returns:
-      test accuracy, and the l2 chosen.
+      test accuracy, the l2 chosen, and its accuracy on the validation part.
     """
     x, y = features.train
     part, held = split_validation(y, options["validation_fraction"], options["seed"])
     chosen_from = divided(features.mesh, x[part], y[part])
-    best, _ = _choose_l2(chosen_from, (x[held], y[held]), options, features.classes)
-    l2 = options["l2"][best]
+    best, weights = _choose_l2(chosen_from, (x[held], y[held]), options, features.classes)
+    l2, validation = options["l2"][best], float(accuracy(weights, x[held], y[held]))
     everything = divided(features.mesh, x, y)
     weights = fit_logistic(*everything, l2, features.classes, options["max_iterations"])
-    return float(accuracy(to_host(weights), *features.test)), l2
+    return float(accuracy(to_host(weights), *features.test)), l2, validation
 
 
 def probe_few_labels(features: Features, options: Options, per_class: int) -> list[float]:

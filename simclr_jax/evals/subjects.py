@@ -180,5 +180,17 @@ def untrained(config: ConfigDict, images: Images, mesh: Mesh) -> dict:
         return {"params": variables["params"], "batch_stats": seen}
 
     found = jax.jit(traced_on(alone, calibrated))(jax.random.key(config.seed), batch)
+    return _on_every_device(found, mesh)
+
+
+def untrained_head(config: ConfigDict, mesh: Mesh) -> dict:
+    """Makes {"params", "batch_stats"} of the projection head before training."""
+    start = init_head(
+        assemble.head(config), assemble.encoder(config).width, jax.random.key(config.seed)
+    )
+    return _on_every_device(start, mesh)
+
+
+def _on_every_device(tree: dict, mesh: Mesh) -> dict:
     everywhere = replicated(mesh)
-    return jax.tree.map(lambda x: laid_out(np.asarray(x), everywhere), found)
+    return jax.tree.map(lambda x: laid_out(np.asarray(x), everywhere), tree)

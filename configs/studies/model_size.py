@@ -1,0 +1,18 @@
+"""Figure 7: deeper and wider encoders."""
+
+from simclr_jax.studies import Factor, Level, Study, rises
+
+WIDTHS, DEPTHS = ("0.125", "0.25", "0.5"), ("10", "18")
+
+
+def get_study() -> Study:
+    """6 runs a seed. Figure 7 has depths 18 to 152 and widths 1 to 4, no common point with these."""
+    widths = {w: Level({"model.width": float(w)}) for w in WIDTHS}
+    depths = {f"ResNet-{d}": Level({"model.depth": int(d)}) for d in DEPTHS}
+    return Study(
+        title="Depth and width of the encoder (figure 7)",
+        factors=(Factor("width", widths, numbers=True), Factor("encoder", depths)),
+        claims=tuple(
+            rises(f"a wider {depth} learns more", [(w, depth) for w in WIDTHS]) for depth in depths
+        ),
+    )

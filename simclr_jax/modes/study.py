@@ -1,0 +1,161 @@
+"""--mode=study: runs a study of the paper, and makes its table, its figure and its verdict."""
+
+import time
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from simclr_jax import assemble
+from simclr_jax import config as config_lib
+from simclr_jax.bench.e2e import measure_e2e
+from simclr_jax.console import duration, say, show_table
+from simclr_jax.errors import UserError
+from simclr_jax.evals import subjects
+from simclr_jax.evals.evaluate import evaluate_features
+from simclr_jax.files import write_json, write_text
+from simclr_jax.modes.pretrain import pretrain
+from simclr_jax.studies.contract import Study, Verdict
+from simclr_jax.studies.figure import draw
+from simclr_jax.studies.outcomes import OUTCOME, Outcomes, outcomes_of, table_of
+from simclr_jax.studies.runs import StudyRun, config_of, part_of, read_study, runs_of
+
+_MEASURED_SECONDS = 5.0  # for each kind of step in a dry run
+# Options that do not change how long a step takes.
+_NOT_OF_THE_STEP = (
+    "seed",
+    "train.epochs",
+    "train.steps",
+    "optimizer.",
+    "eval.",
+    "loss.temperature",
+)
+
+
+def run_study(
+    config: ConfigDict, workdir: str, study: str, part: str = "1/1", dry_run: bool = False
+) -> dict | None:
+    """Runs what is not finished of a study, each run in a workdir of its own below `workdir`, and then makes
+    of all that is there WORKDIR/study.json, table.md, figure.png and figure.svg.
+
+    Args:
+      config: what the runs have in common.
+      workdir: the study's folder.
+      study: its file.
+      part: "I/N": only every N-th run, from the I-th on.
+      dry_run: list the runs and estimate their time; run nothing.
+
+    Returns:
+      what study.json holds; None for a dry run, or if a signal stopped it: the same command goes on.
+
+    Raises:
+      UserError: the study is not sound, or the data have no labels.
+    """
+    found = read_study(study)
+    runs = part_of(runs_of(found), part)
+    if not subjects.is_labelled(assemble.data_set(config)):
+        raise UserError(
+            "a study compares accuracies, and the data have no labels or no test split; see "
+            "data.folder_labels, data.test_fraction and data.test_path"
+        )
+    folder = epath.Path(workdir)
+    waiting = [run for run in runs if not (folder / run.name / OUTCOME).exists()]
+    say(f"study       {found.title}: {len(runs)} runs, {len(runs) - len(waiting)} finished")
+    if dry_run:
+        _estimate(config, found, waiting)
+        return None
+    began = time.monotonic()
+    for number, run in enumerate(waiting):
+        left = ""
+        if number:
+            seconds = (time.monotonic() - began) / number * (len(waiting) - number)
+            left = f", left {duration(seconds)}"
+        say(f"run         {number + 1} of {len(waiting)}{left}: {run.name}")
+        if not _finish(config_of(config, found, run), found, str(folder / run.name)):
+            return None
+    return _show(config, found, folder)
+
+
+def _finish(config: ConfigDict, study: Study, workdir: str) -> bool:
+    """Trains and evaluates one run. Returns False if a signal stopped it."""
+    if not pretrain(config, workdir):
+        return False
+    outcome = {}
+    for reading, overrides in study.readings.items():
+        own = config.copy_and_resolve_references()
+        config_lib.set_options(own, dict(overrides))
+        rows = evaluate_features(study.evaluation, own, workdir)["rows"]
+        by_labels = {r["labels_per_class"]: r for r in rows if r["features"] == subjects.ENCODER}
+        outcome[reading] = {
+            "accuracy": by_labels[study.labels_per_class]["accuracy"],
+            "validation": by_labels[None].get("validation_accuracy"),
+        }
+    if jax.process_index() == 0:
+        write_json(epath.Path(workdir) / OUTCOME, outcome)
+    return True
+
+
+def _estimate(config: ConfigDict, study: Study, runs: list[StudyRun]) -> None:
+    """Says how long each run will take, by a short measurement of each kind of step."""
+    measured: dict[str, tuple[float, float]] = {}
+    total = 0.0
+    for run in runs:
+        own = config_of(config, study, run)
+        flat = config_lib.flatten(own)
+        kind = repr(sorted((k, v) for k, v in flat.items() if not k.startswith(_NOT_OF_THE_STEP)))
+        if kind not in measured:
+            (row,) = measure_e2e(own, _MEASURED_SECONDS)
+            measured[kind] = row["images_per_second"], row["seconds_to_first_step"]
+        rate, first = measured[kind]
+        train = assemble.data_set(own).train
+        steps = assemble.plan_of(own, train.count).steps
+        seconds = first + steps * own.data.batch_size / rate
+        total += seconds
+        say(f"{duration(seconds)}  {run.name}  {steps} steps, {rate:.0f} images/s")
+    say(f"{duration(total)}  in all, training alone; evaluations come on top")
+
+
+def _show(config: ConfigDict, study: Study, folder: epath.Path) -> dict:
+    """Makes the table, the figure and the verdict of all that is there."""
+    outcomes = outcomes_of(study, folder)
+    verdicts = [claim(outcomes.scores) for claim in study.claims]
+    header, lines = table_of(study, outcomes)
+    data = config.data.name or epath.Path(config.data.path).name
+    title = f"{study.title}; {data}; {study.evaluation}, test accuracy"
+    result = _record(study, outcomes, verdicts)
+    if jax.process_index() == 0:
+        write_json(folder / "study.json", result)
+        write_text(folder / "table.md", _markdown(title, header, lines, verdicts))
+        files = draw(study, outcomes, data, folder)
+        show_table(title, header, lines)
+        for verdict in verdicts:
+            held = {True: "holds", False: "does not hold", None: "open"}[verdict.held]
+            say(f"{held:<14}{verdict.claim}: {verdict.because}")
+        if outcomes.missing:
+            say(
+                f"missing     {len(outcomes.missing)} runs: the same command, or other parts, make them"
+            )
+        say(f"written     {', '.join(str(f) for f in [folder / 'table.md', *files])}")
+    return result
+
+
+def _record(study: Study, outcomes: Outcomes, verdicts: list[Verdict]) -> dict:
+    return {
+        "title": study.title,
+        "rows": [
+            {"key": list(key), "accuracies": scores, "setting": outcomes.settings.get(key, 0)}
+            for key, scores in outcomes.scores.items()
+        ],
+        "verdicts": [verdict._asdict() for verdict in verdicts],
+        "missing": [run.name for run in outcomes.missing],
+    }
+
+
+def _markdown(title: str, header: list[str], lines: list[list[str]], verdicts) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    claims = "\n".join(
+        f"- **{ {True: 'Holds', False: 'Does not hold', None: 'Open'}[v.held] }**: {v.claim} ({v.because})"
+        for v in verdicts
+    )
+    return f"{title}\n\n{text}\n\n{claims}\n"

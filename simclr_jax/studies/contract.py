@@ -1,0 +1,88 @@
+"""The contract of a study: which runs it is made of, what is measured, what the paper found."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+Overrides = Mapping[str, Any]  # {"group.option": value}
+Key = tuple[
+    str, ...
+]  # one level of each factor, in their order, and the reading if there are several
+Scores = Mapping[Key, Mapping[int, float]]  # accuracy in [0, 1] of each seed
+
+
+class Level(NamedTuple):
+    """One value of a factor.
+
+    Attributes:
+      overrides: the options that it sets.
+      settings: further options of which the best are looked for: each is a run, and for each key the one
+        counts whose probe of all labels has the best mean accuracy on the validation part. The test split
+        chooses nothing.
+    """
+
+    overrides: Overrides
+    settings: tuple[Overrides, ...] = ({},)
+
+
+class Factor(NamedTuple):
+    """What is varied.
+
+    Attributes:
+      name: for axes and headers, with its unit if it has one.
+      levels: name -> Level, in order.
+      numbers: the levels are numbers: figures have them on a logarithmic axis.
+    """
+
+    name: str
+    levels: Mapping[str, Level]
+    numbers: bool = False
+
+
+class Published(NamedTuple):
+    """The paper's numbers for some keys.
+
+    Attributes:
+      source: table or figure, data and measure.
+      values: key -> accuracy, %.
+    """
+
+    source: str
+    values: Mapping[Key, float]
+
+
+class Verdict(NamedTuple):
+    """Whether a claim held.
+
+    Attributes:
+      claim: in words.
+      held: None: runs are missing.
+      because: the numbers.
+    """
+
+    claim: str
+    held: bool | None
+    because: str
+
+
+class Study(NamedTuple):
+    """A table or a figure of the paper, as runs.
+
+    Attributes:
+      title: what is studied.
+      factors: one or two.
+      claims: each a function of the scores.
+      published: the paper's numbers; None: there are none to set beside.
+      evaluation: "probe" (with a choice on a validation part) or "knn".
+      readings: {"name": overrides of the evaluation}: more than one number for each run.
+      labels_per_class: which row of the evaluation; None: all labels.
+      seeds: runs of each key, with the seeds 0, 1, ...
+    """
+
+    title: str
+    factors: tuple[Factor, ...]
+    claims: tuple[Callable[[Scores], Verdict], ...] = ()
+    published: Published | None = None
+    evaluation: str = "probe"
+    readings: Mapping[str, Overrides] = {"h": {}}
+    labels_per_class: int | None = None
+    seeds: int = 3

@@ -1,0 +1,92 @@
+"""What the runs of a study reached: read from their workdirs, chosen by validation, as a table."""
+
+import json
+import statistics
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from etils import epath
+
+from simclr_jax.studies.claims import deviation, mean
+from simclr_jax.studies.contract import Key, Scores, Study
+from simclr_jax.studies.runs import StudyRun, runs_of
+
+OUTCOME = "study_outcome.json"  # in a run's workdir: {reading: {"accuracy", "validation"}}
+
+
+class Outcomes(NamedTuple):
+    """What there is of a study.
+
+    Attributes:
+      scores: of every key, with the reading appended where there are several.
+      settings: key -> the setting that was chosen, from 0, where there were several.
+      missing: runs that are not finished.
+    """
+
+    scores: Scores
+    settings: dict[Key, int]
+    missing: list[StudyRun]
+
+
+def outcomes_of(study: Study, folder: epath.Path) -> Outcomes:
+    """Reads the outcomes of all runs that are finished below `folder`.
+
+    Of several settings counts the one with the best mean accuracy on the validation part, over the seeds
+    that it has.
+    """
+    found: dict[tuple[Key, int], dict[int, dict]] = {}
+    missing = []
+    for run in runs_of(study):
+        file = folder / run.name / OUTCOME
+        if not file.exists():
+            missing.append(run)
+            continue
+        found.setdefault((run.key, run.setting), {})[run.seed] = json.loads(file.read_text())
+    scores: dict[Key, dict[int, float]] = {}
+    settings = {}
+    for reading in study.readings:
+        for key in {key: None for key, _ in found}:
+            of_key = {s: x for (k, s), x in found.items() if k == key}
+            chosen = _best(of_key, reading)
+            name = (*key, reading) if len(study.readings) > 1 else key
+            by_seed = of_key[chosen]
+            scores[name] = {seed: x[reading]["accuracy"] for seed, x in by_seed.items()}
+            if len(of_key) > 1:
+                settings[name] = chosen
+    return Outcomes(scores, settings, missing)
+
+
+def _best(of_key: dict[int, dict[int, dict]], reading: str) -> int:
+    def on_validation(setting: int) -> float:
+        return statistics.mean(x[reading]["validation"] for x in of_key[setting].values())
+
+    return max(of_key, key=on_validation) if len(of_key) > 1 else next(iter(of_key))
+
+
+def table_of(study: Study, outcomes: Outcomes) -> tuple[list[str], list[list[str]]]:
+    """Makes a table: a line for each key, with mean and deviation over seeds, and the paper's number."""
+    header = [factor.name for factor in study.factors]
+    header += ["of"] if len(study.readings) > 1 else []
+    header += ["accuracy, %", "seeds"]
+    header += ["paper, %"] if study.published else []
+    lines = []
+    for key in keys_of(study):
+        there = outcomes.scores.get(key, {})
+        cell = "missing"
+        if there:
+            cell = f"{100 * mean(outcomes.scores, key):.1f}"
+            cell += f" ± {100 * deviation(outcomes.scores, key):.1f}" if len(there) > 1 else ""
+        line = [*key, cell, str(len(there))]
+        if study.published:
+            value = study.published.values.get(key)
+            line.append("" if value is None else f"{value:.1f}")
+        lines.append(line)
+    return header, lines
+
+
+def keys_of(study: Study) -> Iterable[Key]:
+    """Returns all keys of a study, in order, with the readings where there are several."""
+    keys = list(dict.fromkeys(run.key for run in runs_of(study)))
+    if len(study.readings) == 1:
+        return keys
+    return [(*key, reading) for key in keys for reading in study.readings]

@@ -1,0 +1,125 @@
+"""The runs of a study: read from its file, listed, and shared among several programs."""
+
+import importlib.util
+import itertools
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from simclr_jax import config as config_lib
+from simclr_jax.errors import UserError
+from simclr_jax.studies.contract import Key, Study
+
+
+class StudyRun(NamedTuple):
+    """One run of a study.
+
+    Attributes:
+      key: a level of each factor.
+      setting: which of the level's settings, from 0.
+      seed: the run's seed.
+      overrides: the options that it sets.
+    """
+
+    key: Key
+    setting: int
+    seed: int
+    overrides: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name of its workdir below the study's."""
+        words = [re.sub(r"[^A-Za-z0-9.]+", "-", level).strip("-") for level in self.key]
+        setting = f"_setting-{self.setting}" if self.setting else ""
+        return f"{'_'.join(words)}{setting}_seed-{self.seed}"
+
+
+def read_study(path: str) -> Study:
+    """Runs `get_study()` of a file.
+
+    Raises:
+      UserError: there is no such file, it fails, or it returns something else than a sound `Study`.
+    """
+    if not pathlib.Path(path).is_file() or not path.endswith(".py"):
+        raise UserError(f"no study {path!r}: expected a file such as configs/studies/loss.py")
+    spec = importlib.util.spec_from_file_location("simclr_jax_study", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        study = module.get_study()
+    except Exception as error:  # whatever a file may do wrong
+        message = " ".join(str(error).split())
+        raise UserError(f"{path}: {type(error).__name__}: {message}") from error
+    if not isinstance(study, Study):
+        raise UserError(
+            f"{path}: get_study returned {study!r}: expected a simclr_jax.studies.Study"
+        )
+    _check(path, study)
+    return study
+
+
+def _check(path: str, study: Study) -> None:
+    known = config_lib.flatten(config_lib.default())
+    if not 1 <= len(study.factors) <= 2:
+        raise UserError(f"{path} has {len(study.factors)} factors: expected one or two")
+    if study.evaluation not in ("probe", "knn"):
+        raise UserError(f"{path}: evaluation={study.evaluation!r}: expected probe or knn")
+    levels = [level for factor in study.factors for level in factor.levels.values()]
+    given = [*study.readings.values(), *(level.overrides for level in levels)]
+    given += [setting for level in levels for setting in level.settings]
+    unknown = sorted({name for overrides in given for name in overrides if name not in known})
+    if unknown:
+        raise UserError(f"{path} sets options that do not exist: {', '.join(unknown)}")
+    if study.evaluation == "knn" and any(len(level.settings) > 1 for level in levels):
+        raise UserError(
+            f"{path}: levels have several settings, and knn has no validation part to choose by: "
+            "expected evaluation='probe'"
+        )
+
+
+def runs_of(study: Study) -> list[StudyRun]:
+    """Lists all runs: every key, with every setting of its levels, with every seed; the first seed of
+    all before the second of any, so that a study cut short has the most points.
+    """
+    found = []
+    for seed in range(study.seeds):
+        for levels in itertools.product(*(factor.levels.items() for factor in study.factors)):
+            key = tuple(name for name, _ in levels)
+            settings = itertools.product(*(level.settings for _, level in levels))
+            for number, chosen in enumerate(settings):
+                overrides: dict[str, Any] = {}
+                for (_, level), setting in zip(levels, chosen, strict=True):
+                    overrides |= dict(level.overrides) | dict(setting)
+                found.append(StudyRun(key, number, seed, overrides | {"seed": seed}))
+    return found
+
+
+def part_of(runs: list[StudyRun], part: str) -> list[StudyRun]:
+    """Returns every N-th run from the I-th on, of part "I/N", I from 1 to N.
+
+    Raises:
+      UserError: `part` is something else.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", part)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--part={part}: expected I/N, I from 1 to N, such as 2/8")
+    return runs[int(match[1]) - 1 :: int(match[2])]
+
+
+def config_of(base: ConfigDict, study: Study, run: StudyRun) -> ConfigDict:
+    """Returns the configuration of a run, without the evaluation that would end it: `study` does that.
+
+    Raises:
+      UserError: a value is not allowed.
+    """
+    config = base.copy_and_resolve_references()
+    fixed = {"eval.after_training": "none", "eval.baselines": False}
+    if study.labels_per_class is not None:
+        fixed |= {"eval.labels_per_class": (study.labels_per_class,)}
+    config_lib.set_options(config, fixed | run.overrides)
+    config_lib.validate(config)
+    return config

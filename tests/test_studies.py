@@ -1,0 +1,275 @@
+"""Studies: their runs, their choice by validation, their claims, and the command that runs them."""
+
+import itertools
+import json
+import pathlib
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from conftest import encoder_checkpoint
+from etils import epath
+from PIL import Image
+from scipy.stats import binomtest
+
+from simclr_jax import config
+from simclr_jax.errors import UserError
+from simclr_jax.evals.evaluate import evaluate_features
+from simclr_jax.modes import study as mode
+from simclr_jax.modes.study import run_study
+from simclr_jax.studies import Factor, Level, Published, Study, above, among_best, best, rises
+from simclr_jax.studies.claims import sign_test
+from simclr_jax.studies.outcomes import OUTCOME, keys_of, outcomes_of, table_of
+from simclr_jax.studies.runs import config_of, part_of, read_study, runs_of
+
+FILES = sorted((pathlib.Path(__file__).parent.parent / "configs/studies").glob("*.py"))
+
+TEXT = """
+from simclr_jax.studies import Factor, Level, Published, Study, above
+
+
+def get_study():
+    levels = {
+        "tau 0.5": Level({"loss.temperature": 0.5}),
+        "margin": Level({"loss.name": "margin"}, ({"loss.margin": 0.4}, {"loss.margin": 0.8})),
+    }
+    return Study(
+        title="Losses",
+        factors=(Factor("loss", levels),),
+        claims=(above("tau 0.5 is above margin", ("tau 0.5",), ("margin",)),),
+        published=Published("nobody", {("tau 0.5",): 60.0, ("margin",): 50.0}),
+        seeds=2,
+    )
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A study of three runs a seed, two seeds."""
+    path = tmp_path / "losses.py"
+    path.write_text(TEXT)
+    return str(path)
+
+
+@pytest.fixture
+def short(tiny):
+    """Runs of two steps."""
+    config.set_options(tiny, {"train.steps": 2, "eval.l2": (1e-3, 1e-1)})
+    return tiny
+
+
+def test_a_study_is_run_shown_and_not_run_again(short, file, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "S"
+    result = run_study(short, str(folder), file)
+    said = capsys.readouterr().out
+    assert "study       Losses: 6 runs, 0 finished" in said
+    assert result["missing"] == []
+    rows = {tuple(row["key"]): row for row in result["rows"]}
+    assert set(rows) == {("tau 0.5",), ("margin",)}
+    for key, row in rows.items():
+        assert set(row["accuracies"]) == {0, 1}
+        for seed, accuracy in row["accuracies"].items():
+            setting = f"_setting-{row['setting']}" if row["setting"] else ""
+            name = f"{key[0].replace(' ', '-')}{setting}_seed-{seed}"
+            probe = json.loads((folder / name / "probe.json").read_text())
+            assert probe["rows"][-1]["accuracy"] == accuracy
+    table = (folder / "table.md").read_text()
+    assert "| loss | accuracy, % | seeds | paper, % |" in table
+    assert "tau 0.5 is above margin" in table
+    assert "sign test p =" in said
+    with Image.open(folder / "figure.png") as picture:
+        assert min(picture.size) > 400
+    assert ET.parse(folder / "figure.svg").getroot().tag.endswith("svg")
+    monkeypatch.setattr(mode, "pretrain", None)  # nothing is trained again
+    assert run_study(short, str(folder), file) == json.loads(
+        json.dumps(result),
+        object_hook=lambda x: {int(k) if k.isdigit() else k: v for k, v in x.items()},
+    )
+
+
+def test_parts_make_the_table_of_the_whole_and_say_what_is_missing(
+    short, file, tmp_path, monkeypatch, capsys
+):
+    trained = []
+
+    def pretrain(own, workdir):
+        trained.append(pathlib.Path(workdir).name)
+        return True
+
+    def evaluate(name, own, workdir):
+        accuracy = 0.9 if own.loss.name == "nt_xent" else 0.5 + own.loss.margin / 10
+        row = {"features": "encoder", "labels_per_class": None, "accuracy": accuracy}
+        return {"rows": [row | {"validation_accuracy": 1 - accuracy}]}
+
+    monkeypatch.setattr(mode, "pretrain", pretrain)
+    monkeypatch.setattr(mode, "evaluate_features", evaluate)
+    monkeypatch.setattr(mode, "draw", lambda *_: [])
+    folder = str(tmp_path / "S")
+    first = run_study(short, folder, file, part="1/2")
+    assert len(first["missing"]) == 3
+    assert "missing     3 runs" in capsys.readouterr().out
+    whole = run_study(short, folder, file, part="2/2")
+    assert whole["missing"] == []
+    assert sorted(trained) == sorted(run.name for run in runs_of(read_study(file)))
+    alone = run_study(short, str(tmp_path / "T"), file)
+    assert alone == whole
+    # The validation part preferred the margin that is worse on the test split.
+    assert {tuple(r["key"]): r["setting"] for r in whole["rows"]}[("margin",)] == 0
+
+
+def test_a_killed_study_goes_on_where_it_was(short, file, tmp_path, monkeypatch):
+    folder = str(tmp_path / "S")
+    original, seen = mode.pretrain, []
+
+    def pretrain(own, workdir):
+        seen.append(workdir)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return original(own, workdir)
+
+    monkeypatch.setattr(mode, "pretrain", pretrain)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(short, folder, file)
+    finished = {path.parent.name for path in pathlib.Path(folder).glob(f"*/{OUTCOME}")}
+    assert len(finished) == 2
+    assert run_study(short, folder, file)["missing"] == []
+    assert len(seen) == 3 + 4
+
+
+def test_a_dry_run_lists_the_runs_and_their_time(short, file, tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def measure(own, seconds):
+        measured.append((own.loss.name, own.loss.margin))
+        return [{"images_per_second": 32.0, "seconds_to_first_step": 1.0}]
+
+    monkeypatch.setattr(mode, "measure_e2e", measure)
+    assert run_study(short, str(tmp_path / "S"), file, dry_run=True) is None
+    said = capsys.readouterr().out
+    # 2 steps of 16 images, and a second before the first.
+    assert said.count("0:00:02  ") == 6
+    assert "0:00:12  in all" in said
+    assert len(measured) == len(set(measured)) == 3  # each kind of step once
+    assert not (tmp_path / "S").exists()
+
+
+def test_the_probe_of_z_is_that_of_the_projections(tiny, tmp_path):
+    workdir = encoder_checkpoint(tiny, tmp_path / "w")
+    of_h = evaluate_features("probe", tiny, str(workdir))
+    tiny.eval.features = "z"
+    of_z = evaluate_features("probe", tiny, str(workdir))
+    assert (workdir / "probe.json").exists()
+    assert (workdir / "probe_z.json").exists()
+    assert of_h["rows"][-1]["accuracy"] != of_z["rows"][-1]["accuracy"]
+    tiny.model.head = "none"  # z is h
+    plain = encoder_checkpoint(tiny, tmp_path / "v")
+    of_z = evaluate_features("probe", tiny, str(plain))
+    tiny.eval.features = "h"
+    assert evaluate_features("probe", tiny, str(plain))["rows"] == of_z["rows"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_studies_that_come_with_the_package_are_sound(path):
+    study = read_study(str(path))
+    runs = runs_of(study)
+    assert len({run.name for run in runs}) == len(runs)
+    for run in runs:
+        config_of(digits(), study, run)
+    keys = set(keys_of(study))
+    if study.published:
+        assert set(study.published.values) <= keys
+    scores = {key: {0: 0.5 + i / 1e3, 1: 0.5} for i, key in enumerate(keys)}
+    for claim in study.claims:
+        assert claim(scores).held is not None, claim(scores)
+        assert claim({}).held is None
+
+
+def digits():
+    c = config.default()
+    c.data.name = "digits"
+    return c
+
+
+def test_claims():
+    scores = {
+        ("a",): {0: 0.60, 1: 0.62, 2: 0.61},
+        ("b",): {0: 0.58, 1: 0.61, 2: 0.62},
+        ("c",): {0: 0.30, 1: 0.31},
+    }
+    verdict = above("a over b", ("a",), ("b",))(scores)
+    assert verdict.held
+    assert "+0.7 points" in verdict.because
+    assert "2 of 3 seeds up, sign test p = 1" in verdict.because
+    assert not above("c over a", ("c",), ("a",))(scores).held
+    assert best("b", ("b",))(scores).held  # within the spread of a
+    assert not best("c", ("c",))(scores).held
+    assert among_best("b", ("b",), 2)(scores).held
+    assert not among_best("c", ("c",), 2)(scores).held
+    assert rises("up", [("c",), ("b",), ("a",)])(scores).held
+    assert not rises("down", [("a",), ("b",), ("c",)])(scores).held
+    assert rises("open", [("a",), ("d",)])(scores).held is None
+
+
+@pytest.mark.parametrize(("up", "down"), [(3, 0), (2, 1), (5, 0), (1, 6)])
+def test_the_sign_test_is_scipys(up, down):
+    expected = binomtest(up, up + down).pvalue
+    assert sign_test([0.1] * up + [-0.2] * down + [0.0]) == pytest.approx(expected)
+
+
+def test_runs_of_two_factors_are_their_product_seed_after_seed():
+    a = {"x": Level({"loss.temperature": 0.1}), "y": Level({"loss.temperature": 0.5})}
+    b = {"1": Level({"data.batch_size": 8}), "2": Level({"data.batch_size": 16})}
+    study = Study("t", (Factor("a", a), Factor("b", b)), seeds=2)
+    runs = runs_of(study)
+    expected = list(itertools.product(range(2), "xy", "12"))
+    assert [(run.seed, *run.key) for run in runs] == expected
+    assert runs[3].overrides == {"loss.temperature": 0.5, "data.batch_size": 16, "seed": 0}
+    parts = [part_of(runs, f"{i}/3") for i in (1, 2, 3)]
+    assert sorted(run.name for part in parts for run in part) == sorted(run.name for run in runs)
+
+
+def test_a_table_says_what_is_missing(tmp_path):
+    levels = {"x": Level({}), "y": Level({})}
+    study = Study("t", (Factor("a", levels),), published=Published("p", {("x",): 50.0}), seeds=2)
+    for seed, accuracy in ((0, 0.5), (1, 0.6)):
+        folder = tmp_path / f"x_seed-{seed}"
+        folder.mkdir()
+        outcome = {"h": {"accuracy": accuracy, "validation": 0.1}}
+        (folder / OUTCOME).write_text(json.dumps(outcome))
+    header, lines = table_of(study, outcomes_of(study, epath.Path(tmp_path)))
+    assert header == ["a", "accuracy, %", "seeds", "paper, %"]
+    spread = 100 * np.std([0.5, 0.6], ddof=1)
+    assert lines == [["x", f"55.0 ± {spread:.1f}", "2", "50.0"], ["y", "missing", "0", ""]]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("def get_study(): return 1", "get_study returned 1: expected a simclr_jax.studies.Study"),
+        ("x = 1 / 0", "ZeroDivisionError: division by zero"),
+        (TEXT.replace("loss.margin", "loss.margins"), "options that do not exist: loss.margins"),
+        (TEXT.replace("seeds=2", "evaluation='knn'"), "knn has no validation part to choose by"),
+    ],
+)
+def test_a_bad_study_is_one_line(tmp_path, text, says):
+    path = tmp_path / "s.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says) as caught:
+        read_study(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "2", "a/b"])
+def test_a_bad_part_is_one_line(part):
+    with pytest.raises(UserError, match=f"--part={part}: expected I/N"):
+        part_of([], part)
+
+
+def test_a_study_needs_labels(short, file, tmp_path):
+    with np.load(short.data.path) as arrays:
+        np.savez(tmp_path / "x.npz", train_images=arrays["train_images"])
+    short.data.path = str(tmp_path / "x.npz")
+    with pytest.raises(UserError, match="a study compares accuracies, and the data have no labels"):
+        run_study(short, str(tmp_path / "S"), file)
+    with pytest.raises(UserError, match=r"no study '/nowhere\.py'"):
+        run_study(short, str(tmp_path / "S"), "/nowhere.py")
