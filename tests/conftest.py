@@ -41,8 +41,8 @@ gc.set_threshold(100_000, 50, 100)
 # each device: 80 programs, 2 s, for the smallest run. Programs that tests start do it.
 ocp.type_handlers.get_type_handler(jax.Array)._min_slice_bytes_for_replica_parallel = 2**20
 
-# Minutes each: begun first, so that the workers end together.
-_LONGEST = ("test_processes.py", "test_train.py", "test_stopping.py", "test_end_to_end.py")
+# Half a minute each: begun first, so that the workers end together.
+_LONGEST = ("test_processes.py", "test_end_to_end.py", "test_finetune.py", "test_evals.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -66,7 +66,15 @@ def compile_once(tmp_path_factory):
 
 
 # Groups of options that do not decide the train step of pretraining.
-_NOT_OF_THE_STEP = ("checkpoint.", "eval.", "linear.", "finetune.", "data.path", "data.test_path")
+_NOT_OF_THE_STEP = (
+    "checkpoint.",
+    "eval.",
+    "linear.",
+    "finetune.",
+    "transfer_finetune.",
+    "data.path",
+    "data.test_path",
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
