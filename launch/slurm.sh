@@ -5,7 +5,7 @@
 #
 # G is the number of GPUs of a node. Outside of an allocation it submits itself with sbatch; inside
 # (the submitted job, or salloc) it starts the processes with srun. The processes find each other by
-# SLURM's variables. A job that is preempted or whose node fails is put back into the queue and goes
+# SLURM's variables. Of a study an array of jobs, --array=1-N, makes N parts. A job that is preempted or whose node fails is put back into the queue and goes
 # on from the newest checkpoint. `python` must be that of the environment simclr_jax is installed in.
 set -euo pipefail
 
@@ -37,6 +37,14 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
     --gpus-per-node="$gpus" --requeue --open-mode=append --chdir="$PWD" "${options[@]}" \
     launch/slurm.sh --nodes="$nodes" --gpus="$gpus" -- "$@"
   exit
+fi
+
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+  [[ " $* " == *" --mode=study "* ]] || {
+    echo "--array is for --mode=study: it makes each job a part of the study" >&2
+    exit 2
+  }
+  set -- "$@" --part=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))/"$SLURM_ARRAY_TASK_COUNT"
 fi
 
 # shellcheck source=launch/xla_flags.sh

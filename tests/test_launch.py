@@ -272,6 +272,20 @@ def test_slurm_submits_itself_and_then_starts_a_process_a_gpu(cloud):
     ]
 
 
+def test_each_job_of_an_array_makes_a_part_of_a_study(cloud):
+    study = ("--mode=study", "--study=configs/studies/loss.py", *ARGS)
+    _, (submitted,) = cloud(*SLURM, "--array=3-6", "--", *study)
+    assert "--array=3-6" in submitted
+    job = submitted[submitted.index("launch/slurm.sh") :]
+    array = {"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_COUNT": "4"}
+    process, (started,) = cloud(*job, SLURM_JOB_ID="7", **array)
+    assert process.returncode == 0, process.stderr
+    assert started[-len(study) - 1 :] == [*study, "--part=2/4"]
+    process, calls = cloud(*SLURM, "--", *ARGS, SLURM_JOB_ID="7", **array)
+    assert (process.returncode, calls) == (2, [])
+    assert "--array is for --mode=study" in process.stderr
+
+
 def test_slurm_dry_run(cloud):
     process, calls = cloud(*SLURM, "--dry_run", "--", *ARGS)
     assert calls == []
