@@ -44,7 +44,7 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
     echo "--array is for --mode=study: it makes each job a part of the study" >&2
     exit 2
   }
-  set -- "$@" --part=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))/"$SLURM_ARRAY_TASK_COUNT"
+  set -- "$@" --part=$((SLURM_ARRAY_TASK_ID - ${SLURM_ARRAY_TASK_MIN:?} + 1))/"$SLURM_ARRAY_TASK_COUNT"
 fi
 
 # shellcheck source=launch/xla_flags.sh
