@@ -1,4 +1,7 @@
-"""Figure 9: batch size and length of training. The learning rate follows the configuration's scaling."""
+"""Figure 9: batch size and length of training. The learning rate follows the configuration's scaling.
+
+The paper's batches are 256 to 8,192 and its lengths 100 to 1,000 epochs: no common point with these.
+"""
 
 from simclr_jax.studies import Factor, Level, Study, above, rises
 
@@ -10,7 +13,7 @@ def get_study() -> Study:
     batches = {b: Level({"data.batch_size": int(b)}) for b in BATCHES}
     epochs = {f"{e} epochs": Level({"train.epochs": float(e)}) for e in EPOCHS}
     return Study(
-        title="Batch size and epochs (figure 9; the paper's are 256 to 8,192 and 100 to 1,000)",
+        title="Batch size and epochs (figure 9)",
         factors=(Factor("batch, images", batches, numbers=True), Factor("length", epochs)),
         claims=(
             rises("longer training helps", [("64", f"{e} epochs") for e in EPOCHS]),

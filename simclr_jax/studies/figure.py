@@ -4,7 +4,6 @@ own, so that the shapes can be compared.
 
 import datetime
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -51,14 +50,23 @@ def draw(study: Study, outcomes: Outcomes, data: str, folder: epath.Path) -> lis
         figure = Figure(figsize=(4.2 * panels, 3.6), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
         seeds = max(len(x) for x in outcomes.scores.values())
-        _panel(axes[0], study, outcomes.scores)
+        _panel(axes[0], study, outcomes.scores, f"{study.evaluation}, test accuracy, %")
         axes[0].set_title(f"{data}, {seeds} seed{'s' if seeds > 1 else ''}", fontsize=9)
-        axes[0].set_ylabel(f"{study.evaluation}, test accuracy, %")
         if study.published:
             published = {k: {0: v / 100} for k, v in study.published.values.items()}
-            _panel(axes[1], study, published)
+            _panel(axes[1], study, published, "accuracy, %")
             axes[1].set_title(study.published.source, fontsize=9)
-            axes[1].set_ylabel("accuracy, %")
+            if not study.factors[0].numbers:
+                axes[1].set_yticklabels([])  # those of the panel beside it
+        if len(_series(study)) > 1:
+            marks, names = axes[0].get_legend_handles_labels()
+            title = study.factors[1].name if len(study.factors) > 1 else None
+            how: dict[str, Any] = {
+                "loc": "outside lower center",
+                "ncols": min(3, len(names)),
+                "frameon": False,
+            }
+            figure.legend(marks, names, title=title, fontsize=8, **how)
         missing = f"; {len(outcomes.missing)} runs missing" if outcomes.missing else ""
         today = datetime.date.today().isoformat()
         figure.suptitle(f"{study.title} ({today}{missing})", fontsize=10)
@@ -69,43 +77,33 @@ def draw(study: Study, outcomes: Outcomes, data: str, folder: epath.Path) -> lis
     return files
 
 
-def _panel(axes: Any, study: Study, scores: Scores) -> None:
-    """Draws a line or a group of bars for each level of the second factor, or for each reading."""
-    first = study.factors[0]
+def _panel(axes: Any, study: Study, scores: Scores, measure: str) -> None:
+    """Draws points with the deviation over seeds: upwards over numbers, to the right beside names. No bars, as
+    an axis that does not begin at zero makes their lengths lie.
+    """
+    first, series = study.factors[0], _series(study)
     places = [float(name) for name in first.levels] if first.numbers else range(len(first.levels))
-    series = _series(study)
     for number, (name, keys) in enumerate(series.items()):
-        there = [(x, key) for x, key in zip(places, keys, strict=True) if scores.get(key)]
-        if not there:
-            continue
-        x = [place for place, _ in there]
-        y = [100 * mean(scores, key) for _, key in there]
-        error = [100 * deviation(scores, key) for _, key in there]
-        colour = _COLOURS[number % len(_COLOURS)]
+        there = [(place, key) for place, key in zip(places, keys, strict=True) if scores.get(key)]
+        middle = [100 * mean(scores, key) for _, key in there]
+        spread = [100 * deviation(scores, key) for _, key in there]
+        bars = spread if any(spread) else None
+        look = {"color": _COLOURS[number % len(_COLOURS)], "marker": "o", "capsize": 3}
         if first.numbers:
-            axes.errorbar(x, y, error, color=colour, marker="o", capsize=3, label=name)
+            axes.errorbar([x for x, _ in there], middle, bars, label=name, **look)
             continue
-        width = 0.8 / len(series)
-        x = [place + (number - (len(series) - 1) / 2) * width for place in x]
-        axes.bar(x, y, width * 0.9, yerr=error, color=colour, capsize=3, label=name)
+        aside = 0.5 * ((number + 0.5) / len(series) - 0.5)
+        rows = [place + aside for place, _ in there]
+        axes.errorbar(middle, rows, xerr=bars, label=name, linestyle="none", **look)
     if first.numbers:
         axes.set_xscale("log", base=2)
         axes.set_xticks(places, list(first.levels))
         axes.minorticks_off()
+        axes.set(xlabel=first.name, ylabel=measure)
     else:
-        axes.set_xticks(list(places), list(first.levels), rotation=25, ha="right")
-        _cut_bars(axes, scores, _flat(series))
-    axes.set_xlabel(first.name)
-    if len(series) > 1:
-        axes.legend(fontsize=8, frameon=False, title=_name_of_series(study))
-
-
-def _cut_bars(axes: Any, scores: Scores, keys: Sequence[Key]) -> None:
-    """Begins the axis below the lowest bar: studies differ by points, not by tens of them."""
-    values = [100 * v for key in keys for v in scores.get(key, {}).values()]
-    if values:
-        room = max(2.0, 0.25 * (max(values) - min(values)))
-        axes.set_ylim(max(0.0, min(values) - room), min(100.0, max(values) + room))
+        axes.set_yticks(list(places), list(first.levels))
+        axes.set_ylim(len(first.levels) - 0.5, -0.5)
+        axes.set(xlabel=measure)
 
 
 def _series(study: Study) -> dict[str, list[Key]]:
@@ -117,11 +115,3 @@ def _series(study: Study) -> dict[str, list[Key]]:
         ", ".join(others): [(name, *others) for name in first.levels]
         for others in itertools.product(*rest)
     }
-
-
-def _name_of_series(study: Study) -> str:
-    return study.factors[1].name if len(study.factors) > 1 else ""
-
-
-def _flat(series: dict[str, list[Key]]) -> list[Key]:
-    return [key for keys in series.values() for key in keys]
