@@ -19,14 +19,16 @@ from simclr_jax.encoders import ENCODERS
 from simclr_jax.encoders.heads import LinearClassifier, ProjectionHead
 from simclr_jax.errors import UserError
 from simclr_jax.losses import LOSSES, Loss
+from simclr_jax.losses.health import with_health
 from simclr_jax.mesh import check_divides, make_mesh, replicated, state_shardings, traced_on
 from simclr_jax.training.loop import Job
 from simclr_jax.training.objectives import contrastive
-from simclr_jax.training.optimizer import make_optimizer, warmup_cosine
+from simclr_jax.training.optimizer import lars_trust_ratios, make_optimizer, warmup_cosine
 from simclr_jax.training.plan import Plan, make_plan
 from simclr_jax.training.saved import with_shardings
 from simclr_jax.training.state import Networks, TrainState, init_state
 from simclr_jax.training.step import Step, UpdateRule, make_step
+from simclr_jax.training.verdict import References
 from simclr_jax.views import crops_for_classifiers, make_distortion
 from simclr_jax.views.placement import HostCrops, HostViews, Making, Resident, Views
 
@@ -119,8 +121,14 @@ def pretraining_job(config: ConfigDict, plan: Plan, classes: int | None, mesh: M
     everywhere = replicated(mesh)
     step = make_step(
         contrastive(parts, made.views),
-        contrastive_loss(config, mesh).apply,
-        UpdateRule(optimizer, schedule, config.train.microbatches, config.train.skip_not_finite),
+        with_health(contrastive_loss(config, mesh)).apply,
+        UpdateRule(
+            optimizer,
+            schedule,
+            config.train.microbatches,
+            config.train.skip_not_finite,
+            trust_ratios_of(config),
+        ),
         fetch=made.fetch,
         # Said, as the compiler could also divide the convolutions by channels, and move images.
         gather=lambda params: jax.lax.with_sharding_constraint(params, everywhere),
@@ -282,6 +290,31 @@ def images_of_a_norm(config: ConfigDict, mesh: Mesh) -> int:
 def contrastive_loss(config: ConfigDict, mesh: Mesh) -> Loss:
     """Makes the loss over all projections of the batch."""
     return LOSSES[config.loss.name](config.loss.to_dict(), mesh, config.data.batch_size)
+
+
+def references(config: ConfigDict, plan: Plan) -> References:
+    """Makes what the metrics of a run are held against."""
+    is_bounded = (
+        config.loss.name == "nt_xent"
+        and config.loss.normalize
+        and config.loss.negatives == "both_views"
+    )
+    network = encoder(config)
+    width = network.width if config.model.head == "none" else config.model.head_width
+    temperature = config.loss.temperature if is_bounded else None
+    return References(config.data.batch_size, width, plan.warmup_steps, temperature)
+
+
+def trust_ratios_of(config: ConfigDict) -> Callable | None:
+    """Returns (params, gradients) -> metrics of the trust ratios, where the optimizer has them."""
+    options = config.optimizer
+    if options.name != "lars":
+        return None
+    return functools.partial(
+        lars_trust_ratios,
+        weight_decay=options.weight_decay,
+        trust_coefficient=options.trust_coefficient,
+    )
 
 
 def pretraining_optimizer(

@@ -321,7 +321,11 @@ def metrics_of(folder):
     """Every line that the trainings below a folder wrote, without what depends on the clock."""
     return {
         path.parent.name: [
-            {k: v for k, v in json.loads(line).items() if k != "images_per_second"}
+            {
+                k: v
+                for k, v in json.loads(line).items()
+                if not k.startswith(("images_per_second", "share_of_time"))
+            }
             for line in path.read_text().splitlines()
         ]
         for path in folder.glob("*/metrics.jsonl")

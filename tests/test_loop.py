@@ -124,7 +124,10 @@ def train(workdir, *, job=None, before=None, hooks=(), steps=STEPS, every=4, log
 def metrics_of(workdir):
     """Every line of the metrics, without what depends on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("images_per_second", "share_of_time"))}
+        for line in lines
+    ]
 
 
 def newest_state(workdir):

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import json
 
 import jax
 from etils import epath
@@ -14,12 +15,14 @@ from simclr_jax.console import say
 from simclr_jax.data import index, suggest
 from simclr_jax.evals.evaluate import can_evaluate, evaluate_features
 from simclr_jax.evals.on_the_way import watch
-from simclr_jax.files import expanded, locked
+from simclr_jax.evals.subjects import ENCODER, UNTRAINED
+from simclr_jax.files import expanded, locked, write_json
 from simclr_jax.mesh import FSDP
 from simclr_jax.training.checkpoint import Saving
 from simclr_jax.training.log import Reporting
 from simclr_jax.training.loop import Run, fit
 from simclr_jax.training.state import count_parameters
+from simclr_jax.training.verdict import Verdict, judge, judge_accuracy
 from simclr_jax.training.workdir import check_data, check_workdir, write_record
 from simclr_jax.views.placement import stream
 
@@ -65,7 +68,10 @@ def pretrain_and_evaluate(config: ConfigDict, workdir: str, extend: bool = False
     if evaluation == "none":
         return True
     if can_evaluate(config, evaluation):
-        evaluate_features(evaluation, config, workdir)
+        rows = evaluate_features(evaluation, config, workdir)["rows"]
+        verdict = judge_accuracy(rows, _last_metrics(workdir), ENCODER, UNTRAINED)
+        if verdict is not None and not verdict.is_sound:
+            _say_verdict(workdir, verdict)
     else:
         say(
             "next        --mode=embed --input=FOLDER --output=features.parquet writes the features of"
@@ -85,7 +91,14 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
     record = write_record(config, plan, assemble.data_set(config), fingerprint, workdir)
     describe_run(config, made)
     images = assemble.images_of(config, train, epath.Path(workdir) / "broken_images.jsonl")
-    reporting = Reporting(config.train.log_every_steps, config.data.batch_size, plan.steps, _ADVICE)
+    verdicts: list[Verdict] = []
+
+    def judged(step: int, means: dict[str, float]) -> Verdict:
+        verdicts[:] = [judge(step, means, assemble.references(config, plan))]
+        return verdicts[0]
+
+    every, batch = config.train.log_every_steps, config.data.batch_size
+    reporting = Reporting(every, batch, plan.steps, _ADVICE, judged)
     run = Run(workdir, record, Saving(**config.checkpoint.to_dict()), reporting)
     _, finished = fit(made.job, stream(made.views, images), run, watch(config, made))
     if not finished:
@@ -94,7 +107,22 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
     if broken.indices:
         say(f"skipped    {len(broken.indices)} images that cannot be read, see {broken.report}")
     say(f"trained to step {plan.steps}: {workdir}/checkpoints, {workdir}/metrics.jsonl")
+    if verdicts:  # else it was trained before
+        _say_verdict(workdir, verdicts[0])
     return True
+
+
+def _say_verdict(workdir: str, verdict: Verdict) -> None:
+    """Says a verdict, and writes it to WORKDIR/health.json."""
+    say(f"health      {verdict.name}: {verdict.because}")
+    if jax.process_index() == 0:
+        write_json(epath.Path(workdir) / "health.json", verdict._asdict())
+
+
+def _last_metrics(workdir: str) -> dict[str, float]:
+    lines = (epath.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    found = (json.loads(line) for line in reversed(lines))
+    return next((line for line in found if "loss" in line), {})
 
 
 def describe_run(config: ConfigDict, made: Pretraining) -> None:

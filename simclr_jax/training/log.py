@@ -1,20 +1,23 @@
 """The metrics of a training: read late, checked, averaged, reported."""
 
 import collections
+import contextlib
 import dataclasses
 import json
 import math
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from simclr_jax.console import Progress
+from simclr_jax.console import Progress, say
 from simclr_jax.errors import UserError
 from simclr_jax.files import write_text
 from simclr_jax.training.metrics import MetricWriter
+from simclr_jax.training.verdict import Verdict
 
 # Steps that may be under way before the loop waits for the oldest: the device always has the next
 # one queued, and no more than this many batches lie in its memory.
@@ -34,12 +37,14 @@ class Reporting:
       batch_size: B, images of the global batch, for images per second.
       total_steps: steps of the training; the last one is reported whatever `every_steps` says.
       advice: what the user can do about a loss that is not finite.
+      judge: (step, reported means) -> verdict on the run; None: none is passed.
     """
 
     every_steps: int
     batch_size: int
     total_steps: int
     advice: str = ""
+    judge: Callable[[int, dict[str, float]], Verdict] | None = None
 
 
 class Log:
@@ -76,6 +81,9 @@ class Log:
         self._timed = 0  # steps of the window that ended while the clock was running
         self._seconds = 0.0  # that those steps took
         self._since: float | None = None  # the first step compiles, which is not timed
+        self._spent: dict[str, float] = {}  # seconds since the last report
+        self._reported = time.monotonic()
+        self._verdict: Verdict | None = None
 
     def add(self, step: int, metrics: Any, images: dict[str, np.ndarray]) -> None:
         """Takes the metrics of `step`, still being computed, and {"epoch", "index"} of its images."""
@@ -96,6 +104,13 @@ class Log:
             self._writer.write(step, values)
         self._since = None if self._since is None else time.monotonic()
 
+    @contextlib.contextmanager
+    def spending(self, on: str) -> Iterator[None]:
+        """Counts the time of the block as spent on "input", "saving" or "evaluating"."""
+        began = time.monotonic()
+        yield
+        self._spent[on] = self._spent.get(on, 0.0) + time.monotonic() - began
+
     def _read(self, step: int, metrics: Any, images: dict[str, np.ndarray]) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._check(step, values, images)
@@ -114,10 +129,25 @@ class Log:
         if self._timed:
             images = self._timed * self._reporting.batch_size
             means["images_per_second"] = images / self._seconds
+        now = time.monotonic()
+        for on, seconds in self._spent.items():
+            means[f"share_of_time_{on}"] = seconds / max(now - self._reported, 1e-9)
+        self._spent, self._reported = dict.fromkeys(self._spent, 0.0), now
         if self._writer is not None:
             self._writer.write(step, means)
         self._progress.report(step, means)
         self.window, self._timed, self._seconds = [], 0, 0.0
+        self._judge(step, means)
+
+    def _judge(self, step: int, means: dict[str, float]) -> None:
+        """Says the verdict when it turns bad, and when it is sound again."""
+        if self._reporting.judge is None or "loss" not in means:
+            return
+        before, self._verdict = self._verdict, self._reporting.judge(step, means)
+        name = "sound" if before is None else before.name
+        if self._verdict.name != name:
+            again = " again" if self._verdict.is_sound else ""
+            say(f"step {step}  {self._verdict.name}{again}: {self._verdict.because}")
 
     def _check(self, step: int, values: dict[str, float], images: dict[str, np.ndarray]) -> None:
         bad = [

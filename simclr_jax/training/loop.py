@@ -120,7 +120,8 @@ def fit(
         log = Log(run.workdir, writer, progress, run.reporting, saved["window"])
         stop = stack.enter_context(Stop(job.mesh))
         for step in range(start + 1, job.steps + 1):
-            batch, images = next(stream)
+            with log.spending("input"):
+                batch, images = next(stream)
             state, metrics = job.step(state, batch)
             log.add(step, metrics, images)
             last = step == job.steps
@@ -130,13 +131,16 @@ def fit(
             if due:
                 log.drain()
                 for hook in due:
-                    log.write(step, hook.run(step, state))
+                    with log.spending("evaluating"):
+                        found = hook.run(step, state)
+                    log.write(step, found)
             if stopping or last or checkpoints.due(step):
                 log.drain()  # nothing is saved after a loss that is not finite
                 check_state(step, state, run.reporting.advice)
                 memories = {hook.name: hook.memory for hook in hooks}
                 then = {"step": step, "window": log.window, "hooks": memories}
-                checkpoints.save(step, state, run.record | then)
+                with log.spending("saving"):
+                    checkpoints.save(step, state, run.record | then)
             if stopping or last:
                 checkpoints.wait(step)  # here, where a signal does not cut it off
             if stopping:

@@ -1,6 +1,9 @@
 """Learning-rate schedules, masks and the optimizers."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -81,6 +84,30 @@ def make_optimizer(
     if name == "adamw":
         return optax.adamw(learning_rate, weight_decay=weight_decay, mask=adapted)
     raise ValueError(f"unknown optimizer {name!r}")
+
+
+def lars_trust_ratios(
+    params: Any, gradients: Any, *, weight_decay: float, trust_coefficient: float
+) -> dict[str, jax.Array]:
+    """Computes LARS's trust ratio of each `adapted` array: coefficient |w| / |g + decay w| (You et al. 2017,
+    equation 6, as optax.lars applies it).
+
+    Returns:
+      {"trust_ratio_min", "trust_ratio_median", "trust_ratio_max"} over the arrays, float32 scalars.
+    """
+    ratios = [
+        trust_coefficient * jnp.linalg.norm(w) / jnp.linalg.norm(g + weight_decay * w)
+        for w, g, is_adapted in zip(
+            *map(jax.tree.leaves, (params, gradients, adapted(params))), strict=True
+        )
+        if is_adapted
+    ]
+    found = jnp.stack(ratios)
+    return {
+        "trust_ratio_min": jnp.min(found),
+        "trust_ratio_median": jnp.median(found),
+        "trust_ratio_max": jnp.max(found),
+    }
 
 
 def make_classifier_optimizer(

@@ -25,12 +25,14 @@ class UpdateRule:
       schedule: step -> the learning rate that the optimizer follows, for the metrics.
       microbatches: above 1, the gradient is computed by `gradients.cached_gradient`.
       skip_not_finite: a step whose loss or gradient is not finite changes nothing but its number.
+      more: (params, gradients) -> metrics of the update; None: none.
     """
 
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     microbatches: int = 1
     skip_not_finite: bool = False
+    more: Callable[[Any, Any], Metrics] | None = None
 
 
 def _as_it_is(x: Any) -> Any:
@@ -58,7 +60,7 @@ def make_step(
 
     Returns:
       the step. Its metrics are float32 scalars: loss, those of the loss and of the objective,
-      grad_norm, learning_rate and, with `rule.skip_not_finite`, skipped_steps (0 or 1).
+      grad_norm, update_norm, learning_rate, those of `rule.more` and, with `rule.skip_not_finite`, skipped_steps (0 or 1).
     """
     gradient: Callable = whole_gradient
     if rule.microbatches > 1:
@@ -72,6 +74,9 @@ def make_step(
         updates, opt_state = rule.optimizer.update(grads, state.opt_state, state.params)
         metrics = {"loss": found.loss} | found.metrics
         metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics["update_norm"] = optax.tree.norm(updates)
+        if rule.more is not None:
+            metrics |= rule.more(state.params, grads)
         metrics["learning_rate"] = jnp.asarray(rule.schedule(state.step), jnp.float32)
         new_state = TrainState(
             step=state.step + 1,

@@ -1,0 +1,94 @@
+"""Whether a run is healthy, by its metrics. Each verdict says the number, the reference and its source."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from simclr_jax.losses.health import chance, lower_bound
+
+_BELOW, _NEAR_CHANCE, _COLLAPSED = 1e-3, 0.01, 0.1  # nats; nats; share of 1 / sqrt(D): ours
+
+
+class References(NamedTuple):
+    """What a run's metrics are held against.
+
+    Attributes:
+      images: B, of the global batch.
+      width: D of z.
+      warmup_steps: steps in which the learning rate rises.
+      temperature: tau; None: the loss has no known bounds (it is not NT-Xent over cosines and both views).
+    """
+
+    images: int
+    width: int
+    warmup_steps: int
+    temperature: float | None
+
+
+class Verdict(NamedTuple):
+    """A judgement of a run at one moment.
+
+    Attributes:
+      name: "sound", "below the lower bound", "collapsed" or "not learning".
+      because: the numbers, the reference and where it comes from.
+    """
+
+    name: str
+    because: str
+
+    @property
+    def is_sound(self) -> bool:
+        return self.name == "sound"
+
+
+def judge(step: int, metrics: Mapping[str, float], references: References) -> Verdict:
+    """Judges a run by the means of the steps up to `step`.
+
+    Args:
+      step: the last of them.
+      metrics: "loss", "z_std", "contrastive_top1" and others.
+      references: of the run.
+    """
+    images, width, warmup_steps, temperature = references
+    spread, even = metrics["z_std"], 1 / math.sqrt(width)
+    seen = f"standard deviation of z {spread:.2g}, evenly spread {even:.2g} (1 / sqrt({width}), SimSiam 4.1)"
+    if spread < _COLLAPSED * even:
+        return Verdict(
+            "collapsed", f"all images have nearly one projection: {seen}; a tenth is ours"
+        )
+    if temperature is None:
+        return Verdict("sound", seen)
+    loss, least, no_better = metrics["loss"], lower_bound(images, temperature), chance(images)
+    where = f"loss {loss:.3f}, at best {least:.3f} (exact bound), by chance {no_better:.3f} (ln(2B - 1))"
+    if loss < least - _BELOW:
+        why = "no projections can do that: the mask, the normalisation or the gather is wrong"
+        return Verdict("below the lower bound", f"{where}: {why}")
+    if step > warmup_steps and abs(loss - no_better) < _NEAR_CHANCE:
+        return Verdict("not learning", f"{where}, after the warm-up, and z is spread: {seen}")
+    return Verdict("sound", f"{where}; {seen}")
+
+
+def judge_accuracy(
+    rows: list[dict], metrics: Mapping[str, float], trained: str, untrained: str
+) -> Verdict | None:
+    """Judges a run by an evaluation that ends it, beside the untrained encoder.
+
+    Args:
+      rows: of the evaluation, see `evals.results.row`.
+      metrics: the last of the run.
+      trained, untrained: names of the two encoders in the rows.
+
+    Returns:
+      None where the evaluation has no untrained encoder.
+    """
+    found = {r["features"]: r["accuracy"] for r in rows if r["labels_per_class"] is None}
+    if trained not in found or untrained not in found:
+        return None
+    said = f"accuracy {found[trained]:.1%}, untrained {found[untrained]:.1%}"
+    if found[trained] > found[untrained]:
+        return Verdict("sound", said)
+    told = metrics.get("other_view_top1", 0.0)
+    if told > 0.99:  # ours
+        why = "it tells views apart and images not: a shortcut, such as BatchNorm of few images a device"
+        return Verdict("a shortcut", f"{said}, contrastive accuracy {told:.1%}: {why} (simclr#114)")
+    return Verdict("no better than untrained", f"{said} (ours)")

@@ -1,0 +1,202 @@
+"""Whether a run is healthy: bounds, spread, trust ratios, and verdicts on runs made sick on purpose."""
+
+import json
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_losses import random_pairs
+
+from simclr_jax import assemble, config
+from simclr_jax.losses import contract, nt_xent
+from simclr_jax.losses.health import chance, lower_bound, spread_of
+from simclr_jax.modes.pretrain import pretrain, pretrain_and_evaluate
+from simclr_jax.training.optimizer import lars_trust_ratios, make_optimizer
+from simclr_jax.training.verdict import References, judge, judge_accuracy
+
+OF_512 = References(images=512, width=128, warmup_steps=10, temperature=0.1)
+EVEN = 1 / math.sqrt(128)
+
+
+def simplex(images):
+    """Unit vectors at equal angles, one for each image, twice."""
+    corners = np.eye(images) - 1 / images
+    corners /= np.linalg.norm(corners, axis=1, keepdims=True)
+    return np.repeat(corners, 2, axis=0).astype(np.float32)
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.5, 1.0])
+def test_a_simplex_attains_the_lower_bound_and_nothing_is_below(tau):
+    loss, _ = nt_xent(simplex(8), tau)
+    assert float(loss) == pytest.approx(lower_bound(8, tau), rel=1e-4, abs=1e-6)
+    assert nt_xent(random_pairs(pairs=8, noise=0.01), tau)[0] > lower_bound(8, tau)
+
+
+def test_the_bounds_are_those_of_published_settings():
+    """Worked by hand for 512 images: ln(1023), and the bound at tau 0.1 and 0.5."""
+    assert chance(512) == pytest.approx(6.930, abs=1e-3)
+    assert lower_bound(512, 0.1) == pytest.approx(0.045, abs=1e-3)
+    assert lower_bound(512, 0.5) == pytest.approx(4.933, abs=1e-3)
+
+
+def test_spread_equals_loops():
+    z = random_pairs(pairs=6).astype(np.float64)
+    unit = z / np.linalg.norm(z, axis=1, keepdims=True)
+    found = spread_of(jnp.asarray(z, jnp.float32))
+    alignment = np.mean([np.sum((unit[2 * i] - unit[2 * i + 1]) ** 2) for i in range(6)])
+    first = unit[::2]
+    pairs = [
+        np.exp(-2 * np.sum((a - b) ** 2))
+        for i, a in enumerate(first)
+        for k, b in enumerate(first)
+        if i != k
+    ]
+    assert float(found["alignment"]) == pytest.approx(alignment, rel=1e-5)
+    assert float(found["uniformity"]) == pytest.approx(np.log(np.mean(pairs)), rel=1e-5)
+    assert float(found["z_std"]) == pytest.approx(unit.std(axis=0).mean(), rel=1e-5)
+
+
+def test_spread_of_one_point_and_of_a_sphere():
+    point = spread_of(jnp.ones((16, 4)))
+    assert [float(point[k]) for k in ("alignment", "uniformity", "z_std")] == pytest.approx(
+        [0, 0, 0], abs=1e-5
+    )
+    even = spread_of(jax.random.normal(jax.random.key(0), (2048, 128)))
+    assert float(even["z_std"]) == pytest.approx(EVEN, rel=0.01)
+    assert float(even["uniformity"]) == pytest.approx(-3.938, abs=0.02)  # -4 + ln M_128(4)
+    gradient = jax.grad(lambda z: sum(spread_of(z).values()))(jnp.ones((8, 4)))
+    assert not np.any(gradient)
+
+
+def test_trust_ratios_are_those_that_lars_applies():
+    rng = np.random.default_rng(0)
+    shapes = {"a": {"kernel": (3, 4), "bias": (4,)}, "b": {"kernel": (4, 2), "scale": (2,)}}
+    params, gradients = (
+        jax.tree.map(lambda s: rng.normal(size=s).astype(np.float32), shapes, is_leaf=is_shape)
+        for _ in range(2)
+    )
+    how = {"weight_decay": 0.1, "trust_coefficient": 0.01}
+    found = lars_trust_ratios(params, gradients, **how)
+    optimizer = make_optimizer("lars", 1.0, momentum=0.0, **how)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    ratios = [
+        np.linalg.norm(updates[k]["kernel"])
+        / np.linalg.norm(gradients[k]["kernel"] + 0.1 * params[k]["kernel"])
+        for k in "ab"
+    ]
+    np.testing.assert_allclose(found["trust_ratio_min"], min(ratios), rtol=1e-5)
+    np.testing.assert_allclose(found["trust_ratio_max"], max(ratios), rtol=1e-5)
+    np.testing.assert_allclose(found["trust_ratio_median"], np.mean(ratios), rtol=1e-5)
+
+
+def is_shape(x):
+    return isinstance(x, tuple)
+
+
+@pytest.mark.parametrize(
+    ("step", "loss", "z_std", "expected"),
+    [
+        (5, 6.93, EVEN, "sound"),  # before the end of the warm-up
+        (50, 6.93, EVEN, "not learning"),
+        (50, 5.0, EVEN, "sound"),
+        (50, 0.01, EVEN, "below the lower bound"),
+        (50, 0.0447, EVEN, "sound"),
+        (5, 6.93, 0.005, "collapsed"),
+        (50, 7.3, EVEN, "sound"),  # untrained, a loss may lie above chance
+    ],
+)
+def test_verdicts(step, loss, z_std, expected):
+    verdict = judge(step, {"loss": loss, "z_std": z_std}, OF_512)
+    assert verdict.name == expected
+    assert ("loss" in verdict.because) or expected == "collapsed"
+
+
+def test_of_a_loss_without_bounds_only_the_spread_is_judged():
+    unbounded = OF_512._replace(temperature=None)
+    assert judge(50, {"loss": -9.0, "z_std": EVEN}, unbounded).is_sound
+    assert judge(50, {"loss": -9.0, "z_std": 0.0}, unbounded).name == "collapsed"
+
+
+def test_an_encoder_that_is_no_better_than_untrained_is_named():
+    rows = [
+        {"features": "untrained", "labels_per_class": None, "accuracy": 0.5},
+        {"features": "trained", "labels_per_class": None, "accuracy": 0.4},
+    ]
+    names = "trained", "untrained"
+    assert judge_accuracy(rows, {"other_view_top1": 0.5}, *names).name == "no better than untrained"
+    assert judge_accuracy(rows, {"other_view_top1": 0.999}, *names).name == "a shortcut"
+    rows[1]["accuracy"] = 0.6
+    assert judge_accuracy(rows, {}, *names).is_sound
+    assert judge_accuracy(rows[1:], {}, *names) is None
+
+
+def health_of(workdir):
+    return json.loads((workdir / "health.json").read_text())["name"]
+
+
+@pytest.fixture
+def plain(tiny):
+    """Runs of 8 steps that report every two, whose views are crops."""
+    tiny.optimizer.warmup_epochs = 0.0
+    return tiny
+
+
+def sick_of_constant_images(options, patch, tmp_path):
+    """All images are one, and so are the views: a grey square."""
+    path = tmp_path / "grey.npz"
+    np.savez(path, train_images=np.full((48, 12, 12, 3), 128, np.uint8))
+    config.set_options(options, {"data.path": str(path), "model.head": "none"})
+
+
+def sick_of_temperature(options, patch, tmp_path):
+    """So warm that every candidate weighs alike."""
+    options.loss.temperature = 1000.0
+
+
+def sick_of_no_normalisation(options, patch, tmp_path):
+    """z three times as long as they should be, and views that are equal: the loss falls too far."""
+    original = contract.normalize
+    patch.setattr(contract, "normalize", lambda z: 3 * original(z))
+    config.set_options(options, {"views.crop_area": (1.0, 1.0), "views.flip": False})
+    options.optimizer.weight_decay = 0.0  # a step of its own: traced with the wrong function
+
+
+@pytest.mark.parametrize(
+    ("sick", "expected"),
+    [
+        (sick_of_constant_images, "collapsed"),
+        (sick_of_temperature, "not learning"),
+        (sick_of_no_normalisation, "below the lower bound"),
+    ],
+)
+def test_runs_made_sick_on_purpose_are_named(plain, tmp_path, capsys, monkeypatch, sick, expected):
+    sick(plain, monkeypatch, tmp_path)
+    assert pretrain(plain, str(tmp_path / "w"))
+    assert health_of(tmp_path / "w") == expected
+    said = capsys.readouterr().out
+    assert f"health      {expected}: " in said
+    assert f"step 2  {expected}: " in said  # when it turned bad, and not again
+    assert len(re.findall(rf"step \d+  {expected}: ", said)) == 1
+
+
+def test_a_healthy_run_raises_no_alarm_and_its_metrics_are_there(plain, tmp_path, capsys):
+    assert pretrain_and_evaluate(plain, str(tmp_path / "w")) is True
+    assert health_of(tmp_path / "w") in ("sound", "no better than untrained")  # 8 steps on noise
+    said = capsys.readouterr().out
+    assert "health      sound: loss " in said
+    lines = [json.loads(x) for x in (tmp_path / "w/metrics.jsonl").read_text().splitlines()]
+    names = {"alignment", "uniformity", "z_std", "update_norm", "share_of_time_input"}
+    assert names < set(lines[-1])
+    assert {"trust_ratio_min", "trust_ratio_median", "trust_ratio_max"} < set(lines[-1])
+    assert all(0 <= line["share_of_time_input"] <= 1 for line in lines)
+    assert lines[-1]["update_norm"] > 0
+
+
+def test_the_references_are_the_runs(tiny):
+    plan = assemble.plan_of(tiny, 48)
+    assert assemble.references(tiny, plan) == References(16, 16, 3, 0.5)
+    tiny.loss.name, tiny.model.head = "dcl", "none"
+    assert assemble.references(tiny, plan) == References(16, 16, 3, None)
