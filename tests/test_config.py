@@ -22,6 +22,7 @@ CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
     [
         "digits.py",
         "digits.py:vit",
+        "emoji.py",
         "fashion_mnist.py",
         "cifar10.py",
         "cifar10.py:resnet18",
@@ -38,7 +39,7 @@ def test_every_configuration_file_is_valid_and_is_itself_after_saving(spec):
 
 
 def test_every_configuration_file_was_tested():
-    tested = {"digits", "fashion_mnist", "cifar10", "imagenet", "folder"}
+    tested = {"digits", "fashion_mnist", "cifar10", "imagenet", "folder", "emoji"}
     assert {p.stem for p in CONFIGS.glob("*.py")} == tested
 
 

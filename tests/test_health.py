@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from test_losses import random_pairs
 
+import simclr_jax
 from simclr_jax import assemble, config
+from simclr_jax.evals.spread import rank_of, uniformity_of
 from simclr_jax.losses import contract, nt_xent
 from simclr_jax.losses.health import chance, lower_bound, spread_of
 from simclr_jax.modes.pretrain import pretrain, pretrain_and_evaluate
@@ -47,26 +49,24 @@ def test_spread_equals_loops():
     unit = z / np.linalg.norm(z, axis=1, keepdims=True)
     found = spread_of(jnp.asarray(z, jnp.float32))
     alignment = np.mean([np.sum((unit[2 * i] - unit[2 * i + 1]) ** 2) for i in range(6)])
-    first = unit[::2]
     pairs = [
         np.exp(-2 * np.sum((a - b) ** 2))
-        for i, a in enumerate(first)
-        for k, b in enumerate(first)
+        for i, a in enumerate(unit)
+        for k, b in enumerate(unit)
         if i != k
     ]
     assert float(found["alignment"]) == pytest.approx(alignment, rel=1e-5)
-    assert float(found["uniformity"]) == pytest.approx(np.log(np.mean(pairs)), rel=1e-5)
+    assert uniformity_of(z) == pytest.approx(np.log(np.mean(pairs)), rel=1e-9)
     assert float(found["z_std"]) == pytest.approx(unit.std(axis=0).mean(), rel=1e-5)
 
 
 def test_spread_of_one_point_and_of_a_sphere():
     point = spread_of(jnp.ones((16, 4)))
-    assert [float(point[k]) for k in ("alignment", "uniformity", "z_std")] == pytest.approx(
-        [0, 0, 0], abs=1e-5
-    )
-    even = spread_of(jax.random.normal(jax.random.key(0), (2048, 128)))
-    assert float(even["z_std"]) == pytest.approx(EVEN, rel=0.01)
-    assert float(even["uniformity"]) == pytest.approx(-3.938, abs=0.02)  # -4 + ln M_128(4)
+    assert [float(point[k]) for k in ("alignment", "z_std")] == pytest.approx([0, 0], abs=1e-5)
+    assert uniformity_of(np.ones((16, 4))) == pytest.approx(0, abs=1e-9)
+    even = np.random.default_rng(0).normal(size=(2048, 128))
+    assert float(spread_of(jnp.asarray(even))["z_std"]) == pytest.approx(EVEN, rel=0.01)
+    assert uniformity_of(even) == pytest.approx(-3.938, abs=0.01)  # -4 + ln M_128(4)
     gradient = jax.grad(lambda z: sum(spread_of(z).values()))(jnp.ones((8, 4)))
     assert not np.any(gradient)
 
@@ -188,11 +188,34 @@ def test_a_healthy_run_raises_no_alarm_and_its_metrics_are_there(plain, tmp_path
     said = capsys.readouterr().out
     assert "health      sound: loss " in said
     lines = [json.loads(x) for x in (tmp_path / "w/metrics.jsonl").read_text().splitlines()]
-    names = {"alignment", "uniformity", "z_std", "update_norm", "share_of_time_input"}
+    names = {"alignment", "z_std", "update_norm", "share_of_time_input"}
     assert names < set(lines[-1])
     assert {"trust_ratio_min", "trust_ratio_median", "trust_ratio_max"} < set(lines[-1])
     assert all(0 <= line["share_of_time_input"] <= 1 for line in lines)
     assert lines[-1]["update_norm"] > 0
+
+
+def test_rank_is_the_number_of_directions():
+    rng = np.random.default_rng(0)
+    even = np.linalg.qr(rng.normal(size=(200, 8)))[0]
+    assert rank_of(even) == pytest.approx(8, rel=1e-4)
+    assert rank_of(np.outer(rng.normal(size=200), np.ones(8))) == pytest.approx(1, abs=1e-3)
+    assert rank_of(np.zeros((20, 8))) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_run_measures_the_rank_of_its_encoder_on_the_way(plain, tmp_path):
+    """Of all 48 images, as the encoder that is saved at that step has it."""
+    config.set_options(plain, {"health.every_steps": 4, "checkpoint.every_steps": 4})
+    workdir = tmp_path / "w"
+    assert pretrain(plain, str(workdir))
+    lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line["rank_h"] for line in lines if "rank_h" in line}
+    assert set(found) == {4, 8}
+    with np.load(plain.data.path) as file:
+        images = file["train_images"]
+    for step, rank in found.items():
+        h = simclr_jax.load_encoder(str(workdir), step)(images)
+        assert rank == pytest.approx(rank_of(h), rel=1e-4)
 
 
 def test_the_references_are_the_runs(tiny):

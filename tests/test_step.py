@@ -78,7 +78,6 @@ def test_a_step_changes_every_parameter_and_statistic(three_steps):
         "other_view_top5",
         "other_view_entropy",
         "alignment",
-        "uniformity",
         "z_std",
         "update_norm",
         "trust_ratio_min",

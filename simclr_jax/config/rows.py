@@ -126,6 +126,13 @@ OPTIONS: tuple[Option, ...] = (
         "train.log_every_steps", 50, whole(1), "steps that reported metrics are means over", True
     ),
     Option(
+        "health.every_steps",
+        0,
+        whole(0),
+        "steps between measurements of the rank and uniformity of h and z, of 2,048 images; 0: none",
+        True,
+    ),
+    Option(
         "train.microbatches",
         1,
         whole(1, 2**16),

@@ -15,6 +15,7 @@ from simclr_jax.console import say
 from simclr_jax.data import index, suggest
 from simclr_jax.evals.evaluate import can_evaluate, evaluate_features
 from simclr_jax.evals.on_the_way import watch
+from simclr_jax.evals.spread import Spread
 from simclr_jax.evals.subjects import ENCODER, UNTRAINED
 from simclr_jax.files import expanded, locked, write_json
 from simclr_jax.mesh import FSDP
@@ -100,7 +101,8 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
     every, batch = config.train.log_every_steps, config.data.batch_size
     reporting = Reporting(every, batch, plan.steps, _ADVICE, judged)
     run = Run(workdir, record, Saving(**config.checkpoint.to_dict()), reporting)
-    _, finished = fit(made.job, stream(made.views, images), run, watch(config, made))
+    hooks = [*watch(config, made), *([Spread(config, made)] if config.health.every_steps else [])]
+    _, finished = fit(made.job, stream(made.views, images), run, hooks)
     if not finished:
         return False
     broken = images.broken

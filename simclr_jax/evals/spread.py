@@ -1,0 +1,83 @@
+"""How h and z of training images are spread: a hook of the training loop, for what a step cannot afford."""
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from simclr_jax import assemble
+from simclr_jax.assemble import Pretraining
+from simclr_jax.data.indexed import IndexedSplit
+from simclr_jax.encoders import apply_network, to_float
+from simclr_jax.evals import subjects
+from simclr_jax.evals.features import Extractor
+from simclr_jax.training.state import TrainState
+
+# Evenly spaced ones, of a stream the first; a rank is at most this.
+_IMAGES = 2048
+
+
+def rank_of(features: np.ndarray) -> float:
+    """Computes RankMe of features [n, D] (Garrido et al. 2023, arXiv 2210.02885): exp of the entropy of the
+    shares of the singular values; from 1 to min(n, D). It compares a run with itself: no value is good.
+    """
+    values = np.linalg.svd(features.astype(np.float64), compute_uv=False)
+    shares = values / max(values.sum(), 1e-12) + 1e-7
+    return float(np.exp(-np.sum(shares * np.log(shares))))
+
+
+def uniformity_of(z: np.ndarray) -> float:
+    """Computes ln of the mean of exp(-2 |z_i - z_k|^2) over all pairs of different rows of z [n, D], normalised
+    (Wang and Isola 2020, arXiv 2005.10242): 0 where all are one point, about -4 at best.
+    """
+    z = z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-6)
+    near = np.exp(-4.0 + 4.0 * (z @ z.T).astype(np.float64))
+    np.fill_diagonal(near, 0.0)
+    return float(np.log(near.sum() / (len(z) * (len(z) - 1))))
+
+
+class Spread:
+    """Measures every so many steps how h and z of some training images are spread.
+
+    Attributes:
+      name: "spread".
+      memory: None.
+    """
+
+    name, memory = "spread", None
+
+    def __init__(self, config: ConfigDict, made: Pretraining):
+        """Compiles nothing yet.
+
+        Args:
+          config: the run's configuration, with health.every_steps above 0.
+          made: the assembled run.
+        """
+        self._every, mesh = config.health.every_steps, made.job.mesh
+        some = made.train
+        if isinstance(some, IndexedSplit) and some.count > _IMAGES:
+            some = some.subset(np.linspace(0, some.count - 1, _IMAGES).astype(int))
+        self._images = assemble.images_of(config, some, whole=made.train)
+        self._views, head = assemble.views(config, mesh), assemble.head(config)
+
+        def forward(variables, images):
+            h = apply_network(made.encoder, variables["encoder"], to_float(images), False)[0]
+            return {"h": h, "z": apply_network(head, variables["head"], h, False)[0][-1]}
+
+        self._batch_size = subjects.batch_size_of(config, mesh)
+        self._extractor = Extractor(
+            forward, batch_size=self._batch_size, size=config.data.image_size, mesh=mesh
+        )
+
+    def due(self, step: int) -> bool:
+        return step % self._every == 0
+
+    def run(self, step: int, state: TrainState) -> dict[str, float]:
+        """Returns {"rank_h", "rank_z", "uniformity"} of evaluation views."""
+        variables = {
+            name: {"params": state.params[name], "batch_stats": state.batch_stats[name]}
+            for name in ("encoder", "head")
+        }
+        batches = self._views.evaluation_batches(self._images, self._batch_size)
+        stream = self._extractor.stream(variables, batches, min(_IMAGES, self._images.split.count))
+        rows = [found for found, _ in stream]
+        h, z = (np.concatenate([row[name] for row in rows]) for name in ("h", "z"))
+        return {"rank_h": rank_of(h), "rank_z": rank_of(z), "uniformity": uniformity_of(z)}
