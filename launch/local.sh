@@ -5,7 +5,8 @@
 #
 # To try out what several hosts do, or to give each of several accelerators its own process. On a CPU,
 # XLA_FLAGS=--xla_force_host_platform_device_count=D gives every process D devices.
-# When a process fails the others end too; the first failure's status is the script's.
+# When a process fails the others end too; the first failure's status is the script's. It is 75 if a signal
+# has stopped the run: the same command goes on from there.
 set -euo pipefail
 
 # The others end by themselves within 30 s (simclr_jax/processes.py); after this they are killed.
@@ -38,7 +39,7 @@ while ((${#pids[@]})); do
       if ((code != 0 && status == 0)); then
         status=$code
         deadline=$((SECONDS + grace_seconds))
-        if ((${#pids[@]})); then
+        if ((${#pids[@]} && code != 75)); then
           echo "error: process $i of $count ended with status $code, so the others end too" >&2
         fi
       fi

@@ -5,7 +5,8 @@
 #
 # G is the number of GPUs of a node. Outside of an allocation it submits itself with sbatch; inside
 # (the submitted job, or salloc) it starts the processes with srun. The processes find each other by
-# SLURM's variables. Of a study an array of jobs, --array=1-N, makes N parts. A job that is preempted or whose node fails is put back into the queue and goes
+# SLURM's variables. A job that a signal stopped while it may still run, as --signal=TERM@120 sends it 120 s
+# before its time is up, is queued again; one that is cancelled is not. Of a study an array of jobs, --array=1-N, makes N parts. A job that is preempted or whose node fails is put back into the queue and goes
 # on from the newest checkpoint. `python` must be that of the environment simclr_jax is installed in.
 set -euo pipefail
 
@@ -50,5 +51,12 @@ fi
 # shellcheck source=launch/xla_flags.sh
 source launch/xla_flags.sh gpu
 # --kill-on-bad-exit: SLURM, too, ends all processes when one fails.
+status=0
 do_it srun --nodes="$nodes" --ntasks-per-node="$gpus" --gpus-per-node="$gpus" \
-  ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 python -m simclr_jax.main "$@"
+  ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 python -m simclr_jax.main "$@" || status=$?
+# Stopped by a signal, and saved. SLURM itself queues a job again whose node failed or that was preempted.
+if ((status == 75)) && [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
+  echo "stopped before the end: queued again, to go on from the newest checkpoint"
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -27,6 +27,7 @@ class Mode(NamedTuple):
       text: what it does, for --help.
       needs: names of the flags that must be given.
       takes: names of the flags that may be given besides.
+      trains: a signal may stop it, which it says by returning False or None: the same command goes on.
     """
 
     module: str
@@ -34,6 +35,12 @@ class Mode(NamedTuple):
     text: str
     needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
+    trains: bool = False
+
+
+# The status of a command that a signal has stopped, and that goes on from there when it is given again: a
+# launcher must not take it for finished. EX_TEMPFAIL of sysexits.h.
+STOPPED = 75
 
 
 def _evaluation(text: str) -> Mode:
@@ -47,18 +54,25 @@ MODES = {
         "pretrain_and_evaluate",
         "train the encoder; ends with a probe where the data have labels",
         takes=("extend",),
+        trains=True,
     ),
     "probe": _evaluation("linear probes of the newest checkpoint, and of the baselines"),
     "knn": _evaluation("nearest-neighbour accuracy of the newest checkpoint"),
     "transfer": _evaluation("logistic regression, as for transfer to other data"),
-    "linear": Mode("evals.finetune", "linear", "linear evaluation by SGD on random crops"),
+    "linear": Mode(
+        "evals.finetune", "linear", "linear evaluation by SGD on random crops", trains=True
+    ),
     "finetune": Mode(
-        "evals.finetune", "finetune", "train the whole network with all labels and with few"
+        "evals.finetune",
+        "finetune",
+        "train the whole network with all labels and with few",
+        trains=True,
     ),
     "transfer_finetune": Mode(
         "evals.finetune",
         "transfer_finetune",
         "train the whole network with a grid of settings, as for transfer to other data",
+        trains=True,
     ),
     "embed": Mode(
         "modes.embed",
@@ -87,6 +101,7 @@ MODES = {
         "a table or figure of the paper, from runs of its own; see configs/studies",
         needs=("study",),
         takes=("part", "dry_run"),
+        trains=True,
     ),
     "compile": Mode(
         "modes.compile",
@@ -98,7 +113,9 @@ MODES = {
 
 
 def main(argv: list[str]) -> None:
-    """Runs one mode. Raises UserError for what the user can mend."""
+    """Runs one mode. Raises UserError for what the user can mend, and SystemExit with the status STOPPED if
+    a signal has stopped a training.
+    """
     args, overrides = _parser().parse_known_args(argv)
     mode = MODES[args.mode]
     flags = _flags_of(args)
@@ -114,7 +131,9 @@ def main(argv: list[str]) -> None:
     if mode.function == "evaluate_features":
         run_mode(args.mode, config, args.workdir, **flags)
         return
-    run_mode(config, args.workdir, **flags)
+    result = run_mode(config, args.workdir, **flags)
+    if mode.trains and (result is None or result is False):
+        sys.exit(STOPPED)
 
 
 def _flags_of(args: argparse.Namespace) -> dict:
@@ -221,7 +240,9 @@ def keep_compiled_programs() -> None:
 
 
 def shell(command: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Runs a command for the shell: one line and exit status 1 for a user's mistake, 130 for Ctrl-C."""
+    """Runs a command for the shell: one line and exit status 1 for a user's mistake, 130 for Ctrl-C, and 75
+    for a training that a signal has stopped.
+    """
     # No start-up chatter of TensorFlow, and its plain kernels: the same numbers on every CPU.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

@@ -17,7 +17,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 # STATES, and keeps to the last.
 STUB = r"""#!/usr/bin/env bash
 { printf '%q ' "$(basename "$0")" "$@"; echo; } >> "$CALLS"
-if [[ " $* " == *" describe "* ]]; then
+[[ $(basename "$0") == srun ]] && exit "${STUB_STATUS_OF_SRUN:-${STUB_STATUS:-0}}"
+if [[ " $* " == *" describe "* || $(basename "$0") == squeue ]]; then
   [[ -s $STATES ]] || exit 1
   head -n 1 "$STATES"
   (( $(wc -l < "$STATES") < 2 )) || sed -i 1d "$STATES"
@@ -29,7 +30,7 @@ exit "${STUB_STATUS:-0}"
 @pytest.fixture
 def cloud(tmp_path):
     """run(*arguments, states=(...), **environment) -> (finished process, calls)."""
-    for name in ("gcloud", "sbatch", "srun"):
+    for name in ("gcloud", "sbatch", "srun", "squeue", "scontrol"):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(STUB)
@@ -270,6 +271,19 @@ def test_slurm_submits_itself_and_then_starts_a_process_a_gpu(cloud):
         *("srun", "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8"),
         *("--kill-on-bad-exit=1", "python", "-m", "simclr_jax.main", *ARGS),
     ]
+
+
+@pytest.mark.parametrize(("state", "requeued"), [("RUNNING", True), ("COMPLETING", False)])
+def test_a_job_that_was_stopped_is_queued_again_unless_it_is_cancelled(cloud, state, requeued):
+    job = (*SLURM, "--", *ARGS)
+    of_srun = {"SLURM_JOB_ID": "7", "STUB_STATUS_OF_SRUN": "75"}
+    process, calls = cloud(*job, states=[state], **of_srun)
+    assert process.returncode == 75
+    assert [call[0] for call in calls] == ["srun", "squeue", *(["scontrol"] if requeued else [])]
+    if requeued:
+        assert calls[-1] == ["scontrol", "requeue", "7"]
+    process, calls = cloud(*job, states=[state], SLURM_JOB_ID="7", STUB_STATUS_OF_SRUN="1")
+    assert (process.returncode, len(calls)) == (1, 1)
 
 
 def test_each_job_of_an_array_makes_a_part_of_a_study(cloud):

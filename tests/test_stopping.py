@@ -27,6 +27,7 @@ from test_loop import (
 
 from simclr_jax import load_encoder
 from simclr_jax.modes.pretrain import pretrain
+from simclr_jax.main import STOPPED
 from simclr_jax.training import stopping
 from simclr_jax.training.saved import saved_steps
 
@@ -164,8 +165,8 @@ def start(arguments, workdir, processes=1, **environment):
     return process, log
 
 
-def finish(process, log):
-    assert process.wait(timeout=300) == 0, log.read_text()
+def finish(process, log, status=0):
+    assert process.wait(timeout=300) == status, log.read_text()
     return log.read_text()
 
 
@@ -193,7 +194,7 @@ def test_the_command_stops_when_it_is_told_and_goes_on_where_it_was(tiny, tmp_pa
     wait_for("step 2/", process, log)
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
-    said = finish(process, log)
+    said = finish(process, log, STOPPED)
     assert time.monotonic() - began < 30
     step = stopped_after(said)
     assert 2 <= step < tiny.train.steps
@@ -257,7 +258,7 @@ def test_the_command_with_views_of_the_host_stops_and_goes_on(
     wait_for("step 14/", process, log)
     process.send_signal(number)
     process.send_signal(number)
-    said = finish(process, log)
+    said = finish(process, log, STOPPED)
     step = stopped_after(said)
     assert 14 <= step < HOST_STEPS
     assert saved_steps(tmp_path / "w")[-1] == step
@@ -278,7 +279,7 @@ def test_all_processes_stop_at_the_same_step(options, tmp_path):
         if "--process=1" in pathlib.Path(f"/proc/{pid}/cmdline").read_text()
     )
     os.kill(second, signal.SIGTERM)  # only one of them is told
-    said = finish(process, log)
+    said = finish(process, log, STOPPED)
     step = stopped_after(said)
     assert saved_steps(tmp_path / "w")[-1] == step
 

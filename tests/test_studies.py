@@ -145,7 +145,7 @@ def test_a_dry_run_lists_the_runs_and_their_time(short, file, tmp_path, monkeypa
         return [{"images_per_second": 32.0, "seconds_to_first_step": 1.0}]
 
     monkeypatch.setattr(mode, "measure_e2e", measure)
-    assert run_study(short, str(tmp_path / "S"), file, dry_run=True) is None
+    assert run_study(short, str(tmp_path / "S"), file, dry_run=True) == {}
     said = capsys.readouterr().out
     # 2 steps of 16 images, and a second before the first.
     assert said.count("0:00:02  ") == 6

@@ -46,7 +46,7 @@ def run_study(
       dry_run: list the runs and estimate their time; run nothing.
 
     Returns:
-      what study.json holds; None for a dry run, or if a signal stopped it: the same command goes on.
+      what study.json holds, {} for a dry run; None if a signal stopped it: the same command goes on.
 
     Raises:
       UserError: the study is not sound, or the data have no labels.
@@ -63,7 +63,7 @@ def run_study(
     say(f"study       {found.title}: {len(runs)} runs, {len(runs) - len(waiting)} finished")
     if dry_run:
         _estimate(config, found, waiting)
-        return None
+        return {}
     began = time.monotonic()
     for number, run in enumerate(waiting):
         left = ""
