@@ -30,6 +30,7 @@ def measured(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("placement", [pytest.param("host", marks=pytest.mark.slow), "device"])
+@pytest.mark.whole
 def test_a_step_is_measured_beside_a_supervised_one(measured, placement, capsys):
     result = measured("step", f"--config.data.placement={placement}")
     simclr, supervised = result["rows"]
@@ -48,6 +49,7 @@ def test_a_step_is_measured_beside_a_supervised_one(measured, placement, capsys)
     assert "of supervised" in capsys.readouterr().out
 
 
+@pytest.mark.whole
 def test_input_and_a_whole_run_are_measured(measured, monkeypatch):
     monkeypatch.setattr(assemble, "make_mesh", lambda **_: make_mesh(jax.devices()[:1]))
     (row,) = measured("input", "--config.data.placement=host")["rows"]

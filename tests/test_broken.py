@@ -261,6 +261,7 @@ def test_five_broken_images_are_named_on_the_terminal_and_all_in_the_report(own,
     assert len(lines_of(tmp_path / "broken.jsonl")) == len(names) + 1
 
 
+@pytest.mark.whole
 def test_a_run_on_such_a_folder(photos, tiny, tmp_path, capsys):
     where, names = photos
     config.set_options(tiny, STREAMING | {"data.source": "folder", "data.path": str(where)})

@@ -64,6 +64,7 @@ def read_by(program: str, forbidden: str, tmp_path, images) -> np.ndarray:
     ("format", "forbidden"),
     [("stablehlo", "simclr_jax flax tensorflow"), ("savedmodel", "simclr_jax jax flax")],
 )
+@pytest.mark.whole
 def test_programs_are_loaded_without_this_package(format, forbidden, workdir, tmp_path, capsys):
     output = tmp_path / "deep" / "encoder"
     export(small(), str(workdir), format, str(output))

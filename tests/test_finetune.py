@@ -340,6 +340,7 @@ def kill():
     raise Killed
 
 
+@pytest.mark.whole
 def test_a_stopped_evaluation_goes_on_bit_for_bit(run, tmp_path, capsys, one_device):
     """Of two trainings of 7 steps, saved every 4: the first is stopped by a signal after step 4, the
     second dies at step 6. From a layer of the head: its BatchNorm has statistics to go on with.

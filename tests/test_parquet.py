@@ -379,6 +379,7 @@ def test_what_comes_does_not_depend_on_when_a_broken_image_is_met(damaged):
         np.testing.assert_array_equal(late[0][key], whole[1][key])
 
 
+@pytest.mark.whole
 def test_a_run_skips_counts_and_names_broken_images(damaged, tiny, tmp_path, capsys):
     path, bad = damaged
     config.set_options(tiny, STREAMING | {"data.source": "parquet", "data.path": path})

@@ -342,6 +342,7 @@ assert "tensorflow.python" not in sys.modules
 """
 
 
+@pytest.mark.whole
 def test_training_probing_and_loading_the_encoder_need_no_tensorflow(tiny, tmp_path):
     tiny.eval.labels_per_class = ()
     options = {

@@ -124,6 +124,7 @@ EVERYTHING = HOST | {
 
 
 @pytest.mark.parametrize("options", [HOST, pytest.param(EVERYTHING, marks=pytest.mark.slow)])
+@pytest.mark.whole
 def test_views_of_the_host_go_on_where_they_were(tiny, tmp_path, options):
     set_options(tiny, options | {"train.log_every_steps": 3})
     assert pretrain(tiny, str(tmp_path / "whole"))

@@ -144,6 +144,7 @@ def assert_same_accuracies(rows, others, kinds):
         assert abs(found["accuracy"] - expected["accuracy"]) <= images / 360 + 1e-9, expected
 
 
+@pytest.mark.whole
 def test_two_processes_train_and_evaluate_as_one_does(one, two):
     workdir, process = two
     assert process.returncode == 0, process.stderr
@@ -157,6 +158,7 @@ def test_two_processes_train_and_evaluate_as_one_does(one, two):
     assert_same_accuracies(rows[0], rows[1], kinds=1)
 
 
+@pytest.mark.whole
 def test_two_processes_leave_one_set_of_files_and_say_things_once(two):
     workdir, process = two
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["3", "6"]
@@ -232,6 +234,7 @@ def test_when_a_process_dies_the_others_end_with_an_error_that_names_it(
         assert "process 1 of 2: the step failed" in said() or "leader" in said()
 
 
+@pytest.mark.whole
 def test_an_error_of_all_processes_ends_all(cache, quick, tmp_path):
     process = run(2, 1, cache, *quick, "--config.data.batch_size=9", f"--workdir={tmp_path}/w")
     assert process.returncode == 1

@@ -26,8 +26,8 @@ from test_loop import (
 )
 
 from simclr_jax import load_encoder
-from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.main import STOPPED
+from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.training import stopping
 from simclr_jax.training.saved import saved_steps
 
@@ -185,6 +185,7 @@ def wait_for(text, process, log):
         time.sleep(0.02)
 
 
+@pytest.mark.whole
 def test_the_command_stops_when_it_is_told_and_goes_on_where_it_was(tiny, tmp_path):
     """The real command, stopped; the rest, and the run that is never stopped, in this process."""
     file = config_file(tiny, tmp_path)

@@ -58,6 +58,7 @@ def short(tiny):
     return tiny
 
 
+@pytest.mark.whole
 def test_a_study_is_run_shown_and_not_run_again(short, file, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "S"
     pathlib.Path(file).write_text(TEXT.replace("seeds=2", "seeds=1"))
