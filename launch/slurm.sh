@@ -54,8 +54,9 @@ source launch/xla_flags.sh gpu
 status=0
 do_it srun --nodes="$nodes" --ntasks-per-node="$gpus" --gpus-per-node="$gpus" \
   ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 python -m simclr_jax.main "$@" || status=$?
-# Stopped by a signal, and saved. SLURM itself queues a job again whose node failed or that was preempted.
-if ((status == 75)) && [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
+# Stopped by a signal, and saved; or ended by SIGTERM (143) before the first step. SLURM itself queues a job
+# again whose node failed or that was preempted.
+if ((status == 75 || status == 143)) && [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
   echo "stopped before the end: queued again, to go on from the newest checkpoint"
   scontrol requeue "$SLURM_JOB_ID"
 fi

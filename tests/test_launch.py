@@ -273,12 +273,15 @@ def test_slurm_submits_itself_and_then_starts_a_process_a_gpu(cloud):
     ]
 
 
+@pytest.mark.parametrize("status", [75, 143])  # while it trained, and before that
 @pytest.mark.parametrize(("state", "requeued"), [("RUNNING", True), ("COMPLETING", False)])
-def test_a_job_that_was_stopped_is_queued_again_unless_it_is_cancelled(cloud, state, requeued):
+def test_a_job_that_was_stopped_is_queued_again_unless_it_is_cancelled(
+    cloud, state, requeued, status
+):
     job = (*SLURM, "--", *ARGS)
-    of_srun = {"SLURM_JOB_ID": "7", "STUB_STATUS_OF_SRUN": "75"}
+    of_srun = {"SLURM_JOB_ID": "7", "STUB_STATUS_OF_SRUN": str(status)}
     process, calls = cloud(*job, states=[state], **of_srun)
-    assert process.returncode == 75
+    assert process.returncode == status
     assert [call[0] for call in calls] == ["srun", "squeue", *(["scontrol"] if requeued else [])]
     if requeued:
         assert calls[-1] == ["scontrol", "requeue", "7"]
