@@ -5,6 +5,7 @@ import importlib.util
 import pathlib
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -44,24 +45,39 @@ def read_file(spec: str) -> ConfigDict:
             f"no configuration file {path!r}: expected --config=FILE.py[:ARGUMENT], or one of "
             f"{', '.join(sorted(_packaged()))}"
         )
-    module_spec = importlib.util.spec_from_file_location("simclr_jax_config_file", path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
+    config = run_file(path, "get_config", argument)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path}: get_config returned {config!r}: expected a ConfigDict")
+    return config
+
+
+def run_file(path: str, function: str, *arguments: str) -> Any:
+    """Returns what a function of a Python file returns.
+
+    Args:
+      path: the file.
+      function: its name.
+      arguments: for the function.
+
+    Raises:
+      UserError: the file or the function fails; with the line. A ValueError is how it refuses an argument: its
+        message alone.
+    """
+    spec = importlib.util.spec_from_file_location("simclr_jax_file", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
     try:
-        module_spec.loader.exec_module(module)
-        config = module.get_config(argument)
+        spec.loader.exec_module(module)
+        return getattr(module, function)(*arguments)
     except UserError:
         raise
     except Exception as error:  # whatever a file may do wrong
         message = " ".join(str(error.args[0] if error.args else error).split())
-        if isinstance(error, ValueError):  # how a configuration refuses its argument
-            raise UserError(f"{spec}: {message}") from error
+        if isinstance(error, ValueError):
+            raise UserError(f"{':'.join([path, *arguments])}: {message}") from error
         where = _line_of(error, path)
         raise UserError(f"{path}{where}: {type(error).__name__}: {message}") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"{path}: get_config returned {config!r}: expected a ConfigDict")
-    return config
 
 
 def _packaged() -> dict[str, str]:

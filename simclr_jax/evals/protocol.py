@@ -25,11 +25,11 @@ class Length(NamedTuple):
 
 
 class Training(NamedTuple):
-    """What one row of the result is trained with.
+    """The trainings behind one row of the result.
 
     Attributes:
-      fraction: of each class's labels.
-      length: of each training.
+      fraction: share of each class's labels that is used.
+      length: how long each training is.
       candidates: (learning rate, weight decay) of each; the validation part chooses one of several.
     """
 
@@ -43,7 +43,7 @@ class Protocol(NamedTuple):
 
     Attributes:
       mode: its name, also the group of its options.
-      title: of the table.
+      title: what the table is called.
       options: batch_size and momentum.
       train_encoder: train f and g too, or only the classifier.
       layer: layer of the projection head whose output is classified; 0 is h.
@@ -69,9 +69,9 @@ class Setting(NamedTuple):
 
     Attributes:
       kind: the start.
-      fraction: of each class's labels.
+      fraction: share of each class's labels that is used.
       draw: which draw of them.
-      length: of the training.
+      length: how long the training is.
       learning_rate: before it is multiplied by batch / 256.
       weight_decay: see `make_classifier_optimizer`.
       refit: on the validation part too.

@@ -49,7 +49,7 @@ def eleven_point_map(logits: np.ndarray, members: np.ndarray) -> float:
 
 def _average_precision(scores: np.ndarray, members: np.ndarray) -> float:
     counted = members >= 0
-    # Of equal scores the wrong images first, so that no order of the images is of advantage.
+    # Among equal scores the wrong images come first, so that no order of the images is of advantage.
     order = np.lexsort((members[counted], -scores[counted]))
     right = members[counted][order] == 1
     hits = np.cumsum(right)

@@ -1,6 +1,5 @@
 """The runs of a study: read from its file, listed, and shared among several programs."""
 
-import importlib.util
 import itertools
 import pathlib
 import re
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from simclr_jax import config as config_lib
+from simclr_jax.config.overrides import run_file
 from simclr_jax.errors import UserError
 from simclr_jax.studies.contract import Key, Study
 
@@ -44,16 +44,7 @@ def read_study(path: str) -> Study:
     """
     if not pathlib.Path(path).is_file() or not path.endswith(".py"):
         raise UserError(f"no study {path!r}: expected a file such as configs/studies/loss.py")
-    spec = importlib.util.spec_from_file_location("simclr_jax_study", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        study = module.get_study()
-    except Exception as error:  # whatever a file may do wrong
-        message = " ".join(str(error).split())
-        raise UserError(f"{path}: {type(error).__name__}: {message}") from error
+    study = run_file(path, "get_study")
     if not isinstance(study, Study):
         raise UserError(
             f"{path}: get_study returned {study!r}: expected a simclr_jax.studies.Study"
