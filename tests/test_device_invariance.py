@@ -32,6 +32,7 @@ from simclr_jax.encoders.norm import batch_norm
 from simclr_jax.encoders.resnet import Conv, ResidualBlock
 from simclr_jax.losses import nt_xent
 from simclr_jax.losses.contract import normalize
+from simclr_jax.losses.health import with_health
 from simclr_jax.mesh import make_mesh
 
 
@@ -243,7 +244,7 @@ def four_devices(small, start, once, monkeypatch):
     The step runs `chosen`, a loss that finds in the batch which of the losses it is to be.
     """
     mesh = make_mesh(jax.devices()[:4])
-    right = assemble.contrastive_loss(small, mesh).apply
+    right = with_health(assemble.contrastive_loss(small, mesh)).apply
     tau = small.loss.temperature
     make_step = assemble.make_step
 

@@ -183,6 +183,7 @@ def test_runs_made_sick_on_purpose_are_named(plain, tmp_path, capsys, monkeypatc
 
 
 def test_a_healthy_run_raises_no_alarm_and_its_metrics_are_there(plain, tmp_path, capsys):
+    plain.eval.after_training = "knn"
     assert pretrain_and_evaluate(plain, str(tmp_path / "w")) is True
     assert health_of(tmp_path / "w") in ("sound", "no better than untrained")  # 8 steps on noise
     said = capsys.readouterr().out

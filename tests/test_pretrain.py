@@ -443,7 +443,7 @@ def test_evaluations_on_the_way_that_cannot_be_are_refused_with_one_line(
 @pytest.mark.parametrize("after", ["knn", "none"])
 def test_the_command_ends_with_the_evaluation_that_is_asked_for(copy, after):
     main.main([f"--workdir={copy}", f"--config.eval.after_training={after}"])
-    assert {path.name for path in copy.glob("*.json")} == {"config.json"} | (
+    assert {path.name for path in copy.glob("*.json")} == {"config.json", "health.json"} | (
         {"knn.json"} if after == "knn" else set()
     )
 

@@ -119,6 +119,7 @@ def test_parts_make_the_table_of_the_whole_and_say_what_is_missing(
     assert {tuple(r["key"]): r["setting"] for r in whole["rows"]}[("margin",)] == 0
 
 
+@pytest.mark.whole
 def test_a_killed_study_goes_on_where_it_was(short, file, tmp_path, monkeypatch):
     folder = str(tmp_path / "S")
     original, seen = mode.pretrain, []

@@ -249,7 +249,8 @@ def _next_step(workdir: str, done: int) -> int:
 def _trained_at(step: int, config: ConfigDict, workdir: str, mesh: Mesh) -> Trained | None:
     """Reads a checkpoint; returns None if training has deleted it for a newer one."""
     try:
-        return subjects.trained(config, workdir, mesh, config.eval.features == "z", step)
+        of_z = config.eval.features == "z"
+        return subjects.trained(config, workdir, mesh, head=of_z, step=step)
     except UserError:
         # What is not the newest may be half deleted: a folder is left when its files are gone.
         steps = saved_steps(workdir)
