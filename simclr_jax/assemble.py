@@ -302,7 +302,8 @@ def references(config: ConfigDict, plan: Plan) -> References:
     network = encoder(config)
     width = network.width if config.model.head == "none" else config.model.head_width
     temperature = config.loss.temperature if is_bounded else None
-    return References(config.data.batch_size, width, plan.warmup_steps, temperature)
+    settled_after = plan.warmup_steps + config.train.log_every_steps
+    return References(config.data.batch_size, width, settled_after, temperature)
 
 
 def trust_ratios_of(config: ConfigDict) -> Callable | None:

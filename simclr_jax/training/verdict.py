@@ -15,13 +15,13 @@ class References(NamedTuple):
     Attributes:
       images: B, of the global batch.
       width: D of z.
-      warmup_steps: steps in which the learning rate rises.
+      settled_after: step from which the reported means have no step of the warm-up in them.
       temperature: tau; None: the loss has no known bounds (it is not NT-Xent over cosines and both views).
     """
 
     images: int
     width: int
-    warmup_steps: int
+    settled_after: int
     temperature: float | None
 
 
@@ -49,7 +49,7 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
       metrics: "loss", "z_std", "contrastive_top1" and others.
       references: of the run.
     """
-    images, width, warmup_steps, temperature = references
+    images, width, settled_after, temperature = references
     spread, even = metrics["z_std"], 1 / math.sqrt(width)
     seen = f"standard deviation of z {spread:.2g}, evenly spread {even:.2g} (1 / sqrt({width}), SimSiam 4.1)"
     if spread < _COLLAPSED * even:
@@ -63,7 +63,7 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
     if loss < least - _BELOW:
         why = "no projections can do that: the mask, the normalisation or the gather is wrong"
         return Verdict("below the lower bound", f"{where}: {why}")
-    if step > warmup_steps and abs(loss - no_better) < _NEAR_CHANCE:
+    if step > settled_after and abs(loss - no_better) < _NEAR_CHANCE:
         return Verdict("not learning", f"{where}, after the warm-up, and z is spread: {seen}")
     return Verdict("sound", f"{where}; {seen}")
 
