@@ -51,20 +51,20 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
     """
     images, width, settled_after, temperature = references
     spread, even = metrics["z_std"], 1 / math.sqrt(width)
-    seen = f"standard deviation of z {spread:.2g}, evenly spread {even:.2g} (1 / sqrt({width}), SimSiam 4.1)"
+    seen = f"z_std {spread:.2g}, evenly spread {even:.2g}"
     if spread < _COLLAPSED * even:
-        return Verdict(
-            "collapsed", f"all images have nearly one projection: {seen}; a tenth is ours"
-        )
+        why = "under a tenth (ours) of 1 / sqrt(D) (SimSiam, section 4.1)"
+        return Verdict("collapsed", f"all images have nearly one projection: {seen}: {why}")
     if temperature is None:
         return Verdict("sound", seen)
     loss, least, no_better = metrics["loss"], lower_bound(images, temperature), chance(images)
-    where = f"loss {loss:.3f}, at best {least:.3f} (exact bound), by chance {no_better:.3f} (ln(2B - 1))"
+    where = f"loss {loss:.3f}, at best {least:.3f}, by chance {no_better:.3f}"
     if loss < least - _BELOW:
-        why = "no projections can do that: the mask, the normalisation or the gather is wrong"
+        why = "under the exact bound: the mask, the normalisation or the gather is wrong"
         return Verdict("below the lower bound", f"{where}: {why}")
     if step > settled_after and abs(loss - no_better) < _NEAR_CHANCE:
-        return Verdict("not learning", f"{where}, after the warm-up, and z is spread: {seen}")
+        why = "after the warm-up within 0.01 (ours) of ln(2B - 1), and z is spread"
+        return Verdict("not learning", f"{where}: {why}: {seen}")
     return Verdict("sound", f"{where}; {seen}")
 
 
