@@ -13,7 +13,8 @@ from test_losses import random_pairs
 import simclr_jax
 from simclr_jax import assemble, config
 from simclr_jax.evals.spread import rank_of, uniformity_of
-from simclr_jax.losses import contract, nt_xent
+from simclr_jax.losses import contract, nt_xent, nt_xent_dense
+from simclr_jax.losses.contract import positives
 from simclr_jax.losses.health import chance, lower_bound, spread_of
 from simclr_jax.modes.pretrain import pretrain, pretrain_and_evaluate
 from simclr_jax.training.optimizer import lars_trust_ratios, make_optimizer
@@ -114,6 +115,14 @@ def test_verdicts(step, loss, z_std, expected):
     assert ("loss" in verdict.because) or expected == "collapsed"
 
 
+def test_at_a_high_temperature_every_loss_is_near_chance_and_that_is_no_alarm():
+    warm = OF_512._replace(temperature=1000.0)
+    least, no_better = lower_bound(512, 1000.0), chance(512)
+    for share, name in ((0.5, "sound"), (0.01, "not learning")):
+        loss = no_better - share * (no_better - least)
+        assert judge(50, {"loss": loss, "z_std": EVEN}, warm).name == name
+
+
 def test_of_a_loss_without_bounds_only_the_spread_is_judged():
     unbounded = OF_512._replace(temperature=None)
     assert judge(50, {"loss": -9.0, "z_std": EVEN}, unbounded).is_sound
@@ -151,9 +160,12 @@ def sick_of_constant_images(options, patch, tmp_path):
     config.set_options(options, {"data.path": str(path), "model.head": "none"})
 
 
-def sick_of_temperature(options, patch, tmp_path):
-    """So warm that every candidate weighs alike."""
-    options.loss.temperature = 1000.0
+def sick_of_wrong_partners(options, patch, tmp_path):
+    """The positive of an image is a view of the next one."""
+    patch.setattr(
+        nt_xent_dense, "positives", lambda s, is_partner: positives(s, jnp.roll(is_partner, 2, 1))
+    )
+    options.loss.temperature = 5.0
 
 
 def sick_of_no_normalisation(options, patch, tmp_path):
@@ -168,7 +180,7 @@ def sick_of_no_normalisation(options, patch, tmp_path):
     ("sick", "expected"),
     [
         (sick_of_constant_images, "collapsed"),
-        (sick_of_temperature, "not learning"),
+        (sick_of_wrong_partners, "not learning"),
         (sick_of_no_normalisation, "below the lower bound"),
     ],
 )

@@ -115,6 +115,9 @@ def test_parts_make_the_table_of_the_whole_and_say_what_is_missing(
     assert sorted(trained) == sorted(run.name for run in runs_of(read_study(file)))
     alone = run_study(short, str(tmp_path / "T"), file)
     assert alone == whole
+    short.loss.temperature = 0.3
+    with pytest.raises(UserError, match="was made with other options or another study"):
+        run_study(short, folder, file)
     # The validation part preferred the margin that is worse on the test split.
     assert {tuple(r["key"]): r["setting"] for r in whole["rows"]}[("margin",)] == 0
 
@@ -237,7 +240,7 @@ def test_a_table_says_what_is_missing(tmp_path):
     for seed, accuracy in ((0, 0.5), (1, 0.6)):
         folder = tmp_path / f"x_seed-{seed}"
         folder.mkdir()
-        outcome = {"h": {"accuracy": accuracy, "validation": 0.1}}
+        outcome = {"about": "", "readings": {"h": {"accuracy": accuracy, "validation": 0.1}}}
         (folder / OUTCOME).write_text(json.dumps(outcome))
     header, lines = table_of(study, outcomes_of(study, epath.Path(tmp_path)))
     assert header == ["a", "accuracy, %", "seeds", "paper, %"]
@@ -252,6 +255,8 @@ def test_a_table_says_what_is_missing(tmp_path):
         ("x = 1 / 0", "ZeroDivisionError: division by zero"),
         (TEXT.replace("loss.margin", "loss.margins"), "options that do not exist: loss.margins"),
         (TEXT.replace("seeds=2", "evaluation='knn'"), "knn has no validation part to choose by"),
+        (TEXT.replace('"margin": L', '"tau-0.5": L'), "levels need names that differ"),
+        (TEXT.replace("levels),)", "levels, numbers=True),)"), "levels that are not numbers above"),
     ],
 )
 def test_a_bad_study_is_one_line(tmp_path, text, says):
@@ -272,7 +277,9 @@ def test_a_study_needs_labels(short, file, tmp_path):
     with np.load(short.data.path) as arrays:
         np.savez(tmp_path / "x.npz", train_images=arrays["train_images"])
     short.data.path = str(tmp_path / "x.npz")
-    with pytest.raises(UserError, match="a study compares accuracies, and the data have no labels"):
+    with pytest.raises(
+        UserError, match="a study needs one label an image and a labelled test split"
+    ):
         run_study(short, str(tmp_path / "S"), file)
     with pytest.raises(UserError, match=r"no study '/nowhere\.py'"):
         run_study(short, str(tmp_path / "S"), "/nowhere.py")

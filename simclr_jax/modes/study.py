@@ -1,5 +1,7 @@
 """--mode=study: runs a study of the paper, and makes its table, its figure and its verdict."""
 
+import hashlib
+import json
 import time
 
 import jax
@@ -16,7 +18,7 @@ from simclr_jax.evals.evaluate import evaluate_features
 from simclr_jax.files import write_json, write_text
 from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.studies.contract import Study, Verdict
-from simclr_jax.studies.figure import draw
+from simclr_jax.studies.figure import draw, need_matplotlib
 from simclr_jax.studies.outcomes import OUTCOME, Outcomes, outcomes_of, table_of
 from simclr_jax.studies.runs import StudyRun, config_of, part_of, read_study, runs_of
 
@@ -43,23 +45,26 @@ def run_study(
       workdir: the study's folder.
       study: its file.
       part: "I/N": only every N-th run, from the I-th on.
-      dry_run: list the runs and estimate their time; run nothing.
+      dry_run: list the runs that are not finished and estimate their training time; train nothing.
 
     Returns:
       what study.json holds, {} for a dry run; None if a signal stopped it: the same command goes on.
 
     Raises:
-      UserError: the study is not sound, or the data have no labels.
+      UserError: the study is not sound, the data have no labels, matplotlib is not installed, or a run was
+        finished with other options.
     """
     found = read_study(study)
+    need_matplotlib()
+    configs = {run.name: config_of(config, found, run) for run in runs_of(found)}
     runs = part_of(runs_of(found), part)
     if not subjects.is_labelled(assemble.data_set(config)):
         raise UserError(
-            "a study compares accuracies, and the data have no labels or no test split; see "
+            "a study needs one label an image and a labelled test split, and the data have not both; see "
             "data.folder_labels, data.test_fraction and data.test_path"
         )
     folder = epath.Path(workdir)
-    waiting = [run for run in runs if not (folder / run.name / OUTCOME).exists()]
+    waiting = [run for run in runs if not _is_finished(folder, run, configs[run.name], found)]
     say(f"study       {found.title}: {len(runs)} runs, {len(runs) - len(waiting)} finished")
     if dry_run:
         _estimate(config, found, waiting)
@@ -71,9 +76,29 @@ def run_study(
             seconds = (time.monotonic() - began) / number * (len(waiting) - number)
             left = f", left {duration(seconds)}"
         say(f"run         {number + 1} of {len(waiting)}{left}: {run.name}")
-        if not _finish(config_of(config, found, run), found, str(folder / run.name)):
+        if not _finish(configs[run.name], found, str(folder / run.name)):
             return None
     return _show(config, found, folder)
+
+
+def _is_finished(folder: epath.Path, run: StudyRun, config: ConfigDict, study: Study) -> bool:
+    """Returns whether a run is finished. Raises a UserError if that was with other options."""
+    file = folder / run.name / OUTCOME
+    if not file.exists():
+        return False
+    if json.loads(file.read_text())["about"] != _about(config, study):
+        raise UserError(
+            f"{file} was made with other options or another study: use another --workdir, or remove "
+            f"{file.parent}"
+        )
+    return True
+
+
+def _about(config: ConfigDict, study: Study) -> str:
+    """Returns a digest of everything that decides the outcome of a run."""
+    readings = {name: dict(overrides) for name, overrides in study.readings.items()}
+    content = config_lib.flatten(config), study.evaluation, study.labels_per_class, readings
+    return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
 
 
 def _finish(config: ConfigDict, study: Study, workdir: str) -> bool:
@@ -91,7 +116,8 @@ def _finish(config: ConfigDict, study: Study, workdir: str) -> bool:
             "validation": by_labels[None].get("validation_accuracy"),
         }
     if jax.process_index() == 0:
-        write_json(epath.Path(workdir) / OUTCOME, outcome)
+        content = {"about": _about(config, study), "readings": outcome}
+        write_json(epath.Path(workdir) / OUTCOME, content)
     return True
 
 
@@ -120,7 +146,7 @@ def _show(config: ConfigDict, study: Study, folder: epath.Path) -> dict:
     outcomes = outcomes_of(study, folder)
     verdicts = [claim(outcomes.scores) for claim in study.claims]
     header, lines = table_of(study, outcomes)
-    data = config.data.name or epath.Path(config.data.path).name
+    data = _name_of_data(config)
     title = f"{study.title}; {data}; {study.evaluation}, test accuracy"
     result = _record(study, outcomes, verdicts)
     if jax.process_index() == 0:
@@ -137,6 +163,13 @@ def _show(config: ConfigDict, study: Study, folder: epath.Path) -> dict:
             )
         say(f"written     {', '.join(str(f) for f in [folder / 'table.md', *files])}")
     return result
+
+
+def _name_of_data(config: ConfigDict) -> str:
+    """Returns what a person calls the data: of .../emoji/train that is emoji."""
+    path = epath.Path(config.data.path)
+    of_path = path.parent.name if path.name in ("train", "training") else path.stem
+    return config.data.name or of_path
 
 
 def _record(study: Study, outcomes: Outcomes, verdicts: list[Verdict]) -> dict:

@@ -15,7 +15,7 @@ Claim = Callable[[Scores], Verdict]
 
 
 def above(text: str, one: Key, other: Key) -> Claim:
-    """Claims that one key is above another one, seed by seed."""
+    """Claims that one key is above another: the mean difference over common seeds is positive."""
 
     def verdict(scores: Scores) -> Verdict:
         differences = paired(scores, one, other)
@@ -27,8 +27,8 @@ def above(text: str, one: Key, other: Key) -> Claim:
 
 
 def best(text: str, one: Key, among: Sequence[Key] | None = None) -> Claim:
-    """Claims that one key is first, or within the spread of the first: its mean is at most the larger of the
-    two standard deviations over seeds below it.
+    """Claims that one key has the best mean, or trails the best by no more than the larger of the two
+    standard deviations over seeds.
 
     `among`: the keys that it is held against; None: all.
     """
@@ -75,8 +75,10 @@ def rises(text: str, keys: Sequence[Key]) -> Claim:
         means = [mean(scores, key) for key in there]
         up = sum(b > a for a, b in itertools.pairwise(means))
         differences = paired(scores, there[-1], there[0])
+        if not differences:
+            return Verdict(text, None, "the ends have no seed in common")
         because = f"{up} of {len(means) - 1} steps go up; ends: {compared(differences)}"
-        return Verdict(text, means[-1] > means[0], because)
+        return Verdict(text, statistics.mean(differences) > 0, because)
 
     return verdict
 

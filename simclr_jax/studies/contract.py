@@ -15,9 +15,8 @@ class Level(NamedTuple):
 
     Attributes:
       overrides: the options that it sets.
-      settings: further options of which the best are looked for: each is a run, and for each key the one
-        counts whose probe of all labels has the best mean accuracy on the validation part. The test split
-        chooses nothing.
+      settings: alternatives to try, one run each. Each key takes the one with the best mean validation
+        accuracy of the probe of all labels. The test split chooses nothing.
     """
 
     overrides: Overrides
@@ -30,7 +29,7 @@ class Factor(NamedTuple):
     Attributes:
       name: for axes and headers, with its unit if it has one.
       levels: name -> Level, in order.
-      numbers: the levels are numbers: figures have them on a logarithmic axis.
+      numbers: the levels are numbers above 0; if it is the first factor, its axis is logarithmic.
     """
 
     name: str
@@ -55,7 +54,7 @@ class Verdict(NamedTuple):
 
     Attributes:
       claim: in words.
-      held: None: runs are missing.
+      held: whether it holds for the runs that are there; None: too few are there to say.
       because: the numbers.
     """
 

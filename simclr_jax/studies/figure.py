@@ -3,6 +3,7 @@ own, so that the shapes can be compared.
 """
 
 import datetime
+import importlib.util
 import itertools
 from typing import Any
 
@@ -18,6 +19,14 @@ from simclr_jax.studies.outcomes import Outcomes
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 
 
+def need_matplotlib() -> None:
+    """Raises a UserError unless matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            "a study's figure needs matplotlib: pip install matplotlib, or pip install -e '.[studies]'"
+        )
+
+
 def draw(study: Study, outcomes: Outcomes, data: str, folder: epath.Path) -> list[epath.Path]:
     """Draws the figure of what is there, as FOLDER/figure.png and figure.svg.
 
@@ -31,16 +40,11 @@ def draw(study: Study, outcomes: Outcomes, data: str, folder: epath.Path) -> lis
       the files; none if nothing is there yet.
 
     Raises:
-      UserError: matplotlib is not installed, or a file cannot be written.
+      UserError: a file cannot be written.
     """
     if not outcomes.scores:
         return []
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise UserError(
-            "a study's figure needs matplotlib: pip install matplotlib, or pip install -e '.[studies]'"
-        ) from error
+    import matplotlib as mpl
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and asks for a screen
 
     with mpl.rc_context({"font.size": 9, "svg.fonttype": "none", "axes.grid": True,
@@ -78,8 +82,8 @@ def draw(study: Study, outcomes: Outcomes, data: str, folder: epath.Path) -> lis
 
 
 def _panel(axes: Any, study: Study, scores: Scores, measure: str) -> None:
-    """Draws points with the deviation over seeds: upwards over numbers, to the right beside names. No bars, as
-    an axis that does not begin at zero makes their lengths lie.
+    """Draws means as points with error bars: accuracy upwards over numbers, to the right for named levels.
+    Draws no filled bars: their lengths mislead where the axis does not begin at 0.
     """
     first, series = study.factors[0], _series(study)
     places = [float(name) for name in first.levels] if first.numbers else range(len(first.levels))

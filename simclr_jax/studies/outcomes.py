@@ -11,7 +11,8 @@ from simclr_jax.studies.claims import deviation, mean
 from simclr_jax.studies.contract import Key, Scores, Study
 from simclr_jax.studies.runs import StudyRun, runs_of
 
-OUTCOME = "study_outcome.json"  # in a run's workdir: {reading: {"accuracy", "validation"}}
+# In a run's workdir: {"about": digest, "readings": {reading: {"accuracy", "validation"}}}.
+OUTCOME = "study_outcome.json"
 
 
 class Outcomes(NamedTuple):
@@ -31,8 +32,8 @@ class Outcomes(NamedTuple):
 def outcomes_of(study: Study, folder: epath.Path) -> Outcomes:
     """Reads the outcomes of all runs that are finished below `folder`.
 
-    Of several settings counts the one with the best mean accuracy on the validation part, over the seeds
-    that it has.
+    Where a key has several settings, takes the one with the best mean validation accuracy over its
+    finished seeds, for each reading separately.
     """
     found: dict[tuple[Key, int], dict[int, dict]] = {}
     missing = []
@@ -41,7 +42,9 @@ def outcomes_of(study: Study, folder: epath.Path) -> Outcomes:
         if not file.exists():
             missing.append(run)
             continue
-        found.setdefault((run.key, run.setting), {})[run.seed] = json.loads(file.read_text())
+        found.setdefault((run.key, run.setting), {})[run.seed] = json.loads(file.read_text())[
+            "readings"
+        ]
     scores: dict[Key, dict[int, float]] = {}
     settings = {}
     for reading in study.readings:

@@ -18,7 +18,7 @@ class StudyRun(NamedTuple):
 
     Attributes:
       key: a level of each factor.
-      setting: which of the level's settings, from 0.
+      setting: which combination of its levels' settings, from 0.
       seed: the run's seed.
       overrides: the options that it sets.
     """
@@ -65,11 +65,26 @@ def _check(path: str, study: Study) -> None:
     unknown = sorted({name for overrides in given for name in overrides if name not in known})
     if unknown:
         raise UserError(f"{path} sets options that do not exist: {', '.join(unknown)}")
+    names = [run.name for run in runs_of(study)]
+    if len(set(names)) < len(names) or any(name.startswith("_") for name in names):
+        raise UserError(f"{path}: levels need names that differ in their letters and digits")
+    if study.evaluation == "knn" and study.labels_per_class is not None:
+        raise UserError(f"{path}: knn takes all labels: expected labels_per_class=None")
+    for factor in study.factors:
+        if factor.numbers and not all(_is_above_0(name) for name in factor.levels):
+            raise UserError(f"{path}: {factor.name} has levels that are not numbers above 0")
     if study.evaluation == "knn" and any(len(level.settings) > 1 for level in levels):
         raise UserError(
             f"{path}: levels have several settings, and knn has no validation part to choose by: "
             "expected evaluation='probe'"
         )
+
+
+def _is_above_0(name: str) -> bool:
+    try:
+        return float(name) > 0
+    except ValueError:
+        return False
 
 
 def runs_of(study: Study) -> list[StudyRun]:
@@ -113,4 +128,8 @@ def config_of(base: ConfigDict, study: Study, run: StudyRun) -> ConfigDict:
         fixed |= {"eval.labels_per_class": (study.labels_per_class,)}
     config_lib.set_options(config, fixed | run.overrides)
     config_lib.validate(config)
+    for overrides in study.readings.values():
+        reading = config.copy_and_resolve_references()
+        config_lib.set_options(reading, dict(overrides))
+        config_lib.validate(reading)
     return config
