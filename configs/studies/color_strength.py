@@ -1,4 +1,4 @@
-"""Table 1: how strong the colour distortion is. Its row with AutoAugment and its supervised row are left out."""
+"""Table 1: strength of the colour distortion, without the AutoAugment column and the supervised row."""
 
 from simclr_jax.studies import Factor, Level, Published, Study, rises
 

@@ -1,6 +1,6 @@
 """Figure 7: deeper and wider encoders."""
 
-from simclr_jax.studies import Factor, Level, Study, rises
+from simclr_jax.studies import Factor, Level, Study, above, rises
 
 WIDTHS, DEPTHS = ("0.125", "0.25", "0.5"), ("10", "18")
 
@@ -12,7 +12,8 @@ def get_study() -> Study:
     return Study(
         title="Depth and width of the encoder (figure 7)",
         factors=(Factor("width", widths, numbers=True), Factor("encoder", depths)),
-        claims=tuple(
-            rises(f"a wider {depth} learns more", [(w, depth) for w in WIDTHS]) for depth in depths
+        claims=(
+            *(rises(f"a wider {d} learns more", [(w, d) for w in WIDTHS]) for d in depths),
+            above("a deeper encoder learns more", ("0.5", "ResNet-18"), ("0.5", "ResNet-10")),
         ),
     )

@@ -1,6 +1,6 @@
 """Several labels an image, as in PASCAL VOC: each set of labels that occurs counts as one class.
 
-So the order, the shares and the subsets of a split, which know one label an image, serve here too.
+Code that shuffles, samples and divides splits expects one label an image: it gets the set's number.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ class LabelSets(NamedTuple):
 
     @property
     def members(self) -> np.ndarray:
-        """int8 [C, K]: 1 where label k is in the set, -1 where it is as difficult, else 0."""
+        """int8 [C, K]: 1: label k is in the set; -1: it is in it as "difficult"; 0: it is not."""
         bits = np.arange(len(self.names))
         certain, difficult = (self.masks[:, None] >> (bits + s) & 1 for s in (0, len(bits)))
         return (certain - difficult).astype(np.int8)
@@ -71,7 +71,7 @@ def mask_of(example: Mapping[str, Any], labels: int) -> Any:
 
 
 def names_of(features: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Returns the names of the labels of a TFDS data set with several an image; None for any other."""
+    """Returns the label names of a TFDS data set whose images have several labels; None for any other."""
     if _LABELS not in features or "label" in features:
         return None
     names = getattr(getattr(features[_LABELS], "feature", None), "names", None)

@@ -25,7 +25,7 @@ class Length(NamedTuple):
 
 
 class Training(NamedTuple):
-    """The trainings behind one row of the result.
+    """A share of the labels, a length and candidate settings: what makes one row of the result.
 
     Attributes:
       fraction: share of each class's labels that is used.
@@ -47,7 +47,7 @@ class Protocol(NamedTuple):
       options: batch_size and momentum.
       train_encoder: train f and g too, or only the classifier.
       layer: layer of the projection head whose output is classified; 0 is h.
-      trainings: start, see `subjects.KINDS`, -> the trainings from it.
+      trainings: function from a start, one of `subjects.KINDS`, to its list of `Training`.
       moments: evenly spaced moments of a training at which the validation part is looked at.
       refit: train once more, with the chosen candidate, on the validation part too.
       sets: whether images may have several labels each.
@@ -70,11 +70,11 @@ class Setting(NamedTuple):
     Attributes:
       kind: the start.
       fraction: share of each class's labels that is used.
-      draw: which draw of them.
+      draw: number of the random draw of the labels, from 0.
       length: how long the training is.
       learning_rate: before it is multiplied by batch / 256.
       weight_decay: see `make_classifier_optimizer`.
-      refit: on the validation part too.
+      refit: whether it is trained on the validation part too.
     """
 
     kind: str

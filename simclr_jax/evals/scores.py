@@ -73,7 +73,7 @@ METRIC_NAMES = {
 
 
 def metric_of(asked: str, source: str, name: str) -> str:
-    """Returns the name of a metric of images of one label each.
+    """Returns the name of the metric for data with one label an image: what is asked, or the paper's.
 
     Args:
       asked: "auto", for the one that the paper reports, or a metric.

@@ -13,7 +13,8 @@ class Selection:
 
     Attributes:
       name: "selection".
-      memory: {"step", "validation", "test"} of the best moment so far; None: there was none yet.
+      memory: {"step", "validation", "test"} of the best moment so far, the later of equals; None: there
+        was none yet.
     """
 
     name = "selection"
@@ -32,7 +33,7 @@ class Selection:
           steps: number of training steps.
           accuracy: (state, images) -> accuracy in [0, 1].
           validation: images that choose the best step; None: none is chosen.
-          test: images evaluated at the best step, for the result alone.
+          test: images evaluated at each new best step and at the last; they choose nothing.
           moments: how many there are, evenly spaced; 1: the last step.
         """
         self.memory: dict | None = None
@@ -52,7 +53,7 @@ class Selection:
         return {"validation_accuracy": score}
 
     def outcome(self, state: TrainState) -> dict:
-        """Returns test accuracy at the last step ("last") and at the chosen one ("selected"), with the
+        """Returns the test score at the last step ("last") and at the chosen one ("selected"), with the
         chosen step and its validation accuracy; None where nothing was chosen.
         """
         if self.memory is not None and self.memory["step"] == self._steps:

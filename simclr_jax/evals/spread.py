@@ -11,13 +11,14 @@ from simclr_jax.evals import subjects
 from simclr_jax.evals.features import Extractor
 from simclr_jax.training.state import TrainState
 
-# Evenly spaced ones, of a stream the first; a rank is at most this.
+# At most this many images: evenly spaced, or the first ones of a stream. RankMe cannot exceed it.
 _IMAGES = 2048
 
 
 def rank_of(features: np.ndarray) -> float:
     """Computes RankMe of features [n, D] (Garrido et al. 2023, arXiv 2210.02885): exp of the entropy of the
-    shares of the singular values; from 1 to min(n, D). It compares a run with itself: no value is good.
+    shares of the singular values; from 1 to min(n, D). Compare it with earlier values of one run only: no
+    value by itself is good or bad.
     """
     values = np.linalg.svd(features.astype(np.float64), compute_uv=False)
     shares = values / max(values.sum(), 1e-12) + 1e-7
@@ -25,8 +26,8 @@ def rank_of(features: np.ndarray) -> float:
 
 
 def uniformity_of(z: np.ndarray) -> float:
-    """Computes ln of the mean of exp(-2 |z_i - z_k|^2) over all pairs of different rows of z [n, D], normalised
-    (Wang and Isola 2020, arXiv 2005.10242): 0 where all are one point, about -4 at best.
+    """Normalises z [n, D], and computes ln of the mean of exp(-2 |z_i - z_k|^2) over pairs of different rows
+    (Wang and Isola 2020, arXiv 2005.10242): 0 where all are one point; at best about -4 + 8 / D.
     """
     z = z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-6)
     near = np.exp(-4.0 + 4.0 * (z @ z.T).astype(np.float64))

@@ -29,7 +29,7 @@ class Candidates(NamedTuple):
 
     Attributes:
       normalized: by their cosine; else by their dot product.
-      other_view: negatives are those of the other view, first or second, than the anchor only.
+      other_view: only second views are negatives of a first view, and only first views of a second.
       temperature: tau, of the softmax whose entropy is a metric.
     """
 
@@ -45,7 +45,7 @@ class Rows(NamedTuple):
       similarity: float32, cosines (or dot products), not divided by tau.
       is_partner: bool, the column is the other view of the anchor's image.
       is_candidate: bool, the column is the partner, or may be a negative.
-      same_label: bool, both have a label, and the same one.
+      same_label: bool, the column is a candidate, not the anchor, and has the same known label.
     """
 
     similarity: jax.Array

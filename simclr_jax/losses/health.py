@@ -43,7 +43,7 @@ def chance(images: int) -> float:
 
 
 def lower_bound(images: int, temperature: float) -> float:
-    """Returns a value that NT-Xent of B `images` cannot be below, whatever z is, nats.
+    """Returns a lower bound of NT-Xent over cosines and both views, for B `images` (2 or more), nats.
 
     ln(1 + (2B - 2) exp(-(1 + 1 / (B - 1)) / tau)): by Jensen's inequality over an anchor's negatives, and as
     the sum of all z has a norm of at least 0. A simplex with partners on one corner attains it.

@@ -1,11 +1,11 @@
-"""The losses that the paper holds beside NT-Xent (Table 2): logistic and triplet, of pairs.
+"""Losses beside NT-Xent: the paper's logistic and triplet losses (Table 2), and SupCon.
 
-What the paper leaves open is set here. All are symmetrised: every view is an anchor, and the loss is the mean over the 2B
-of them, as NT-Xent's. An anchor's positive term weighs 1 against the mean of the terms of its negatives,
-or against their sum (`loss.over_negatives`). Semi-hard mining (Schroff et al. 2015; paper, section 5.1)
-keeps one negative an anchor, the nearest of those that are farther than the positive, and for the
-triplet loss within the margin; no gradient goes through the choice. Where none qualifies, the anchor keeps
-its positive term, and of the triplet loss nothing.
+Every view is an anchor, and the loss is the mean over all 2B anchors. Of the paper's two, the terms
+of an anchor's negatives are averaged, or summed (`loss.over_negatives`). The logistic loss adds the
+positive's term to that. Semi-hard mining (Schroff et al. 2015; paper, section 5.1) keeps one negative
+an anchor: the nearest that is farther than the positive, for the triplet loss by less than the margin.
+The choice has no gradient. Where no negative qualifies, the triplet loss of the anchor is 0, and the
+logistic loss is its positive term.
 """
 
 import functools
@@ -94,7 +94,9 @@ def over_negatives(terms, negatives, total: bool) -> jax.Array:
 def build_nt_logistic(
     options: Mapping[str, Any], mesh: Mesh, batch_size: int, semihard: bool
 ) -> Loss:
-    """Returns NT-Logistic. The arguments are those of `nt_xent_dense.build`; `semihard`: see above."""
+    """Returns NT-Logistic. The arguments are those of `nt_xent_dense.build`; `semihard`: keep one negative an
+    anchor, see the module.
+    """
     temperature = options["temperature"]
     total = options["over_negatives"] == "sum"
     loss = functools.partial(nt_logistic, temperature=temperature, semihard=semihard, total=total)
@@ -103,7 +105,9 @@ def build_nt_logistic(
 
 
 def build_margin(options: Mapping[str, Any], mesh: Mesh, batch_size: int, semihard: bool) -> Loss:
-    """Returns the margin triplet loss. The arguments are those of `nt_xent_dense.build`; `semihard`: see above."""
+    """Returns the triplet loss. The arguments are those of `nt_xent_dense.build`; `semihard`: keep one negative
+    an anchor, see the module.
+    """
     total = options["over_negatives"] == "sum"
     loss = functools.partial(margin, margin=options["margin"], semihard=semihard, total=total)
     about = f"margin {options['margin']:g}", _mining(semihard, total)
