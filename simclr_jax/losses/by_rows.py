@@ -25,7 +25,7 @@ CHUNK = 128
 
 
 class Candidates(NamedTuple):
-    """What anchors are compared with.
+    """Says which views anchors are compared with, and how.
 
     Attributes:
       normalized: by their cosine; else by their dot product.
@@ -77,7 +77,7 @@ def over_rows(
     Args:
       z: projections [2B, D]; rows 2i and 2i + 1 are the two views of image i. Not normalised.
       labels: int [B], -1 where there is none.
-      loss: of each anchor.
+      loss: computes the loss of each anchor.
       candidates: what anchors are compared with.
       mesh: in tiles, the devices over which the rows of z are divided; None: one device.
       chunk: anchors that are computed at once; None: all.

@@ -24,7 +24,7 @@ class Level(NamedTuple):
 
 
 class Factor(NamedTuple):
-    """What is varied.
+    """One thing that is varied, and its values.
 
     Attributes:
       name: for axes and headers, with its unit if it has one.

@@ -1,4 +1,4 @@
-"""What the runs of a study reached: read from their workdirs, chosen by validation, as a table."""
+"""Outcomes of a study's runs: read from their workdirs, chosen by validation, as a table."""
 
 import json
 import statistics
@@ -16,10 +16,10 @@ OUTCOME = "study_outcome.json"
 
 
 class Outcomes(NamedTuple):
-    """What there is of a study.
+    """The outcomes that are there, and the runs that are missing.
 
     Attributes:
-      scores: of every key, with the reading appended where there are several.
+      scores: every key's accuracies; the key ends with the reading where there are several.
       settings: key -> the setting that was chosen, from 0, where there were several.
       missing: runs that are not finished.
     """

@@ -10,7 +10,7 @@ _BELOW, _NEAR_CHANCE, _COLLAPSED = 1e-3, 0.01, 0.1  # nats; nats; share of 1 / s
 
 
 class References(NamedTuple):
-    """What a run's metrics are held against.
+    """Numbers that a run's metrics are held against.
 
     Attributes:
       images: B, of the global batch.
@@ -48,7 +48,7 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
     Args:
       step: the last of them.
       metrics: "z_std", and "loss" where `references.temperature` is given.
-      references: of the run.
+      references: the run's.
     """
     images, width, settled_after, temperature = references
     spread, even = metrics["z_std"], 1 / math.sqrt(width)
