@@ -12,8 +12,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["simclr_jax", "simclr_jax.*"]), "simclr_jax.configs"],
-    package_dir={"simclr_jax.configs": "configs"},
+    packages=[
+        *find_packages(include=["simclr_jax", "simclr_jax.*"]),
+        "simclr_jax.configs",
+        "simclr_jax.configs.studies",
+    ],
+    package_dir={
+        "simclr_jax.configs": "configs",
+        "simclr_jax.configs.studies": "configs/studies",
+    },
     package_data={"simclr_jax": ["py.typed"]},
     entry_points={"console_scripts": ["simclr_jax = simclr_jax.main:run"]},
     # Lower bounds are the oldest versions that the tests were run with.

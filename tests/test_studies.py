@@ -196,6 +196,14 @@ def digits():
     return c
 
 
+def test_a_study_that_comes_with_the_package_is_known_by_name():
+    assert read_study("loss").title == read_study(str(FILES[0].with_name("loss.py"))).title
+    with pytest.raises(
+        UserError, match=r"no study 'losses': expected .*batch_epochs, color_strength"
+    ):
+        read_study("losses")
+
+
 def test_claims():
     scores = {
         ("a",): {0: 0.60, 1: 0.62, 2: 0.61},

@@ -39,11 +39,11 @@ def read_file(spec: str) -> ConfigDict:
       UserError: there is no such file, or it fails; with the file and line of the failure.
     """
     name, _, argument = spec.partition(":")
-    path = _packaged().get(name, name)
+    path = packaged().get(name, name)
     if not pathlib.Path(path).is_file() or not path.endswith(".py"):
         raise UserError(
             f"no configuration file {path!r}: expected --config=FILE.py[:ARGUMENT], or one of "
-            f"{', '.join(sorted(_packaged()))}"
+            f"{', '.join(sorted(packaged()))}"
         )
     config = run_file(path, "get_config", argument)
     if not isinstance(config, ConfigDict):
@@ -80,11 +80,13 @@ def run_file(path: str, function: str, *arguments: str) -> Any:
         raise UserError(f"{path}{where}: {type(error).__name__}: {message}") from error
 
 
-def _packaged() -> dict[str, str]:
-    """Returns {name: file} of the configurations that come with the package or lie in its checkout."""
+def packaged(folder: str = ".") -> dict[str, str]:
+    """Returns {name: file} of the configurations that come with the package or lie in its checkout, or of the
+    files in a folder below them.
+    """
     package = pathlib.Path(__file__).parent.parent
-    folders = (package.parent / "configs", package / "configs")
-    return {file.stem: str(file) for folder in folders for file in folder.glob("[!_]*.py")}
+    roots = (package.parent / "configs", package / "configs")
+    return {file.stem: str(file) for root in roots for file in (root / folder).glob("[!_]*.py")}
 
 
 def _line_of(error: Exception, path: str) -> str:

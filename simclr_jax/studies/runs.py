@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from simclr_jax import config as config_lib
-from simclr_jax.config.overrides import run_file
+from simclr_jax.config.overrides import packaged, run_file
 from simclr_jax.errors import UserError
 from simclr_jax.studies.contract import Key, Study
 
@@ -37,13 +37,17 @@ class StudyRun(NamedTuple):
 
 
 def read_study(path: str) -> Study:
-    """Runs `get_study()` of a file.
+    """Runs `get_study()` of a file, or of the study of that name that comes with the package.
 
     Raises:
       UserError: there is no such file, it fails, or it returns something else than a sound `Study`.
     """
+    path = packaged("studies").get(path, path)
     if not pathlib.Path(path).is_file() or not path.endswith(".py"):
-        raise UserError(f"no study {path!r}: expected a file such as configs/studies/loss.py")
+        raise UserError(
+            f"no study {path!r}: expected a file such as configs/studies/loss.py, or one of "
+            f"{', '.join(sorted(packaged('studies')))}"
+        )
     study = run_file(path, "get_study")
     if not isinstance(study, Study):
         raise UserError(
