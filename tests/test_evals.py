@@ -267,6 +267,7 @@ def test_the_few_labels_of_a_probe_are_given_as_numbers_and_as_a_share(monkeypat
     assert "60 labels a class (3 classes have fewer: all of theirs)" in capsys.readouterr().out
 
 
+@pytest.mark.whole
 def test_evaluations_write_their_settings_and_all_rows(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "LAMBDAS", LAMBDAS[::11])
     monkeypatch.setattr(transfer, "fit_lambdas", means_for_each_lambda)

@@ -272,6 +272,7 @@ class Peeking(classifier_training.Selection):
         super().__init__(steps, accuracy, test, test, moments)
 
 
+@pytest.mark.whole
 def test_selection_never_sees_the_test_split(run, tmp_path, monkeypatch, one_device):
     config, workdir = run
     config.eval.baselines = False
@@ -373,6 +374,7 @@ def test_a_stopped_evaluation_goes_on_bit_for_bit(run, tmp_path, capsys, one_dev
     assert metrics_of(workdir / "finetune") == metrics_of(whole / "finetune")
 
 
+@pytest.mark.whole
 def test_a_signal_in_the_last_step_ends_what_would_come_next(run, one_device):
     """The first of two trainings is whole, and the second does not begin: the handler that was there
     before, here one that raises, gets the signal.

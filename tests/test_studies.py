@@ -159,6 +159,7 @@ def test_a_dry_run_lists_the_runs_and_their_time(short, file, tmp_path, monkeypa
     assert not (tmp_path / "S").exists()
 
 
+@pytest.mark.whole
 def test_the_probe_of_z_is_that_of_the_projections(tiny, tmp_path):
     workdir = encoder_checkpoint(tiny, tmp_path / "w")
     of_h = evaluate_features("probe", tiny, str(workdir))

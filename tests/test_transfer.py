@@ -164,6 +164,7 @@ def test_each_set_of_labels_that_occurs_is_a_class(several):
     assert "[owl]" in " ".join(data.train.classes)
 
 
+@pytest.mark.whole
 def test_transfer_evaluates_them_and_other_evaluations_refuse(several, tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "LAMBDAS", transfer.LAMBDAS[::11])
     workdir = str(encoder_checkpoint(several, tmp_path / "w"))
@@ -199,6 +200,7 @@ GRID = {
 }
 
 
+@pytest.mark.whole
 def test_images_of_several_labels_are_fine_tuned_on(several, tmp_path, monkeypatch):
     monkeypatch.setattr(classifier_training, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     config.set_options(several, GRID | {"eval.baselines": False, "data.placement": "host"})
