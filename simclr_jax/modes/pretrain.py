@@ -93,9 +93,10 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
     describe_run(config, made)
     images = assemble.images_of(config, train, epath.Path(workdir) / "broken_images.jsonl")
     verdicts: list[Verdict] = []
+    references = assemble.references(config, plan)
 
     def judged(step: int, means: dict[str, float]) -> Verdict:
-        verdicts[:] = [judge(step, means, assemble.references(config, plan))]
+        verdicts[:] = [judge(step, means, references)]
         return verdicts[0]
 
     every, batch = config.train.log_every_steps, config.data.batch_size

@@ -20,7 +20,7 @@ from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.studies.contract import Study, Verdict
 from simclr_jax.studies.figure import draw, need_matplotlib
 from simclr_jax.studies.outcomes import OUTCOME, Outcomes, outcomes_of, table_of
-from simclr_jax.studies.runs import StudyRun, config_of, part_of, read_study, runs_of
+from simclr_jax.studies.runs import StudyRun, config_of, part_of, read_study, reading_of, runs_of
 
 _MEASURED_SECONDS = 5.0  # for each kind of step in a dry run
 # Options that do not change how long a step takes.
@@ -56,8 +56,9 @@ def run_study(
     """
     found = read_study(study)
     need_matplotlib()
-    configs = {run.name: config_of(config, found, run) for run in runs_of(found)}
-    runs = part_of(runs_of(found), part)
+    every = runs_of(found)
+    configs = {run.name: config_of(config, found, run) for run in every}
+    runs = part_of(every, part)
     if not subjects.is_labelled(assemble.data_set(config)):
         raise UserError(
             "a study needs one label an image and a labelled test split, and the data have not both; see "
@@ -67,7 +68,7 @@ def run_study(
     waiting = [run for run in runs if not _is_finished(folder, run, configs[run.name], found)]
     say(f"study       {found.title}: {len(runs)} runs, {len(runs) - len(waiting)} finished")
     if dry_run:
-        _estimate(config, found, waiting)
+        _estimate({run.name: configs[run.name] for run in waiting})
         return {}
     began = time.monotonic()
     for number, run in enumerate(waiting):
@@ -107,8 +108,7 @@ def _finish(config: ConfigDict, study: Study, workdir: str) -> bool:
         return False
     outcome = {}
     for reading, overrides in study.readings.items():
-        own = config.copy_and_resolve_references()
-        config_lib.set_options(own, dict(overrides))
+        own = reading_of(config, overrides)
         rows = evaluate_features(study.evaluation, own, workdir)["rows"]
         by_labels = {r["labels_per_class"]: r for r in rows if r["features"] == subjects.ENCODER}
         outcome[reading] = {
@@ -121,12 +121,11 @@ def _finish(config: ConfigDict, study: Study, workdir: str) -> bool:
     return True
 
 
-def _estimate(config: ConfigDict, study: Study, runs: list[StudyRun]) -> None:
+def _estimate(configs: dict[str, ConfigDict]) -> None:
     """Says how long each run will take, by a short measurement of each kind of step."""
     measured: dict[str, tuple[float, float]] = {}
     total = 0.0
-    for run in runs:
-        own = config_of(config, study, run)
+    for name, own in configs.items():
         flat = config_lib.flatten(own)
         kind = repr(sorted((k, v) for k, v in flat.items() if not k.startswith(_NOT_OF_THE_STEP)))
         if kind not in measured:
@@ -137,7 +136,7 @@ def _estimate(config: ConfigDict, study: Study, runs: list[StudyRun]) -> None:
         steps = assemble.plan_of(own, train.count).steps
         seconds = first + steps * own.data.batch_size / rate
         total += seconds
-        say(f"{duration(seconds)}  {run.name}  {steps} steps, {rate:.0f} images/s")
+        say(f"{duration(seconds)}  {name}  {steps} steps, {rate:.0f} images/s")
     say(f"{duration(total)}  in all, training alone; evaluations come on top")
 
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from simclr_jax import config as config_lib
 from simclr_jax.config.overrides import packaged, run_file
 from simclr_jax.errors import UserError
-from simclr_jax.studies.contract import Key, Study
+from simclr_jax.studies.contract import Key, Overrides, Study
 
 
 class StudyRun(NamedTuple):
@@ -133,7 +133,13 @@ def config_of(base: ConfigDict, study: Study, run: StudyRun) -> ConfigDict:
     config_lib.set_options(config, fixed | run.overrides)
     config_lib.validate(config)
     for overrides in study.readings.values():
-        reading = config.copy_and_resolve_references()
-        config_lib.set_options(reading, dict(overrides))
-        config_lib.validate(reading)
+        reading_of(config, overrides)  # refused here, and not after the training
     return config
+
+
+def reading_of(config: ConfigDict, overrides: Overrides) -> ConfigDict:
+    """Returns the configuration of one reading of a run. Raises a UserError for a value not allowed."""
+    own = config.copy_and_resolve_references()
+    config_lib.set_options(own, dict(overrides))
+    config_lib.validate(own)
+    return own

@@ -77,7 +77,7 @@ def judge_accuracy(
     """Judges a run by an evaluation that ends it, beside the untrained encoder.
 
     Args:
-      rows: of the evaluation, see `evals.results.row`.
+      rows: the evaluation's, see `evals.results.row`.
       metrics: the last of the run.
       trained, untrained: names of the two encoders in the rows.
 
