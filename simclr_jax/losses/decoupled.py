@@ -4,8 +4,7 @@ NT-Xent with the positive left out of the denominator. An anchor whose positive 
 keeps its gradient, which helps most in small batches. The loss may go below zero.
 """
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,32 +15,16 @@ from simclr_jax.losses.contract import (
     MASKED,
     Loss,
     contrastive_metrics,
-    described,
-    implementation_of,
     only_other_view,
     positives,
     similarities,
 )
-from simclr_jax.losses.nt_xent_tiles import softmax_in_tiles
+from simclr_jax.losses.nt_xent_tiles import build_softmax
 
 
 def build(options: Mapping[str, Any], mesh: Mesh, batch_size: int) -> Loss:
     """Returns DCL, dense or in tiles. The arguments are those of `nt_xent_dense.build`."""
-    name = implementation_of(options["implementation"], batch_size, mesh)
-    how: dict[str, Any] = {
-        "normalized": options["normalize"],
-        "other_view": options["negatives"] == "other_view",
-    }
-    loss: Callable = functools.partial(dcl, **how)
-    if name == "chunked":
-        of_mesh: dict[str, Any] = {
-            "mesh": mesh if mesh.size > 1 else None,
-            "positive_in_sum": False,
-        }
-        loss = functools.partial(softmax_in_tiles, **of_mesh, **how)
-    temperature = options["temperature"]
-    text = described("DCL", name, options, f"tau {temperature:g}")
-    return Loss(lambda z, labels: loss(z, temperature), text)
+    return build_softmax("DCL", dcl, (options, mesh, batch_size), positive_in_sum=False)
 
 
 def dcl(z, temperature, *, normalized: bool = True, other_view: bool = False):

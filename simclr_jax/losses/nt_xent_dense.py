@@ -1,7 +1,6 @@
 """NT-Xent, the normalised temperature-scaled cross-entropy (SimCLR paper, equation 1, Algorithm 1)."""
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,13 +10,11 @@ from jax.sharding import Mesh
 from simclr_jax.losses.contract import (
     Loss,
     contrastive_metrics,
-    described,
-    implementation_of,
     only_other_view,
     positives,
     similarities,
 )
-from simclr_jax.losses.nt_xent_tiles import softmax_in_tiles
+from simclr_jax.losses.nt_xent_tiles import build_softmax
 
 
 def build(options: Mapping[str, Any], mesh: Mesh, batch_size: int) -> Loss:
@@ -28,17 +25,7 @@ def build(options: Mapping[str, Any], mesh: Mesh, batch_size: int) -> Loss:
       mesh: devices over which the rows of z are divided.
       batch_size: B, images of the global batch.
     """
-    name = implementation_of(options["implementation"], batch_size, mesh)
-    how: dict[str, Any] = {
-        "normalized": options["normalize"],
-        "other_view": options["negatives"] == "other_view",
-    }
-    loss: Callable = functools.partial(nt_xent, **how)
-    if name == "chunked":
-        loss = functools.partial(softmax_in_tiles, mesh=mesh if mesh.size > 1 else None, **how)
-    temperature = options["temperature"]
-    text = described("NT-Xent", name, options, f"tau {temperature:g}")
-    return Loss(lambda z, labels: loss(z, temperature), text)
+    return build_softmax("NT-Xent", nt_xent, (options, mesh, batch_size), positive_in_sum=True)
 
 
 def nt_xent(z, temperature, *, normalized: bool = True, other_view: bool = False):

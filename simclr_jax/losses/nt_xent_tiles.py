@@ -16,14 +16,22 @@ and the normalisers, one number an anchor, before the backward pass.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from simclr_jax.losses.contract import MASKED, embedded, metrics_of
+from simclr_jax.losses.contract import (
+    MASKED,
+    Loss,
+    described,
+    embedded,
+    implementation_of,
+    metrics_of,
+)
 
 CHUNK = 1024
 
@@ -79,6 +87,35 @@ def softmax_in_tiles(
     tiles = _Tiles(float(temperature), min(chunk, len(z)), positive_in_sum, other_view)
     loss, told = _softmax(embedded(z, normalized), tiles, mesh)
     return loss, metrics_of(*told)
+
+
+def build_softmax(
+    name: str,
+    dense: Callable,
+    run: tuple[Mapping[str, Any], Mesh, int],
+    *,
+    positive_in_sum: bool,
+) -> Loss:
+    """Returns a softmax loss with its options bound, dense or in tiles.
+
+    Args:
+      name: what a person calls the loss.
+      dense: the loss of z and tau, with the options `normalized` and `other_view`.
+      run: (options, mesh, B), the arguments of `nt_xent_dense.build`.
+      positive_in_sum: see `softmax_in_tiles`.
+    """
+    options, mesh, batch_size = run
+    implementation = implementation_of(options["implementation"], batch_size, mesh)
+    loss: Callable = dense
+    if implementation == "chunked":
+        own_mesh = mesh if mesh.size > 1 else None
+        loss = functools.partial(softmax_in_tiles, mesh=own_mesh, positive_in_sum=positive_in_sum)
+    temperature = options["temperature"]
+    normalized, other_view = options["normalize"], options["negatives"] == "other_view"
+    text = described(name, implementation, options, f"tau {temperature:g}")
+    return Loss(
+        lambda z, labels: loss(z, temperature, normalized=normalized, other_view=other_view), text
+    )
 
 
 _OWN, _EVERY = "a device's own rows", "all rows"
