@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from simclr_jax.encoders import conv
 from simclr_jax.encoders.conv import conv2d, filter_gradient
 from simclr_jax.mesh import batch_sharded, make_mesh, replicated, traced_on
 
@@ -44,6 +45,12 @@ def reference(x, kernel, strides, padding):
 def native(x, kernel, strides, padding):
     layout = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
+
+
+@pytest.fixture(params=["AVX-512", "AVX2"], autouse=True)
+def vectors(request, monkeypatch):
+    """Both ways of the CPU, whichever this one is."""
+    monkeypatch.setattr(conv, "wide_vectors", lambda: request.param == "AVX-512")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
