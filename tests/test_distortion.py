@@ -318,6 +318,9 @@ class Tint(Operation):
         added = self.tint_strength * u["strength"] * u["channels"]
         return tf.clip_by_value(x + added[:, tf.newaxis, tf.newaxis], 0.0, 1.0)
 
+    def describe(self, u, channels):
+        return f"tint {u['strength'][0]:.1f}"
+
     def device(self, channels, u):
         most = self.tint_strength * u["strength"][..., 0]
         return tuple(

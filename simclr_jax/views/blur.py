@@ -64,6 +64,11 @@ class Blur(Operation):
         across = jax.numpy.swapaxes(band, -1, -2)
         return tuple(product(product(band, c), across) for c in channels)
 
+    def describe(self, u: dict[str, Any], channels: int) -> str:
+        if u["blur"][0] >= self.blur_probability:
+            return ""
+        return f"blur, sigma {float(blur_sigma(u['sigma'][0])):.1f} px"
+
 
 def blur_radius(size: int) -> int:
     """Returns the taps on each side for a view of `size` px: the kernel's width is S / 10."""

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 from typing import Any, ClassVar
 
+import numpy as np
+
 from simclr_jax.options import Option, flag, number, one_of
 from simclr_jax.views.distortion import Channels, Operation, PixelOperation, happening
 
@@ -184,6 +186,22 @@ class ColorJitter(Operation):
                 changed.append(jnp.clip((c - pivot) * times + pivot + plus, 0.0, 1.0))
             channels = tuple(changed)
         return channels
+
+    def describe(self, u: dict[str, Any], channels: int) -> str:
+        if u["jitter"][0] >= self.jitter_probability:
+            return ""
+        by = [float(x) for x in u["factors"]]
+        brightness = f"brightness {turn(by[0], self._spread):+.2f}"
+        if self.brightness == "multiplicative":
+            brightness = f"brightness x {factor(by[0], self._spread):.2f}"
+        said = [
+            brightness,
+            f"contrast x {factor(by[1], self._spread):.2f}",
+            f"saturation x {factor(by[2], self._spread):.2f}",
+            f"hue {360 * turn(by[3], 0.2 * self.color_strength):+.0f}°",
+        ]
+        order = u["order"][: 4 if channels == 3 else 2]
+        return ", ".join(said[int(i)] for i in np.argsort(order))
 
 
 def factor(drawn: Any, spread: float) -> Any:

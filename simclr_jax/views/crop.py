@@ -81,6 +81,12 @@ class Crop:
         left = xp.floor(right * (width - crop_width + 1))
         return top, left, crop_height, crop_width
 
+    def describe(self, height: int, width: int, u: dict[str, np.ndarray]) -> str:
+        """Says which part of an image of `height` x `width` pixels a view shows; `u`: see `window`."""
+        _, _, down, across = self.window(np, float(height), float(width), u)
+        share = float(down * across) / (height * width)
+        return f"crop {share:.0%}, {float(across):.0f} x {float(down):.0f} px"
+
 
 def center_square(height: int, width: int, proportion: float) -> tuple[int, int, int]:
     """Returns (top, left, side), pixels, of the middle `proportion` of the largest centred square."""

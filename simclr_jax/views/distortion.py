@@ -68,6 +68,15 @@ class Operation(abc.ABC):
           1 or 3 arrays float32 [..., S, S], as many as were given.
         """
 
+    @abc.abstractmethod
+    def describe(self, u: dict[str, np.ndarray], channels: int) -> str:
+        """Says in a few words what was drawn for one view; "" where nothing happens to it.
+
+        Args:
+          u: the numbers drawn, by the names of DRAWS, each [n].
+          channels: 1 or 3, of the image.
+        """
+
 
 class PixelOperation(Operation):
     """An operation that happens with some probability, and then changes all channels by one formula."""
@@ -102,6 +111,10 @@ class PixelOperation(Operation):
         return tuple(
             jnp.where(happens, new, old) for new, old in zip(changed, channels, strict=True)
         )
+
+    def describe(self, u: dict[str, np.ndarray], channels: int) -> str:
+        (drawn,) = u.values()
+        return self.NAME if drawn[0] < self.probability else ""
 
 
 def happening(condition: Any, function: Any, x: Any) -> Any:
@@ -140,6 +153,18 @@ class Distortion:
     def draws(self) -> int:
         """How many numbers in [0, 1) decide a view."""
         return sum(self.sizes.values())
+
+    def describe(self, shape: tuple[int, int, int], draws: np.ndarray) -> list[str]:
+        """Says what was drawn for one view: a line for its crop and for each operation that happens to it.
+
+        Args:
+          shape: (height, width, channels) of the image.
+          draws: the numbers [`draws`] of the view.
+        """
+        height, width, channels = shape
+        lines = [self.crop.describe(height, width, self.numbers_of(self.crop, draws))]
+        lines += [step.describe(self.numbers_of(step, draws), channels) for step in self.chain]
+        return [line for line in lines if line]
 
     def numbers_of(self, step: Operation | Crop, draws: Any) -> dict[str, Any]:
         """Picks the numbers of one step out of the draws [..., `draws`] of a view, by name, [..., n]."""

@@ -1,0 +1,195 @@
+"""Curves of metrics over steps, with values under the pointer, by Bokeh."""
+
+import math
+from typing import Any, NamedTuple
+
+from simclr_jax.errors import UserError
+from simclr_jax.report.record import Record
+
+# Colours that the colour-blind can tell apart, on white and on dark grey (Okabe and Ito 2008).
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a7f00", "#777777")
+_DASHES = ("solid", "dashed", "dotted", "dotdash")
+_TEXT = "#767676"  # readable on white and on dark grey
+_MOST_POINTS = 1000  # of a curve: a pixel each
+
+
+class Panel(NamedTuple):
+    """One diagram.
+
+    Attributes:
+      title: above it.
+      metrics: {name in metrics.jsonl: what a person calls it}.
+      unit: of the values.
+      log: logarithmic.
+      percent: values are shares, shown in per cent.
+    """
+
+    title: str
+    metrics: dict[str, str]
+    unit: str = ""
+    log: bool = False
+    percent: bool = False
+
+
+PANELS = (
+    Panel("Loss", {"loss": "loss"}, "nats"),
+    Panel(
+        "Accuracy on the way",
+        {
+            "classifier_accuracy": "online classifier, training images",
+            "probe_accuracy": "linear probe, test images",
+            "knn_accuracy": "nearest neighbours, test images",
+        },
+        "%",
+        percent=True,
+    ),
+    Panel(
+        "Contrastive accuracy",
+        {
+            "contrastive_top1": "of all 2B - 1",
+            "contrastive_top5": "of all 2B - 1, five best",
+            "other_view_top1": "of the other view's B",
+            "other_view_top5": "of the other view's B, five best",
+        },
+        "%",
+        percent=True,
+    ),
+    Panel(
+        "Entropy of the contrastive distribution",
+        {"contrastive_entropy": "over 2B - 1", "other_view_entropy": "over B"},
+        "nats",
+    ),
+    Panel("Spread of z", {"z_std": "standard deviation of z"}),
+    Panel("Alignment of partners", {"alignment": "mean squared distance"}),
+    Panel("Uniformity of z", {"uniformity": "ln mean exp(-2 distance²)"}),
+    Panel("Effective rank (RankMe)", {"rank_h": "of h", "rank_z": "of z"}),
+    Panel(
+        "Gradient and update", {"grad_norm": "gradient", "update_norm": "update"}, "norm", log=True
+    ),
+    Panel(
+        "Trust ratio of LARS",
+        {"trust_ratio_min": "least", "trust_ratio_median": "median", "trust_ratio_max": "largest"},
+        log=True,
+    ),
+    Panel("Learning rate", {"learning_rate": "learning rate"}),
+    Panel("Speed", {"images_per_second": "images a second"}, "images/s"),
+    Panel(
+        "Share of the time",
+        {
+            "share_of_time_input": "waiting for images",
+            "share_of_time_saving": "saving",
+            "share_of_time_evaluating": "evaluating",
+        },
+        "%",
+        percent=True,
+    ),
+)
+
+
+def need_bokeh() -> None:
+    """Raises a UserError where Bokeh is not installed."""
+    try:
+        import bokeh  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "a report needs Bokeh, which is not installed: pip install 'simclr_jax[report]'"
+        ) from error
+
+
+def draw_curves(records: list[Record], references: dict[str, dict[str, float]]) -> list[Any]:
+    """Draws every panel for which there are metrics.
+
+    Args:
+      records: one run, or several, which are then overlaid in colours of their own.
+      references: {metric: {name of a constant line: its height}}.
+
+    Returns:
+      Bokeh figures.
+    """
+    known = {name for panel in PANELS for name in panel.metrics}
+    there = {name for record in records for line in record.lines for name in line}
+    rest = sorted(there - known - {"step", "time", "skipped_steps"})
+    panels = [*PANELS, *(Panel(name, {name: name}) for name in rest)]
+    found = [_figure(records, panel, references) for panel in panels if there & {*panel.metrics}]
+    return found
+
+
+def _figure(records: list[Record], panel: Panel, references: dict[str, dict[str, float]]) -> Any:
+    from bokeh.models import HoverTool, Span
+    from bokeh.plotting import figure
+
+    plot = figure(
+        title=panel.title + (f", {panel.unit}" if panel.unit else ""),
+        height=250,
+        sizing_mode="stretch_width",
+        y_axis_type="log" if panel.log else "linear",
+        tools="xpan,xwheel_zoom,box_zoom,reset",
+        active_drag=None,
+        active_scroll=None,
+        x_axis_label="step",
+    )
+    factor = 100.0 if panel.percent else 1.0
+    curve = 0
+    for record in records:
+        for name, text in panel.metrics.items():
+            steps, values = _thinned(*record.series(name))
+            if not steps:
+                continue
+            several = len(records) > 1
+            label = text if not several else record.name + (f", {text}" if len(panel.metrics) > 1 else "")
+            colour = COLOURS[(records.index(record) if several else curve) % len(COLOURS)]
+            dash = _DASHES[[*panel.metrics].index(name) % 4] if several else _DASHES[curve % 4]
+            source = {
+                "x": steps,
+                "y": [factor * v for v in values],
+                "label": [label] * len(steps),
+                "said": [_said(v, panel) for v in values],
+            }
+            plot.line("x", "y", source=source, color=colour, line_dash=dash, line_width=2, legend_label=label)
+            plot.scatter("x", "y", source=source, color=colour, size=0 if len(steps) > 40 else 5, name="marks")
+            curve += 1
+    for name in panel.metrics:
+        for text, height in references.get(name, {}).items():
+            plot.add_layout(Span(location=factor * height, dimension="width", line_color=_TEXT, line_dash=[2, 4]))
+            plot.line([], [], color=_TEXT, line_dash=[2, 4], legend_label=f"{text}: {height:.3g}")
+    plot.add_tools(
+        HoverTool(tooltips=[("", "@label"), ("step", "@x{0,0}"), ("", "@said")], names=["marks"], mode="vline")
+    )
+    _style(plot)
+    return plot
+
+
+def _thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
+    stride = max(1, math.ceil(len(steps) / _MOST_POINTS))
+    return steps[::stride], values[::stride]
+
+
+def _said(value: float, panel: Panel) -> str:
+    return f"{value:.1%}" if panel.percent else f"{value:.4g}{' ' + panel.unit if panel.unit else ''}"
+
+
+def _style(plot: Any) -> None:
+    """Makes a diagram readable on a light and on a dark page."""
+    plot.background_fill_alpha = 0
+    plot.border_fill_alpha = 0
+    plot.outline_line_color = None
+    plot.toolbar.logo = None
+    plot.toolbar.autohide = True
+    plot.title.text_color = _TEXT
+    plot.grid.grid_line_color = _TEXT
+    plot.grid.grid_line_alpha = 0.25
+    for axis in plot.axis:
+        axis.axis_label_text_color = axis.major_label_text_color = _TEXT
+        axis.axis_line_color = axis.major_tick_line_color = axis.minor_tick_line_color = _TEXT
+    if plot.legend:
+        legend = plot.legend[0]
+        legend.background_fill_alpha = 0
+        legend.border_line_alpha = 0
+        legend.label_text_color = _TEXT
+        legend.label_text_font_size = "11px"
+        legend.padding = legend.margin = 2
+        legend.spacing = 0
+        legend.click_policy = "hide"
+        plot.add_layout(legend, "below")
+        legend.orientation = "horizontal"
+        legend.ncols = 2
