@@ -21,7 +21,7 @@ setup(
         "simclr_jax.configs": "configs",
         "simclr_jax.configs.studies": "configs/studies",
     },
-    package_data={"simclr_jax": ["py.typed"]},
+    package_data={"simclr_jax": ["py.typed"], "simclr_jax.report": ["templates/*"]},
     entry_points={"console_scripts": ["simclr_jax = simclr_jax.main:run"]},
     # Lower bounds are the oldest versions that the tests were run with.
     install_requires=[
@@ -48,10 +48,13 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
         "heic": ["pillow-heif>=1"],
+        "report": ["bokeh>=3.8", "jinja2>=3.1"],
         "studies": ["matplotlib>=3.9"],
         # google-cloud-storage: TensorBoard events into a bucket.
         "tpu": ["google-cloud-storage>=3", "jax[tpu]>=0.10"],
         "dev": [
+            "bokeh>=3.8",
+            "jinja2>=3.1",
             "matplotlib>=3.9",
             "mypy>=2.4",
             "pillow-heif>=1",

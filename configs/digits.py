@@ -57,4 +57,5 @@ def get_config(argument: str = ""):
     c.finetune.batch_size = 64
     c.finetune.epochs = (600.0, 100.0, 60.0)
     c.finetune.learning_rate = (0.2,)
+    c.train.report = True
     return c

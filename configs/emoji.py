@@ -34,4 +34,5 @@ def get_config(argument: str = ""):
     c.train.epochs = 8.0
     c.eval.labels_per_class = (10,)
     c.eval.label_fraction = 0.0
+    c.train.report = True
     return c

@@ -51,4 +51,5 @@ def get_config(argument: str = ""):
     c.finetune.label_fractions = (0.01, 0.1)
     c.finetune.epochs = (60.0, 15.0)
     c.finetune.learning_rate = (0.1,)
+    c.train.report = True
     return c

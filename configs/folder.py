@@ -32,4 +32,5 @@ def get_config(argument: str = ""):
     chosen = suggest.suggest_settings(count, found.short_side, accelerator)
     chosen += suggest.suggest_evaluation(count, accelerator)
     config.set_options(c, {option: value for option, value, _ in chosen})
+    c.train.report = True
     return c

@@ -103,6 +103,24 @@ MODES = {
         takes=("part", "dry_run"),
         trains=True,
     ),
+    "report": Mode(
+        "modes.report",
+        "report",
+        "a page about the run, for a browser: health, curves, views, neighbours, map; or about several",
+        takes=("runs", "output"),
+    ),
+    "views": Mode(
+        "modes.report",
+        "views",
+        "a page of what training would see of some images: look at it before you train",
+        takes=("output",),
+    ),
+    "explain": Mode(
+        "modes.explain",
+        "explain",
+        "what a configuration comes to: steps, memory, time an epoch, and what is unusual about it",
+        takes=("topology",),
+    ),
     "compile": Mode(
         "modes.compile",
         "compile_for",
@@ -125,8 +143,10 @@ def main(argv: list[str]) -> None:
         keep_compiled_programs()
         # Before the configuration, which may ask what devices there are.
         processes.start(args.coordinator, args.processes, args.process)
-    saved = None if args.config else saved_config(args.workdir)
-    config = load(args.config, overrides, saved)
+    config = None
+    if "runs" not in flags:  # each of them has its own
+        saved = None if args.config else saved_config(args.workdir)
+        config = load(args.config, overrides, saved)
     run_mode = getattr(importlib.import_module(f"simclr_jax.{mode.module}"), mode.function)
     if mode.function == "evaluate_features":
         run_mode(args.mode, config, args.workdir, **flags)
@@ -175,7 +195,9 @@ def _parser() -> argparse.ArgumentParser:
     modes = "; ".join(f"{name}: {mode.text}" for name, mode in MODES.items())
     parser.add_argument("--mode", choices=MODES, default="pretrain", help=modes)
     parser.add_argument(
-        "--topology", metavar="KIND:SHAPE", help="for --mode=compile: the slice, such as v5e:16x16"
+        "--topology",
+        metavar="KIND:SHAPE",
+        help="for --mode=compile and explain: the slice, such as v5e:16x16",
     )
     parser.add_argument(
         "--format", choices=("safetensors", "stablehlo", "savedmodel"), help="for --mode=export"
@@ -189,8 +211,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         metavar="PATH",
-        help="for --mode=embed: FILE.parquet or FILE.npz; for export and neighbours: the file, by "
-        "default in the workdir",
+        help="for --mode=embed: FILE.parquet or FILE.npz; for export, neighbours, report and views: the "
+        "file, by default in the workdir",
     )
     parser.add_argument(
         "--with_z", action="store_true", help="for --mode=embed: write the projections z too"
@@ -207,6 +229,27 @@ def _parser() -> argparse.ArgumentParser:
         "trains, until its last step",
     )
     parser.add_argument(
+        "--runs",
+        metavar="'A B RUNS/*'",
+        help="for --mode=report: compare these workdirs, in WORKDIR/runs.html",
+    )
+    parser.add_argument(
+        "--extend",
+        action="store_true",
+        help="for --mode=pretrain: go on with another train.epochs or train.steps than the run was begun with",
+    )
+    _add_flags_of_studies(parser)
+    several = parser.add_argument_group(
+        "several processes", "found out on Cloud TPU VMs and under SLURM; elsewhere all three"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    several.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
+    return parser
+
+
+def _add_flags_of_studies(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--study", metavar="FILE.py", help="for --mode=study: such as configs/studies/loss.py"
     )
     parser.add_argument(
@@ -219,18 +262,6 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="for --mode=study: list the runs and estimate their time",
     )
-    parser.add_argument(
-        "--extend",
-        action="store_true",
-        help="for --mode=pretrain: go on with another train.epochs or train.steps than the run was begun with",
-    )
-    several = parser.add_argument_group(
-        "several processes", "found out on Cloud TPU VMs and under SLURM; elsewhere all three"
-    )
-    several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    several.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    several.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
-    return parser
 
 
 def keep_compiled_programs() -> None:

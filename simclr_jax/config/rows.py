@@ -6,7 +6,7 @@ losses, distortions and sources list their own options beside their code.
 
 from simclr_jax import data, encoders, losses, views
 from simclr_jax.encoders.heads import HEADS
-from simclr_jax.options import Option, below, flag, number, one_of, whole
+from simclr_jax.options import Option, below, each, flag, number, one_of, whole
 
 _MOST_IMAGES = 2**24  # of any batch
 
@@ -130,6 +130,20 @@ OPTIONS: tuple[Option, ...] = (
         0,
         whole(0),
         "steps between measurements of the rank and uniformity of h and z, of 2,048 images; 0: none",
+        True,
+    ),
+    Option(
+        "train.report",
+        False,
+        flag(),
+        "end with WORKDIR/report.html, a page about the run; needs the extra [report]",
+        True,
+    ),
+    Option(
+        "train.sinks",
+        (),
+        each(one_of("wandb", "mlflow")),
+        "where metrics go besides metrics.jsonl and TensorBoard",
         True,
     ),
     Option(

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import json
 
 import jax
@@ -13,15 +14,18 @@ from simclr_jax import config as config_lib
 from simclr_jax.assemble import Pretraining
 from simclr_jax.console import say
 from simclr_jax.data import index, suggest
+from simclr_jax.errors import UserError
 from simclr_jax.evals.evaluate import can_evaluate, evaluate_features
 from simclr_jax.evals.on_the_way import watch
 from simclr_jax.evals.spread import Spread
 from simclr_jax.evals.subjects import ENCODER, UNTRAINED
 from simclr_jax.files import expanded, locked, write_json
 from simclr_jax.mesh import FSDP
+from simclr_jax.modes.report import report
 from simclr_jax.training.checkpoint import Saving
 from simclr_jax.training.log import Reporting
 from simclr_jax.training.loop import Run, fit
+from simclr_jax.training.sinks import open_sinks
 from simclr_jax.training.state import count_parameters
 from simclr_jax.training.verdict import Verdict, judge, judge_accuracy
 from simclr_jax.training.workdir import check_data, check_workdir, write_record
@@ -59,15 +63,36 @@ def pretrain(config: ConfigDict, workdir: str, extend: bool = False) -> bool:
 
 
 def pretrain_and_evaluate(config: ConfigDict, workdir: str, extend: bool = False) -> bool:
-    """Pretrains, and then evaluates as eval.after_training says, where the data have labels.
+    """Pretrains, then evaluates as eval.after_training says, where the data have labels, and then writes the
+    report if train.report says so.
 
     The arguments, the result and the errors are those of `pretrain`.
     """
     if not pretrain(config, workdir, extend):
         return False
+    if config.eval.after_training != "none":
+        _evaluate(config, workdir)
+    if config.train.report:
+        _report(config, workdir)
+    return True
+
+
+def _report(config: ConfigDict, workdir: str) -> None:
+    """Writes WORKDIR/report.html; where that needs what is not installed, says so."""
+    if jax.process_count() > 1:
+        say(
+            f"report      python -m simclr_jax.main --mode=report --workdir={workdir}"
+        )  # by one process alone
+        return
+    try:
+        report(config, workdir)
+    except UserError as error:
+        say(f"report      none: {error}")
+
+
+def _evaluate(config: ConfigDict, workdir: str) -> None:
+    """Evaluates as eval.after_training says, or says what can be done with images without labels."""
     evaluation = config.eval.after_training
-    if evaluation == "none":
-        return True
     if can_evaluate(config, evaluation):
         rows = evaluate_features(evaluation, config, workdir)["rows"]
         verdict = judge_accuracy(rows, _last_metrics(workdir), ENCODER, UNTRAINED)
@@ -80,7 +105,6 @@ def pretrain_and_evaluate(config: ConfigDict, workdir: str, extend: bool = False
         say(
             "            images, --mode=neighbours shows what is near what, --mode=export hands it on"
         )
-    return True
 
 
 def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
@@ -101,7 +125,8 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
 
     every, batch = config.train.log_every_steps, config.data.batch_size
     reporting = Reporting(every, batch, plan.steps, _ADVICE, judged)
-    run = Run(workdir, record, Saving(**config.checkpoint.to_dict()), reporting)
+    sinks = functools.partial(open_sinks, config.train.sinks, workdir, config_lib.flatten(config))
+    run = Run(workdir, record, Saving(**config.checkpoint.to_dict()), reporting, sinks)
     hooks = [*watch(config, made), *([Spread(config, made)] if config.health.every_steps else [])]
     _, finished = fit(made.job, stream(made.views, images), run, hooks)
     if not finished:

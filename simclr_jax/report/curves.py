@@ -71,6 +71,7 @@ PANELS = (
         {"trust_ratio_min": "least", "trust_ratio_median": "median", "trust_ratio_max": "largest"},
         log=True,
     ),
+    Panel("Loss of the online classifier", {"classifier_loss": "cross-entropy"}, "nats"),
     Panel("Learning rate", {"learning_rate": "learning rate"}),
     Panel("Speed", {"images_per_second": "images a second"}, "images/s"),
     Panel(
@@ -110,17 +111,16 @@ def draw_curves(records: list[Record], references: dict[str, dict[str, float]]) 
     there = {name for record in records for line in record.lines for name in line}
     rest = sorted(there - known - {"step", "time", "skipped_steps"})
     panels = [*PANELS, *(Panel(name, {name: name}) for name in rest)]
-    found = [_figure(records, panel, references) for panel in panels if there & {*panel.metrics}]
-    return found
+    return [_figure(records, panel, references) for panel in panels if there & {*panel.metrics}]
 
 
 def _figure(records: list[Record], panel: Panel, references: dict[str, dict[str, float]]) -> Any:
-    from bokeh.models import HoverTool, Span
+    from bokeh.models import BasicTickFormatter, HoverTool
     from bokeh.plotting import figure
 
     plot = figure(
         title=panel.title + (f", {panel.unit}" if panel.unit else ""),
-        height=250,
+        height=240,
         sizing_mode="stretch_width",
         y_axis_type="log" if panel.log else "linear",
         tools="xpan,xwheel_zoom,box_zoom,reset",
@@ -130,13 +130,18 @@ def _figure(records: list[Record], panel: Panel, references: dict[str, dict[str,
     )
     factor = 100.0 if panel.percent else 1.0
     curve = 0
+    marks: list[Any] = []
     for record in records:
         for name, text in panel.metrics.items():
             steps, values = _thinned(*record.series(name))
             if not steps:
                 continue
             several = len(records) > 1
-            label = text if not several else record.name + (f", {text}" if len(panel.metrics) > 1 else "")
+            label = (
+                text
+                if not several
+                else record.name + (f", {text}" if len(panel.metrics) > 1 else "")
+            )
             colour = COLOURS[(records.index(record) if several else curve) % len(COLOURS)]
             dash = _DASHES[[*panel.metrics].index(name) % 4] if several else _DASHES[curve % 4]
             source = {
@@ -145,16 +150,28 @@ def _figure(records: list[Record], panel: Panel, references: dict[str, dict[str,
                 "label": [label] * len(steps),
                 "said": [_said(v, panel) for v in values],
             }
-            plot.line("x", "y", source=source, color=colour, line_dash=dash, line_width=2, legend_label=label)
-            plot.scatter("x", "y", source=source, color=colour, size=0 if len(steps) > 40 else 5, name="marks")
+            plot.line(
+                "x",
+                "y",
+                source=source,
+                color=colour,
+                line_dash=dash,
+                line_width=2,
+                legend_label=label,
+            )
+            small = 0 if len(steps) > 40 else 5
+            marks.append(plot.scatter("x", "y", source=source, color=colour, size=small))
             curve += 1
+    ends = [min(line["step"] for r in records for line in r.lines), max(r.steps for r in records)]
     for name in panel.metrics:
         for text, height in references.get(name, {}).items():
-            plot.add_layout(Span(location=factor * height, dimension="width", line_color=_TEXT, line_dash=[2, 4]))
-            plot.line([], [], color=_TEXT, line_dash=[2, 4], legend_label=f"{text}: {height:.3g}")
-    plot.add_tools(
-        HoverTool(tooltips=[("", "@label"), ("step", "@x{0,0}"), ("", "@said")], names=["marks"], mode="vline")
-    )
+            level = [factor * height] * 2
+            label = f"{text}: {height:.3g}"
+            plot.line(ends, level, color=_TEXT, line_dash=[2, 4], legend_label=label)
+    if not panel.log:
+        plot.yaxis.formatter = BasicTickFormatter(power_limit_low=-6)
+    said = [("", "@label"), ("step", "@x{0,0}"), ("", "@said")]
+    plot.add_tools(HoverTool(tooltips=said, renderers=marks, mode="vline"))
     _style(plot)
     return plot
 
@@ -165,7 +182,9 @@ def _thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[flo
 
 
 def _said(value: float, panel: Panel) -> str:
-    return f"{value:.1%}" if panel.percent else f"{value:.4g}{' ' + panel.unit if panel.unit else ''}"
+    return (
+        f"{value:.1%}" if panel.percent else f"{value:.4g}{' ' + panel.unit if panel.unit else ''}"
+    )
 
 
 def _style(plot: Any) -> None:
@@ -187,9 +206,8 @@ def _style(plot: Any) -> None:
         legend.border_line_alpha = 0
         legend.label_text_color = _TEXT
         legend.label_text_font_size = "11px"
-        legend.padding = legend.margin = 2
-        legend.spacing = 0
+        legend.padding = legend.margin = legend.spacing = 1
+        legend.label_height = legend.glyph_height = 14
         legend.click_policy = "hide"
         plot.add_layout(legend, "below")
-        legend.orientation = "horizontal"
-        legend.ncols = 2
+        plot.height += 16 * len(legend.items)

@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-from simclr_jax.config import from_dict, flatten
+from simclr_jax.config import flatten, from_dict
 from simclr_jax.errors import UserError
 
 # Results of evaluations: WORKDIR/NAME.json, and WORKDIR/NAME_DATA_DIGEST.json on other data.
@@ -71,7 +71,9 @@ def read_record(workdir: str) -> Record:
     root = pathlib.Path(workdir).expanduser()
     about = _json(root / "config.json")
     if about is None or "plan" not in about:
-        raise UserError(f"no run in {workdir}: expected a workdir of --mode=pretrain, with its config.json")
+        raise UserError(
+            f"no run in {workdir}: expected a workdir of --mode=pretrain, with its config.json"
+        )
     results = {path.stem: _json(path) for path in sorted(root.glob("*.json"))}
     return Record(
         root,

@@ -2,24 +2,34 @@
 
 import base64
 import io
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 
-def data_url(image: np.ndarray, side: int) -> str:
-    """Writes uint8 [H, W, 3] as a data: URL of a picture of at most `side` px a side. Small images become
-    larger by whole pixels, as they are.
+def tile(image: np.ndarray, side: int, name: str, lines: list[str]) -> dict[str, Any]:
+    """Returns what a template shows as a picture with a caption.
+
+    Args:
+      image: uint8 [H, W, 3].
+      side: pixels on the page.
+      name: of the image, shown under the pointer.
+      lines: the caption.
+
+    Returns:
+      {"url", "name", "lines", "small": whether its pixels are to be seen as squares}
     """
-    picture = Image.fromarray(image)
-    longest = max(picture.size)
-    scale = side / longest
-    if longest <= side:
-        times = max(1, side // longest)
-        picture = picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
-    else:
-        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    small = 2 * max(image.shape[:2]) <= side
+    return {"url": data_url(image, side), "name": name, "lines": lines, "small": small}
+
+
+def data_url(image: np.ndarray, side: int) -> str:
+    """Writes uint8 [H, W, 3] as a data: URL of a picture of at most `side` px a side; never larger than it
+    is.
+    """
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     kinds: list[tuple[str, dict]] = [("JPEG", {"quality": 80}), ("PNG", {"optimize": True})]
     written = []
     for kind, how in kinds:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from collections.abc import Sequence
 from typing import Any, Self
 
 from etils import epath
@@ -11,6 +12,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from simclr_jax.files import write_text, writing
+from simclr_jax.training.sinks import Sink
 
 _ADVICE = "Mend this, then the same command goes on from the newest checkpoint"
 
@@ -25,9 +27,11 @@ class MetricWriter:
     Args:
       workdir: the folder, which exists.
       resume_step: steps that the restored state has done.
+      sinks: further places for what is written; closed with the writer.
     """
 
-    def __init__(self, workdir: str, resume_step: int = 0):
+    def __init__(self, workdir: str, resume_step: int = 0, sinks: Sequence[Sink] = ()):
+        self._sinks = sinks
         self._path = epath.Path(workdir) / "metrics.jsonl"
         before = self._path.read_bytes() if self._path.exists() else b""
         whole = before.decode(errors="replace").split("\n")[:-1]
@@ -57,6 +61,8 @@ class MetricWriter:
             for name, value in values.items():
                 self._add_event(step, summary=scalar(name, value))
             self._events.flush()
+        for sink in self._sinks:
+            sink.write(step, values)
 
     def _add_event(self, step: int, **content: Any) -> None:
         self._events.write_event(Event(wall_time=time.time(), step=step, **content))
@@ -70,6 +76,8 @@ class MetricWriter:
     def __exit__(self, *_) -> None:
         with contextlib.suppress(OSError):  # what matters is in the metrics, and has been said
             self._events.close()
+        for sink in self._sinks:
+            sink.close()
 
 
 def _step_of(line: str) -> int:

@@ -59,6 +59,9 @@ class Grey(PixelOperation):
     def formula(self, xp: Any, channels: Channels) -> Channels:
         return (luma(channels),) * 3 if len(channels) == 3 else channels
 
+    def describe(self, u: dict[str, Any], channels: int) -> str:
+        return super().describe(u, channels) if channels == 3 else ""
+
 
 @dataclasses.dataclass(frozen=True)
 class ColorJitter(Operation):

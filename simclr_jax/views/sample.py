@@ -63,8 +63,8 @@ def _on_the_host(
     from simclr_jax.views import host
 
     size, distortion = making.size, making.distortion
-    keys = (tf.constant(n, tf.int64) for n in (making.order.seed, epoch, index))
-    draws = host.draw(*keys, distortion)
+    seed, epoch, index = (tf.constant(n, tf.int64) for n in (making.order.seed, epoch, index))
+    draws = host.draw(seed, epoch, index, distortion)
     if not crops_only:
         return host.make_views(tf.constant(image), draws, size, distortion).numpy(), draws.numpy()
     crops = host.make_crops(tf.constant(image), draws, size, distortion).numpy()

@@ -1,0 +1,71 @@
+"""--mode=report: one HTML page of a run, or of several runs side by side; --mode=views: of views only."""
+
+import os
+import pathlib
+
+from ml_collections import ConfigDict
+
+from simclr_jax import assemble
+from simclr_jax.console import say
+from simclr_jax.files import expanded, write_text
+from simclr_jax.report.curves import need_bokeh
+from simclr_jax.report.page import render
+from simclr_jax.report.record import read_record
+from simclr_jax.report.run_page import page_of_run
+from simclr_jax.report.runs_page import page_of_runs
+from simclr_jax.report.sheet import SHEET_EPOCHS, name_of_data, sheet_of
+
+
+def report(
+    config: ConfigDict | None, workdir: str, runs: str = "", output: str = ""
+) -> pathlib.Path:
+    """Writes a page about the run of a workdir, whatever state it is in, or about several runs.
+
+    Args:
+      config: the run's configuration; not used with `runs`.
+      workdir: its folder; with `runs`, where the page goes.
+      runs: workdirs, or patterns of them such as RUNS/*, separated by spaces; "": the one of `workdir`.
+      output: the page; "": WORKDIR/report.html, or with `runs` WORKDIR/runs.html.
+
+    Returns:
+      the page's path.
+
+    Raises:
+      UserError: there is no run, Bokeh is not installed, or the page cannot be written.
+    """
+    need_bokeh()
+    if runs:
+        path = expanded(output or os.path.join(workdir, "runs.html"))
+        page = page_of_runs(runs.split(), path.parent)
+    else:
+        assert config is not None
+        path = expanded(output or os.path.join(workdir, "report.html"))
+        page = page_of_run(config, read_record(workdir))
+    write_text(path, page)
+    say(f"report      {path} ({len(page.encode()) / 1e6:.1f} MB)")
+    return path
+
+
+def views(config: ConfigDict, workdir: str, output: str = "") -> None:
+    """Writes a page of eight training images and the views that training would see of each.
+
+    Args:
+      config: a run's configuration.
+      workdir: where the page goes.
+      output: the page; "": WORKDIR/views.html.
+
+    Raises:
+      UserError: there are no data, or the page cannot be written.
+    """
+    path = expanded(output or os.path.join(workdir, "views.html"))
+    rows = sheet_of(config, assemble.data_set(config).train)
+    page = render(
+        "views.html",
+        {},
+        title=f"Views: {name_of_data(config)}",
+        views=rows,
+        epochs=SHEET_EPOCHS,
+        size=config.data.image_size,
+    )
+    write_text(path, page)
+    say(f"views       {path}")
