@@ -95,6 +95,14 @@ def _say_evaluations(config: ConfigDict) -> None:
 
 def _say_time(config: ConfigDict, made: Pretraining) -> None:
     job: Any = made.job
+    if config.data.placement == "host":  # else the images would have to be there
+        compiled = job.step.lower(job.abstract_state, made.views.abstract()).compile()
+        plan, flops = compiled.memory_analysis(), compiled.cost_analysis().get("flops", 0.0)
+        size = plan.argument_size_in_bytes + plan.temp_size_in_bytes
+        say(
+            f"a step      {_bytes(size)} of a device's memory as the compiler plans it, {flops / 1e9:.3g} "
+            "GFLOP as it counts them (a loop once)"
+        )
     say(f"measuring   for {_MEASURED_SECONDS:.0f} s, after the step is compiled")
     (row,) = measure_e2e(config, _MEASURED_SECONDS)
     rate, images = row["images_per_second"], made.train.count

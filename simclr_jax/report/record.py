@@ -49,11 +49,34 @@ class Record:
 
     @property
     def state(self) -> str:
-        """ "finished", or how far it is. A run that goes on and one that was stopped look alike."""
+        """How far the run is: "finished", "at step ...", or "failed ...". One that was stopped looks as one
+        that goes on.
+        """
         planned = self.about["plan"]["steps"]
-        if self.failed and self.steps < planned:
-            return f"failed after step {self.steps} of {planned}: not finite"
+        if self.has_failed:
+            return f"failed after step {self.steps} of {planned}"
         return "finished" if self.steps >= planned else f"at step {self.steps} of {planned}"
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a loss or gradient that was not finite ended the run before its last step."""
+        return bool(self.failed) and self.steps < self.about["plan"]["steps"]
+
+    def verdict(self) -> dict[str, Any]:
+        """Returns {"name", "because", "is_bad"}: the run's own verdict, or why there is none yet."""
+        if self.has_failed:
+            said = {
+                "name": self.state,
+                "because": f"not finite; {', '.join(self.failed)} names the images",
+            }
+            return said | {"is_bad": True}
+        if self.health is None:
+            return {
+                "name": self.state,
+                "because": "no verdict has been passed yet",
+                "is_bad": False,
+            }
+        return self.health | {"is_bad": self.health["name"] != "sound"}
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Returns the steps at which a metric was written, and its values."""

@@ -53,7 +53,6 @@ def page_of_run(config: ConfigDict, record: Record) -> str:
     except UserError as error:
         problems.append(f"No pictures: {error}.")
     planned, about = record.about["plan"], record.about
-    verdict = record.health or {"name": record.state, "because": "no verdict has been passed yet"}
     figures = {"curves": draw_curves([record], _references(record)), "map": content.pop("map")}
     options = _options(record)
     return render(
@@ -61,7 +60,7 @@ def page_of_run(config: ConfigDict, record: Record) -> str:
         figures,
         title=record.name,
         subtitle=f"{name_of_data(config)}, {about['training_images']} training images, begun {about['time']}",
-        verdict={**verdict, "sound": verdict["name"] in ("sound", record.state)},
+        verdict=record.verdict(),
         cards=_cards(record, planned),
         problems=problems,
         results=[_result(name, found) for name, found in record.results.items()],

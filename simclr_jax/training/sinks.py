@@ -43,7 +43,7 @@ class WeightsAndBiases:
         self._run.log({"step": step} | values)
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 class MLflow:

@@ -1,0 +1,149 @@
+"""What a configuration comes to, and what is unusual about it."""
+
+import sys
+import types
+
+import pytest
+
+from simclr_jax import assemble, config
+from simclr_jax.config.rows import OPTIONS
+from simclr_jax.errors import UserError
+from simclr_jax.modes import explain as explain_mode
+from simclr_jax.modes.explain import explain, oddities
+from simclr_jax.modes.pretrain import pretrain
+from simclr_jax.training.sinks import SINKS
+
+
+def of_imagenet(**options):
+    c = config.default()
+    config.set_options(c, {name.replace("__", "."): value for name, value in options.items()})
+    return oddities(c, assemble.plan_of(c, 1_281_167), 1_281_167)
+
+
+def test_the_papers_recipe_is_not_unusual():
+    assert of_imagenet() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"data__batch_size": 32, "optimizer__name": "sgd"}, "62 negatives"),
+        ({"optimizer__scaling": "none"}, "0.3 x B / 256 = 4.8 for 4096"),
+        ({"data__batch_size": 256}, "optimizer.name=lars at batch 256"),
+        ({"optimizer__name": "adamw"}, "learning rate 4.8 with adamw"),
+        (
+            {"data__image_size": 32, "model__stem": "cifar"},
+            "views.blur_probability above 0 at 32 px",
+        ),
+        (
+            {"train__steps": 1000},
+            "optimizer.warmup_epochs=10 is 3128 steps of 1000: it is cut to 500",
+        ),
+        ({"views__color_strength": 0.0, "views__grey_probability": 0.0}, "no colour distortion"),
+        ({"loss__temperature": 0.01}, "loss.temperature=0.01"),
+        (
+            {"train__steps": 50, "optimizer__warmup_epochs": 0.0},
+            "50 steps: enough to see that it runs",
+        ),
+        ({"data__image_size": 64, "views__blur_probability": 0.0}, "leaves 2 px"),
+    ],
+)
+def test_what_is_unusual_is_said_with_its_reason(options, says):
+    (line,) = of_imagenet(**options)
+    assert says in line
+
+
+def test_a_run_is_explained_and_nothing_is_written(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(explain_mode, "_MEASURED_SECONDS", 0.5)
+    config.set_options(
+        tiny, {"data.placement": "host", "eval.every_steps": 4, "eval.on_the_way": "knn"}
+    )
+    found = explain(tiny, str(tmp_path / "w"))
+    said = capsys.readouterr().out
+    for text in (
+        "images      12 x 12, 3 channels; views made on the host",
+        "shapes      views [16, 2, 12, 12, 3], h [32, 16]",
+        "every 4 steps, 2 kept",
+        "evaluation  knn every 4 steps; probe at the end",
+        "of a device's memory as the compiler plans it",
+        " an epoch, ",
+        "unusual     data.batch_size=16",
+    ):
+        assert text in said
+    assert len(found) == 4  # the batch, lars at it, no colour, and 8 steps
+    assert not (tmp_path / "w").exists()
+
+
+# Weights & Biases and MLflow
+
+
+class Recorded:
+    """Stands for either library."""
+
+    def __init__(self):
+        self.began, self.lines, self.closed = [], [], 0
+
+    def wandb(self):
+        def init(**how):
+            self.began.append((how["id"], how["config"]["train.steps"]))
+            return types.SimpleNamespace(
+                define_metric=lambda *_, **__: None,
+                log=lambda values: self.lines.append(values),
+                finish=self.close,
+            )
+
+        return types.SimpleNamespace(init=init)
+
+    def mlflow(self):
+        def start_run(run_id, run_name):
+            self.began.append((run_id or "first", 8))
+            return types.SimpleNamespace(info=types.SimpleNamespace(run_id="first"))
+
+        return types.SimpleNamespace(
+            start_run=start_run,
+            log_params=lambda params: None,
+            log_metrics=lambda values, step: self.lines.append({"step": step} | values),
+            end_run=self.close,
+        )
+
+    def close(self):
+        self.closed += 1
+
+
+@pytest.mark.parametrize("name", SINKS)
+def test_metrics_go_to_a_sink_and_a_resumed_run_goes_on_there(tiny, tmp_path, monkeypatch, name):
+    seen = Recorded()
+    monkeypatch.setitem(sys.modules, name, getattr(seen, name)())
+    config.set_options(tiny, {"train.sinks": (name,), "train.steps": 8})
+    for _ in range(2):
+        assert pretrain(tiny, str(tmp_path / "w"))
+    (first, steps), second = seen.began
+    assert (first, steps) == second
+    assert steps == 8
+    assert [line["step"] for line in seen.lines] == [2, 4, 6, 8]
+    assert seen.lines[-1]["loss"] > 0
+    assert seen.closed == 2
+
+
+@pytest.mark.parametrize("name", SINKS)
+def test_a_sink_that_is_not_there_is_one_line(tiny, tmp_path, monkeypatch, name):
+    tiny.train.sinks = (name,)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        UserError, match=f"train.sinks={name} needs its library: pip install {name}"
+    ):
+        pretrain(tiny, str(tmp_path / "w"))
+
+    def refuses(**_):
+        raise RuntimeError("no\nkey")
+
+    broken = types.SimpleNamespace(init=refuses, start_run=refuses)
+    monkeypatch.setitem(sys.modules, name, broken)
+    with pytest.raises(UserError, match=f"train.sinks={name} cannot begin: no key"):
+        pretrain(tiny, str(tmp_path / "w"))
+
+
+def test_the_option_names_all_sinks():
+    (option,) = (option for option in OPTIONS if option.name == "train.sinks")
+    assert option.allowed.holds(tuple(SINKS))
+    assert not option.allowed.holds(("tensorboard",))

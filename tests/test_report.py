@@ -1,0 +1,381 @@
+"""The pages about runs: what they say, that they show it, and that no file name can break them."""
+
+import base64
+import importlib.util
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from simclr_jax import assemble, config
+from simclr_jax.errors import UserError
+from simclr_jax.main import main
+from simclr_jax.mesh import make_mesh
+from simclr_jax.modes.pretrain import pretrain, pretrain_and_evaluate
+from simclr_jax.modes.report import report, views
+from simclr_jax.report import learned
+from simclr_jax.report.pictures import Picture, pictures_of
+from simclr_jax.report.record import read_record
+from simclr_jax.report.thumbnails import data_url, tile
+from simclr_jax.views import host, make_distortion
+from simclr_jax.views.sample import sample_views
+
+# What was drawn for a view
+
+
+OPERATIONS = {
+    "flip": {"flip": True},
+    "jitter": {"color_strength": 1.0, "jitter_probability": 0.5},
+    "grey": {"grey_probability": 0.5},
+    "blur": {"blur_probability": 0.5},
+    "solarize": {"solarize_probability": 0.5, "solarize_threshold": 0.5},
+}
+NOTHING = {
+    "crop_area": (1.0, 1.0),
+    "crop_aspect": (1.0, 1.0),
+    "flip": False,
+    "color_strength": 0.0,
+    "grey_probability": 0.0,
+    "blur_probability": 0.0,
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_is_said_where_it_changes_the_view(name):
+    """Of 20 draws of each: views that are no longer the image are those with a line beside the crop's."""
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3)).astype(np.uint8)
+    distortion = make_distortion(NOTHING | OPERATIONS[name], views=1)
+    changed, said = [], []
+    for index in range(20):
+        keys = (tf.constant(k, tf.int64) for k in (0, 0, index))
+        draws = host.draw(*keys, distortion)
+        view = host.make_views(tf.constant(image), draws, 40, distortion).numpy()[0]
+        changed.append(not np.array_equal(view, image))
+        said.append(len(distortion.describe(image.shape, draws.numpy()[0])) == 2)
+    if name == "blur":  # one of a small sigma rounds to nothing
+        assert all(told or not differs for told, differs in zip(said, changed, strict=True))
+    else:
+        assert changed == said
+    assert 2 < sum(changed) < 18
+
+
+def test_a_crop_is_said_as_it_was_taken():
+    distortion = make_distortion({"crop_area": (0.25, 0.25), "crop_aspect": (1.0, 1.0)})
+    draws = np.full(distortion.draws, 0.99)
+    assert distortion.describe((64, 64, 3), draws)[0] == "crop 25%, 32 x 32 px"
+
+
+def test_the_jitter_says_its_factors_in_their_order():
+    distortion = make_distortion({"color_strength": 0.5, "crop_area": (1, 1)})
+    jitter = distortion.operations[1]
+    u = {"jitter": [0.0], "factors": [0.0, 0.5, 1.0, 1.0], "order": [0.3, 0.2, 0.1, 0.0]}
+    assert jitter.describe(u, 3) == "hue +36°, saturation x 1.40, contrast x 1.00, brightness -0.40"
+    assert jitter.describe(u, 1) == "contrast x 1.00, brightness -0.40"
+    assert jitter.describe(u | {"jitter": [0.9]}, 3) == ""
+
+
+@pytest.mark.parametrize("options", [{}, {"data.color_on": "device"}, {"data.placement": "device"}])
+def test_the_sheet_shows_the_views_that_training_sees(tiny, options):
+    config.set_options(tiny, {"data.placement": "host", "views.color_strength": 1.0} | options)
+    mesh = make_mesh(jax.devices()[:1])
+    made = assemble.pretraining(tiny, mesh=mesh)
+    images = assemble.images_of(tiny, made.train)
+    batches = made.views.batches(images, 0)
+    batch = next(batches)
+    batches.close()
+    placed = made.views.placer(made.train)(batch)
+    seen = np.asarray(jax.jit(lambda b: made.views.views(made.views.fetch(b)))(placed))
+    index = int(batch["index"][3])
+    image = made.train.source[index].image
+    sampled = sample_views(made.views, image, index, 1)
+    for view, wanted in zip(sampled, seen[3], strict=True):
+        assert np.abs(view.image - 255 * wanted).max() < 1.01
+        assert view.drawn[0].startswith("crop ")
+
+
+# What an encoder makes of images
+
+
+def embedded(h, labels=None):
+    labels = np.full(len(h), -1) if labels is None else labels
+    unit = h / np.linalg.norm(h, axis=1, keepdims=True)
+    return learned.Embedded(unit, h, [], np.arange(len(h)), labels)
+
+
+def test_neighbours_pairs_and_strays_are_those_of_loops():
+    rng = np.random.default_rng(0)
+    h = rng.normal(size=(300, 8)).astype(np.float32)
+    h[:, 0] += 4
+    h[17] = h[230] * 2  # a copy, by angle
+    h[99] = -h.mean(0)  # unlike all
+    some = embedded(h)
+    near = learned.nearest(some)
+    unit = some.h.astype(np.float64)
+    for i in (0, 17, 255, 256, 299):
+        similar = {j: unit[i] @ unit[j] for j in range(300) if j != i}
+        best = sorted(similar.values(), reverse=True)[:10]
+        np.testing.assert_allclose(near.similarities[i], best, atol=1e-6)
+        np.testing.assert_allclose([similar[j] for j in near.indices[i]], best, atol=1e-6)
+    first, second, cosine = learned.most_alike(near, 3)[0]
+    assert (first, second) == (17, 230)
+    assert cosine == pytest.approx(1, abs=1e-5)
+    assert len({pair[:2] for pair in learned.most_alike(near, 50)}) == 50
+    assert learned.most_isolated(near, 5)[0] == 99
+
+
+def test_the_map_keeps_groups_together_and_is_the_same_each_time():
+    rng = np.random.default_rng(0)
+    groups = np.arange(60) % 3
+    h = (np.eye(3)[groups] + 0.05 * rng.normal(size=(60, 3))).astype(np.float32)
+    places = learned.map_of(h)
+    np.testing.assert_array_equal(places, learned.map_of(h))
+    apart = np.linalg.norm(places[:, None] - places[None], axis=-1) + 1e9 * np.eye(60)
+    assert np.all(groups[apart.argmin(1)] == groups)
+    assert learned.map_of(h[:3]).shape == (3, 2)
+
+
+def test_confusions_count_true_classes_by_row():
+    corners = np.eye(3, dtype=np.float32)
+    train = embedded(np.repeat(corners, 10, 0), np.repeat(np.arange(3), 10))
+    test = embedded(corners[[0, 1, 1, 2]], np.asarray([0, 1, 2, -1]))
+    counts = learned.confusions(train, test, 3)
+    np.testing.assert_array_equal(counts, [[1, 0, 0], [0, 1, 0], [0, 1, 0]])
+    assert learned.most_confused(counts, 8) == [(2, 1, 1)]
+
+
+def test_pictures_are_small_and_what_they_were(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (300, 200, 3)).astype(np.uint8)
+    assert not tile(image, 96, "a", [])["small"]
+    assert tile(image[:8, :8], 96, "a", [])["small"]
+    for side, size in ((96, (64, 96)), (400, (200, 300))):
+        kind, _, content = data_url(image, side).partition(";base64,")
+        assert kind in ("data:image/jpeg", "data:image/png")
+        file = tmp_path / "x"
+        file.write_bytes(base64.b64decode(content))
+        assert Image.open(file).size == size
+
+
+def test_a_sample_leaves_out_what_cannot_be_read(tmp_path):
+    for i in range(6):
+        Image.new("RGB", (5, 4), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes(b"no image")
+    from simclr_jax.data.folder import open_split
+
+    found = list(pictures_of(open_split(str(tmp_path), False), 100, True))
+    assert [picture.place for picture in found] == [0, 1, 2, 4, 5]
+    assert [int(picture.image[0, 0, 0]) for picture in found] == [0, 1, 2, 4, 5]
+
+
+# The pages
+
+
+HOSTILE = [
+    "<script>alert(1)<!--.png",
+    "\"'&lt;b&gt;.png",
+    "😀 é ${x} {{ 7 * 7 }}.png",
+    "</script>.png",
+]
+
+
+@pytest.fixture
+def hostile(tiny, tmp_path):
+    """A run on a folder whose names would break a page that does not escape them."""
+    root = tmp_path / "<b>pictures"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        name = HOSTILE[i].replace("/", "∕") if i < len(HOSTILE) else f"{i}.png"
+        Image.fromarray(rng.integers(0, 256, (14, 12, 3)).astype(np.uint8)).save(root / name)
+    options = {"data.source": "folder", "data.path": str(root), "data.placement": "host"}
+    config.set_options(tiny, options | {"train.steps": 2, "data.batch_size": 8})
+    assert pretrain(tiny, str(tmp_path / "run"))
+    return tiny, tmp_path / "run"
+
+
+def text_of(page):
+    """The page without scripts, styles and pictures."""
+    page = re.sub(r"<(script|style)\b.*?</\1>", "", page, flags=re.S)
+    return re.sub(r"data:image/[^\"]*", "", page)
+
+
+def test_no_name_of_a_file_can_break_the_page(hostile):
+    options, workdir = hostile
+    page = report(options, str(workdir)).read_text()
+    text = text_of(page)
+    assert "<script>alert(1)" not in page
+    assert "&lt;script&gt;alert(1)" in text
+    assert "{{ 7 * 7 }}" in text  # shown, not computed
+    assert "😀" in text
+    assert len(page.encode()) < 5e6
+    assert not re.search(r"(src|href)=\"(http|//)", text)
+    for heading in ("Curves", "Views", "Nearest neighbours", "Map", "Most alike", "Configuration"):
+        assert f"<h2>{heading}</h2>" in page
+    assert "What is taken for what" not in page  # no labels
+
+
+@pytest.mark.whole
+def test_a_run_without_data_or_checkpoint_still_has_a_page(tiny, tmp_path):
+    workdir = tmp_path / "w"
+    assert pretrain(tiny, str(workdir))
+    shutil.rmtree(workdir / "checkpoints")
+    page = report(tiny, str(workdir)).read_text()
+    assert "No pictures: " in page
+    assert "<h2>Views</h2>" in page
+    tiny.data.path = str(tmp_path / "moved.npz")
+    page = text_of(report(tiny, str(workdir)).read_text())
+    assert "<h2>Views</h2>" not in page
+    assert "<h2>Curves</h2>" in page
+
+
+@pytest.mark.whole
+def test_a_labelled_run_ends_with_its_page(tiny, tmp_path, capsys):
+    config.set_options(tiny, {"train.report": True, "eval.after_training": "knn"})
+    assert pretrain_and_evaluate(tiny, str(tmp_path / "w"))
+    assert "report      " in capsys.readouterr().out
+    page = text_of((tmp_path / "w/report.html").read_text())
+    assert "What is taken for what" in page
+    assert "<h3>knn</h3>" in page
+    verdict = json.loads((tmp_path / "w/health.json").read_text())
+    assert verdict["name"] in page
+    assert "8 options" not in page
+    assert re.search(r"train\.steps</b></td><td class=\"text\">8</td>", page)
+
+
+def write_run(folder, lines, steps=4, **files):
+    folder.mkdir(parents=True)
+    record = {
+        "config": config.default().to_dict(),
+        "plan": {"steps": steps, "warmup_steps": 0, "learning_rate": 0.1},
+        "training_images": 8192,
+        "classes": None,
+        "data_fingerprint": "f",
+        "versions": {"jax": "1"},
+        "commit": None,
+        "command": ["x"],
+        "time": "2026-01-01T00:00:00+00:00",
+        "devices": ["cpu:0"],
+        "processes": 1,
+    }
+    (folder / "config.json").write_text(json.dumps(record))
+    (folder / "metrics.jsonl").write_text(lines)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_record_says_how_far_its_run_is(tmp_path):
+    line = '{"step": 2, "loss": 1.5}\n'
+    going = read_record(str(write_run(tmp_path / "a", line + '{"step": 4, "lo')))
+    assert (going.state, going.series("loss"), going.last("none")) == (
+        "at step 2 of 4",
+        ([2], [1.5]),
+        None,
+    )
+    assert not going.verdict()["is_bad"]
+    failed = read_record(str(write_run(tmp_path / "b", line, not_finite_step_3={"step": 3})))
+    assert failed.verdict()["is_bad"]
+    assert failed.state == "failed after step 2 of 4"
+    sick = write_run(tmp_path / "c", line, 2, health={"name": "collapsed", "because": "z"})
+    assert read_record(str(sick)).verdict()["is_bad"]
+    with pytest.raises(UserError, match="no run in"):
+        read_record(str(tmp_path))
+
+
+def test_several_runs_are_one_page_to_sort(tmp_path, capsys):
+    rows = [
+        {"features": "encoder", "labels_per_class": None, "accuracy": 0.5, "std": 0, "seeds": 1}
+    ]
+    for name, loss in (("a", 1.5), ("b & <i>", 2.5)):
+        line = json.dumps({"step": 4, "loss": loss}) + "\n"
+        write_run(tmp_path / "runs" / name, line, probe={"step": 4, "rows": rows})
+    other = json.loads((tmp_path / "runs/a/config.json").read_text())
+    other["config"]["loss"]["temperature"] = 0.25
+    (tmp_path / "runs/a/config.json").write_text(json.dumps(other))
+    (tmp_path / "runs/a/report.html").write_text("")
+    (tmp_path / "runs/no run").mkdir()
+    main(["--mode=report", f"--workdir={tmp_path}", f"--runs={tmp_path}/runs/*"])
+    page = text_of((tmp_path / "runs.html").read_text())
+    assert '<a href="runs/a/report.html">a</a>' in page
+    assert "b &amp; &lt;i&gt;" in page
+    assert 'data-value="1.5"' in page
+    assert "50.0%" in page
+    assert re.search(r"loss\.temperature</td><td>0\.25</td><td>0\.1", page)
+    assert page.count("<td>seed</td>") == 0
+    assert "no run" in page
+    with pytest.raises(UserError, match="expected workdirs"):
+        main(["--mode=report", f"--workdir={tmp_path}", f"--runs={tmp_path}/none*"])
+
+
+def test_views_can_be_looked_at_before_training(tiny, tmp_path):
+    views(tiny, str(tmp_path / "w"))
+    page = (tmp_path / "w/views.html").read_text()
+    assert page.count("crop ") >= 8 * 6
+    assert page.count("<img") == 8 * 7
+
+
+def test_a_picture_in_grey_is_embedded_in_three_channels():
+    class Seen:
+        width = 2
+
+        def preprocess(self, image):
+            assert image.shape == (4, 4, 3)
+            return image
+
+        def __call__(self, images):
+            return np.ones((len(images), 2), np.float32)
+
+    grey = Picture(5, np.zeros((4, 4, 1), np.uint8), 1)
+    some = learned.embed_pictures(Seen(), [grey] * 3)
+    assert some.indices.tolist() == [5] * 3
+    assert some.labels.tolist() == [1] * 3
+    np.testing.assert_allclose(some.h, np.full((3, 2), 0.5**0.5), rtol=1e-6)
+
+
+@pytest.mark.whole
+@pytest.mark.skipif(
+    shutil.which("chromium") is None or importlib.util.find_spec("playwright") is None,
+    reason="needs Chromium and playwright",
+)
+def test_a_browser_shows_the_page(hostile):
+    """No error in the console, no request, no scrolling sideways, and values under the pointer."""
+    from playwright.sync_api import sync_playwright
+
+    options, workdir = hostile
+    page_file = report(options, str(workdir))
+    with sync_playwright() as player:
+        browser = player.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        for width in (360, 800, 1440):
+            page = browser.new_page(viewport={"width": width, "height": 900})
+            problems = []
+            page.on(
+                "console", lambda m, p=problems: p.append(m.text) if m.type == "error" else None
+            )
+            page.on("pageerror", lambda e, p=problems: p.append(str(e)))
+            page.on("dialog", lambda d, p=problems: p.append("a dialog"))
+            page.on(
+                "request",
+                lambda r, p=problems: (
+                    None if r.url.startswith(("file:", "data:", "blob:")) else p.append(r.url)
+                ),
+            )
+            page.goto(page_file.as_uri())
+            page.wait_for_timeout(1500)
+            assert problems == []
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        plot = page.locator(".curves > div").first
+        plot.scroll_into_view_if_needed()
+        box = plot.bounding_box()
+        seen = False
+        for share in (0.3, 0.5, 0.7, 0.9):
+            page.mouse.move(box["x"] + share * box["width"], box["y"] + 80)
+            page.wait_for_timeout(300)
+            seen = seen or page.locator(".bk-Tooltip").count() > 0
+        assert seen
+        browser.close()
