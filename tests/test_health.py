@@ -106,7 +106,8 @@ def is_shape(x):
         (50, 0.01, EVEN, "below the lower bound"),
         (50, 0.0447, EVEN, "sound"),
         (5, 6.93, 0.005, "collapsed"),
-        (50, 7.3, EVEN, "sound"),  # untrained, a loss may lie above chance
+        (5, 7.3, EVEN, "sound"),  # untrained, a loss may lie above chance
+        (50, 7.3, EVEN, "not learning"),
     ],
 )
 def test_verdicts(step, loss, z_std, expected):
@@ -176,10 +177,22 @@ def sick_of_no_normalisation(options, patch, tmp_path):
     options.optimizer.weight_decay = 0.0  # a step of its own: traced with the wrong function
 
 
+def sick_of_batchnorm(options, patch, tmp_path):
+    """Statistics of one image: they push its two views to opposite sides."""
+    options.model.norm_group = 1
+
+
+def sick_of_the_learning_rate(options, patch, tmp_path):
+    """Each step throws the encoder elsewhere."""
+    config.set_options(options, {"optimizer.name": "sgd", "optimizer.learning_rate": 1000.0})
+
+
 @pytest.mark.parametrize(
     ("sick", "expected"),
     [
         (sick_of_constant_images, "collapsed"),
+        (sick_of_batchnorm, "not learning"),
+        (sick_of_the_learning_rate, "not learning"),
         (sick_of_wrong_partners, "not learning"),
         (sick_of_no_normalisation, "below the lower bound"),
     ],
@@ -197,6 +210,7 @@ def test_runs_made_sick_on_purpose_are_named(plain, tmp_path, capsys, monkeypatc
 
 def test_a_healthy_run_raises_no_alarm_and_its_metrics_are_there(plain, tmp_path, capsys):
     plain.eval.after_training = "knn"
+    plain.train.log_every_steps = 8  # of 8 steps on noise none is after the warm-up
     assert pretrain_and_evaluate(plain, str(tmp_path / "w")) is True
     assert health_of(tmp_path / "w") in ("sound", "no better than untrained")  # 8 steps on noise
     said = capsys.readouterr().out
