@@ -28,14 +28,14 @@ from simclr_jax.views.sample import sample_views
 # What was drawn for a view
 
 
-OPERATIONS = {
+OPERATIONS: dict[str, dict] = {
     "flip": {"flip": True},
     "jitter": {"color_strength": 1.0, "jitter_probability": 0.5},
     "grey": {"grey_probability": 0.5},
     "blur": {"blur_probability": 0.5},
     "solarize": {"solarize_probability": 0.5, "solarize_threshold": 0.5},
 }
-NOTHING = {
+NOTHING: dict = {
     "crop_area": (1.0, 1.0),
     "crop_aspect": (1.0, 1.0),
     "flip": False,
@@ -52,8 +52,8 @@ def test_an_operation_is_said_where_it_changes_the_view(name):
     distortion = make_distortion(NOTHING | OPERATIONS[name], views=1)
     changed, said = [], []
     for index in range(20):
-        keys = (tf.constant(k, tf.int64) for k in (0, 0, index))
-        draws = host.draw(*keys, distortion)
+        seed, epoch, place = (tf.constant(k, tf.int64) for k in (0, 0, index))
+        draws = host.draw(seed, epoch, place, distortion)
         view = host.make_views(tf.constant(image), draws, 40, distortion).numpy()[0]
         changed.append(not np.array_equal(view, image))
         said.append(len(distortion.describe(image.shape, draws.numpy()[0])) == 2)
@@ -336,6 +336,15 @@ def test_a_picture_in_grey_is_embedded_in_three_channels():
     np.testing.assert_allclose(some.h, np.full((3, 2), 0.5**0.5), rtol=1e-6)
 
 
+def listen(page, problems):
+    """Notes errors, dialogs and requests of a page."""
+    page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda e: problems.append(str(e)))
+    page.on("dialog", lambda d: problems.append("a dialog"))
+    inside = ("file:", "data:", "blob:")
+    page.on("request", lambda r: None if r.url.startswith(inside) else problems.append(r.url))
+
+
 @pytest.mark.whole
 @pytest.mark.skipif(
     shutil.which("chromium") is None or importlib.util.find_spec("playwright") is None,
@@ -353,18 +362,8 @@ def test_a_browser_shows_the_page(hostile):
         )
         for width in (360, 800, 1440):
             page = browser.new_page(viewport={"width": width, "height": 900})
-            problems = []
-            page.on(
-                "console", lambda m, p=problems: p.append(m.text) if m.type == "error" else None
-            )
-            page.on("pageerror", lambda e, p=problems: p.append(str(e)))
-            page.on("dialog", lambda d, p=problems: p.append("a dialog"))
-            page.on(
-                "request",
-                lambda r, p=problems: (
-                    None if r.url.startswith(("file:", "data:", "blob:")) else p.append(r.url)
-                ),
-            )
+            problems: list[str] = []
+            listen(page, problems)
             page.goto(page_file.as_uri())
             page.wait_for_timeout(1500)
             assert problems == []

@@ -1,5 +1,6 @@
 """Curves of metrics over steps, with values under the pointer, by Bokeh."""
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -111,7 +112,16 @@ def draw_curves(records: list[Record], references: dict[str, dict[str, float]]) 
     there = {name for record in records for line in record.lines for name in line}
     rest = sorted(there - known - {"step", "time", "skipped_steps"})
     panels = [*PANELS, *(Panel(name, {name: name}) for name in rest)]
+    if len(records) > 1:  # a colour for each run, and no line styles to tell apart
+        panels = [_of_one(panel, name) for panel in panels for name in panel.metrics]
     return [_figure(records, panel, references) for panel in panels if there & {*panel.metrics}]
+
+
+def _of_one(panel: Panel, name: str) -> Panel:
+    """Returns the panel with one of its metrics alone."""
+    text = panel.metrics[name]
+    title = f"{panel.title}: {text}" if len(panel.metrics) > 1 else panel.title
+    return panel._replace(title=title, metrics={name: text})
 
 
 def _figure(records: list[Record], panel: Panel, references: dict[str, dict[str, float]]) -> Any:
@@ -129,39 +139,23 @@ def _figure(records: list[Record], panel: Panel, references: dict[str, dict[str,
         x_axis_label="step",
     )
     factor = 100.0 if panel.percent else 1.0
-    curve = 0
     marks: list[Any] = []
-    for record in records:
-        for name, text in panel.metrics.items():
-            steps, values = _thinned(*record.series(name))
-            if not steps:
-                continue
-            several = len(records) > 1
-            label = (
-                text
-                if not several
-                else record.name + (f", {text}" if len(panel.metrics) > 1 else "")
-            )
-            colour = COLOURS[(records.index(record) if several else curve) % len(COLOURS)]
-            dash = _DASHES[[*panel.metrics].index(name) % 4] if several else _DASHES[curve % 4]
-            source = {
-                "x": steps,
-                "y": [factor * v for v in values],
-                "label": [label] * len(steps),
-                "said": [_said(v, panel) for v in values],
-            }
-            plot.line(
-                "x",
-                "y",
-                source=source,
-                color=colour,
-                line_dash=dash,
-                line_width=2,
-                legend_label=label,
-            )
-            small = 0 if len(steps) > 40 else 5
-            marks.append(plot.scatter("x", "y", source=source, color=colour, size=small))
-            curve += 1
+    # Several runs have one metric here, and one run several: the number is that of the colour.
+    for number, (record, name) in enumerate(itertools.product(records, panel.metrics)):
+        steps, values = _thinned(*record.series(name))
+        if not steps:
+            continue
+        label = record.name if len(records) > 1 else panel.metrics[name]
+        source = {
+            "x": steps,
+            "y": [factor * v for v in values],
+            "label": [label] * len(steps),
+            "said": [_said(v, panel) for v in values],
+        }
+        colour, dash = COLOURS[number % len(COLOURS)], _DASHES[number % len(_DASHES)]
+        look: dict[str, Any] = {"source": source, "color": colour}
+        plot.line("x", "y", line_dash=dash, line_width=2, legend_label=label, **look)
+        marks.append(plot.scatter("x", "y", size=0 if len(steps) > 40 else 5, **look))
     ends = [min(line["step"] for r in records for line in r.lines), max(r.steps for r in records)]
     for name in panel.metrics:
         for text, height in references.get(name, {}).items():

@@ -73,7 +73,7 @@ def page_of_run(config: ConfigDict, record: Record) -> str:
 
 
 def _cards(record: Record, planned: dict) -> list[tuple[str, str]]:
-    found = [("state", record.state), ("peak learning rate", f"{planned['learning_rate']:.3g}")]
+    found = [("state", record.state), ("peak learning rate", f"{planned['learning_rate']:.4g}")]
     shown = {
         "loss": ("loss", "{:.3f}"),
         "contrastive_top1": ("contrastive accuracy", "{:.1%}"),

@@ -68,7 +68,7 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
     if step > settled_after and loss > no_better - near:
         why = f"after the warm-up within {near:.2g} (ours) of ln(2B - 1), and z is spread"
         if loss > no_better + near:
-            why = "after the warm-up above ln(2B - 1): partners are farther apart than chance has them"
+            why = "after the warm-up above ln(2B - 1): worse than telling nothing apart"
         return Verdict("not learning", f"{where}: {why}: {seen}")
     return Verdict("sound", f"{where}; {seen}")
 
