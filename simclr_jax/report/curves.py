@@ -113,15 +113,12 @@ def draw_curves(records: list[Record], references: dict[str, dict[str, float]]) 
     rest = sorted(there - known - {"step", "time", "skipped_steps"})
     panels = [*PANELS, *(Panel(name, {name: name}) for name in rest)]
     if len(records) > 1:  # a colour for each run, and no line styles to tell apart
-        panels = [_of_one(panel, name) for panel in panels for name in panel.metrics]
+        panels = [
+            panel._replace(title=name, metrics={name: name})
+            for panel in panels
+            for name in panel.metrics
+        ]
     return [_figure(records, panel, references) for panel in panels if there & {*panel.metrics}]
-
-
-def _of_one(panel: Panel, name: str) -> Panel:
-    """Returns the panel with one of its metrics alone."""
-    text = panel.metrics[name]
-    title = f"{panel.title}: {text}" if len(panel.metrics) > 1 else panel.title
-    return panel._replace(title=title, metrics={name: text})
 
 
 def _figure(records: list[Record], panel: Panel, references: dict[str, dict[str, float]]) -> Any:

@@ -16,7 +16,7 @@ from simclr_jax.evals.results import labels_table
 from simclr_jax.losses.health import chance, lower_bound
 from simclr_jax.pretrained import load_encoder
 from simclr_jax.report import learned
-from simclr_jax.report.curves import draw_curves
+from simclr_jax.report.curves import COLOURS, draw_curves
 from simclr_jax.report.map import colours_of, draw_map
 from simclr_jax.report.page import render
 from simclr_jax.report.pictures import pictures_of
@@ -141,7 +141,8 @@ def _pictures(config: ConfigDict, record: Record, data: Any) -> dict[str, Any]:
         some.labels[on_the_map],
     )
     places = learned.map_of(part.h)
-    frames = "Frames have the colour of the class, which the pointer names. " if classes else ""
+    frames = "Frames have the colour of the class, which the pointer names" if classes else ""
+    frames += ("; colours repeat. " if len(classes) > len(COLOURS) else ". ") if classes else ""
     return {
         "sample": sample,
         "neighbours": [row(int(i)) for i in queries],

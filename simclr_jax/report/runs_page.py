@@ -26,7 +26,7 @@ def page_of_runs(patterns: Sequence[str], folder: pathlib.Path) -> str:
     records, skipped = [], []
     for path in dict.fromkeys(paths):
         if not pathlib.Path(path, "config.json").exists():
-            skipped.append(path)
+            skipped += [path] if os.path.isdir(path) else []
             continue
         records.append(read_record(path))
     if not records:
