@@ -24,7 +24,11 @@ from simclr_jax.views import (
 )
 from simclr_jax.views.color import Flip, turn_hue
 from simclr_jax.views.crop import Crop
+from simclr_jax.views.cutout import Cutout
 from simclr_jax.views.distortion import Distortion, Operation, PixelOperation, key_of
+from simclr_jax.views.noise import Noise
+from simclr_jax.views.rotation import Rotation
+from simclr_jax.views.sobel import Sobel
 from simclr_jax.views.solarize import Solarize
 
 EVERYTHING = make_distortion(
@@ -186,7 +190,8 @@ def test_two_keys_with_the_same_lower_half_draw_other_numbers():
 def test_names_have_distinct_keys_and_stay_what_they_are():
     names = [step.NAME for step in (Crop, *OPERATIONS)]
     # A changed name, or key, is another view of every image: a resumed run would go astray.
-    assert names == ["crop", "flip", "color_jitter", "grey", "blur", "solarize"]
+    assert names[:6] == ["crop", "flip", "color_jitter", "grey", "blur", "solarize"]
+    assert names[6:] == ["sobel", "noise", "rotation", "cutout"]
     assert len({key_of(name) for name in names}) == len(names)
     assert key_of("123456789") == 0xCBF43926  # CRC-32's published check value
 
@@ -205,7 +210,7 @@ def test_solarize_is_off_by_default(tiny):
     assert tiny.views.solarize_probability == 0
     assert "solarize" not in make_distortion({}).sizes
     assert [o.NAME for o in make_distortion({}).chain] == ["flip", "color_jitter", "grey", "blur"]
-    assert [o.NAME for o in OPERATIONS].index("solarize") == len(OPERATIONS) - 1
+    assert [o.NAME for o in OPERATIONS].index("solarize") == 4  # after what the paper does
 
 
 def solarized(x, threshold):
@@ -242,6 +247,84 @@ def test_solarized_views_of_host_and_device_differ_by_one_grey_level_at_most(cha
     for views in found:
         assert views.shape == (24, 2, 16, 16, 3)
         assert np.max(np.abs(views - expected)) <= 1
+
+
+# The other operations of figure 5
+
+
+def sobel_by_loops(x):
+    """x float64 [H, W, C] in [0, 1]."""
+    grey = x @ [0.2989, 0.5870, 0.1140] if x.shape[-1] == 3 else x[..., 0]
+    padded = np.pad(grey, 1, "edge")
+    weights = np.array([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
+    out = np.zeros_like(grey)
+    for r in range(grey.shape[0]):
+        for c in range(grey.shape[1]):
+            part = padded[r : r + 3, c : c + 3]
+            out[r, c] = np.hypot(np.sum(weights * part), np.sum(weights.T * part)) / 4
+    return np.repeat(np.minimum(out, 1)[..., np.newaxis], x.shape[-1], axis=-1)
+
+
+def hidden_by_loops(x, place, share):
+    found, size = x.copy(), len(x)
+    for r in range(size):
+        for c in range(size):
+            far = max(abs(r + 0.5 - size * place[0]), abs(c + 0.5 - size * place[1]))
+            if far < 0.5 * share * size:
+                found[r, c] = 0.5
+    return found
+
+
+def expected_of(name, x, u):
+    if name == "sobel":
+        return sobel_by_loops(x)
+    if name == "rotation":
+        return np.rot90(x, 1 + int(3 * u["quarters"][0]))
+    return hidden_by_loops(x, u["place"], 0.5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "operation", [Sobel(0.5), Rotation(0.5), Cutout(0.5)], ids=lambda o: o.NAME
+)
+def test_operations_of_figure_5_equal_loops_on_host_and_device(operation, channels):
+    kind = Distortion(Whole(), (operation,))
+    x = images(24, channels)
+    draws = np.random.default_rng(0).random((24, 2, kind.draws), np.float32)
+    found = on_host(x, draws, kind), on_device(x, draws, kind)
+    happened = 0
+    for i in range(24):
+        for v in range(2):
+            u = kind.numbers_of(operation, draws[i, v])
+            happens = u[operation.NAME][0] < 0.5
+            happened += happens
+            one = x[i].astype(np.float64) / 255
+            expected = 255 * (expected_of(operation.NAME, one, u) if happens else one)
+            for views in found:
+                assert np.max(np.abs(views[i, v] - expected)) <= 1
+            assert bool(operation.describe(u, channels)) == happens
+    assert 12 < happened < 36
+
+
+def test_noise_is_normal_keyed_by_the_view_and_clipped():
+    kind = Distortion(Whole(), (Noise(0.5, 0.1),))
+    x = np.full((24, 16, 16, 3), 128, np.uint8)
+    draws = np.random.default_rng(0).random((24, 2, kind.draws), np.float32)
+    happens = kind.numbers_of(kind.chain[0], draws)["noise"][..., 0] < 0.5
+    for make in (on_host, on_device):
+        views = make(x, draws, kind).astype(np.float64) / 255
+        np.testing.assert_array_equal(make(x, draws, kind) / 255, views)  # the same each time
+        added = views[happens] - 128 / 255
+        assert np.all(views[~happens] == 128 / 255)
+        assert added.std() == pytest.approx(0.1, rel=0.02)
+        assert abs(added.mean()) < 0.002
+        flat = added.reshape(len(added), -1)
+        between = np.corrcoef(flat) - np.eye(len(flat))
+        assert np.abs(between).max() < 0.2  # views have noise of their own
+        channels = np.corrcoef(added.reshape(-1, 3).T) - np.eye(3)
+        assert np.abs(channels).max() < 0.05
+        white = make(np.full_like(x, 255), draws, kind)
+        assert white.max() == 255
 
 
 # What classifiers see

@@ -10,10 +10,24 @@ from typing import Any
 from simclr_jax.views.blur import Blur
 from simclr_jax.views.color import ColorJitter, Flip, Grey
 from simclr_jax.views.crop import Crop
+from simclr_jax.views.cutout import Cutout
 from simclr_jax.views.distortion import Distortion, Operation
+from simclr_jax.views.noise import Noise
+from simclr_jax.views.rotation import Rotation
+from simclr_jax.views.sobel import Sobel
 from simclr_jax.views.solarize import Solarize
 
-OPERATIONS: tuple[type[Operation], ...] = (Flip, ColorJitter, Grey, Blur, Solarize)
+OPERATIONS: tuple[type[Operation], ...] = (
+    Flip,
+    ColorJitter,
+    Grey,
+    Blur,
+    Solarize,
+    Sobel,
+    Noise,
+    Rotation,
+    Cutout,
+)
 
 OPTIONS = (*Crop.OPTIONS, *(option for kind in OPERATIONS for option in kind.OPTIONS))
 

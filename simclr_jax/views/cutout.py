@@ -1,0 +1,61 @@
+"""Cutout: hides a square (DeVries and Taylor 2017, arXiv 1708.04552), one of the operations of the paper's
+figure 5, which publishes no size for it. Off by default: SimCLR does not use it.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import numpy as np
+
+from simclr_jax.options import Option, number
+from simclr_jax.views.distortion import Channels, Operation
+
+_HIDDEN = 0.5  # the middle of the range, as cutout's zero is the mean of normalised images
+
+
+@dataclasses.dataclass(frozen=True)
+class Cutout(Operation):
+    """Makes a square grey. Its centre is uniform over the view, so part of it may lie outside.
+
+    Attributes:
+      cutout_probability: how often.
+      cutout_size: side of the square, share of the view's.
+    """
+
+    cutout_probability: float = 0.0
+    cutout_size: float = 0.5
+
+    OPTIONS: ClassVar = (
+        Option("views.cutout_probability", 0.0, number(0, 1), "of hiding a square"),
+        Option(
+            "views.cutout_size", 0.5, number(0.01, 2), "side of the square, share of the view's"
+        ),
+    )
+    NAME: ClassVar = "cutout"
+    DRAWS: ClassVar = {"cutout": 1, "place": 2}
+
+    @property
+    def is_on(self) -> bool:
+        return self.cutout_probability > 0
+
+    def host(self, x: Any, u: dict[str, Any]) -> Any:
+        import tensorflow as tf
+
+        return tf.where(self._hidden(tf, x.shape[-1], u), _HIDDEN, x)
+
+    def device(self, channels: Channels, u: dict[str, Any]) -> Channels:
+        import jax.numpy as jnp
+
+        hidden = self._hidden(jnp, channels[0].shape[-1], u)
+        return tuple(jnp.where(hidden, _HIDDEN, c) for c in channels)
+
+    def _hidden(self, xp: Any, size: int, u: dict[str, Any]) -> Any:
+        """Returns which pixels [..., size, size] the square covers; none where it was not drawn."""
+        middles = np.arange(size, dtype=np.float32) + 0.5
+        half = 0.5 * self.cutout_size * size
+        rows = xp.abs(middles[:, np.newaxis] - size * u["place"][..., 0]) < half
+        columns = xp.abs(middles[np.newaxis] - size * u["place"][..., 1]) < half
+        return rows & columns & (u["cutout"][..., 0] < self.cutout_probability)
+
+    def describe(self, u: dict[str, np.ndarray], channels: int) -> str:
+        return "cutout" if u["cutout"][0] < self.cutout_probability else ""
