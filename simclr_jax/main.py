@@ -139,12 +139,16 @@ def main(argv: list[str]) -> None:
     flags = _flags_of(args)
     if not (args.workdir or (args.mode == "compile" and args.config)):
         raise UserError("no --workdir: expected the folder where everything is written")
-    if args.mode != "compile":
+    if "topology" not in flags:  # compiling for a slice sets up JAX itself
         keep_compiled_programs()
         # Before the configuration, which may ask what devices there are.
         processes.start(args.coordinator, args.processes, args.process)
     config = None
-    if "runs" not in flags:  # each of them has its own
+    if "runs" in flags:  # each of them has its own configuration
+        if args.config or overrides:
+            given = " ".join(overrides) or f"--config={args.config}"
+            raise UserError(f"--runs compares runs as they are: expected no {given}")
+    else:
         saved = None if args.config else saved_config(args.workdir)
         config = load(args.config, overrides, saved)
     run_mode = getattr(importlib.import_module(f"simclr_jax.{mode.module}"), mode.function)

@@ -1,5 +1,6 @@
 """What a configuration comes to, and what is unusual about it."""
 
+import shutil
 import sys
 import types
 
@@ -11,6 +12,7 @@ from simclr_jax.errors import UserError
 from simclr_jax.modes import explain as explain_mode
 from simclr_jax.modes.explain import explain, oddities
 from simclr_jax.modes.pretrain import pretrain
+from simclr_jax.training import loop
 from simclr_jax.training.sinks import SINKS
 
 
@@ -81,7 +83,7 @@ class Recorded:
     """Stands for either library."""
 
     def __init__(self):
-        self.began, self.lines, self.closed = [], [], 0
+        self.began, self.lines, self.closed = [], [], []
 
     def wandb(self):
         def init(**how):
@@ -89,7 +91,7 @@ class Recorded:
             return types.SimpleNamespace(
                 define_metric=lambda *_, **__: None,
                 log=lambda values: self.lines.append(values),
-                finish=self.close,
+                finish=lambda exit_code: self.closed.append(exit_code == 0),
             )
 
         return types.SimpleNamespace(init=init)
@@ -103,26 +105,51 @@ class Recorded:
             start_run=start_run,
             log_params=lambda params: None,
             log_metrics=lambda values, step: self.lines.append({"step": step} | values),
-            end_run=self.close,
+            end_run=lambda status: self.closed.append(status == "FINISHED"),
         )
-
-    def close(self):
-        self.closed += 1
 
 
 @pytest.mark.parametrize("name", SINKS)
 def test_metrics_go_to_a_sink_and_a_resumed_run_goes_on_there(tiny, tmp_path, monkeypatch, name):
+    """Its checkpoint of step 4 is the newest when it goes on."""
     seen = Recorded()
     monkeypatch.setitem(sys.modules, name, getattr(seen, name)())
     config.set_options(tiny, {"train.sinks": (name,), "train.steps": 8})
-    for _ in range(2):
-        assert pretrain(tiny, str(tmp_path / "w"))
-    (first, steps), second = seen.began
-    assert (first, steps) == second
-    assert steps == 8
+    assert pretrain(tiny, str(tmp_path / "w"))
+    shutil.rmtree(tmp_path / "w/checkpoints/8")
+    assert pretrain(tiny, str(tmp_path / "w"))
+    first, second = seen.began
+    assert second == first if name == "wandb" else second[0] == "first"
+    assert [line["step"] for line in seen.lines] == [2, 4, 6, 8, 6, 8]
+    assert seen.lines[3]["loss"] == seen.lines[5]["loss"]
+    assert seen.closed == [True, True]
+
+
+def test_a_sink_that_fails_is_left_and_the_training_goes_on(tiny, tmp_path, monkeypatch, capsys):
+    seen = Recorded()
+    library = seen.mlflow()
+
+    def refuse(values, step):
+        raise ConnectionError("no\nnetwork")
+
+    library.log_metrics = refuse
+    monkeypatch.setitem(sys.modules, "mlflow", library)
+    monkeypatch.setitem(sys.modules, "wandb", seen.wandb())
+    tiny.train.sinks = ("mlflow", "wandb")
+    assert pretrain(tiny, str(tmp_path / "w"))
+    assert capsys.readouterr().out.count("no more metrics to mlflow: no network") == 1
     assert [line["step"] for line in seen.lines] == [2, 4, 6, 8]
-    assert seen.lines[-1]["loss"] > 0
-    assert seen.closed == 2
+    assert seen.closed == [True]
+
+
+def test_a_training_that_fails_is_closed_as_failed(tiny, tmp_path, monkeypatch):
+    seen = Recorded()
+    monkeypatch.setitem(sys.modules, "wandb", seen.wandb())
+    monkeypatch.setattr(loop, "check_state", lambda *_: (_ for _ in ()).throw(UserError("bad")))
+    tiny.train.sinks = ("wandb",)
+    with pytest.raises(UserError, match="bad"):
+        pretrain(tiny, str(tmp_path / "w"))
+    assert seen.closed == [False]
 
 
 @pytest.mark.parametrize("name", SINKS)

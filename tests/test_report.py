@@ -8,18 +8,22 @@ import shutil
 
 import jax
 import numpy as np
+import pyarrow.parquet
 import pytest
 import tensorflow as tf
 from PIL import Image
 
 from simclr_jax import assemble, config
+from simclr_jax.data.arrays import in_memory
 from simclr_jax.errors import UserError
+from simclr_jax.evals import results
 from simclr_jax.main import main
 from simclr_jax.mesh import make_mesh
 from simclr_jax.modes.pretrain import pretrain, pretrain_and_evaluate
 from simclr_jax.modes.report import report, views
 from simclr_jax.report import learned
-from simclr_jax.report.pictures import Picture, pictures_of
+from simclr_jax.report.curves import PANELS
+from simclr_jax.report.pictures import pictures_of
 from simclr_jax.report.record import read_record
 from simclr_jax.report.thumbnails import data_url, tile
 from simclr_jax.views import host, make_distortion
@@ -143,8 +147,8 @@ def test_confusions_count_true_classes_by_row():
     corners = np.eye(3, dtype=np.float32)
     train = embedded(np.repeat(corners, 10, 0), np.repeat(np.arange(3), 10))
     test = embedded(corners[[0, 1, 1, 2]], np.asarray([0, 1, 2, -1]))
-    counts = learned.confusions(train, test, 3)
-    np.testing.assert_array_equal(counts, [[1, 0, 0], [0, 1, 0], [0, 1, 0]])
+    counts = learned.confusions(train, test)
+    assert counts == {(0, 0): 1, (1, 1): 1, (2, 1): 1}
     assert learned.most_confused(counts, 8) == [(2, 1, 1)]
 
 
@@ -242,7 +246,10 @@ def test_a_labelled_run_ends_with_its_page(tiny, tmp_path, capsys):
     assert "<h3>knn</h3>" in page
     verdict = json.loads((tmp_path / "w/health.json").read_text())
     assert verdict["name"] in page
-    assert "8 options" not in page
+    shown = re.search(r"(\d+) options, of which (\d+) differ", page)
+    assert shown
+    assert int(shown[1]) == len(config.flatten(tiny))
+    assert 10 < int(shown[2]) < 40
     assert re.search(r"train\.steps</b></td><td class=\"text\">8</td>", page)
 
 
@@ -318,22 +325,75 @@ def test_views_can_be_looked_at_before_training(tiny, tmp_path):
     assert page.count("<img") == 8 * 7
 
 
-def test_a_picture_in_grey_is_embedded_in_three_channels():
-    class Seen:
-        width = 2
+class Seen:
+    """An encoder that looks at what it is given."""
 
-        def preprocess(self, image):
-            assert image.shape == (4, 4, 3)
-            return image
+    width = 2
 
-        def __call__(self, images):
-            return np.ones((len(images), 2), np.float32)
+    def preprocess(self, image):
+        assert image.shape[-1] == 3
+        return image
 
-    grey = Picture(5, np.zeros((4, 4, 1), np.uint8), 1)
-    some = learned.embed_pictures(Seen(), [grey] * 3)
-    assert some.indices.tolist() == [5] * 3
-    assert some.labels.tolist() == [1] * 3
+    def __call__(self, images):
+        return images.reshape(len(images), -1)[:, :2].astype(np.float32)
+
+
+def test_a_sample_of_a_stream_and_of_grey_images_is_embedded(tmp_path):
+    """A Parquet file of which one row is no image."""
+    rows = []
+    for i in range(5):
+        file = tmp_path / f"{i}.png"
+        Image.new("L", (4, 4), 10 * i + 5).save(file)
+        rows.append(b"" if i == 3 else file.read_bytes())
+    table = pyarrow.table({"image": rows, "label": [0, 1, 0, 1, 1]})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    c = config.default()
+    config.set_options(c, {"data.source": "parquet", "data.path": str(tmp_path / "x.parquet")})
+    split = assemble.data_set(c).train
+    some = learned.embed_sample(Seen(), split, 100, True)
+    assert some.features[:, 0].tolist() == [5, 15, 25, 45]
+    assert some.labels.tolist() == [0, 1, 0, 1]
+    assert [thumbnail.shape for thumbnail in some.thumbnails] == [(4, 4, 3)] * 4
+    arrays = in_memory(np.full((3, 4, 4, 1), 7, np.uint8), np.asarray([0, 1, -1]), ("a", "b"))
+    some = learned.embed_sample(Seen(), arrays, 100, True)
+    assert some.labels.tolist() == [0, 1, -1]
     np.testing.assert_allclose(some.h, np.full((3, 2), 0.5**0.5), rtol=1e-6)
+
+
+@pytest.mark.whole
+def test_runs_of_many_lines_stay_small_and_are_named_apart(tmp_path):
+    line = {name: 0.5 for panel in PANELS for name in panel.metrics}
+    lines = "".join(json.dumps({"step": n, **line}) + "\n" for n in range(1, 2001))
+    for i in range(8):
+        write_run(tmp_path / f"{i}" / "w", lines.replace("0.5", f"0.{i}"), 2000)
+    page = report(None, str(tmp_path), runs=f"{tmp_path}/*/w '{tmp_path}/no such'")
+    content = page.read_text()
+    assert len(content.encode()) < 5e6
+    text = text_of(content)
+    assert ">7/w<" in text
+    assert "no such" in text
+
+
+def test_a_skipped_step_is_no_failure_and_a_sick_run_that_goes_on_is_judged(tmp_path):
+    line = json.dumps({"step": 4000, "loss": 9.2, "z_std": 1e-6}) + "\n"
+    folder = write_run(tmp_path / "a", line, 9000, not_finite_step_12={"step": 12})
+    record = read_record(str(folder))
+    assert not record.has_failed
+    assert record.verdict()["name"] == "collapsed"
+    saved = json.loads((folder / "config.json").read_text())
+    saved["config"]["train"]["skip_not_finite"] = True
+    (folder / "config.json").write_text(json.dumps(saved))
+    for step in range(4001, 4012):
+        assert not read_record(str(folder)).has_failed
+        (folder / f"not_finite_step_{step}.json").write_text("{}")
+    assert read_record(str(folder)).has_failed
+
+
+def test_an_unfinished_fine_tuning_has_empty_cells():
+    rows = [results.row("encoder", n, [0.5]) for n in (1, None)]
+    rows.append(results.row("untrained", 1, [0.4]))
+    expected = [["encoder", "50.0%", "50.0%"], ["untrained", "40.0%", ""]]
+    assert results.labels_table(rows)[1] == expected
 
 
 def listen(page, problems):

@@ -46,7 +46,7 @@ def labels_table(rows: list[dict]) -> Table:
     for r in rows:
         cells.setdefault(r["features"], {})[r["labels_per_class"] or np.inf] = cell(r)
     header = ["labels a class"] + ["all" if c == np.inf else str(c) for c in columns]
-    return header, [[kind, *(by[c] for c in columns)] for kind, by in cells.items()]
+    return header, [[kind, *(by.get(c, "") for c in columns)] for kind, by in cells.items()]
 
 
 def path_of(config: ConfigDict, saved: dict, data: DataSet, workdir: str, mode: str) -> epath.Path:

@@ -15,6 +15,7 @@ from simclr_jax.errors import UserError
 from simclr_jax.files import expanded
 from simclr_jax.modes.embed import Input, open_input
 from simclr_jax.modes.feature_file import FeatureFile, read_feature_file
+from simclr_jax.report.learned import unit
 
 _NEIGHBOURS = 8
 _QUERIES = 8
@@ -38,13 +39,13 @@ def nearest(features: FeatureFile, queries: np.ndarray, k: int) -> tuple[np.ndar
     for block in features.blocks():
         asked |= {i: block[i - start] for i in queries.tolist() if start <= i < start + len(block)}
         start += len(block)
-    wanted = _unit(np.stack([asked[i] for i in queries.tolist()]))
+    wanted = unit(np.stack([asked[i] for i in queries.tolist()]))
     best = np.zeros((len(queries), 0), np.int64)
     scores = np.zeros((len(queries), 0), np.float32)
     start = 0
     for block in features.blocks():
         indices = np.arange(start, start + len(block))
-        similar = wanted @ _unit(block).T
+        similar = wanted @ unit(block).T
         similar[queries[:, None] == indices] = -np.inf
         best = np.concatenate([best, np.broadcast_to(indices, similar.shape)], axis=1)
         scores = np.concatenate([scores, similar], axis=1)
@@ -53,10 +54,6 @@ def nearest(features: FeatureFile, queries: np.ndarray, k: int) -> tuple[np.ndar
         scores = np.take_along_axis(scores, order, axis=1)
         start += len(block)
     return best, scores
-
-
-def _unit(h: np.ndarray) -> np.ndarray:
-    return h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-12)
 
 
 def neighbours(

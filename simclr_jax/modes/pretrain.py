@@ -14,7 +14,6 @@ from simclr_jax import config as config_lib
 from simclr_jax.assemble import Pretraining
 from simclr_jax.console import say
 from simclr_jax.data import index, suggest
-from simclr_jax.errors import UserError
 from simclr_jax.evals.evaluate import can_evaluate, evaluate_features
 from simclr_jax.evals.on_the_way import watch
 from simclr_jax.evals.spread import Spread
@@ -25,7 +24,7 @@ from simclr_jax.modes.report import report
 from simclr_jax.training.checkpoint import Saving
 from simclr_jax.training.log import Reporting
 from simclr_jax.training.loop import Run, fit
-from simclr_jax.training.sinks import open_sinks
+from simclr_jax.training.sinks import Sinks
 from simclr_jax.training.state import count_parameters
 from simclr_jax.training.verdict import Verdict, judge, judge_accuracy
 from simclr_jax.training.workdir import check_data, check_workdir, write_record
@@ -81,13 +80,15 @@ def _report(config: ConfigDict, workdir: str) -> None:
     """Writes WORKDIR/report.html; where that needs what is not installed, says so."""
     if jax.process_count() > 1:
         say(
-            f"report      python -m simclr_jax.main --mode=report --workdir={workdir}"
-        )  # by one process alone
+            f"report      by one process: python -m simclr_jax.main --mode=report --workdir={workdir}"
+        )
         return
     try:
         report(config, workdir)
-    except UserError as error:
-        say(f"report      none: {error}")
+    except (
+        Exception
+    ) as error:  # the training is finished and saved: nothing may make it look failed
+        say(f"report      none: {' '.join(str(error).split())}")
 
 
 def _evaluate(config: ConfigDict, workdir: str) -> None:
@@ -125,7 +126,7 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
 
     every, batch = config.train.log_every_steps, config.data.batch_size
     reporting = Reporting(every, batch, plan.steps, _ADVICE, judged)
-    sinks = functools.partial(open_sinks, config.train.sinks, workdir, config_lib.flatten(config))
+    sinks = functools.partial(Sinks, config.train.sinks, workdir, config_lib.flatten(config))
     run = Run(workdir, record, Saving(**config.checkpoint.to_dict()), reporting, sinks)
     hooks = [*watch(config, made), *([Spread(config, made)] if config.health.every_steps else [])]
     _, finished = fit(made.job, stream(made.views, images), run, hooks)

@@ -1,13 +1,14 @@
 """--mode=report: one HTML page of a run, or of several runs side by side; --mode=views: of views only."""
 
 import os
-import pathlib
+import shlex
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax.console import say
-from simclr_jax.files import expanded, write_text
+from simclr_jax.files import absolute, write_text
 from simclr_jax.report.curves import need_bokeh
 from simclr_jax.report.page import render
 from simclr_jax.report.record import read_record
@@ -16,15 +17,13 @@ from simclr_jax.report.runs_page import page_of_runs
 from simclr_jax.report.sheet import SHEET_EPOCHS, name_of_data, sheet_of
 
 
-def report(
-    config: ConfigDict | None, workdir: str, runs: str = "", output: str = ""
-) -> pathlib.Path:
+def report(config: ConfigDict | None, workdir: str, runs: str = "", output: str = "") -> epath.Path:
     """Writes a page about the run of a workdir, whatever state it is in, or about several runs.
 
     Args:
       config: the run's configuration; not used with `runs`.
       workdir: its folder; with `runs`, where the page goes.
-      runs: workdirs, or patterns of them such as RUNS/*, separated by spaces; "": the one of `workdir`.
+      runs: workdirs, or patterns of them such as RUNS/*, separated by spaces, quoted as in a shell; "": the one of `workdir`.
       output: the page; "": WORKDIR/report.html, or with `runs` WORKDIR/runs.html.
 
     Returns:
@@ -35,11 +34,11 @@ def report(
     """
     need_bokeh()
     if runs:
-        path = expanded(output or os.path.join(workdir, "runs.html"))
-        page = page_of_runs(runs.split(), path.parent)
+        path = _page_at(output or os.path.join(workdir, "runs.html"))
+        page = page_of_runs(shlex.split(runs), str(path.parent))
     else:
         assert config is not None
-        path = expanded(output or os.path.join(workdir, "report.html"))
+        path = _page_at(output or os.path.join(workdir, "report.html"))
         page = page_of_run(config, read_record(workdir))
     write_text(path, page)
     say(f"report      {path} ({len(page.encode()) / 1e6:.1f} MB)")
@@ -57,7 +56,8 @@ def views(config: ConfigDict, workdir: str, output: str = "") -> None:
     Raises:
       UserError: there are no data, or the page cannot be written.
     """
-    path = expanded(output or os.path.join(workdir, "views.html"))
+    need_bokeh()
+    path = _page_at(output or os.path.join(workdir, "views.html"))
     rows = sheet_of(config, assemble.data_set(config).train)
     page = render(
         "views.html",
@@ -69,3 +69,7 @@ def views(config: ConfigDict, workdir: str, output: str = "") -> None:
     )
     write_text(path, page)
     say(f"views       {path}")
+
+
+def _page_at(path: str) -> epath.Path:
+    return epath.Path(absolute(path))

@@ -11,7 +11,7 @@ from simclr_jax.report.record import Record
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a7f00", "#777777")
 _DASHES = ("solid", "dashed", "dotted", "dotdash")
 _TEXT = "#767676"  # readable on white and on dark grey
-_MOST_POINTS = 1000  # of a curve: a pixel each
+_MOST_POINTS = 600  # of the curves of one metric: a pixel each
 
 
 class Panel(NamedTuple):
@@ -92,6 +92,7 @@ def need_bokeh() -> None:
     """Raises a UserError where Bokeh is not installed."""
     try:
         import bokeh  # noqa: F401
+        import jinja2  # noqa: F401
     except ImportError as error:
         raise UserError(
             "a report needs Bokeh, which is not installed: pip install 'simclr_jax[report]'"
@@ -122,7 +123,7 @@ def draw_curves(records: list[Record], references: dict[str, dict[str, float]]) 
 
 
 def _figure(records: list[Record], panel: Panel, references: dict[str, dict[str, float]]) -> Any:
-    from bokeh.models import BasicTickFormatter, HoverTool
+    from bokeh.models import BasicTickFormatter, ColumnDataSource, HoverTool
     from bokeh.plotting import figure
 
     plot = figure(
@@ -139,20 +140,17 @@ def _figure(records: list[Record], panel: Panel, references: dict[str, dict[str,
     marks: list[Any] = []
     # Several runs have one metric here, and one run several: the number is that of the colour.
     for number, (record, name) in enumerate(itertools.product(records, panel.metrics)):
-        steps, values = _thinned(*record.series(name))
+        steps, values = _thinned(*record.series(name), _MOST_POINTS // len(records))
         if not steps:
             continue
         label = record.name if len(records) > 1 else panel.metrics[name]
-        source = {
-            "x": steps,
-            "y": [factor * v for v in values],
-            "label": [label] * len(steps),
-            "said": [_said(v, panel) for v in values],
-        }
-        colour, dash = COLOURS[number % len(COLOURS)], _DASHES[number % len(_DASHES)]
-        look: dict[str, Any] = {"source": source, "color": colour}
-        plot.line("x", "y", line_dash=dash, line_width=2, legend_label=label, **look)
-        marks.append(plot.scatter("x", "y", size=0 if len(steps) > 40 else 5, **look))
+        source = ColumnDataSource({"x": steps, "y": [factor * v for v in values]})
+        colour = COLOURS[number % len(COLOURS)]
+        turn = number // len(COLOURS) if len(records) > 1 else number
+        look: dict[str, Any] = {"source": source, "color": colour, "legend_label": label}
+        plot.line("x", "y", line_dash=_DASHES[turn % len(_DASHES)], line_width=2, **look)
+        size = 0 if len(steps) > 40 else 5
+        marks.append(plot.scatter("x", "y", size=size, name=label, **look))
     ends = [min(line["step"] for r in records for line in r.lines), max(r.steps for r in records)]
     for name in panel.metrics:
         for text, height in references.get(name, {}).items():
@@ -161,21 +159,19 @@ def _figure(records: list[Record], panel: Panel, references: dict[str, dict[str,
             plot.line(ends, level, color=_TEXT, line_dash=[2, 4], legend_label=label)
     if not panel.log:
         plot.yaxis.formatter = BasicTickFormatter(power_limit_low=-6)
-    said = [("", "@label"), ("step", "@x{0,0}"), ("", "@said")]
-    plot.add_tools(HoverTool(tooltips=said, renderers=marks, mode="vline"))
+    unit = f" {panel.unit}" if panel.unit else ""
+    said = [("", "$name"), ("step", "@x{0,0}"), ("", "@y{%.4g}" + unit)]
+    formats: dict[str, Any] = {"@y": "printf"}
+    plot.add_tools(HoverTool(tooltips=said, formatters=formats, renderers=marks, mode="vline"))
     _style(plot)
     return plot
 
 
-def _thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
-    stride = max(1, math.ceil(len(steps) / _MOST_POINTS))
-    return steps[::stride], values[::stride]
-
-
-def _said(value: float, panel: Panel) -> str:
-    return (
-        f"{value:.1%}" if panel.percent else f"{value:.4g}{' ' + panel.unit if panel.unit else ''}"
-    )
+def _thinned(steps: list[int], values: list[float], most: int) -> tuple[list[int], list[float]]:
+    """Returns at most some `most` finite points, the newest among them."""
+    kept = [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)][::-1]
+    kept = kept[:: max(1, math.ceil(len(kept) / most))][::-1]
+    return [s for s, _ in kept], [v for _, v in kept]
 
 
 def _style(plot: Any) -> None:

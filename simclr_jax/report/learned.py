@@ -1,15 +1,16 @@
-"""What an encoder makes of images: neighbours, a map, the most isolated, the most alike, confusions."""
+"""Finds what an encoder makes of images: neighbours, a map, the most isolated, the most alike, confusions."""
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from simclr_jax.data.split import Split
 from simclr_jax.pretrained import Encoder
-from simclr_jax.report.pictures import Picture
+from simclr_jax.report.pictures import Picture, pictures_of
 
 _THUMBNAIL = 72  # pixels
 _BATCH = 256
@@ -47,19 +48,44 @@ class Near(NamedTuple):
     similarities: np.ndarray
 
 
-def embed_pictures(encoder: Encoder, pictures: Iterable[Picture]) -> Embedded:
-    """Embeds images, holding 256 of them at a time."""
-    features, thumbnails, indices, labels = [], [], [], []
-    waiting = iter(pictures)
+class Prepared(NamedTuple):
+    """What is kept of an image.
+
+    Attributes:
+      view: uint8 [S, S, 3], what the encoder sees.
+      thumbnail: uint8 [h, w, 3].
+      place: its index in the split.
+      label: index into the classes; -1: none.
+    """
+
+    view: np.ndarray
+    thumbnail: np.ndarray
+    place: int
+    label: int
+
+
+def embed_sample(encoder: Encoder, split: Split, count: int, upright: bool) -> Embedded:
+    """Embeds a sample of a split; see `pictures_of`. Holds 256 views, and a thumbnail of each image."""
+
+    def prepared(picture: Picture) -> Prepared:
+        colour = np.broadcast_to(picture.image, (*picture.image.shape[:2], 3))
+        view = encoder.preprocess(colour)
+        return Prepared(view, _thumbnail(colour), picture.place, picture.label)
+
+    waiting = pictures_of(split, count, upright, prepared)
+    features, thumbnails, places, labels = [], [], [], []
     while some := list(itertools.islice(waiting, _BATCH)):
-        colour = [np.broadcast_to(p.image, (*p.image.shape[:2], 3)) for p in some]
-        features.append(encoder(np.stack([encoder.preprocess(image) for image in colour])))
-        thumbnails += [_thumbnail(image) for image in colour]
-        indices += [picture.place for picture in some]
-        labels += [picture.label for picture in some]
+        features.append(encoder(np.stack([one.view for one in some])))
+        thumbnails += [one.thumbnail for one in some]
+        places += [one.place for one in some]
+        labels += [one.label for one in some]
     h = np.concatenate(features) if features else np.zeros((0, encoder.width), np.float32)
-    unit = h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-12)
-    return Embedded(unit, h, thumbnails, np.asarray(indices), np.asarray(labels))
+    return Embedded(unit(h), h, thumbnails, np.asarray(places), np.asarray(labels))
+
+
+def unit(h: np.ndarray) -> np.ndarray:
+    """Scales each row of h [n, D] to length 1; zeros stay."""
+    return h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-12)
 
 
 def _thumbnail(image: np.ndarray) -> np.ndarray:
@@ -110,29 +136,24 @@ def map_of(h: np.ndarray, seed: int = 0) -> np.ndarray:
     return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(h)
 
 
-def confusions(train: Embedded, test: Embedded, classes: int) -> np.ndarray:
-    """Counts [classes, classes], true class by row, what a linear classifier of the training images' features
-    takes the test images for.
+def confusions(train: Embedded, test: Embedded) -> Counter[tuple[int, int]]:
+    """Counts (true class, class that a linear classifier of the training images' features says) over the test
+    images. Images without a label are left out; nothing is counted where no two classes are left.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     known, asked = train.labels >= 0, test.labels >= 0
-    counts = np.zeros((classes, classes), int)
     if not asked.any() or len(np.unique(train.labels[known])) < 2:
-        return counts
+        return Counter()
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200))
     classifier.fit(train.features[known], train.labels[known])
     said = classifier.predict(test.features[asked])
-    np.add.at(counts, (test.labels[asked], said), 1)
-    return counts
+    return Counter(zip(test.labels[asked].tolist(), said.tolist(), strict=True))
 
 
-def most_confused(counts: np.ndarray, count: int) -> list[tuple[int, int, int]]:
+def most_confused(counts: Counter[tuple[int, int]], count: int) -> list[tuple[int, int, int]]:
     """Returns up to `count` (true class, taken for, times), the most frequent first."""
-    wrong = counts.copy()
-    np.fill_diagonal(wrong, 0)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:count]
-    pairs = [tuple(int(x) for x in np.unravel_index(place, wrong.shape)) for place in order]
-    return [(i, j, int(wrong[i, j])) for i, j in pairs if wrong[i, j]]
+    wrong = [(i, j, n) for (i, j), n in counts.items() if i != j]
+    return sorted(wrong, key=lambda one: (-one[2], one[:2]))[:count]

@@ -1,4 +1,4 @@
-"""The map of the embedding: thumbnails in a plane, framed in the colour of their class."""
+"""Draws the map of the embedding: thumbnails in a plane, framed in the colour of their class."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from simclr_jax.report.learned import Embedded
 from simclr_jax.report.thumbnails import data_url
 
 _TILE = 22  # pixels on the page
+_NO_CLASS = "#bbbbbb"
 _PICTURE = 44  # pixels of a thumbnail: sharp where the page is enlarged twice
 
 
@@ -44,7 +45,7 @@ def draw_map(places: np.ndarray, some: Embedded, names: list[str], classes: tupl
         "name": names,
         "label": labels,
         "colour": [
-            COLOURS[i % len(COLOURS)] if i >= 0 else COLOURS[-1] for i in some.labels.tolist()
+            COLOURS[i % len(COLOURS)] if i >= 0 else _NO_CLASS for i in some.labels.tolist()
         ],
     }
     source = ColumnDataSource(columns)  # shared: the pictures are written once

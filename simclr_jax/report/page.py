@@ -17,8 +17,6 @@ def render(template: str, figures: dict[str, list[Any]], **content: Any) -> str:
       HTML with the style sheet and, where there are figures, Bokeh's script inside.
     """
     import jinja2
-    from bokeh.embed import components
-    from bokeh.resources import Resources
 
     folder = importlib.resources.files("simclr_jax.report") / "templates"
     environment = jinja2.Environment(
@@ -31,6 +29,9 @@ def render(template: str, figures: dict[str, list[Any]], **content: Any) -> str:
     script = ""
     parts: dict[str, list[str]] = {name: [] for name in figures}
     if any(figures.values()):
+        from bokeh.embed import components
+        from bokeh.resources import Resources
+
         flat = [plot for plots in figures.values() for plot in plots]
         drawn, divisions = components(flat)
         script = (

@@ -1,8 +1,8 @@
-"""A sample of a split's images as pixels, whatever its source."""
+"""Reads a sample of a split's images, whatever its source, a few at a time."""
 
 import concurrent.futures
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,9 @@ from simclr_jax.data.order import Share
 from simclr_jax.data.source import Source
 from simclr_jax.data.split import Split
 
-_AT_ONCE = 64  # images that are read before the first of them is needed
+_AT_ONCE = (
+    16  # images that are read before the first of them is needed: photographs have 36 MB each
+)
 
 
 class Picture(NamedTuple):
@@ -29,38 +31,55 @@ class Picture(NamedTuple):
     label: int
 
 
-def pictures_of(split: Split, count: int, upright: bool) -> Iterator[Picture]:
-    """Yields `count` images, evenly spaced over the split, or the first ones of a stream; fewer where some
-    cannot be read.
+def evenly(total: int, count: int) -> np.ndarray:
+    """Returns at most `count` of the indices 0 to total - 1, evenly spaced."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
+
+
+def pictures_of(
+    split: Split, count: int, upright: bool, made: Callable[[Picture], Any] | None = None
+) -> Iterator[Any]:
+    """Yields a `Picture`, or `made(picture)`, of `count` images, evenly spaced over the split, or the first ones of a stream;
+    fewer where some cannot be read.
 
     Args:
       split: the images.
       count: at most.
       upright: turn them as their EXIF data say.
+      made: what is kept of an image; applied in the threads that read.
     """
-    count = min(count, split.count)
+    made = made or (lambda picture: picture)
     if isinstance(split, IndexedSplit):
-        places = np.unique(np.linspace(0, split.count - 1, count).round().astype(int))
-        yield from _read(split.source, places.tolist(), upright)
-        return
-    decoded = split.once(Share()).take(count)
-    decoded = decoded.map(lambda e: (split.decode(e["image"], upright), e["label"]))
-    for index, (image, label) in enumerate(decoded.as_numpy_iterator()):
-        yield Picture(index, image, int(label))
+        places = evenly(split.count, count).tolist()
+        found: Iterator[Any] = _read(split.source, places, upright, made)
+    else:
+        found = _streamed(split, min(count, split.count), upright, made)
+    return (one for one in found if one is not None)
 
 
-def _read(source: Source, places: list[int], upright: bool) -> Iterator[Picture]:
-    def read(index: int) -> Picture | None:
+def _read(source: Source, places: list[int], upright: bool, made: Callable) -> Iterator[Any]:
+    def read(place: int) -> Any:
         try:
-            example = source[index]
+            example = source[place]
             image = example.image
             if isinstance(image, bytes):
                 image = pixels.read(image, upright)
         except (OSError, ValueError):
             return None  # training names it in broken_images.jsonl
-        return Picture(index, image, int(example.label))
+        return made(Picture(place, image, int(example.label)))
 
     with concurrent.futures.ThreadPoolExecutor() as threads:
         for start in range(0, len(places), _AT_ONCE):
-            found = threads.map(read, places[start : start + _AT_ONCE])
-            yield from (picture for picture in found if picture is not None)
+            yield from threads.map(read, places[start : start + _AT_ONCE])
+
+
+def _streamed(split: Split, count: int, upright: bool, made: Callable) -> Iterator[Any]:
+    examples = split.once(Share()).take(count).as_numpy_iterator()
+    for place, example in enumerate(examples):
+        image = example["image"]
+        if isinstance(image, bytes):
+            try:
+                image = pixels.read(image, upright)
+            except (OSError, ValueError):
+                continue
+        yield made(Picture(place, image, int(example["label"])))

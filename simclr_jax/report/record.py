@@ -1,12 +1,20 @@
-"""What a workdir holds about its run, whatever state the run is in."""
+"""Reads what a workdir holds about its run, whatever state the run is in."""
 
 import dataclasses
 import json
-import pathlib
+import os
+import re
 from typing import Any
 
+from etils import epath
+
+from simclr_jax.assemble import references
 from simclr_jax.config import flatten, from_dict
 from simclr_jax.errors import UserError
+from simclr_jax.files import absolute
+from simclr_jax.training.log import SKIPPED_IN_A_ROW
+from simclr_jax.training.plan import Plan
+from simclr_jax.training.verdict import judge
 
 # Results of evaluations: WORKDIR/NAME.json, and WORKDIR/NAME_DATA_DIGEST.json on other data.
 _RESULTS = ("probe", "knn", "linear", "finetune", "transfer", "transfer_finetune")
@@ -22,35 +30,37 @@ class Record:
       lines: metrics.jsonl, each {"step", name: value}.
       health: health.json, {"name", "because"}; None: no verdict has been passed.
       results: {file name without ".json": what an evaluation wrote}.
+      title: what to call it; "": the folder's name.
       failed: not_finite_step_N.json files, by name: steps whose loss or gradient was not finite.
     """
 
-    workdir: pathlib.Path
+    workdir: epath.Path
     about: dict[str, Any]
     lines: list[dict[str, float]]
     health: dict[str, str] | None
     results: dict[str, dict]
     failed: list[str]
+    title: str = ""
 
     @property
     def name(self) -> str:
-        """The folder's name, for a person."""
-        return self.workdir.absolute().name
+        """Returns the title, or the folder's name."""
+        return self.title or os.path.basename(absolute(str(self.workdir)).rstrip("/"))
 
     @property
     def options(self) -> dict[str, Any]:
-        """{option: value} of the configuration."""
+        """Returns {option: value} of the configuration."""
         return flatten(from_dict(self.about["config"]))
 
     @property
     def steps(self) -> int:
-        """Steps that the metrics tell of."""
+        """Returns the last step that metrics tell of, 0 before the first."""
         return max((int(line["step"]) for line in self.lines), default=0)
 
     @property
     def state(self) -> str:
-        """How far the run is: "finished", "at step ...", or "failed ...". One that was stopped looks as one
-        that goes on.
+        """Returns how far the run is: "finished", "at step N of M", or "failed after step N of M". Nothing
+        tells a run that was stopped from one that goes on.
         """
         planned = self.about["plan"]["steps"]
         if self.has_failed:
@@ -59,24 +69,34 @@ class Record:
 
     @property
     def has_failed(self) -> bool:
-        """Whether a loss or gradient that was not finite ended the run before its last step."""
-        return bool(self.failed) and self.steps < self.about["plan"]["steps"]
+        """Returns whether a loss or gradient that was not finite seems to have ended the run: a step after
+        the last report was not, or with train.skip_not_finite more in a row than are skipped.
+        """
+        later = {n for n in map(_step_of, self.failed) if n > self.steps}
+        skipped = SKIPPED_IN_A_ROW if self.options["train.skip_not_finite"] else 0
+        return self.steps < self.about["plan"]["steps"] and len(later) > skipped
 
     def verdict(self) -> dict[str, Any]:
-        """Returns {"name", "because", "is_bad"}: the run's own verdict, or why there is none yet."""
+        """Returns {"name", "because", "is_bad"}: the verdict that the run ended with, or, of one that has not
+        ended, on its newest metrics.
+        """
         if self.has_failed:
-            said = {
-                "name": self.state,
-                "because": f"not finite; {', '.join(self.failed)} names the images",
-            }
-            return said | {"is_bad": True}
-        if self.health is None:
-            return {
-                "name": self.state,
-                "because": "no verdict has been passed yet",
-                "is_bad": False,
-            }
-        return self.health | {"is_bad": self.health["name"] != "sound"}
+            said = f"not finite; {', '.join(self.failed)} names the images"
+            return {"name": self.state, "because": said, "is_bad": True}
+        found = self.health
+        if found is None or self.steps < self.about["plan"]["steps"]:
+            found = self._now()
+        if found is None:
+            return {"name": self.state, "because": "nothing is reported yet", "is_bad": False}
+        return found | {"is_bad": found["name"] != "sound"}
+
+    def _now(self) -> dict[str, str] | None:
+        lines = [line for line in self.lines if "loss" in line and "z_std" in line]
+        if not lines:
+            return None
+        config = from_dict(self.about["config"])
+        plan = Plan(**self.about["plan"])
+        return judge(int(lines[-1]["step"]), lines[-1], references(config, plan))._asdict()
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Returns the steps at which a metric was written, and its values."""
@@ -91,28 +111,37 @@ class Record:
 
 def read_record(workdir: str) -> Record:
     """Reads a workdir. Raises a UserError if it holds no run, or a file of it cannot be read."""
-    root = pathlib.Path(workdir).expanduser()
+    root = epath.Path(absolute(workdir))
     about = _json(root / "config.json")
-    if about is None or "plan" not in about:
+    if about is None or "plan" not in about or "config" not in about:
         raise UserError(
             f"no run in {workdir}: expected a workdir of --mode=pretrain, with its config.json"
         )
-    results = {path.stem: _json(path) for path in sorted(root.glob("*.json"))}
+    try:
+        flatten(from_dict(about["config"]))
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{root / 'config.json'} is not of this version: {error}") from error
+    results = {
+        path.stem: _json(path)
+        for path in sorted(root.glob("*.json"))
+        if path.stem.startswith(_RESULTS)
+    }
     return Record(
         root,
         about,
         _lines(root / "metrics.jsonl"),
         _json(root / "health.json"),
-        {
-            name: found
-            for name, found in results.items()
-            if found and name.startswith(_RESULTS) and "rows" in found
-        },
+        {name: found for name, found in results.items() if found and "rows" in found},
         sorted(path.name for path in root.glob("not_finite_step_*.json")),
     )
 
 
-def _json(path: pathlib.Path) -> dict | None:
+def _step_of(name: str) -> int:
+    """Returns N of not_finite_step_N.json or not_finite_step_N_process_I.json."""
+    return int(re.findall(r"\d+", name)[0])
+
+
+def _json(path: epath.Path) -> dict | None:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -121,7 +150,7 @@ def _json(path: pathlib.Path) -> dict | None:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
-def _lines(path: pathlib.Path) -> list[dict[str, float]]:
+def _lines(path: epath.Path) -> list[dict[str, float]]:
     """Reads metrics; a last line that is still being written is left out."""
     if not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""The page of one run."""
+"""Makes the page of one run."""
 
 import os
 from typing import Any
@@ -13,13 +13,14 @@ from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.split import Split
 from simclr_jax.errors import UserError
 from simclr_jax.evals.results import labels_table
+from simclr_jax.evals.scores import METRIC_NAMES
 from simclr_jax.losses.health import chance, lower_bound
 from simclr_jax.pretrained import load_encoder
 from simclr_jax.report import learned
 from simclr_jax.report.curves import COLOURS, draw_curves
 from simclr_jax.report.map import colours_of, draw_map
 from simclr_jax.report.page import render
-from simclr_jax.report.pictures import pictures_of
+from simclr_jax.report.pictures import evenly
 from simclr_jax.report.record import Record
 from simclr_jax.report.sheet import SHEET_EPOCHS, name_of_data, name_of_image, sheet_of
 from simclr_jax.report.thumbnails import tile
@@ -28,6 +29,7 @@ _EMBEDDED = 5000  # training images that the pictures are chosen from, at most
 _TESTED = 2000  # test images of the confusion matrix, at most
 _ON_THE_MAP = 800
 _QUERIES, _ALIKE, _ISOLATED = 8, 12, 12
+_ONE_POINT = 0.01  # spread of h, share of an even one, below which a map would be of rounding
 _MOST_CLASSES = 20  # of a matrix that can be read
 _NEIGHBOURS_SHOWN = 8
 
@@ -48,6 +50,8 @@ def page_of_run(config: ConfigDict, record: Record) -> str:
     }
     try:
         data = assemble.data_set(config)
+        if data.train.fingerprint() != record.about.get("data_fingerprint"):
+            problems.append("The pictures are of other images than the run was trained on.")
         content["views"] = sheet_of(config, data.train)
         content |= _pictures(config, record, data)
     except UserError as error:
@@ -59,7 +63,7 @@ def page_of_run(config: ConfigDict, record: Record) -> str:
         "report.html",
         figures,
         title=record.name,
-        subtitle=f"{name_of_data(config)}, {about['training_images']} training images, begun {about['time']}",
+        subtitle=f"{name_of_data(config)}, {about['training_images']} training images, last started {about.get('time', 'at an unknown time')}",
         verdict=record.verdict(),
         cards=_cards(record, planned),
         problems=problems,
@@ -109,8 +113,8 @@ def _pictures(config: ConfigDict, record: Record, data: Any) -> dict[str, Any]:
       UserError: there is no checkpoint.
     """
     encoder = load_encoder(str(record.workdir))
-    split, upright = data.train, config.data.upright
-    some = learned.embed_pictures(encoder, pictures_of(split, _EMBEDDED, upright))
+    split = data.train
+    some = learned.embed_sample(encoder, split, _EMBEDDED, config.data.upright)
     if len(some.h) < 2:
         return {}
     near = learned.nearest(some)
@@ -127,22 +131,11 @@ def _pictures(config: ConfigDict, record: Record, data: Any) -> dict[str, Any]:
         best = zip(near.indices[i, :_NEIGHBOURS_SHOWN], near.similarities[i], strict=False)
         return {"original": shown(i), "views": [shown(int(j), f"{s:.2f}") for j, s in best]}
 
-    queries = np.unique(np.linspace(0, len(names) - 1, _QUERIES).round().astype(int))
+    queries = evenly(len(names), _QUERIES)
     alike = [
         {"first": shown(i), "second": shown(j), "said": f"cosine {cosine:.3f}"}
         for i, j, cosine in learned.most_alike(near, _ALIKE)
     ]
-    on_the_map = np.unique(np.linspace(0, len(names) - 1, _ON_THE_MAP).round().astype(int))
-    part = learned.Embedded(
-        some.h[on_the_map],
-        some.features[on_the_map],
-        [some.thumbnails[i] for i in on_the_map],
-        some.indices[on_the_map],
-        some.labels[on_the_map],
-    )
-    places = learned.map_of(part.h)
-    frames = "Frames have the colour of the class, which the pointer names" if classes else ""
-    frames += ("; colours repeat. " if len(classes) > len(COLOURS) else ". ") if classes else ""
     return {
         "sample": sample,
         "neighbours": [row(int(i)) for i in queries],
@@ -151,11 +144,32 @@ def _pictures(config: ConfigDict, record: Record, data: Any) -> dict[str, Any]:
             shown(int(i), f"{near.similarities[i].mean():.2f}")
             for i in learned.most_isolated(near, _ISOLATED)
         ],
+        "confusion": _confusion(config, encoder, some, data) if classes else None,
+    } | _map(some, names, classes)
+
+
+def _map(some: learned.Embedded, names: list[str], classes: tuple | None) -> dict[str, Any]:
+    """Makes the map of up to 800 of the images; none where all lie in nearly one point."""
+    if float(np.std(some.h, axis=0).mean()) < _ONE_POINT * some.h.shape[1] ** -0.5:
+        return {"map_note": "None: the encoder takes all images for nearly one point."}
+    chosen = evenly(len(names), _ON_THE_MAP)
+    part = learned.Embedded(
+        some.h[chosen],
+        some.features[chosen],
+        [some.thumbnails[i] for i in chosen],
+        some.indices[chosen],
+        some.labels[chosen] if classes else np.full(len(chosen), -1),
+    )
+    frames = ""
+    if classes:
+        repeat = "; colours repeat" if len(classes) > len(COLOURS) else ""
+        frames = f"Frames have the colour of the class, which the pointer names{repeat}. "
+    plot = draw_map(learned.map_of(part.h), part, [names[i] for i in chosen], classes)
+    return {
         "legend": colours_of(classes),
-        "map": [draw_map(places, part, [names[i] for i in on_the_map], classes)],
-        "map_note": f"{len(on_the_map)} of the images, similar ones together, by t-SNE. {frames}"
+        "map": [plot],
+        "map_note": f"{len(chosen)} of the images, similar ones together, by t-SNE. {frames}"
         "Distances between groups mean little.",
-        "confusion": _confusion(config, encoder, some, data),
     }
 
 
@@ -166,55 +180,54 @@ def _sample(count: int, split: Split) -> str:
     return f"{count} training images ({which} of {split.count})"
 
 
-def _confusion(config: ConfigDict, encoder: Any, train: learned.Embedded, data: Any) -> dict | None:
-    if (
-        not data.train.classes
-        or data.test is None
-        or not data.test.classes
-        or data.members is not None
-    ):
+def _confusion(
+    config: ConfigDict, encoder: Any, train: learned.Embedded, data: Any
+) -> dict[str, Any] | None:
+    """Makes the table of confusions of labelled test images; None where there are none."""
+    classes, test = data.train.classes, data.test
+    if test is None or not test.classes:
         return None
-    test = learned.embed_pictures(encoder, pictures_of(data.test, _TESTED, config.data.upright))
-    classes = data.train.classes
-    counts = learned.confusions(train, test, len(classes))
-    total = int(counts.sum())
-    if not total:
+    asked = learned.embed_sample(encoder, test, _TESTED, config.data.upright)
+    counts = learned.confusions(train, asked)
+    if not counts:
         return None
-    right = int(np.trace(counts)) / total
+    total = counts.total()
+    right = sum(n for (i, j), n in counts.items() if i == j) / total
     pairs = [
         f"{classes[i]} for {classes[j]} ({n} times)" for i, j, n in learned.most_confused(counts, 8)
     ]
-    rows = []
-    if len(classes) <= _MOST_CLASSES:
-        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        rows = [
-            (
-                name,
-                [
-                    {"count": int(n), "share": round(0.85 * float(s), 3)}
-                    for n, s in zip(*pair, strict=True)
-                ],
-            )
-            for name, *pair in zip(classes, counts, shares, strict=True)
-        ]
+    which = "" if isinstance(test, IndexedSplit) else "the first "
     note = (
-        f"{total} test images, true class by row, and what a linear classifier of {len(train.h)} training "
-        f"images takes them for: {right:.1%} are right. It is fitted for this picture only, with fixed "
-        "settings; the results above are the ones to quote."
+        f"{which}{total} test images, true class by row, and what a linear classifier of "
+        f"{int((train.labels >= 0).sum())} training images takes them for: {right:.1%} are right. It is "
+        "fitted for this picture only, with fixed settings; the results above are the ones to quote."
     )
-    return {"classes": classes, "rows": rows, "pairs": pairs, "note": note}
+    rows = _matrix(counts, classes) if len(classes) <= _MOST_CLASSES else []
+    return {"classes": classes, "rows": rows, "pairs": pairs, "note": note[0].upper() + note[1:]}
+
+
+def _matrix(counts: dict[tuple[int, int], int], classes: tuple[str, ...]) -> list[tuple]:
+    """Returns (class, cells {"count", "share" of its row}) for each class."""
+    rows = []
+    for i, name in enumerate(classes):
+        row = [counts.get((i, j), 0) for j in range(len(classes))]
+        most = max(1, sum(row))
+        rows.append((name, [{"count": n, "share": round(0.85 * n / most, 3)} for n in row]))
+    return rows
 
 
 def _result(name: str, found: dict) -> dict:
+    """Makes the table of an evaluation; one that is not finished has empty cells."""
     header, rows = labels_table(found["rows"])
+    metric = METRIC_NAMES.get(found.get("settings", {}).get("metric", ""), "accuracy")
     images = found.get("test_images")
-    note = f"Accuracy at step {found['step']}" + (f", {images} test images" if images else "")
-    return {
-        "title": name,
-        "header": header,
-        "rows": rows,
-        "note": f"{note}, mean ± sample deviation over draws of labels.",
-    }
+    note = f"Test {metric} at step {found['step']}" + (f", {images} images" if images else "")
+    spread = (
+        ", mean ± sample deviation over draws of labels"
+        if any("±" in c for r in rows for c in r)
+        else ""
+    )
+    return {"title": name, "header": header, "rows": rows, "note": f"{note}{spread}."}
 
 
 def _options(record: Record) -> list[dict]:
@@ -232,19 +245,19 @@ def _options(record: Record) -> list[dict]:
 
 def _environment(record: Record) -> list[tuple[str, str]]:
     about = record.about
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    devices = about["devices"]
+    versions = ", ".join(f"{name} {number}" for name, number in about.get("versions", {}).items())
+    devices = about.get("devices", [])
     return [
         ("workdir", str(record.workdir.absolute())),
-        ("command", " ".join(about["command"])),
-        ("begun", about["time"]),
-        ("commit", about["commit"] or "no checkout"),
+        ("command", " ".join(about.get("command", []))),
+        ("last started", about.get("time", "")),
+        ("commit", about.get("commit") or "no checkout"),
         ("packages", versions),
         (
             "devices",
             f"{len(devices)}: {', '.join(devices[:8])}{', ...' if len(devices) > 8 else ''}",
         ),
-        ("processes", str(about["processes"])),
-        ("classes", ", ".join(about["classes"] or ()) or "none"),
-        ("data fingerprint", str(about["data_fingerprint"])),
+        ("processes", str(about.get("processes", 1))),
+        ("classes", ", ".join(about.get("classes") or ()) or "none"),
+        ("data fingerprint", str(about.get("data_fingerprint"))),
     ]

@@ -1,13 +1,14 @@
-"""The page of several runs: a table to sort, the options that differ, and the curves overlaid."""
+"""Makes the page of several runs: a table to sort, the options that differ, and the curves overlaid."""
 
+import dataclasses
 import glob
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import quote
 
 from simclr_jax.errors import UserError
-from simclr_jax.files import expanded
+from simclr_jax.files import absolute
 from simclr_jax.report.curves import draw_curves
 from simclr_jax.report.page import render
 from simclr_jax.report.record import Record, read_record
@@ -20,20 +21,20 @@ _SCORES = {  # heading: metric
 }
 
 
-def page_of_runs(patterns: Sequence[str], folder: pathlib.Path) -> str:
+def page_of_runs(patterns: Sequence[str], folder: str) -> str:
     """Makes the page of several runs, with links relative to `folder`."""
-    paths = [path for pattern in patterns for path in sorted(glob.glob(str(expanded(pattern))))]
     records, skipped = [], []
-    for path in dict.fromkeys(paths):
-        if not pathlib.Path(path, "config.json").exists():
-            skipped += [path] if os.path.isdir(path) else []
-            continue
-        records.append(read_record(path))
+    for path in dict.fromkeys(path for pattern in patterns for path in _paths(pattern)):
+        try:
+            records.append(read_record(path))
+        except UserError as error:
+            skipped.append(str(error))
     if not records:
         raise UserError(
-            f"no run in {' '.join(patterns)}: expected workdirs, or a pattern such as 'RUNS/*'"
+            f"no run in {' '.join(patterns)} ({'; '.join(skipped)}): expected workdirs, or a pattern such as 'RUNS/*'"
         )
     flat = [record.options for record in records]
+    records = _named_apart(records)
     names = [record.name for record in records]
     differing = [
         (option, [str(options.get(option)) for options in flat])
@@ -53,15 +54,33 @@ def page_of_runs(patterns: Sequence[str], folder: pathlib.Path) -> str:
     )
 
 
-def _runs_table(records: list[Record], folder: pathlib.Path) -> tuple[list[str], list[list[dict]]]:
+def _paths(pattern: str) -> list[str]:
+    """Returns the folders that a pattern stands for; itself if it stands for nothing."""
+    path = absolute(pattern)
+    if "://" in path or os.path.isdir(path):
+        return [path]
+    return sorted(found for found in glob.glob(path) if os.path.isdir(found)) or [path]
+
+
+def _named_apart(records: list[Record]) -> list[Record]:
+    """Returns the records with names that no two share: the last folder's, or more of the path."""
+    paths = [str(record.workdir).split("/") for record in records]
+    for parts in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(path[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return [dataclasses.replace(r, title=name) for r, name in zip(records, names, strict=True)]
+
+
+def _runs_table(records: list[Record], folder: str) -> tuple[list[str], list[list[dict]]]:
     """Returns the headings and the cells {"text", "value" to sort by, "link"}."""
     evaluations = sorted({name for record in records for name in record.results})
     rows = []
     for record in records:
         page = record.workdir / "report.html"
-        link = os.path.relpath(page, folder.absolute()) if page.exists() else ""
+        link = quote(os.path.relpath(page, folder)) if page.exists() else ""
         cells = [_cell(record.name, record.name, link), _cell(record.state, record.steps)]
-        health = record.health["name"] if record.health else ""
+        health = record.verdict()["name"]
         cells.append(_cell(health, health))
         for metric in _SCORES.values():
             value = record.last(metric)

@@ -1,4 +1,4 @@
-"""The sheet of views: some images, and what training sees of each."""
+"""Makes the sheet of views: some images, and what training sees of each."""
 
 import os
 import pathlib

@@ -25,7 +25,7 @@ _STEPS_AHEAD = 2
 
 # Steps in a row that may be skipped for a loss or gradient that is not finite. A scale that is only
 # too large for some batches recovers within a few; an encoder that has blown up never does.
-_SKIPPED_IN_A_ROW = 10
+SKIPPED_IN_A_ROW = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Log:
             what = f"{', '.join(bad)},"
             raise not_finite(step, what, advice, f" {where} names its images.")
         self._skipped += 1
-        if self._skipped > _SKIPPED_IN_A_ROW:
+        if self._skipped > SKIPPED_IN_A_ROW:
             what = f"{', '.join(bad)}, the {self._skipped}th in a row,"
             raise not_finite(step, what, advice)
 

@@ -15,7 +15,7 @@ from simclr_jax.errors import UserError
 from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.log import Log, Reporting, not_finite
 from simclr_jax.training.metrics import MetricWriter
-from simclr_jax.training.sinks import Sink
+from simclr_jax.training.sinks import Sinks
 from simclr_jax.training.state import TrainState
 from simclr_jax.training.step import Step
 from simclr_jax.training.stopping import Stop
@@ -51,14 +51,14 @@ class Run:
       record: JSON-able, saved beside every checkpoint.
       saving: of checkpoints.
       reporting: of metrics.
-      sinks: () -> further places for metrics, opened on process 0.
+      sinks: () -> further places for metrics, opened on process 0; None: there are none.
     """
 
     workdir: str
     record: dict
     saving: Saving
     reporting: Reporting
-    sinks: Callable[[], Sequence[Sink]] = list
+    sinks: Callable[[], Sinks] | None = None
 
 
 class Hook(Protocol):
@@ -118,7 +118,9 @@ def fit(
         stream = stack.enter_context(contextlib.closing(batches(start)))
         writer = None
         if jax.process_index() == 0:
-            writer = stack.enter_context(MetricWriter(run.workdir, start, run.sinks()))
+            writer = stack.enter_context(
+                MetricWriter(run.workdir, start, run.sinks and run.sinks())
+            )
         progress = stack.enter_context(Progress(job.steps, start))
         log = Log(run.workdir, writer, progress, run.reporting, saved["window"])
         stop = stack.enter_context(Stop(job.mesh))

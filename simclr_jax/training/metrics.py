@@ -3,7 +3,6 @@
 import contextlib
 import json
 import time
-from collections.abc import Sequence
 from typing import Any, Self
 
 from etils import epath
@@ -12,7 +11,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from simclr_jax.files import write_text, writing
-from simclr_jax.training.sinks import Sink
+from simclr_jax.training.sinks import Sinks
 
 _ADVICE = "Mend this, then the same command goes on from the newest checkpoint"
 
@@ -30,7 +29,7 @@ class MetricWriter:
       sinks: further places for what is written; closed with the writer.
     """
 
-    def __init__(self, workdir: str, resume_step: int = 0, sinks: Sequence[Sink] = ()):
+    def __init__(self, workdir: str, resume_step: int = 0, sinks: Sinks | None = None):
         self._sinks = sinks
         self._path = epath.Path(workdir) / "metrics.jsonl"
         before = self._path.read_bytes() if self._path.exists() else b""
@@ -61,8 +60,8 @@ class MetricWriter:
             for name, value in values.items():
                 self._add_event(step, summary=scalar(name, value))
             self._events.flush()
-        for sink in self._sinks:
-            sink.write(step, values)
+        if self._sinks is not None:
+            self._sinks.write(step, values)
 
     def _add_event(self, step: int, **content: Any) -> None:
         self._events.write_event(Event(wall_time=time.time(), step=step, **content))
@@ -73,11 +72,11 @@ class MetricWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
         with contextlib.suppress(OSError):  # what matters is in the metrics, and has been said
             self._events.close()
-        for sink in self._sinks:
-            sink.close()
+        if self._sinks is not None:
+            self._sinks.close(finished=kind is None)
 
 
 def _step_of(line: str) -> int:

@@ -1,16 +1,16 @@
 """Further places for metrics: Weights & Biases and MLflow, each by its own library, which reads its own
 environment variables (WANDB_MODE, WANDB_PROJECT, MLFLOW_TRACKING_URI, ...).
 
-A resumed run goes on in the record that it began: its identity follows from the workdir.
+A resumed run goes on in the record that it began, whose identity the workdir holds.
 """
 
-import hashlib
-import pathlib
+import secrets
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from etils import epath
 
+from simclr_jax.console import say
 from simclr_jax.errors import UserError
 from simclr_jax.files import absolute
 
@@ -21,29 +21,30 @@ class Sink(Protocol):
     def write(self, step: int, values: dict[str, float]) -> None:
         """Sends the metrics of a step."""
 
-    def close(self) -> None:
-        """Sends what is still waiting."""
+    def close(self, finished: bool) -> None:
+        """Sends what is still waiting, and says whether the training came to an end without an error."""
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases."""
+    """A run of Weights & Biases; WORKDIR/wandb_run holds its identity."""
 
     def __init__(self, workdir: str, config: dict[str, Any]):
         """Begins the run, or goes on with it. `config`: options of the run."""
         import wandb
 
-        identity = hashlib.blake2b(absolute(workdir).encode(), digest_size=8).hexdigest()
-        name = pathlib.PurePath(workdir).name
-        how: dict[str, Any] = {"id": identity, "resume": "allow", "name": name}
+        file = epath.Path(workdir) / "wandb_run"
+        known = file.read_text().strip() if file.exists() else secrets.token_hex(8)
+        how: dict[str, Any] = {"id": known, "resume": "allow", "name": _name(workdir)}
         self._run = wandb.init(config=config, dir=None if "://" in workdir else workdir, **how)
+        file.write_text(known + "\n")
         # Steps that a resumed run takes again are written again: W&B's own counter only grows.
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._run.log({"step": step} | values)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, finished: bool) -> None:
+        self._run.finish(exit_code=0 if finished else 1)
 
 
 class MLflow:
@@ -56,16 +57,20 @@ class MLflow:
         self._client = mlflow
         file = epath.Path(workdir) / "mlflow_run"
         known = file.read_text().strip() if file.exists() else None
-        run = mlflow.start_run(run_id=known, run_name=pathlib.PurePath(workdir).name)
+        run = mlflow.start_run(run_id=known, run_name=_name(workdir))
         if known is None:
-            file.write_text(run.info.run_id + "\n")
             mlflow.log_params({name: str(value) for name, value in config.items()})
+            file.write_text(run.info.run_id + "\n")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._client.log_metrics(values, step=step)
 
-    def close(self) -> None:
-        self._client.end_run()
+    def close(self, finished: bool) -> None:
+        self._client.end_run("FINISHED" if finished else "FAILED")
+
+
+def _name(workdir: str) -> str:
+    return absolute(workdir).rstrip("/").rpartition("/")[2]
 
 
 SINKS: dict[str, Callable[[str, dict[str, Any]], Sink]] = {
@@ -74,24 +79,49 @@ SINKS: dict[str, Callable[[str, dict[str, Any]], Sink]] = {
 }
 
 
-def open_sinks(names: tuple[str, ...], workdir: str, config: dict[str, Any]) -> list[Sink]:
-    """Opens the places that the option train.sinks names.
+class Sinks:
+    """Several places for metrics, none of which can end a training: one that fails is said and left."""
 
-    Args:
-      names: keys of SINKS.
-      workdir: the run's folder.
-      config: {option: value}.
+    def __init__(self, names: tuple[str, ...], workdir: str, config: dict[str, Any]):
+        """Opens the places that the option train.sinks names.
 
-    Raises:
-      UserError: a library is not installed, or cannot begin a run.
-    """
-    found = []
-    for name in names:
-        try:
-            found.append(SINKS[name](workdir, config))
-        except ImportError as error:
-            raise UserError(f"train.sinks={name} needs its library: pip install {name}") from error
-        except Exception as error:  # of many kinds: no network, no key, another server
-            reason = " ".join(str(error).split())
-            raise UserError(f"train.sinks={name} cannot begin: {reason}") from error
-    return found
+        Args:
+          names: keys of SINKS.
+          workdir: the run's folder.
+          config: {option: value}.
+
+        Raises:
+          UserError: a library is not installed, or cannot begin a run.
+        """
+        self._open: dict[str, Sink] = {}
+        for name in names:
+            try:
+                self._open[name] = SINKS[name](workdir, config)
+            except Exception as error:  # of many kinds: no network, no key, another server
+                self.close(finished=False)
+                if isinstance(error, ImportError):
+                    text = f"train.sinks={name} needs its library: pip install {name}"
+                    raise UserError(text) from error
+                raise UserError(f"train.sinks={name} cannot begin: {_line(error)}") from error
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Sends the metrics of a step everywhere."""
+        for name, sink in list(self._open.items()):
+            try:
+                sink.write(step, values)
+            except Exception as error:
+                say(f"step {step}  no more metrics to {name}: {_line(error)}")
+                del self._open[name]
+
+    def close(self, finished: bool) -> None:
+        """Closes all; `finished`: the training came to an end without an error."""
+        for name, sink in self._open.items():
+            try:
+                sink.close(finished)
+            except Exception as error:
+                say(f"{name} was not closed: {_line(error)}")
+        self._open = {}
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Views of a few images, to be looked at: as training makes them, with what was drawn for each."""
+"""Makes views of an image to be looked at, as training makes them, and says what was drawn for each."""
 
 from typing import NamedTuple
 
