@@ -1,4 +1,4 @@
-"""What a configuration comes to, and what is unusual about it."""
+"""Tests of what a configuration comes to, what is unusual about it, and where metrics go."""
 
 import shutil
 import sys

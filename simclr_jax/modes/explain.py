@@ -138,7 +138,7 @@ def oddities(config: ConfigDict, plan: Plan, images: int) -> list[str]:
     Args:
       config: the run's configuration.
       plan: its length and learning rate.
-      images: of the training split.
+      images: number of training images.
     """
     batch, size, options = config.data.batch_size, config.data.image_size, config.optimizer
     found = []

@@ -20,7 +20,7 @@ class Panel(NamedTuple):
     Attributes:
       title: above it.
       metrics: {name in metrics.jsonl: what a person calls it}.
-      unit: of the values.
+      unit: behind each value, such as "nats"; "" for none.
       log: logarithmic.
       percent: values are shares, shown in per cent.
     """

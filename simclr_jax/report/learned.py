@@ -49,7 +49,7 @@ class Near(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What is kept of an image.
+    """Holds an image as far as it is kept.
 
     Attributes:
       view: uint8 [S, S, 3], what the encoder sees.

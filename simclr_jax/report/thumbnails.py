@@ -14,7 +14,7 @@ def tile(image: np.ndarray, side: int, name: str, lines: list[str]) -> dict[str,
     Args:
       image: uint8 [H, W, 3].
       side: pixels on the page.
-      name: of the image, shown under the pointer.
+      name: the image's name, shown under the pointer.
       lines: the caption.
 
     Returns:
