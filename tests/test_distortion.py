@@ -27,6 +27,7 @@ from simclr_jax.views.crop import Crop
 from simclr_jax.views.cutout import Cutout
 from simclr_jax.views.distortion import Distortion, Operation, PixelOperation, key_of
 from simclr_jax.views.noise import Noise
+from simclr_jax.views.recrop import Recrop
 from simclr_jax.views.rotation import Rotation
 from simclr_jax.views.sobel import Sobel
 from simclr_jax.views.solarize import Solarize
@@ -191,7 +192,7 @@ def test_names_have_distinct_keys_and_stay_what_they_are():
     names = [step.NAME for step in (Crop, *OPERATIONS)]
     # A changed name, or key, is another view of every image: a resumed run would go astray.
     assert names[:6] == ["crop", "flip", "color_jitter", "grey", "blur", "solarize"]
-    assert names[6:] == ["sobel", "noise", "rotation", "cutout"]
+    assert names[6:] == ["sobel", "noise", "rotation", "cutout", "recrop"]
     assert len({key_of(name) for name in names}) == len(names)
     assert key_of("123456789") == 0xCBF43926  # CRC-32's published check value
 
@@ -325,6 +326,63 @@ def test_noise_is_normal_keyed_by_the_view_and_clipped():
         assert np.abs(channels).max() < 0.05
         white = make(np.full_like(x, 255), draws, kind)
         assert white.max() == 255
+
+
+def test_a_crop_of_the_crop_is_that_of_the_crop_itself():
+    """Of a view that is the whole image: what the first crop makes of the image with the same numbers."""
+    again = Distortion(Whole(), (Recrop(0.5),))
+    x = images(24)
+    draws = np.random.default_rng(0).random((24, 2, again.draws), np.float32)
+    u = again.numbers_of(again.chain[0], draws)
+    once = Distortion(Crop(), ())
+    numbers = np.concatenate([u["attempts"], u["position"]], axis=-1)
+    crop = jax.jit(jax.vmap(lambda i, n: jax.vmap(lambda one: device.crop(i, one, 16, once))(n)))
+    expected = np.asarray(crop(x, numbers)).astype(int)
+    whole = x[:, np.newaxis].repeat(2, axis=1)
+    happens = (u["recrop"] < 0.5)[..., np.newaxis, np.newaxis]
+    for found in (on_host(x, draws, again), on_device(x, draws, again)):
+        assert np.max(np.abs(found - np.where(happens, expected, whole))) <= 1
+    assert 12 < happens.sum() < 36
+
+
+def test_on_one_branch_one_view_is_the_crop_and_the_other_the_crop_with_the_operations():
+    """On host and device; with all operations at all times but those whose identity is not exact."""
+    options = {
+        "one_branch": True,
+        "color_strength": 0.0,
+        "grey_probability": 0.0,
+        "blur_probability": 0.0,
+        "solarize_probability": 1.0,
+        "sobel_probability": 1.0,
+        "noise_probability": 1.0,
+        "rotation_probability": 1.0,
+        "cutout_probability": 1.0,
+        "recrop_probability": 1.0,
+    }
+    kind, alone = make_distortion(options), make_distortion({"one_branch": True, "flip": False})
+    alone = dataclasses.replace(alone, operations=())
+    both = dataclasses.replace(kind, one_branch=False)
+    x = images(8)
+    for draw in (draw_on_host, draw_on_device):
+        draws = np.stack([draw(i, kind) for i in range(8)])
+        free = np.stack([draw(i, both) for i in range(8)])
+        crop = kind.sizes["crop"]
+        np.testing.assert_array_equal(draws[:, 0, :crop], free[:, 0, :crop])
+        np.testing.assert_array_equal(draws[:, 1, :crop], free[:, 0, :crop])
+        np.testing.assert_array_equal(draws[:, 1, crop:], free[:, 1, crop:])
+        for make in (on_host, on_device):
+            views = make(x, draws, kind)
+            cropped = make(x, draws[..., :crop], alone)
+            np.testing.assert_array_equal(views[:, 0], cropped[:, 0])
+            np.testing.assert_array_equal(cropped[:, 0], cropped[:, 1])
+            assert np.all(np.any(views[:, 0] != views[:, 1], axis=(1, 2, 3)))
+    assert not crops_for_classifiers({"one_branch": True}).one_branch
+
+
+def test_the_first_operation_comes_before_the_others():
+    names = [o.NAME for o in make_distortion({"first": "cutout"}).operations]
+    assert names[0] == "cutout"
+    assert names[1:] == [o.NAME for o in OPERATIONS if o.NAME != "cutout"]
 
 
 # What classifiers see

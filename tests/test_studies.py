@@ -19,8 +19,10 @@ from simclr_jax.modes import study as mode
 from simclr_jax.modes.study import run_study
 from simclr_jax.studies import Factor, Level, Published, Study, above, among_best, best, rises
 from simclr_jax.studies.claims import sign_test
-from simclr_jax.studies.outcomes import OUTCOME, keys_of, outcomes_of, table_of
+from simclr_jax.studies.figure import draw
+from simclr_jax.studies.outcomes import OUTCOME, Outcomes, keys_of, outcomes_of, table_of
 from simclr_jax.studies.runs import config_of, part_of, read_study, runs_of
+from simclr_jax.views import make_distortion
 
 FILES = sorted((pathlib.Path(__file__).parent.parent / "configs/studies").glob("*.py"))
 
@@ -195,6 +197,41 @@ def digits():
     c = config.default()
     c.data.name = "digits"
     return c
+
+
+AUGMENTATIONS = ("recrop", "cutout", "color_jitter", "sobel", "noise", "blur", "rotation")
+
+
+def test_pairs_of_distortions_are_on_one_branch_in_their_order():
+    """And nothing else is: the flip belongs to the crop."""
+    study = read_study("augment_pairs")
+    kinds = dict(zip(study.factors[0].levels, AUGMENTATIONS, strict=True))
+    for run in runs_of(study):
+        own = make_distortion(config_of(digits(), study, run).views.to_dict())
+        assert own.one_branch
+        chain = [operation.NAME for operation in own.chain]
+        assert chain[0] == kinds[run.key[0]]
+        expected = {kinds[name] for name in run.key}
+        expected |= {"flip"} if "crop" in run.key else set()
+        expected |= {"grey"} if "colour" in run.key else set()
+        assert set(chain) == expected
+
+
+def test_a_study_of_two_factors_can_be_drawn_as_a_matrix(tmp_path):
+    """With what is missing left white, and the mean of each row of what is there."""
+    study = read_study("augment_pairs")
+    keys = keys_of(study)
+    scores = {key: {0: 0.1 + i / 100} for i, key in enumerate(keys[:10])}
+    files = draw(study, Outcomes(scores, {}, []), "digits", epath.Path(tmp_path))
+    text = files[1].read_text()
+    for shown in (
+        ">10.0<",
+        ">19.0<",
+        ">13.0<",
+        ">18.0<",
+        ">56.3<",
+    ):  # 10 to 16, 17 to 19, the paper's
+        assert shown in text
 
 
 def test_a_study_that_comes_with_the_package_is_known_by_name():

@@ -75,6 +75,7 @@ class Study(NamedTuple):
       readings: {"name": overrides of the evaluation}: more than one number for each run.
       labels_per_class: which row of the evaluation; None: all labels.
       seeds: runs of each key, with the seeds 0, 1, ...
+      matrix: draw two factors as a matrix, the first one downwards, with the means of rows beside it.
     """
 
     title: str
@@ -85,3 +86,4 @@ class Study(NamedTuple):
     readings: Mapping[str, Overrides] = {"h": {}}
     labels_per_class: int | None = None
     seeds: int = 3
+    matrix: bool = False

@@ -5,6 +5,7 @@ own, so that the shapes can be compared.
 import datetime
 import importlib.util
 import itertools
+import math
 from typing import Any
 
 from etils import epath
@@ -12,7 +13,7 @@ from etils import epath
 from simclr_jax.errors import UserError
 from simclr_jax.files import replacing, writing
 from simclr_jax.studies.claims import deviation, mean
-from simclr_jax.studies.contract import Key, Scores, Study
+from simclr_jax.studies.contract import Key, Published, Scores, Study
 from simclr_jax.studies.outcomes import Outcomes
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
@@ -51,26 +52,17 @@ def draw(study: Study, outcomes: Outcomes, data: str, folder: epath.Path) -> lis
                          "grid.alpha": 0.3, "axes.spines.top": False,
                          "axes.spines.right": False}):  # fmt: skip
         panels = 2 if study.published else 1
-        figure = Figure(figsize=(4.2 * panels, 3.6), layout="constrained")
+        size = (4.6, 4.6) if study.matrix else (4.2, 3.6)
+        figure = Figure(figsize=(size[0] * panels, size[1]), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
         seeds = max(len(x) for x in outcomes.scores.values())
-        _panel(axes[0], study, outcomes.scores, f"{study.evaluation}, test accuracy, %")
         axes[0].set_title(f"{data}, {seeds} seed{'s' if seeds > 1 else ''}", fontsize=9)
         if study.published:
-            published = {k: {0: v / 100} for k, v in study.published.values.items()}
-            _panel(axes[1], study, published, "accuracy, %")
             axes[1].set_title(study.published.source, fontsize=9)
-            if not study.factors[0].numbers:
-                axes[1].set_yticklabels([])  # those of the panel beside it
-        if len(_series(study)) > 1:
-            marks, names = axes[0].get_legend_handles_labels()
-            title = study.factors[1].name if len(study.factors) > 1 else None
-            how: dict[str, Any] = {
-                "loc": "outside lower center",
-                "ncols": min(3, len(names)),
-                "frameon": False,
-            }
-            figure.legend(marks, names, title=title, fontsize=8, **how)
+        if study.matrix:
+            _matrices(axes, study, outcomes.scores)
+        else:
+            _panels(figure, axes, study, outcomes.scores)
         missing = f"; {len(outcomes.missing)} runs missing" if outcomes.missing else ""
         today = datetime.date.today().isoformat()
         figure.suptitle(f"{study.title} ({today}{missing})", fontsize=10)
@@ -79,6 +71,67 @@ def draw(study: Study, outcomes: Outcomes, data: str, folder: epath.Path) -> lis
             with writing(file), replacing(file) as scratch, scratch.open("wb") as opened:
                 figure.savefig(opened, format=kind, dpi=150)
     return files
+
+
+def _panels(figure: Any, axes: Any, study: Study, scores: Scores) -> None:
+    """Draws ours and, beside it, the paper's numbers as points, with one legend for both."""
+    _panel(axes[0], study, scores, f"{study.evaluation}, test accuracy, %")
+    if study.published:
+        _panel(axes[1], study, _scores_of(study.published), "accuracy, %")
+        if not study.factors[0].numbers:
+            axes[1].set_yticklabels([])  # those of the panel beside it
+    if len(_series(study)) > 1:
+        marks, names = axes[0].get_legend_handles_labels()
+        title = study.factors[1].name if len(study.factors) > 1 else None
+        how: dict[str, Any] = {
+            "loc": "outside lower center",
+            "ncols": min(3, len(names)),
+            "frameon": False,
+        }
+        figure.legend(marks, names, title=title, fontsize=8, **how)
+
+
+def _matrices(axes: Any, study: Study, scores: Scores) -> None:
+    """Draws ours and, beside it, the paper's numbers as matrices."""
+    _matrix(axes[0], study, scores)
+    if study.published:
+        _matrix(axes[1], study, _scores_of(study.published))
+
+
+def _scores_of(published: Published) -> Scores:
+    return {key: {0: value / 100} for key, value in published.values.items()}
+
+
+def _matrix(axes: Any, study: Study, scores: Scores) -> None:
+    """Draws means in per cent as a matrix, the first factor downwards, and the mean of each row beside it."""
+    rows, columns = ([*factor.levels] for factor in study.factors)
+    cells = [
+        [
+            100 * mean(scores, (row, column)) if scores.get((row, column)) else math.nan
+            for column in columns
+        ]
+        for row in rows
+    ]
+    for line in cells:
+        there = [value for value in line if not math.isnan(value)]
+        line.append(sum(there) / len(there) if there else math.nan)
+    axes.imshow(cells, cmap="Blues")
+    middle = _middle(cells)
+    for r, line in enumerate(cells):
+        for c, value in enumerate(line):
+            text = "" if math.isnan(value) else f"{value:.1f}"
+            colour = "white" if value > middle else "black"
+            axes.text(c, r, text, ha="center", va="center", fontsize=7, color=colour)
+    axes.set_xticks(range(len(columns) + 1), [*columns, "mean"], rotation=45, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel=study.factors[1].name, ylabel=study.factors[0].name)
+    axes.grid(visible=False)
+
+
+def _middle(cells: list[list[float]]) -> float:
+    """Returns the middle between the least and the largest number."""
+    there = [value for line in cells for value in line if not math.isnan(value)]
+    return (min(there) + max(there)) / 2
 
 
 def _panel(axes: Any, study: Study, scores: Scores, measure: str) -> None:

@@ -7,12 +7,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from simclr_jax.options import Option, flag, one_of
 from simclr_jax.views.blur import Blur
 from simclr_jax.views.color import ColorJitter, Flip, Grey
 from simclr_jax.views.crop import Crop
 from simclr_jax.views.cutout import Cutout
 from simclr_jax.views.distortion import Distortion, Operation
 from simclr_jax.views.noise import Noise
+from simclr_jax.views.recrop import Recrop
 from simclr_jax.views.rotation import Rotation
 from simclr_jax.views.sobel import Sobel
 from simclr_jax.views.solarize import Solarize
@@ -27,9 +29,25 @@ OPERATIONS: tuple[type[Operation], ...] = (
     Noise,
     Rotation,
     Cutout,
+    Recrop,
 )
 
-OPTIONS = (*Crop.OPTIONS, *(option for kind in OPERATIONS for option in kind.OPTIONS))
+OPTIONS = (
+    *Crop.OPTIONS,
+    *(option for kind in OPERATIONS for option in kind.OPTIONS),
+    Option(
+        "views.one_branch",
+        False,
+        flag(),
+        "both views are one crop, and only the second gets the operations, as in figure 5",
+    ),
+    Option(
+        "views.first",
+        "none",
+        one_of("none", *(kind.NAME for kind in OPERATIONS)),
+        'the operation that comes before the others; "none": flip',
+    ),
+)
 
 _DEFAULTS = {option.name.removeprefix("views."): option.default for option in OPTIONS}
 
@@ -52,7 +70,9 @@ def make_distortion(
         names = [field.name for field in dataclasses.fields(kind)]
         return kind(**{name: _as_tuple(values[name]) for name in names})
 
-    return Distortion(made(Crop), tuple(made(kind) for kind in operations), views)
+    ordered = sorted(operations, key=lambda kind: values["first"] != kind.NAME)
+    one_branch = values["one_branch"] and views == 2
+    return Distortion(made(Crop), tuple(made(kind) for kind in ordered), views, one_branch)
 
 
 def crops_for_classifiers(options: Mapping[str, Any]) -> Distortion:

@@ -20,7 +20,7 @@ def draw(seed: int, epoch, index, distortion: Distortion):
         jax.random.uniform(jax.random.fold_in(key, key_of(name)), (2, size))
         for name, size in distortion.sizes.items()
     ]
-    return jnp.concatenate(parts, axis=1)
+    return distortion.settled(jnp, jnp.concatenate(parts, axis=1))
 
 
 def crops_of(images, seed: int, epochs, indices, size: int, distortion: Distortion):

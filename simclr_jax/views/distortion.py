@@ -25,7 +25,7 @@ class Operation(abc.ABC):
     Attributes:
       OPTIONS: the options "views.FIELD", one for each field.
       NAME: keys its chance; never to be changed.
-      DRAWS: name -> how many numbers in [0, 1) decide one view.
+      DRAWS: name -> how many numbers in [0, 1) decide one view. Where all are 1, nothing happens to it.
       FUSED: on the host, large images: compiled together with its neighbours. One whose compiled code
         depends on what was drawn is not.
     """
@@ -132,11 +132,13 @@ class Distortion:
       crop: the part of the image.
       operations: what happens to a view after that, in order.
       views: how many views an image gets: two to learn from, one to train a classifier on.
+      one_branch: both views are one crop, and only the second gets the operations (paper, section 3.1).
     """
 
     crop: Crop
     operations: tuple[Operation, ...]
     views: int = 2
+    one_branch: bool = False
 
     @property
     def chain(self) -> tuple[Operation, ...]:
@@ -153,6 +155,17 @@ class Distortion:
     def draws(self) -> int:
         """How many numbers in [0, 1) decide a view."""
         return sum(self.sizes.values())
+
+    def settled(self, xp: Any, draws: Any) -> Any:
+        """Returns the draws [2, `draws`] of both views of an image as `one_branch` has them: the second view
+        has the first one's crop, and the first one numbers with which nothing happens.
+        """
+        if not self.one_branch:
+            return draws
+        crop = draws[:1, : self.sizes[self.crop.NAME]]
+        rest = draws[1:, self.sizes[self.crop.NAME] :]
+        first = xp.concat([crop, xp.ones_like(rest)], axis=1)
+        return xp.concat([first, xp.concat([crop, rest], axis=1)], axis=0)
 
     def describe(self, shape: tuple[int, int, int], draws: np.ndarray) -> list[str]:
         """Says what was drawn for one view: a line for its crop and for each operation that happens to it.

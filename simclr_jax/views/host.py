@@ -38,7 +38,8 @@ def draw(seed, epoch, index, distortion: Distortion):
     Returns:
       float32 [2, distortion.draws]. Each step's are a function of (seed, epoch, index, its name).
     """
-    return _uniform(tf.stack([seed * 2**32 + epoch, index]), tuple(distortion.sizes.items()))
+    words = tf.stack([seed * 2**32 + epoch, index])
+    return distortion.settled(tf, _uniform(words, tuple(distortion.sizes.items())))
 
 
 @_compiled  # always: the compiled generator's numbers are others than the plain one's

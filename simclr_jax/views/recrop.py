@@ -1,0 +1,80 @@
+"""A crop of the crop: the operation "crop" of the paper's figure 5, where all views begin as one shared crop.
+Off by default: SimCLR crops once.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import numpy as np
+
+from simclr_jax.options import Option, number
+from simclr_jax.views.crop import Crop, resize_matrix
+from simclr_jax.views.distortion import Channels, Operation, happening
+
+_LAW = Crop()  # the paper's: a share of 0.08 to 1 of the area, width / height of 3/4 to 4/3
+
+
+@dataclasses.dataclass(frozen=True)
+class Recrop(Operation):
+    """Crops a view once more, by the paper's law, and resizes it.
+
+    Attributes:
+      recrop_probability: how often.
+    """
+
+    recrop_probability: float = 0.0
+
+    OPTIONS: ClassVar = (
+        Option("views.recrop_probability", 0.0, number(0, 1), "of cropping the view once more"),
+    )
+    NAME: ClassVar = "recrop"
+    DRAWS: ClassVar = {"recrop": 1, **Crop.DRAWS}
+    FUSED: ClassVar = False
+
+    @property
+    def is_on(self) -> bool:
+        return self.recrop_probability > 0
+
+    def host(self, x: Any, u: dict[str, Any]) -> Any:
+        import tensorflow as tf
+
+        def cropped(x):
+            rows, columns = _matrices(tf, x.shape[-1], u)
+            made = rows @ x @ tf.transpose(columns)
+            return tf.clip_by_value(made, 0.0, 1.0)  # bicubic interpolation passes them
+
+        return happening(u["recrop"][0] < self.recrop_probability, cropped, x)
+
+    def device(self, channels: Channels, u: dict[str, Any]) -> Channels:
+        import jax
+        import jax.numpy as jnp
+
+        views, size = channels[0].shape[:-2], channels[0].shape[-1]
+        flat = {name: numbers.reshape(-1, numbers.shape[-1]) for name, numbers in u.items()}
+        rows, columns = jax.vmap(lambda numbers: _matrices(jnp, size, numbers))(flat)
+        rows, columns = (x.reshape(*views, size, size) for x in (rows, columns))
+        happens = u["recrop"][..., 0] < self.recrop_probability
+
+        def cropped(c):
+            # A view must be right to half a grey level, which bfloat16 is not.
+            made = jnp.einsum(
+                "...uh,...hw,...vw->...uv", rows, c, columns, precision=jax.lax.Precision.HIGHEST
+            )
+            return jnp.where(happens, jnp.clip(made, 0.0, 1.0), c)
+
+        return tuple(cropped(c) for c in channels)
+
+    def describe(self, u: dict[str, np.ndarray], channels: int) -> str:
+        if u["recrop"][0] >= self.recrop_probability:
+            return ""
+        _, _, height, width = _LAW.window(np, 1000.0, 1000.0, u)
+        return f"cropped again, {float(height * width) / 1e6:.0%}"
+
+
+def _matrices(xp: Any, size: int, u: dict[str, Any]) -> tuple[Any, Any]:
+    """Returns the weights [size, size] that crop and resize rows, and those of columns."""
+    top, left, height, width = _LAW.window(xp, float(size), float(size), u)
+    return (
+        resize_matrix(xp, top, height, size, size),
+        resize_matrix(xp, left, width, size, size),
+    )
