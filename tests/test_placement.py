@@ -333,7 +333,8 @@ assert h.shape == (3, encoder.width) and h.dtype == np.float32
 assert encoder.step == 4
 
 # Traced only: each operation takes seconds to compile.
-kind = make_distortion({"blur_probability": 0.5, "solarize_probability": 0.5})
+names = "blur", "solarize", "sobel", "noise", "rotation", "cutout", "recrop"
+kind = make_distortion({f"{name}_probability": 0.5 for name in names})
 assert len(kind.chain) == len(kind.operations)
 crops = jax.ShapeDtypeStruct((4, 2, 24, 24, 3), "uint8")
 draws = jax.ShapeDtypeStruct((4, 2, kind.draws), "float32")
