@@ -16,6 +16,7 @@ from simclr_jax.modes.pretrain import describe_run
 from simclr_jax.training.plan import Plan
 
 _MEASURED_SECONDS = 20.0
+_OFF_THE_RULE = 3.0  # times; ours
 
 
 def explain(config: ConfigDict, workdir: str, topology: str = "") -> list[str]:
@@ -147,10 +148,12 @@ def oddities(config: ConfigDict, plan: Plan, images: int) -> list[str]:
             f"data.batch_size={batch}: {2 * batch - 2} negatives; below 64 NT-Xent learns slowly, "
             "loss.name=dcl suffers less (Yeh et al. 2022)"
         )
-    if options.name == "lars" and options.scaling == "none":
+    rules = (0.3 * batch / 256, 0.075 * batch**0.5)  # appendix B.1
+    times = [max(plan.learning_rate / rule, rule / max(plan.learning_rate, 1e-9)) for rule in rules]
+    if options.name == "lars" and min(times) > _OFF_THE_RULE:
         found.append(
-            f"optimizer.scaling=none with lars: the paper's rate grows with the batch, 0.3 x B / "
-            f"256 = {0.3 * batch / 256:.2g} for {batch}"
+            f"learning rate {plan.learning_rate:.3g}: the paper's rules are 0.3 x B / 256 = {rules[0]:.3g} and "
+            f"0.075 x sqrt(B) = {rules[1]:.3g} for {batch}"
         )
     if options.name == "lars" and batch < 512:
         found.append(
