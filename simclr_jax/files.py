@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from simclr_jax.errors import UserError
+from simclr_jax.errors import UserError, one_line
 
 
 @contextlib.contextmanager
@@ -24,7 +24,7 @@ def writing(path: epath.PathLike, advice: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
+        reason = error.strerror or one_line(error)
         raise UserError(
             f"cannot write {path}: {reason}{f'. {advice}' if advice else ''}"
         ) from error

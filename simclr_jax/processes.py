@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from simclr_jax.errors import UserError
+from simclr_jax.errors import UserError, one_line
 
 # Seconds without a sign of life after which a process counts as dead and the others end too. JAX's
 # default is 100; signs are sent by a thread of their own, also while a step compiles.
@@ -89,7 +89,7 @@ def end(error: Exception) -> NoReturn:
     Where another process is gone, the error here is only that a step failed. JAX finds out who it
     was when its heartbeat is overdue, and then names it and ends every process: wait for that.
     """
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     me = f"error: process {jax.process_index()} of {jax.process_count()}: "
     if isinstance(error, UserError):
         seconds = 2.0  # all processes may have the same to say: let them

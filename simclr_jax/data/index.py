@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from simclr_jax.errors import UserError
+from simclr_jax.data.order import evenly
+from simclr_jax.errors import UserError, one_line
 from simclr_jax.files import cache_folder, write_text
 
 # By content a wrong suffix does no harm: it only says that the file is meant to be an image.
@@ -216,7 +217,7 @@ def look(root: pathlib.Path) -> Look:
     """Reads the headers of some images below `root`."""
     found = index(root)
     count = len(found.paths)
-    some = np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT)).round().astype(int))
+    some = evenly(count, _LOOKED_AT)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
         headers = list(threads.map(_header, [root / found.paths[i] for i in some]))
     kinds = collections.Counter(SUFFIXES[os.path.splitext(p)[1].lower()] for p in found.paths)
@@ -246,7 +247,7 @@ def _header(path: pathlib.Path) -> tuple[tuple[int, int], str] | str:
             with Image.open(path) as image:
                 return image.size, image.mode
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return " ".join(str(error).split()).replace(f" {str(path)!r}", "")
+        return one_line(error).replace(f" {str(path)!r}", "")
 
 
 def summary_lines(found: Look) -> list[str]:

@@ -39,6 +39,11 @@ class Order:
     share: Share = Share()
 
 
+def evenly(total: int, count: int) -> np.ndarray:
+    """Returns at most `count` of the indices 0 to total - 1, evenly spaced."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
+
+
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     """Returns the order of one epoch: a permutation [count] of image indices, new for each epoch."""
     return np.random.default_rng([seed, epoch]).permutation(count)

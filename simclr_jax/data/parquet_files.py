@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from simclr_jax.data.source import Classes
 from simclr_jax.data.streamed import memory
-from simclr_jax.errors import UserError
+from simclr_jax.errors import UserError, one_line
 from simclr_jax.files import absolute, cache_folder, write_text
 
 # A row group is read at once, in up to this share of the machine's memory.
@@ -78,7 +78,7 @@ def _list_remote(path: str) -> tuple[Any, list[str]]:
 
 def _reason(error: Exception) -> str:
     """Returns what an error says, in one line."""
-    return getattr(error, "strerror", None) or " ".join(str(error).split()) or repr(error)
+    return getattr(error, "strerror", None) or one_line(error) or repr(error)
 
 
 @contextlib.contextmanager

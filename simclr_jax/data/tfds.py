@@ -15,7 +15,7 @@ from simclr_jax.data.order import Share
 from simclr_jax.data.source import Classes, ShardedSource
 from simclr_jax.data.split import DataSet, Split
 from simclr_jax.data.streamed import StreamedSplit
-from simclr_jax.errors import UserError
+from simclr_jax.errors import UserError, one_line
 
 # A split of images of one shape is held in memory up to this size: any order is then free, and
 # nothing is decoded twice.
@@ -164,7 +164,7 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
         hint = f"; near names: {', '.join(near)}" if near else ""
         raise UserError(f"no TFDS data set {name!r} (data.name){hint}") from error
     except AssertionError as error:  # of a version that there is not
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"no TFDS data set {name!r} (data.name): {reason}") from error
     if not builder.data_path.exists():
         tfds.disable_progress_bar()

@@ -54,12 +54,11 @@ def _say_shapes(config: ConfigDict, made: Pretraining) -> None:
     height, width, channels = made.train.image_shape
     size = f"{height} x {width}" if height and width else "any size"
     batch, side = config.data.batch_size, config.data.image_size
-    where = {
-        (False, "host"): "the host",
-        (False, "device"): "the host, but for colour and blur, which the device does",
-        (True, "host"): "the device",
-        (True, "device"): "the device",
-    }[config.data.placement == "device", config.data.color_on]
+    where = "the device"
+    if config.data.placement == "host":
+        where = "the host"
+        if config.data.color_on == "device":
+            where += ", but for colour and blur, which the device does"
     say(
         f"images      {size}, {channels} channel{'s' if channels > 1 else ''}; views made on {where}"
     )

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from simclr_jax.console import say
 from simclr_jax.data import pixels
 from simclr_jax.data.indexed import IndexedSplit
+from simclr_jax.data.order import evenly
 from simclr_jax.data.source import Example
 from simclr_jax.errors import UserError
 from simclr_jax.files import expanded
@@ -101,8 +102,7 @@ def neighbours(
 
 def _indices(features: FeatureFile, query: str) -> np.ndarray:
     if not query:
-        count = len(features.images)
-        return np.unique(np.linspace(0, count - 1, _QUERIES).round().astype(int))
+        return evenly(len(features.images), _QUERIES)
     place = {name: i for i, name in enumerate(features.images.tolist())}
     asked = query.split(",")
     for name in asked:

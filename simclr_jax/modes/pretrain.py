@@ -14,6 +14,7 @@ from simclr_jax import config as config_lib
 from simclr_jax.assemble import Pretraining
 from simclr_jax.console import say
 from simclr_jax.data import index, suggest
+from simclr_jax.errors import one_line
 from simclr_jax.evals.evaluate import can_evaluate, evaluate_features
 from simclr_jax.evals.on_the_way import watch
 from simclr_jax.evals.spread import Spread
@@ -88,7 +89,7 @@ def _report(config: ConfigDict, workdir: str) -> None:
     except (
         Exception
     ) as error:  # the training is finished and saved: nothing may make it look failed
-        say(f"report      none: {' '.join(str(error).split())}")
+        say(f"report      none: {one_line(error)}")
 
 
 def _evaluate(config: ConfigDict, workdir: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from simclr_jax.data import pixels
 from simclr_jax.data.indexed import IndexedSplit
-from simclr_jax.data.order import Share
+from simclr_jax.data.order import Share, evenly
 from simclr_jax.data.source import Source
 from simclr_jax.data.split import Split
 
@@ -29,11 +29,6 @@ class Picture(NamedTuple):
     place: int
     image: np.ndarray
     label: int
-
-
-def evenly(total: int, count: int) -> np.ndarray:
-    """Returns at most `count` of the indices 0 to total - 1, evenly spaced."""
-    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
 
 
 def pictures_of(

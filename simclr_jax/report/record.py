@@ -14,7 +14,7 @@ from simclr_jax.errors import UserError
 from simclr_jax.files import absolute
 from simclr_jax.training.log import SKIPPED_IN_A_ROW
 from simclr_jax.training.plan import Plan
-from simclr_jax.training.verdict import judge
+from simclr_jax.training.verdict import References, judge
 
 # Results of evaluations: WORKDIR/NAME.json, and WORKDIR/NAME_DATA_DIGEST.json on other data.
 _RESULTS = ("probe", "knn", "linear", "finetune", "transfer", "transfer_finetune")
@@ -51,6 +51,11 @@ class Record:
     def options(self) -> dict[str, Any]:
         """Returns {option: value} of the configuration."""
         return flatten(from_dict(self.about["config"]))
+
+    @property
+    def references(self) -> References:
+        """Returns the numbers that the metrics are held against."""
+        return references(from_dict(self.about["config"]), Plan(**self.about["plan"]))
 
     @property
     def steps(self) -> int:
@@ -94,9 +99,7 @@ class Record:
         lines = [line for line in self.lines if "loss" in line and "z_std" in line]
         if not lines:
             return None
-        config = from_dict(self.about["config"])
-        plan = Plan(**self.about["plan"])
-        return judge(int(lines[-1]["step"]), lines[-1], references(config, plan))._asdict()
+        return judge(int(lines[-1]["step"]), lines[-1], self.references)._asdict()
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Returns the steps at which a metric was written, and its values."""

@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax import config as config_lib
-from simclr_jax.config import from_dict
 from simclr_jax.data.indexed import IndexedSplit
+from simclr_jax.data.order import evenly
 from simclr_jax.data.split import Split
 from simclr_jax.errors import UserError
 from simclr_jax.evals.results import labels_table
@@ -20,7 +20,6 @@ from simclr_jax.report import learned
 from simclr_jax.report.curves import COLOURS, draw_curves
 from simclr_jax.report.map import colours_of, draw_map
 from simclr_jax.report.page import render
-from simclr_jax.report.pictures import evenly
 from simclr_jax.report.record import Record
 from simclr_jax.report.sheet import SHEET_EPOCHS, name_of_data, name_of_image, sheet_of
 from simclr_jax.report.thumbnails import tile
@@ -94,10 +93,8 @@ def _cards(record: Record, planned: dict) -> list[tuple[str, str]]:
 
 def _references(record: Record) -> dict[str, dict[str, float]]:
     """Returns the constant lines of the curves: the bounds of NT-Xent, and an even spread of z."""
-    config = from_dict(record.about["config"])
-    found: dict[str, dict[str, float]] = {}
-    known = assemble.references(config, assemble.plan_of(config, record.about["training_images"]))
-    found["z_std"] = {"evenly spread": known.width**-0.5}
+    known = record.references
+    found = {"z_std": {"evenly spread": known.width**-0.5}}
     if known.temperature is not None:
         found["loss"] = {
             "by chance": chance(known.images),

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from simclr_jax.errors import UserError
+from simclr_jax.errors import UserError, one_line
 
 ENCODER, TRAINER, OPTIONS = "encoder", "trainer", "config"  # items of a checkpoint
 HANDLERS = {
@@ -152,7 +152,7 @@ def _read(checkpoint: epath.Path, item: str, args: Any, handler: Any = None) -> 
 
 def short_reason(error: Exception) -> str:
     """Shortens a storage library's error, which may have pages, to a few words."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     known = re.search(r"No space left on device|Disk quota exceeded|Read-only file system", text)
     return known[0] if known else text[:200]
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from etils import epath
 
 from simclr_jax.console import say
-from simclr_jax.errors import UserError
+from simclr_jax.errors import UserError, one_line
 from simclr_jax.files import absolute
 
 
@@ -102,7 +102,7 @@ class Sinks:
                 if isinstance(error, ImportError):
                     text = f"train.sinks={name} needs its library: pip install {name}"
                     raise UserError(text) from error
-                raise UserError(f"train.sinks={name} cannot begin: {_line(error)}") from error
+                raise UserError(f"train.sinks={name} cannot begin: {one_line(error)}") from error
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Sends the metrics of a step everywhere."""
@@ -110,7 +110,7 @@ class Sinks:
             try:
                 sink.write(step, values)
             except Exception as error:
-                say(f"step {step}  no more metrics to {name}: {_line(error)}")
+                say(f"step {step}  no more metrics to {name}: {one_line(error)}")
                 del self._open[name]
 
     def close(self, finished: bool) -> None:
@@ -119,9 +119,5 @@ class Sinks:
             try:
                 sink.close(finished)
             except Exception as error:
-                say(f"{name} was not closed: {_line(error)}")
+                say(f"{name} was not closed: {one_line(error)}")
         self._open = {}
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

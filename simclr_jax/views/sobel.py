@@ -37,8 +37,7 @@ class Sobel(PixelOperation):
         left, right = _shifted(xp, grey, -1)
         across = _smoothed(xp, right - left, -2)
         along = _smoothed(xp, down - up, -1)
-        # The small number keeps the root's gradient finite, though nobody asks for it.
-        length = xp.sqrt(across * across + along * along + 1e-12) / 4.0
+        length = xp.sqrt(across * across + along * along) / 4.0
         return (xp.minimum(length, 1.0),) * len(channels)
 
 
