@@ -15,6 +15,7 @@ part of the training images. A finished run is not run again: its line is in --r
 
 import argparse
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -258,6 +259,10 @@ def rank(h: np.ndarray) -> float:
 
 def one(run: Run) -> dict:
     """Makes one run and judges it."""
+    if run.kind.startswith("ours"):
+        from simclr_jax.processes import keep_freed_memory
+
+        keep_freed_memory(os.environ)  # as the command does
     data = load(run.path)
     options = settings(data["train"].images, run.epochs)
     if run.kind == "raw pixels":

@@ -281,6 +281,7 @@ def shell(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     # No start-up chatter of TensorFlow, and its plain kernels: the same numbers on every CPU.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    processes.keep_freed_memory(os.environ)
     try:
         command(arguments)
     except Exception as error:

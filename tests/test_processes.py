@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import platform
 import re
 import shutil
 import signal
@@ -294,3 +295,28 @@ def test_local_sh_says_how_it_is_used(arguments):
     )
     assert process.returncode == 2
     assert process.stderr.startswith("usage: launch/local.sh N -- ARGS")
+
+
+FREED = """
+import os, resource
+from simclr_jax import processes
+os.environ.update(%s)
+processes.keep_freed_memory(os.environ)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    block = bytearray(64 << 20)  # 16,384 pages, written
+    block = None
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_a_process_on_cpus_keeps_the_memory_it_frees():
+    def faults(platform):
+        code = FREED % {"JAX_PLATFORMS": platform}
+        return int(subprocess.check_output([sys.executable, "-c", code], text=True))
+
+    kept = faults("cpu")
+    assert kept < 2 * 16_384  # of two blocks at most, as the next may not fit where the last was
+    if platform.libc_ver()[0] == "glibc" and (processes._has_gpu() or processes._has_tpu()):
+        assert faults("cuda") > 5 * kept  # not beside an accelerator
