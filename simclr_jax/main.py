@@ -28,6 +28,7 @@ class Mode(NamedTuple):
       needs: names of the flags that must be given.
       takes: names of the flags that may be given besides.
       trains: a signal may stop it, which it says by returning False or None: the same command goes on.
+      begins: it makes the workdir, so that without --config the defaults hold, with ImageNet as the data.
     """
 
     module: str
@@ -36,6 +37,7 @@ class Mode(NamedTuple):
     needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
     trains: bool = False
+    begins: bool = False
 
 
 # The status of a command that a signal has stopped, and that goes on from there when it is given again: a
@@ -95,6 +97,13 @@ MODES = {
         needs=("format",),
         takes=("output",),
     ),
+    "import": Mode(
+        "modes.import_weights",
+        "import_weights",
+        "weights of google-research/simclr, torchvision or timm, into a workdir",
+        needs=("input",),
+        begins=True,
+    ),
     "study": Mode(
         "modes.study",
         "run_study",
@@ -149,7 +158,9 @@ def main(argv: list[str]) -> None:
             given = " ".join(overrides) or f"--config={args.config}"
             raise UserError(f"--runs compares runs as they are: expected no {given}")
     else:
-        saved = None if args.config else saved_config(args.workdir)
+        saved = {"data": {"name": "imagenet2012"}} if mode.begins else None
+        if not args.config and not mode.begins:
+            saved = saved_config(args.workdir)
         config = load(args.config, overrides, saved)
     run_mode = getattr(importlib.import_module(f"simclr_jax.{mode.module}"), mode.function)
     if mode.function == "evaluate_features":
@@ -210,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
         "--input",
         metavar="WHAT",
         help="for --mode=embed: a folder, NAME:SPLIT of a TFDS data set, or train or test for the run's "
-        "own data; for --mode=neighbours: the file that --mode=embed wrote",
+        "own data; for neighbours: the file that --mode=embed wrote; for import: a file of weights",
     )
     parser.add_argument(
         "--output",

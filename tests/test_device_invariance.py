@@ -63,6 +63,7 @@ class OneBlock(nn.Module):
             features=self.width,
             stride=2,
             bottleneck=False,
+            project=False,
             dtype=self.dtype,
             norm_momentum=self.norm_momentum,
             norm_group=self.norm_group,

@@ -38,7 +38,7 @@ from simclr_jax.mesh import make_mesh
 from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.saved import checkpoint_folder, read_options
 from simclr_jax.training.state import TrainState
-from simclr_jax.training.workdir import saved_config, write_record
+from simclr_jax.training.workdir import about_training, saved_config, write_record
 
 KINDS = ("raw pixels", "untrained encoder", "encoder")
 
@@ -478,7 +478,7 @@ def trained_beside(tiny, tmp_path, monkeypatch):
 
     def passes(moment):
         if moment == "begins":
-            write_record(tiny, plan, data, data.train.fingerprint(), str(workdir))
+            write_record(tiny, about_training(plan, data, data.train.fingerprint()), str(workdir))
         elif isinstance(moment, int):
             rng = np.random.default_rng(moment)
             params = jax.tree.map(

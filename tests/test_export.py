@@ -16,9 +16,9 @@ import simclr_jax
 from simclr_jax import config
 from simclr_jax.encoders import init_encoder
 from simclr_jax.encoders.resnet import ResNet
-from simclr_jax.encoders.torchvision import pytorch_loading, torchvision_weights
 from simclr_jax.errors import UserError
 from simclr_jax.modes.export import export
+from simclr_jax.weights.torchvision import pytorch_loading, torchvision_weights
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -230,9 +230,10 @@ def test_out_of_memory_is_one_line_that_says_what_to_turn(capfd):
 def test_a_run_that_saved_nothing_is_replaced_and_says_so(tiny, tmp_path, capsys):
     workdir = str(tmp_path / "w")
     set_options(tiny, {"train.steps": 1, "eval.after_training": "none"})
-    workdirs.write_record(
-        tiny, assemble.plan_of(tiny, 48), assemble.data_set(tiny), "of other data", workdir
+    about = workdirs.about_training(
+        assemble.plan_of(tiny, 48), assemble.data_set(tiny), "of other data"
     )
+    workdirs.write_record(tiny, about, workdir)
     tiny.seed = 1
     assert pretrain(tiny, workdir)
     said = capsys.readouterr().out

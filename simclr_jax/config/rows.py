@@ -6,7 +6,7 @@ losses, distortions and sources list their own options beside their code.
 
 from simclr_jax import data, encoders, losses, views
 from simclr_jax.encoders.heads import HEADS
-from simclr_jax.options import Option, below, each, flag, number, one_of, whole
+from simclr_jax.options import Option, below, each, flag, number, one_of, text, whole
 
 _MOST_IMAGES = 2**24  # of any batch
 
@@ -83,6 +83,21 @@ OPTIONS: tuple[Option, ...] = (
         False,
         flag(),
         "compute blocks again in the backward pass: less memory, more time",
+        resumable=True,
+    ),
+    # Not compared by its text when a run goes on: the record holds a digest of the weights.
+    Option(
+        "model.init_from",
+        "",
+        text(),
+        "begin pretraining with these weights: a workdir, a checkpoint, or a file for --mode=import",
+        resumable=True,
+    ),
+    Option(
+        "model.init_parts",
+        "encoder",
+        one_of("encoder", "encoder_and_head"),
+        "which of the weights of model.init_from are taken",
         resumable=True,
     ),
     Option("model.head", "nonlinear", one_of(*HEADS), "the projection head g"),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from simclr_jax.encoders import resnet, vit
+from simclr_jax.encoders import resnet, sk_resnet, vit
 from simclr_jax.options import Option, one_of
 
 
@@ -41,6 +41,7 @@ class EncoderNetwork(Protocol):
 # name: {option of the group "model", without the group: value} -> EncoderNetwork
 ENCODERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "resnet": resnet.build,
+    "sk_resnet": sk_resnet.build,
     "vit": vit.build,
 }
 

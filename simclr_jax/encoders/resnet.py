@@ -4,7 +4,7 @@ Strides sit on the 3x3 convolution, padding is symmetric and explicit, as in the
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -34,6 +34,13 @@ STEMS = {"imagenet": (7, 2, True), "cifar": (3, 1, False), "strided": (3, 2, Fal
 # the residual networks of He et al. in Caffe and of torchvision.
 POOL_PADDINGS = {"same": "SAME", "symmetric": ((1, 1), (1, 1))}
 
+# What is taken off pixels in [0, 1], and what the rest is divided by: (mean, deviation) of each colour.
+# "imagenet" is of the images that torchvision's and timm's weights were trained on.
+STANDARDS = {
+    "none": None,
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
 OPTIONS = (
     Option("model.depth", 50, one_of(*STAGES), "layers of a ResNet"),
     Option("model.width", 1.0, number(1 / 64, 64), "multiplies the channels of a ResNet's layers"),
@@ -55,22 +62,44 @@ OPTIONS = (
         flag(),
         "each block of a ResNet starts as its shortcut, as published; False learns faster in short runs",
     ),
+    Option(
+        "model.standardize",
+        "none",
+        one_of(*STANDARDS),
+        'what a ResNet does to pixels first; "none" as published; "imagenet" for weights of torchvision or timm',
+    ),
+    # He et al. 2015 (option B) and torchvision, whose weights go in and out exactly, project where the
+    # shapes differ. The published SimCLR code (tf2/resnet.py, BlockGroup) projects once a stage.
+    Option(
+        "model.project_shortcuts",
+        False,
+        flag(),
+        "the first block of every stage projects its shortcut, in depths below 50 that of the first stage "
+        "too, as in the published code; False is torchvision's",
+    ),
 )
+
+
+def fields(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the attributes of a `ResNet` by the options "model.*", without the group's name."""
+    return {
+        "depth": model["depth"],
+        "channel_factor": model["width"],
+        "stem": model["stem"],
+        "pool_padding": model["pool_padding"],
+        "dtype": jnp.dtype(model["dtype"]),
+        "norm_momentum": model["norm_momentum"],
+        "norm_group": model["norm_group"],
+        "zero_init_residual": model["zero_init_residual"],
+        "remat": model["remat"],
+        "project_shortcuts": model["project_shortcuts"],
+        "standardize": model["standardize"],
+    }
 
 
 def build(model: Mapping[str, Any]) -> "ResNet":
     """Returns the ResNet of the options "model.*", without the group's name."""
-    return ResNet(
-        depth=model["depth"],
-        channel_factor=model["width"],
-        stem=model["stem"],
-        pool_padding=model["pool_padding"],
-        dtype=jnp.dtype(model["dtype"]),
-        norm_momentum=model["norm_momentum"],
-        norm_group=model["norm_group"],
-        zero_init_residual=model["zero_init_residual"],
-        remat=model["remat"],
-    )
+    return ResNet(**fields(model))
 
 
 _kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -108,12 +137,14 @@ class ResidualBlock(nn.Module):
       features: channels of the 3x3 convolutions; a bottleneck block puts out 4 times as many.
       stride: of the first 3x3 convolution and of the shortcut.
       bottleneck: 1x1, 3x3, 1x1 convolutions; else two of 3x3.
+      project: the shortcut is a 1x1 convolution also where x has the shape that is added to it.
       dtype, norm_momentum, norm_group, zero_init_residual: see `ResNet`.
     """
 
     features: int
     stride: int
     bottleneck: bool
+    project: bool
     dtype: jnp.dtype
     norm_momentum: float
     norm_group: int
@@ -137,7 +168,7 @@ class ResidualBlock(nn.Module):
             y = Conv(features, size, stride, self.dtype)(y)
             y = norm(scale_init=initializers[last and self.zero_init_residual])(y)
             y = y if last else nn.relu(y)
-        if x.shape != y.shape:
+        if self.project or x.shape != y.shape:
             x = Conv(y.shape[-1], 1, self.stride, self.dtype, name="shortcut")(x)
             x = norm(name="shortcut_norm")(x)
         return nn.relu(x + y)
@@ -159,6 +190,8 @@ class ResNet(nn.Module):
       zero_init_residual: the last BatchNorm's scale of each block starts at zero.
       remat: the backward pass computes each block again instead of keeping its activations: less
         memory for one more forward pass.
+      project_shortcuts: the first block of every stage projects its shortcut, see OPTIONS.
+      standardize: one of STANDARDS.
     """
 
     depth: int = 50
@@ -170,6 +203,10 @@ class ResNet(nn.Module):
     zero_init_residual: bool = True
     remat: bool = False
     pool_padding: str = "same"
+    project_shortcuts: bool = False
+    standardize: str = "none"
+
+    block: ClassVar[type[nn.Module]] = ResidualBlock
 
     @property
     def channels(self) -> int:
@@ -198,20 +235,19 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool):
-        blocks, bottleneck = STAGES[self.depth]
-        size, stride, pool = STEMS[self.stem]
-        x = Conv(self.channels, size, stride, self.dtype, name="stem")(x)
-        norm = batch_norm(train, self.dtype, self.norm_momentum, self.norm_group)
-        x = nn.relu(norm(name="stem_norm")(x))
-        if pool:
+        x = _standardized(x, self.standardize)
+        x = self.stem_layers(x, train)
+        if STEMS[self.stem][2]:
             x = nn.max_pool(x, (3, 3), (2, 2), POOL_PADDINGS[self.pool_padding])
-        block_type = nn.remat(ResidualBlock, static_argnums=(2,)) if self.remat else ResidualBlock
+        block_type = nn.remat(self.block, static_argnums=(2,)) if self.remat else self.block
+        blocks, bottleneck = STAGES[self.depth]
         for stage, count in enumerate(blocks):
             for block in range(count):
                 x = block_type(
                     features=self.channels * 2**stage,
                     stride=2 if stage > 0 and block == 0 else 1,
                     bottleneck=bottleneck,
+                    project=self.project_shortcuts and block == 0,
                     dtype=self.dtype,
                     norm_momentum=self.norm_momentum,
                     norm_group=self.norm_group,
@@ -219,3 +255,19 @@ class ResNet(nn.Module):
                     name=f"stage{stage + 1}_block{block + 1}",
                 )(x, train)
         return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+
+    @nn.nowrap
+    def stem_layers(self, x, train: bool):
+        """Maps images to the input of the max-pool, or of the first stage where there is none."""
+        size, stride, _ = STEMS[self.stem]
+        x = Conv(self.channels, size, stride, self.dtype, name="stem")(x)
+        norm = batch_norm(train, self.dtype, self.norm_momentum, self.norm_group)
+        return nn.relu(norm(name="stem_norm")(x))
+
+
+def _standardized(x, name: str):
+    """Takes the mean of each colour off images [N, H, W, 3], and divides by its deviation; see STANDARDS."""
+    if (standard := STANDARDS[name]) is None:
+        return x
+    mean, deviation = (jnp.asarray(values, jnp.float32) for values in standard)
+    return (x - mean) / deviation

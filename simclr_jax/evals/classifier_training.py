@@ -36,7 +36,7 @@ from simclr_jax.training.log import Reporting
 from simclr_jax.training.loop import Job, Run, fit
 from simclr_jax.training.objectives import no_loss, supervised
 from simclr_jax.training.optimizer import make_classifier_optimizer
-from simclr_jax.training.state import TrainState, init_head, start_of
+from simclr_jax.training.state import TrainState, digest_of, init_head, start_of
 from simclr_jax.training.step import UpdateRule, make_step
 from simclr_jax.views.placement import stream
 
@@ -90,7 +90,7 @@ class Setup:
         if config.eval.baselines:
             self.starts = {UNTRAINED: self._untrained()} | self.starts
         self.path = results.path_of(config, self.saved, data, workdir, name)
-        self._digest = subjects.digest_of({"encoder": trained.encoder, "head": trained.head})
+        self._digest = digest_of({"encoder": trained.encoder, "head": trained.head})
         judges = [images for images in (self.validation, self.test) if images]
         self._judged_on = [images.split.fingerprint() for images in judges]
         self._views = assemble.classifier_views(config, self.mesh, options.batch_size)

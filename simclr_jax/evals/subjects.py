@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 from typing import Any, NamedTuple
 
 import jax
@@ -141,14 +140,6 @@ def with_labels(split: Split) -> Split:
         return split
     labelled = split.all_labels() >= 0
     return split if labelled.all() else split.subset(np.flatnonzero(labelled))
-
-
-def digest_of(variables: dict) -> str:
-    """Returns a digest that is equal for encoders of equal weights."""
-    digest = hashlib.blake2b(digest_size=16)
-    for leaf in jax.tree.leaves(jax.device_get(variables)):
-        digest.update(np.ascontiguousarray(leaf).data)
-    return digest.hexdigest()
 
 
 def batch_size_of(config: ConfigDict, mesh: Mesh) -> int:

@@ -27,6 +27,7 @@ from simclr_jax.evals.features import Extractor
 from simclr_jax.files import expanded
 from simclr_jax.mesh import make_mesh
 from simclr_jax.modes.feature_file import OUTPUT_SUFFIXES, Parts, alone
+from simclr_jax.training.state import digest_of
 
 
 class Input(NamedTuple):
@@ -125,7 +126,7 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
         parts.begin(
             {
                 "step": trained.saved["step"],
-                "encoder": subjects.digest_of(trained.encoder),
+                "encoder": digest_of(trained.encoder),
                 "images": source.split.fingerprint(),
                 "crop": [
                     config.data.image_size,

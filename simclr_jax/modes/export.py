@@ -17,12 +17,12 @@ from ml_collections import ConfigDict
 from simclr_jax.console import say
 from simclr_jax.encoders import apply_network
 from simclr_jax.encoders.resnet import ResNet
-from simclr_jax.encoders.torchvision import pytorch_loading, torchvision_weights
 from simclr_jax.errors import UserError
 from simclr_jax.files import replacing, writing
 from simclr_jax.pretrained import Encoder, read_encoder
 from simclr_jax.training.saved import read_newest
 from simclr_jax.training.workdir import check_encoder
+from simclr_jax.weights.torchvision import architecture, pytorch_loading, torchvision_weights
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -53,7 +53,7 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
         loading = FORMATS[format](encoder, path)
     say(f"the encoder of step {encoder.step}, {encoder.width} numbers an image: {path}")
     say(f"\n{loading}\n")
-    say("Images are numbers in [0, 1]: divided by 255, and not standardised.")
+    say("Images are numbers in [0, 1]: divided by 255, and not standardised before they are given.")
 
 
 def _write_safetensors(encoder: Encoder, path: epath.Path) -> str:
@@ -61,7 +61,7 @@ def _write_safetensors(encoder: Encoder, path: epath.Path) -> str:
     # Imported here: nothing else needs it.
     from safetensors.numpy import save
 
-    if not isinstance(encoder.network, ResNet):
+    if type(encoder.network) is not ResNet:
         raise UserError(
             f"torchvision has no {encoder.network.describe()}: use --format=stablehlo or "
             "--format=savedmodel"
@@ -70,8 +70,9 @@ def _write_safetensors(encoder: Encoder, path: epath.Path) -> str:
     metadata = {
         "format": "pt",
         "loading": loading,
-        "images": "float32 [N, 3, H, W] in [0, 1], not standardised",
+        "images": "float32 [N, 3, H, W] in [0, 1]; the program above does the rest",
         "step": str(encoder.step),
+        **architecture(encoder.network),
     }
     content = save(torchvision_weights(encoder.network, encoder.variables), metadata)
     with replacing(path) as scratch:

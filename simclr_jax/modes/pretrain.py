@@ -22,13 +22,14 @@ from simclr_jax.evals.subjects import ENCODER, UNTRAINED
 from simclr_jax.files import expanded, locked, write_json
 from simclr_jax.mesh import FSDP
 from simclr_jax.modes.report import report
+from simclr_jax.modes.warm_start import begun_with, describe_start, find_start
 from simclr_jax.training.checkpoint import Saving
 from simclr_jax.training.log import Reporting
 from simclr_jax.training.loop import Run, fit
 from simclr_jax.training.sinks import Sinks
 from simclr_jax.training.state import count_parameters
 from simclr_jax.training.verdict import Verdict, judge, judge_accuracy
-from simclr_jax.training.workdir import check_data, check_workdir, write_record
+from simclr_jax.training.workdir import about_training, check_data, check_workdir, write_record
 from simclr_jax.views.placement import stream
 
 _ADVICE = (
@@ -115,8 +116,13 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
     train, plan = made.train, made.plan
     fingerprint = train.fingerprint()
     check_data(train, fingerprint, saved, workdir)
-    record = write_record(config, plan, assemble.data_set(config), fingerprint, workdir)
+    start, began_with = find_start(config, saved, workdir)
+    job = begun_with(start, made.job) if start else made.job
+    about = about_training(plan, assemble.data_set(config), fingerprint)
+    record = write_record(config, about | {"init_from": began_with}, workdir)
     describe_run(config, made)
+    if start:
+        say(describe_start(start))
     images = assemble.images_of(config, train, epath.Path(workdir) / "broken_images.jsonl")
     verdicts: list[Verdict] = []
     references = assemble.references(config, plan)
@@ -130,7 +136,7 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
     sinks = functools.partial(Sinks, config.train.sinks, workdir, config_lib.flatten(config))
     run = Run(workdir, record, Saving(**config.checkpoint.to_dict()), reporting, sinks)
     hooks = [*watch(config, made), *([Spread(config, made)] if config.health.every_steps else [])]
-    _, finished = fit(made.job, stream(made.views, images), run, hooks)
+    _, finished = fit(job, stream(made.views, images), run, hooks)
     if not finished:
         return False
     broken = images.broken

@@ -1,10 +1,12 @@
 """The state that training carries from step to step, and how it starts."""
 
+import hashlib
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from simclr_jax.encoders import init_encoder, init_variables
@@ -86,3 +88,11 @@ def start_of(
 def count_parameters(tree) -> int:
     """Counts the numbers that the arrays of the tree hold."""
     return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def digest_of(variables: Any) -> str:
+    """Returns a digest of a tree of arrays, equal for trees of equal weights."""
+    digest = hashlib.blake2b(digest_size=16)
+    for leaf in jax.tree.leaves(jax.device_get(variables)):
+        digest.update(np.ascontiguousarray(leaf).data)
+    return digest.hexdigest()

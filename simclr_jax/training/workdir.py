@@ -8,6 +8,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import jax
 from etils import epath
@@ -22,6 +23,14 @@ from simclr_jax.training.plan import Plan
 from simclr_jax.training.saved import find, read_newest, read_options, saved_steps
 
 _PACKAGES = ("simclr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+# Options that are paths.
+_PATHS = (
+    ("data", "path"),
+    ("data", "test_path"),
+    ("data", "labels_file"),
+    ("model", "init_from"),
+)
 
 # What --extend lets differ.
 _LENGTH = ("train.epochs", "train.steps")
@@ -89,6 +98,11 @@ def check_workdir(config: ConfigDict, workdir: str, extend: bool = False) -> dic
     if saved is None:
         _say_what_is_replaced(config, workdir)
         return None
+    if "imported" in saved:
+        raise UserError(
+            f"{workdir} holds imported weights, not a training that could go on: use another --workdir, and "
+            f"--config.model.init_from={workdir} to begin with these weights"
+        )
     old = config_lib.from_dict(saved["config"])
     changed = config_lib.differences(old, config, _LENGTH if extend else ())
     if changed:
@@ -144,16 +158,38 @@ def check_data(train: Split, fingerprint: str, saved: dict | None, workdir: str)
     )
 
 
-def write_record(
-    config: ConfigDict, plan: Plan, data: DataSet, fingerprint: str, workdir: str
-) -> dict:
+def about_training(plan: Plan, data: DataSet, fingerprint: str) -> dict[str, Any]:
+    """Returns what a training's record says of its length and its data.
+
+    Args:
+      plan: length and learning rate.
+      data: the images.
+      fingerprint: `data.train.fingerprint()`.
+    """
+    return {
+        "plan": dataclasses.asdict(plan),
+        "training_images": data.train.count,
+        "classes": data.train.classes,
+        "data_fingerprint": fingerprint,
+        "test_fingerprint": data.test.fingerprint() if data.test else None,
+    }
+
+
+def about_imported(weights: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the record of weights that were not trained here says: neither length nor data, and
+    `weights`, where they are from.
+    """
+    nothing = {"training_images": 0, "classes": None, "data_fingerprint": None}
+    plan = dataclasses.asdict(Plan(0, 0, 0.0))
+    return {"plan": plan, "imported": weights, "test_fingerprint": None} | nothing
+
+
+def write_record(config: ConfigDict, about: dict[str, Any], workdir: str) -> dict:
     """Writes WORKDIR/config.json and returns what it holds.
 
     Args:
       config: the run's configuration.
-      plan: its length and learning rate.
-      data: the images.
-      fingerprint: `data.train.fingerprint()`.
+      about: `about_training` or `about_imported`, and whatever else is to be known of the run.
       workdir: the folder, made if it is not there.
 
     Raises:
@@ -161,11 +197,7 @@ def write_record(
     """
     record = {
         "config": _found_from_anywhere(config),
-        "plan": dataclasses.asdict(plan),
-        "training_images": data.train.count,
-        "classes": data.train.classes,
-        "data_fingerprint": fingerprint,
-        "test_fingerprint": data.test.fingerprint() if data.test else None,
+        **about,
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "commit": _commit(),
         "command": sys.argv,
@@ -180,13 +212,13 @@ def write_record(
 
 
 def _found_from_anywhere(config: ConfigDict) -> dict:
-    """Returns the configuration with absolute paths of the data, so that they are the same data
-    whatever the current folder is.
+    """Returns the configuration with absolute paths, so that they name the same files whatever the current
+    folder is.
     """
     found = config.to_dict()
-    for name in ("path", "test_path", "labels_file"):
-        if found["data"][name]:
-            found["data"][name] = absolute(found["data"][name])
+    for group, name in _PATHS:
+        if found[group][name]:
+            found[group][name] = absolute(found[group][name])
     return found
 
 

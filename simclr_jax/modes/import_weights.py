@@ -1,0 +1,87 @@
+"""--mode=import: weights that another program wrote, into a workdir from which every other mode works."""
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from simclr_jax import config as config_lib
+from simclr_jax import weights as weights_lib
+from simclr_jax.console import say
+from simclr_jax.encoders import ENCODERS
+from simclr_jax.errors import UserError
+from simclr_jax.files import absolute
+from simclr_jax.training.checkpoint import Checkpoints, Saving
+from simclr_jax.training.saved import saved_steps
+from simclr_jax.training.state import TrainState, count_parameters, digest_of
+from simclr_jax.training.workdir import about_imported, write_record
+from simclr_jax.weights.contents import Weights
+
+
+def import_weights(config: ConfigDict, workdir: str, input: str) -> None:
+    """Writes the weights of a file into a workdir: its config.json, and a checkpoint of step 0.
+
+    Args:
+      config: options of what is done with them later, such as data and evaluation. The options of the model
+        that the file decides are set.
+      workdir: a folder without checkpoints.
+      input: the file: what `weights.read` takes.
+
+    Raises:
+      UserError: the workdir holds checkpoints, the file cannot be read or is of no known network, or the
+        workdir cannot be written.
+    """
+    if saved_steps(workdir):
+        raise UserError(f"{workdir} holds checkpoints already: use another --workdir")
+    weights = weights_lib.read(input)
+    config = config.copy_and_resolve_references()
+    config_lib.set_options(config, {f"model.{name}": x for name, x in weights.model.items()})
+    _describe(config, weights)
+    source = {
+        "path": absolute(input),
+        "kind": weights.kind,
+        "skipped": weights.skipped,
+        "digest": digest_of(weights.encoder),
+    }
+    record = write_record(config, about_imported(source), workdir)
+    with Checkpoints(workdir, Saving(every_steps=1)) as checkpoints:
+        checkpoints.save(0, _state(weights), record | {"step": 0, "window": [], "hooks": {}})
+        checkpoints.wait(0)
+    say(
+        f"imported    {workdir}/checkpoints/0; --mode=probe, embed, finetune, export and the like take it from"
+    )
+    say("            there, and --config.model.init_from=WORKDIR begins a pretraining with it")
+
+
+def _state(weights: Weights) -> TrainState:
+    head = weights.head or {"params": {}, "batch_stats": {}}
+    params = {"encoder": weights.encoder["params"], "head": head["params"]}
+    if weights.classifier is not None:
+        params["classifier"] = weights.classifier
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats={
+            "encoder": weights.encoder["batch_stats"],
+            "head": head["batch_stats"],
+        },
+        opt_state=(),
+    )
+
+
+def _describe(config: ConfigDict, weights: Weights) -> None:
+    """Says what the file holds, and what of it is not taken."""
+    network = ENCODERS[config.model.name](config.model.to_dict())
+    size = count_parameters(weights.encoder["params"]) / 1e6
+    say(f"file        of {weights.kind}")
+    say(f"model       {network.describe()}, {size:.2f} M parameters, stem {config.model.stem!r}")
+    if weights.head is not None:
+        say(f"head        {config.model.head_layers} layers, z of {config.model.head_width}")
+    if weights.classifier is not None:
+        classes = weights.classifier["dense"]["bias"].size
+        say(f"classifier  of {classes} classes")
+    if weights.skipped:
+        what = ", ".join(f"{count} of {name}" for name, count in weights.skipped.items())
+        say(f"not taken   {what}")
+    if config.model.standardize != "none":
+        say(
+            "pixels      less ImageNet's mean, by its deviation, inside the network (model.standardize)"
+        )

@@ -1,0 +1,203 @@
+"""Pretraining that begins with given weights, model.init_from, instead of random ones.
+
+Unlike a resumed run it begins at step 0, with its own learning rate, schedule and data.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from simclr_jax import assemble, encoders, weights
+from simclr_jax import config as config_lib
+from simclr_jax.errors import UserError
+from simclr_jax.files import absolute, expanded
+from simclr_jax.mesh import laid_out, make_mesh, replicated
+from simclr_jax.pretrained import read_variables
+from simclr_jax.training import saved
+from simclr_jax.training.loop import Job
+from simclr_jax.training.state import TrainState, digest_of, init_head
+
+# Options that decide shapes and names of arrays.
+_RESNET = ("model.depth", "model.width", "model.project_shortcuts")
+_HEAD = ("model.head", "model.head_layers", "model.head_width")
+
+
+class Start(NamedTuple):
+    """Weights to begin with.
+
+    Attributes:
+      parts: {"encoder", and "head" if wanted}: {"params", "batch_stats"}, numpy arrays.
+      about: {"path", "step", "parts", "digest"}, for the run's record.
+      notes: options of the model that differ from those the weights were trained with, in words.
+    """
+
+    parts: dict[str, dict]
+    about: dict[str, Any]
+    notes: list[str]
+
+
+def read_start(config: ConfigDict) -> Start:
+    """Reads the weights of model.init_from: a workdir, a checkpoint folder, or what `weights.read` takes.
+
+    Raises:
+      UserError: they cannot be read, or are of another model than the configuration's.
+    """
+    path, with_head = config.model.init_from, config.model.init_parts == "encoder_and_head"
+    if weights.recognised(path):
+        found = weights.read(path)
+        source = config_lib.default()
+        config_lib.set_options(source, {f"model.{name}": x for name, x in found.model.items()})
+        parts, step = {"encoder": found.encoder}, 0
+        if with_head and found.head is not None:
+            parts["head"] = found.head
+    else:
+        source, parts, step = _of_checkpoint(path, with_head)
+    if with_head and "head" not in parts:
+        raise UserError(f"model.init_parts=encoder_and_head, and {path} has no projection head")
+    notes = _compared(path, source, config, with_head)
+    about = {"path": absolute(path), "step": step, "parts": config.model.init_parts}
+    return Start(parts, about | {"digest": digest_of(parts)}, notes)
+
+
+def _of_checkpoint(path: str, with_head: bool) -> tuple[ConfigDict, dict[str, dict], int]:
+    """Returns the configuration of a checkpoint, its parts and its step."""
+    if not expanded(path).exists():
+        raise UserError(
+            f"model.init_from={path!r} does not exist: expected a workdir, a checkpoint folder, a TensorFlow "
+            "checkpoint or a .safetensors file"
+        )
+    everywhere = replicated(make_mesh())
+
+    def read(folder: Any) -> tuple[ConfigDict, dict[str, dict], int]:
+        options = saved.read_options(folder)
+        source = config_lib.from_dict(options["config"])
+        network = assemble.encoder(source)
+        parts = {"encoder": read_variables(source, network, folder, everywhere)}
+        if with_head and source.model.head != "none":
+            head = assemble.head(source)
+            abstract = jax.eval_shape(lambda: init_head(head, network.width, jax.random.key(0)))
+            parts["head"] = saved.read_head_arrays(
+                folder, saved.with_shardings(abstract, everywhere)
+            )
+        return source, jax.tree.map(np.asarray, parts), options["step"]
+
+    return saved.read_newest(path, read)
+
+
+def _compared(path: str, source: ConfigDict, config: ConfigDict, with_head: bool) -> list[str]:
+    """Returns the differences between the two models that leave the arrays as they are.
+
+    Raises:
+      UserError: there are others.
+    """
+    before, after = config_lib.flatten(source), config_lib.flatten(config)
+    is_vit = config.model.name == "vit"
+    names = [
+        *(o.name for o in encoders.OPTIONS if o.name.startswith("model.vit.") == is_vit),
+        *(_HEAD if with_head else ()),
+    ]
+    changes = {
+        name: f"{name}: {before[name]} there, {after[name]} here"
+        for name in dict.fromkeys(("model.name", *names))
+        if before[name] != after[name]
+    }
+    needed = ("model.name", "model.vit.", *_RESNET, *_HEAD)
+    wrong = [text for name, text in changes.items() if name.startswith(needed)]
+    if wrong:
+        raise UserError(
+            f"model.init_from={path!r} is of another model ({'; '.join(wrong)}): give the options of the model "
+            "as they are there"
+        )
+    return [text for name, text in changes.items() if name != "model.zero_init_residual"]
+
+
+def begun_with(start: Start, job: Job) -> Job:
+    """Returns the job, with the weights of `start` in its first state.
+
+    Raises:
+      UserError: their shapes are not those of the job's.
+    """
+    abstract = job.abstract_state
+    for part, tree in start.parts.items():
+        for kind, arrays in tree.items():
+            _check_shapes(start.about["path"], arrays, getattr(abstract, kind)[part])
+
+    def init() -> TrainState:
+        state = job.init()
+        replaced = {}
+        for kind in ("params", "batch_stats"):
+            whole = dict(getattr(state, kind))
+            for part, tree in start.parts.items():
+                lies = jax.tree.map(lambda x: x.sharding, getattr(abstract, kind)[part])
+                whole[part] = jax.tree.map(laid_out, tree[kind], lies)
+            replaced[kind] = whole
+        return dataclasses.replace(state, **replaced)
+
+    return job._replace(init=init)
+
+
+def _check_shapes(path: str, arrays: dict, wanted: dict) -> None:
+    found = {
+        jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(arrays)
+    }
+    expected = {
+        jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(wanted)
+    }
+    for name in sorted({*found, *expected}):
+        if found.get(name) != expected.get(name):
+            raise UserError(
+                f"model.init_from={path!r}: {name} has shape {found.get(name, 'none')}, and this model's has "
+                f"{expected.get(name, 'none')}"
+            )
+
+
+def find_start(
+    config: ConfigDict, saved_run: dict | None, workdir: str
+) -> tuple[Start | None, dict | None]:
+    """Finds what a run begins, or began, with.
+
+    Args:
+      config: the run's configuration.
+      saved_run: the record of the newest checkpoint; None: the run is yet to begin.
+      workdir: for messages.
+
+    Returns:
+      the weights, None if the run goes on or begins with random ones; and `Start.about` for the record, None
+      if it begins with random ones.
+
+    Raises:
+      UserError: the run that goes on began with other weights than model.init_from names, or they cannot be
+        read.
+    """
+    path = config.model.init_from
+    began_with = (saved_run or {}).get("init_from")
+    if not path:
+        if began_with:
+            raise UserError(
+                f"{workdir} holds a run that began with the weights of {began_with['path']}: give "
+                f"--config.model.init_from={began_with['path']} as then, or use another --workdir"
+            )
+        return None, None
+    if saved_run is None:
+        start = read_start(config)
+        return start, start.about
+    if began_with and not expanded(path).exists():
+        return None, began_with  # no longer needed: the run has a checkpoint of its own
+    now = read_start(config).about
+    if began_with is None or any(now[key] != began_with[key] for key in ("digest", "parts")):
+        then = f"those of {began_with['path']}" if began_with else "random ones"
+        raise UserError(
+            f"{workdir} holds a run that began with other weights ({then}) than {path!r} has now: use "
+            "another --workdir"
+        )
+    return None, began_with
+
+
+def describe_start(start: Start) -> str:
+    """Returns a line that says what a run begins with."""
+    about = start.about
+    notes = f"; differs: {'; '.join(start.notes)}" if start.notes else ""
+    return f"begins      with the {about['parts'].replace('_', ' ')} of {about['path']}, step {about['step']}{notes}"

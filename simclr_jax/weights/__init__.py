@@ -1,0 +1,63 @@
+"""Weights that other programs wrote, and weights for them. To add a kind of file, write a reader here and a
+row in `READERS`.
+
+Nothing of a file is executed, and no pickle is read.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from etils import epath
+
+from simclr_jax.errors import UserError
+from simclr_jax.files import expanded
+from simclr_jax.weights import published, tensorflow, torchvision
+from simclr_jax.weights.contents import Weights
+
+
+class Reader(NamedTuple):
+    """Reads one kind of file.
+
+    Attributes:
+      recognises: path -> whether it is such a file; looks at names only.
+      read: path -> its weights. Raises a UserError for what does not fit.
+    """
+
+    recognises: Callable[[epath.Path], bool]
+    read: Callable[[epath.Path], Weights]
+
+
+READERS = {
+    "TensorFlow checkpoint": Reader(
+        lambda path: tensorflow.prefix_of(path) is not None,
+        lambda path: published.convert(tensorflow.read(path)),
+    ),
+    "safetensors": Reader(lambda path: path.suffix == ".safetensors", torchvision.read),
+}
+
+
+def recognised(path: str) -> str | None:
+    """Returns the kind of the file at `path`, a row of READERS; None: none of them."""
+    found = (name for name, reader in READERS.items() if reader.recognises(expanded(path)))
+    return next(found, None)
+
+
+def read(path: str) -> Weights:
+    """Reads the weights of another program.
+
+    Raises:
+      UserError: there is nothing at `path`, it is of no known kind, or a weight is missing, is one too many,
+        or has another shape than expected.
+    """
+    kind = recognised(path)
+    if kind is None:
+        what = "is none of these" if expanded(path).exists() else "does not exist"
+        hint = ""
+        if path.endswith((".pth", ".pt", ".bin", ".ckpt.tar", ".pkl")):
+            hint = "; a pickle can run any program when it is read: save its state_dict by "
+            hint += "safetensors.torch.save_file"
+        raise UserError(
+            f"{path} {what}: expected a TensorFlow checkpoint (its prefix, its folder, or a SavedModel's "
+            f"folder) or a .safetensors file of torchvision's or timm's ResNets{hint}"
+        )
+    return READERS[kind].read(expanded(path))

@@ -1,0 +1,240 @@
+"""A ResNet's weights under torchvision's names, which are timm's too: out, in, and the PyTorch program that
+loads them.
+"""
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from simclr_jax.encoders import init_encoder
+from simclr_jax.encoders.resnet import STAGES, STANDARDS, STEMS, ResNet
+from simclr_jax.errors import UserError, one_line
+from simclr_jax.weights.contents import Path, Weights, filled, norm_paths
+
+KIND = "torchvision or timm"
+
+_NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+
+
+def torchvision_weights(network: ResNet, variables: dict) -> dict[str, np.ndarray]:
+    """Returns {name: float32 array}: the weights as torchvision.models.ResNet names and lays them out.
+
+    Args:
+      network: the encoder; its width may be any, as `pytorch_loading` has torchvision's class build it.
+      variables: {"params", "batch_stats"} of the network.
+    """
+    del network
+    found = jax.device_get(variables)
+    weights = {}
+    for where, name in _convolutions(found["params"]):
+        kernel = _at(found["params"], (*where, "kernel"))
+        weights[f"{name}.weight"] = np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
+    for where, name in _norms(found["params"]):
+        paths = norm_paths(where)
+        weights |= {f"{name}.{theirs}": _at(found, paths[ours]) for theirs, ours in _NORM.items()}
+    return weights
+
+
+def _at(tree: Any, path: Path) -> np.ndarray:
+    return functools.reduce(lambda holder, key: holder[key], path, tree)
+
+
+def _blocks(params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields our name of each block and torchvision's."""
+    for name in params:
+        if match := re.fullmatch(r"stage(\d+)_block(\d+)", name):
+            yield name, f"layer{match[1]}.{int(match[2]) - 1}"
+
+
+def _convolutions(params: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+    """Yields the path of each convolution and torchvision's name of it."""
+    yield ("stem",), "conv1"
+    for ours, theirs in _blocks(params):
+        for layer in params[ours]:
+            if layer.startswith("Conv_"):
+                yield (ours, layer), f"{theirs}.conv{int(layer.removeprefix('Conv_')) + 1}"
+        if "shortcut" in params[ours]:
+            yield (ours, "shortcut"), f"{theirs}.downsample.0"
+
+
+def _norms(params: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+    """Yields the path of each BatchNorm and torchvision's name of it."""
+    yield ("stem_norm",), "bn1"
+    for ours, theirs in _blocks(params):
+        for layer in params[ours]:
+            if layer.startswith("BatchNorm_"):
+                yield (ours, layer), f"{theirs}.bn{int(layer.removeprefix('BatchNorm_')) + 1}"
+        if "shortcut" in params[ours]:
+            yield (ours, "shortcut_norm"), f"{theirs}.downsample.1"
+
+
+def architecture(network: ResNet) -> dict[str, str]:
+    """Returns what names and shapes do not tell of a network, for the description of a file; see `convert`."""
+    return {name: getattr(network, name) for name in ("stem", "pool_padding", "standardize")}
+
+
+def read(path: epath.Path) -> Weights:
+    """Reads a .safetensors file of torchvision's or timm's ResNets, or one that --mode=export wrote.
+
+    The file does not say how the max-pool pads nor what is done to pixels: what this package wrote says so
+    in its description, other files are taken to be torchvision's (padding on both sides, ImageNet's mean and
+    deviation).
+
+    Raises:
+      UserError: the file is damaged, or is not of a ResNet of torchvision's form.
+    """
+    import safetensors
+
+    try:
+        with safetensors.safe_open(str(path), "np") as file:
+            about = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (safetensors.SafetensorError, OSError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)[:200]}") from error
+    return convert(weights, about)
+
+
+def convert(weights: Mapping[str, np.ndarray], about: Mapping[str, str]) -> Weights:
+    """Turns {torchvision's name: array} into weights of this package.
+
+    Args:
+      weights: the arrays.
+      about: see `architecture`; missing: torchvision's.
+
+    Raises:
+      UserError: a weight is missing, is one too many, or has another shape.
+    """
+    weights = {name: x for name, x in weights.items() if not name.endswith("num_batches_tracked")}
+    unknown = {"standardize": "imagenet", "pool_padding": "symmetric"}
+    told = {name: about[name] for name in ("stem", *unknown) if name in about}
+    model = _model_of(weights) | unknown | told | {"head": "none"}
+    network = ResNet(
+        depth=model["depth"],
+        channel_factor=model["width"],
+        stem=model["stem"],
+        project_shortcuts=model["project_shortcuts"],
+    )
+    abstract = jax.eval_shape(functools.partial(init_encoder, network, 224), jax.random.key(0))
+    values: dict[Path, np.ndarray] = {}
+    names: dict[Path, str] = {}
+    ours = {
+        f"{name}.weight": ("params", *where, "kernel")
+        for where, name in _convolutions(abstract["params"])
+    }
+    for where, name in _norms(abstract["params"]):
+        paths = norm_paths(where)
+        ours |= {f"{name}.{theirs}": paths[own] for theirs, own in _NORM.items()}
+    classifier = {}
+    for name, x in weights.items():
+        if name in ("fc.weight", "fc.bias"):
+            classifier[name.removeprefix("fc.")] = np.asarray(x, np.float32)
+            continue
+        if name not in ours:
+            raise UserError(
+                f"{name} is one variable too many: {network.describe()} of torchvision has none such"
+            )
+        values[ours[name]] = x.transpose(2, 3, 1, 0) if x.ndim == 4 else x
+        names[ours[name]] = name
+    encoder = filled(abstract, values, names)
+    dense = None
+    if classifier:
+        if set(classifier) != {"weight", "bias"} or classifier["weight"].shape[1] != network.width:
+            raise UserError(
+                f"fc.weight and fc.bias: expected both, for {network.width} numbers an image"
+            )
+        dense = {"dense": {"kernel": classifier["weight"].T.copy(), "bias": classifier["bias"]}}
+    return Weights(KIND, model, encoder, None, dense, {})
+
+
+def _model_of(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Finds the network by names and shapes: {"name", "depth", "width", "stem", "project_shortcuts"}."""
+    if "conv1.weight" not in weights:
+        raise UserError("no conv1.weight: expected the names of torchvision's and timm's ResNets")
+    blocks = [0, 0, 0, 0]
+    for name in weights:
+        if match := re.match(r"layer([1-4])\.(\d+)\.conv1\.weight", name):
+            stage = int(match[1]) - 1
+            blocks[stage] = max(blocks[stage], int(match[2]) + 1)
+    bottleneck = "layer1.0.conv3.weight" in weights
+    depths = {stages: depth for depth, stages in STAGES.items()}
+    depth = depths.get(((blocks[0], blocks[1], blocks[2], blocks[3]), bottleneck))
+    if depth is None:
+        raise UserError(
+            f"{blocks} blocks in the stages: expected those of a ResNet of depth {', '.join(map(str, STAGES))}"
+        )
+    channels, _, size, _ = weights["conv1.weight"].shape
+    return {
+        "name": "resnet",
+        "depth": depth,
+        "width": channels / 64,
+        "stem": "imagenet" if size == 7 else "cifar",
+        "project_shortcuts": not bottleneck and "layer1.0.downsample.0.weight" in weights,
+    }
+
+
+def pytorch_loading(network: ResNet, image_size: int, path: Any) -> str:
+    """Writes the PyTorch program that loads the weights, with every change that torchvision's model needs
+    to compute what this encoder does at `image_size`.
+    """
+    blocks, bottleneck = STAGES[network.depth]
+    block = f"torchvision.models.resnet.{'Bottleneck' if bottleneck else 'BasicBlock'}"
+    lines = []
+    dtype = jnp.dtype(network.dtype)
+    if dtype != jnp.float32:
+        lines.append(
+            f"# Trained in {dtype}: here h is computed in float32, and differs by the rounding."
+        )
+    if network.depth in (18, 34, 50, 101, 152):
+        model = f"torchvision.models.resnet{network.depth}()"
+    else:
+        model = f"torchvision.models.ResNet({block}, {list(blocks)})"
+    lines += [
+        "import torch, torchvision",
+        "from safetensors.torch import load_file",
+        "",
+        f"model = {model}",
+        "model.fc = torch.nn.Identity()",
+    ]
+    standard = STANDARDS[network.standardize]
+    if standard is not None:
+        mean, deviation = standard
+        lines.append(f"mean, deviation = torch.tensor({mean}), torch.tensor({deviation})")
+    size, stride, pool = STEMS[network.stem]
+    channels = network.channels
+    if (size, stride, channels) != (7, 2, 64):
+        lines.append(
+            f"model.conv1 = torch.nn.Conv2d(3, {channels}, {size}, {stride}, {size // 2}, bias=False)"
+        )
+    if channels != 64:  # torchvision's class has one width: its own method builds the stages anew
+        lines += [
+            f"model.bn1, model.inplanes = torch.nn.BatchNorm2d({channels}), {channels}",
+            *(
+                f"model.layer{i + 1} = model._make_layer({block}, {channels * 2**i}, {count}, "
+                f"stride={1 if i == 0 else 2})"
+                for i, count in enumerate(blocks)
+            ),
+        ]
+    if not pool:
+        lines.append("model.maxpool = torch.nn.Identity()")
+    elif network.pool_padding == "same" and -(-image_size // 2) % 2 == 0:
+        # TensorFlow's SAME pads an even size by (0, 1), like a last window that hangs over, and an
+        # odd one by (1, 1), as torchvision does.
+        lines.append("model.maxpool = torch.nn.MaxPool2d(3, 2, ceil_mode=True)")
+    return "\n".join(
+        [
+            *lines,
+            f'model.load_state_dict(load_file("{path}"))',
+            *(
+                ["images = (images - mean[:, None, None]) / deviation[:, None, None]"]
+                if standard is not None
+                else []
+            ),
+            "h = model.eval()(images)  # float32 [N, 3, H, W]",
+        ]
+    )
