@@ -28,6 +28,8 @@ CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
         "cifar10.py:resnet18",
         "imagenet.py",
         "imagenet.py:depth=101,width=2,epochs=1000",
+        "imagenet_v2.py",
+        "imagenet_v2.py:depth=152,width=3,sk=1",
         "folder.py:/data/photos",
     ],
 )
@@ -39,7 +41,7 @@ def test_every_configuration_file_is_valid_and_is_itself_after_saving(spec):
 
 
 def test_every_configuration_file_was_tested():
-    tested = {"digits", "fashion_mnist", "cifar10", "imagenet", "folder", "emoji"}
+    tested = {"digits", "fashion_mnist", "cifar10", "imagenet", "imagenet_v2", "folder", "emoji"}
     assert {p.stem for p in CONFIGS.glob("*.py")} == tested
 
 
@@ -48,6 +50,18 @@ def test_arguments_of_configuration_files():
     assert (c.model.depth, c.model.width, c.train.epochs) == (101, 2.0, 1000.0)
     assert read_file(str(CONFIGS / "cifar10.py:resnet18")).model.depth == 18
     assert read_file(str(CONFIGS / "folder.py:/a/b")).data.path == "/a/b"
+
+
+def test_the_configuration_of_v2_is_the_published_one():
+    """LARS at 0.1 x sqrt(4096), 5 % of the epochs as warm-up; fine-tuning at 0.005 x sqrt(1024)."""
+    c = read_file(str(CONFIGS / "imagenet_v2.py:depth=152,width=3,sk=1"))
+    plan = assemble.plan_of(c, 1_281_167)
+    assert plan.learning_rate == pytest.approx(6.4)
+    assert plan.warmup_steps == round(40 * 1_281_167 / 4096)
+    assert assemble.encoder(c).describe() == "SK-ResNet-152 x3"
+    assert assemble.head(c).layers == 3
+    assert (c.finetune.optimizer, c.finetune.scaling) == ("lars", "sqrt")
+    assert (c.finetune.learning_rate, c.finetune.batch_size) == ((0.005,), 1024)
 
 
 def test_the_imagenet_configuration_is_the_papers():

@@ -6,6 +6,7 @@ the time to compile.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from simclr_jax import assemble, config
 from simclr_jax.encoders import ENCODERS
 from simclr_jax.encoders.norm import batch_norm
 from simclr_jax.encoders.resnet import Conv, ResidualBlock
+from simclr_jax.encoders.sk_resnet import SkBlock
 from simclr_jax.losses import nt_xent
 from simclr_jax.losses.contract import normalize
 from simclr_jax.losses.health import with_health
@@ -43,6 +45,8 @@ class OneBlock(nn.Module):
     norm_momentum: float
     norm_group: int
     remat: bool
+    block: Any = ResidualBlock
+    bottleneck: bool = False
     width = 16
 
     def describe(self):
@@ -58,22 +62,22 @@ class OneBlock(nn.Module):
     def __call__(self, x, train):
         norm = batch_norm(train, self.dtype, self.norm_momentum, self.norm_group)
         x = nn.relu(norm(name="stem_norm")(Conv(8, 3, 2, self.dtype, name="stem")(x)))
-        block_type = nn.remat(ResidualBlock, static_argnums=(2,)) if self.remat else ResidualBlock
+        block_type = nn.remat(self.block, static_argnums=(2,)) if self.remat else self.block
         block = block_type(
-            features=self.width,
+            features=self.width // (4 if self.bottleneck else 1),
             stride=2,
-            bottleneck=False,
+            bottleneck=self.bottleneck,
             project=False,
             dtype=self.dtype,
             norm_momentum=self.norm_momentum,
             norm_group=self.norm_group,
-            zero_init_residual=True,
+            zero_init_residual=not self.bottleneck,
             name="block",
         )
         return jnp.mean(block(x, train), axis=(1, 2), dtype=jnp.float32)
 
 
-def use_one_block(config, monkeypatch):
+def use_one_block(config, monkeypatch, *block):
     """A row is all that an encoder needs."""
 
     def build(options):
@@ -82,6 +86,7 @@ def use_one_block(config, monkeypatch):
             options["norm_momentum"],
             options["norm_group"],
             options["remat"],
+            *block,
         )
 
     monkeypatch.setitem(ENCODERS, "one_block", build)
@@ -284,6 +289,33 @@ def test_the_checker_rejects_broken_losses(four_devices, expected, broken):
     found = four_devices[1 + list(BROKEN).index(broken)]
     with pytest.raises(AssertionError, match=BROKEN[broken]):
         check(found, expected)
+
+
+@pytest.fixture
+def selective(tiny, monkeypatch):
+    """A block with selective kernels, whose last scale starts at one so that gradients pass."""
+    use_one_block(tiny, monkeypatch, SkBlock, True)
+    return for_one_step(tiny)
+
+
+@pytest.mark.parametrize(
+    ("devices", "fsdp", "options"),
+    [(4, 1, {"model.remat": True}), (8, 2, {"loss.implementation": "chunked"})],
+)
+def test_a_step_of_selective_kernels_is_equal_on_any_mesh(
+    selective, once, devices, fsdp, options, monkeypatch
+):
+    begun = cached(once, "sk start", lambda: first_state(selective, monkeypatch))
+    one = cached(once, "sk", lambda: step_of(selective, jax.devices()[:1], begun, monkeypatch))
+    config.set_options(selective, options | {"mesh.fsdp": fsdp})
+    check(step_of(selective, jax.devices()[:devices], begun, monkeypatch), one, 2 * TOLERANCE)
+
+
+def test_selective_kernels_in_microbatches_are_equal_on_any_mesh(selective, once, monkeypatch):
+    begun = cached(once, "sk start", lambda: first_state(selective, monkeypatch))
+    selective.train.microbatches = 2
+    one = step_of(selective, jax.devices()[:1], begun, monkeypatch)
+    check(step_of(selective, jax.devices(), begun, monkeypatch), one, 2 * TOLERANCE)
 
 
 @pytest.fixture

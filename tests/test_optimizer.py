@@ -134,3 +134,28 @@ def test_the_classifiers_optimizer_moves_and_remembers_trained_parts_only():
         np.testing.assert_array_equal(reached["encoder"]["kernel"], 1.0)
     momenta = [x for x in jax.tree.leaves(optimizer.init(start)) if x.shape == (3,)]
     assert len(momenta) == 2
+
+
+def test_fine_tuning_by_lars_equals_a_loop():
+    """The trust ratio on the encoder's kernel alone; its bias and the classifier have plain momentum."""
+    optimizer, _schedule = make_classifier_optimizer(
+        0.5, 4, 0.1, 0.9, frozenset({"encoder", "classifier"}), "lars"
+    )
+    start = {
+        "encoder": {"kernel": jnp.array([3.0, 4.0]), "bias": jnp.ones(2)},
+        "classifier": {"kernel": jnp.ones(2), "bias": jnp.ones(2)},
+    }
+    grads = [jax.tree.map(lambda x, i=i: (i + 1.0) * x, start) for i in (0, 1)]
+    kernel, plain = np.array([3.0, 4.0]), 1.0
+    velocity, own = np.zeros(2), 0.0
+    for step, reached in enumerate(trajectory(optimizer, start, grads)):
+        rate = 0.25 * (1 + math.cos(math.pi * step / 4))
+        gradient = (step + 1) * np.array([3.0, 4.0]) + 0.1 * kernel
+        ratio = 1e-3 * np.linalg.norm(kernel) / np.linalg.norm(gradient)
+        # The learning rate is inside the momentum.
+        velocity = 0.9 * velocity + rate * ratio * gradient
+        own = 0.9 * own + rate * (step + 1)
+        kernel, plain = kernel - velocity, plain - own
+        np.testing.assert_allclose(reached["encoder"]["kernel"], kernel, rtol=1e-5)
+        for part, name in (("encoder", "bias"), ("classifier", "kernel"), ("classifier", "bias")):
+            np.testing.assert_allclose(reached[part][name], plain, rtol=1e-5)

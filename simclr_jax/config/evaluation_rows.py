@@ -140,7 +140,21 @@ OPTIONS: tuple[Option, ...] = (
         "finetune.learning_rate",
         (0.05,),
         each(number(0, 1e6), least=1),
-        "x batch / 256; of several the validation part chooses one",
+        "scaled by finetune.scaling; of several the validation part chooses one",
+        True,
+    ),
+    Option(
+        "finetune.scaling",
+        "linear",
+        one_of("linear", "sqrt"),
+        "of the learning rate: x batch / 256 (B.5) or x sqrt(batch) (SimCLR v2: 0.005)",
+        True,
+    ),
+    Option(
+        "finetune.optimizer",
+        "sgd",
+        one_of("sgd", "lars"),
+        '"sgd" with Nesterov momentum (B.5); "lars" in SimCLR v2',
         True,
     ),
     Option(
@@ -150,7 +164,7 @@ OPTIONS: tuple[Option, ...] = (
         "of several the validation part chooses one",
         True,
     ),
-    Option("finetune.momentum", 0.9, number(0, 1), "Nesterov's", True),
+    Option("finetune.momentum", 0.9, number(0, 1), "Nesterov's; of LARS plain", True),
     Option(
         "eval.features",
         "h",

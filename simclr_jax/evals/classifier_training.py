@@ -35,7 +35,11 @@ from simclr_jax.training.checkpoint import Saving
 from simclr_jax.training.log import Reporting
 from simclr_jax.training.loop import Job, Run, fit
 from simclr_jax.training.objectives import no_loss, supervised
-from simclr_jax.training.optimizer import make_classifier_optimizer
+from simclr_jax.training.optimizer import (
+    make_classifier_optimizer,
+    scaled_learning_rate,
+    scaling_in_words,
+)
 from simclr_jax.training.state import TrainState, digest_of, init_head, start_of
 from simclr_jax.training.step import UpdateRule, make_step
 from simclr_jax.views.placement import stream
@@ -194,7 +198,8 @@ class Setup:
         `which`: begins the line that says so.
         """
         batch_size = self.protocol.options.batch_size
-        say(which + setting.describe(images.split.count, batch_size))
+        rate = scaling_in_words(setting.learning_rate, self._scaling, batch_size)
+        say(which + setting.describe(images.split.count, rate))
         steps = setting.length.steps(images.split.count, batch_size)
         folder = self.path.with_name(self.path.stem) / setting.folder
         finished = folder / "outcome.json"
@@ -220,7 +225,10 @@ class Setup:
     def _begin(self, folder: epath.Path, setting: Setting, images: Images) -> None:
         """Makes the folder of a training; empties it if it holds one of something else."""
         config = self.config
-        options = {name: self.protocol.options[name] for name in ("batch_size", "momentum")}
+        own = self.protocol.options
+        options = {name: own[name] for name in ("batch_size", "momentum")}
+        usual = {"optimizer": "sgd", "scaling": "linear"}  # not named, so that older folders go on
+        options |= {name: own[name] for name, x in usual.items() if own.get(name, x) != x}
         about = {
             "setting": setting.record(),
             "start": self._digest,
@@ -250,9 +258,13 @@ class Setup:
         key = (setting._replace(kind="", draw=0), steps, steps_per_epoch)
         model = self._model(steps_per_epoch)
         options = self.protocol.options
-        peak = setting.learning_rate * options.batch_size / 256
         optimizer, schedule = make_classifier_optimizer(
-            peak, steps, setting.weight_decay, options.momentum, model.trained
+            scaled_learning_rate(setting.learning_rate, self._scaling, options.batch_size),
+            steps,
+            setting.weight_decay,
+            options.momentum,
+            model.trained,
+            options.get("optimizer", "sgd"),
         )
 
         def init(encoder: dict, head: dict, key: jax.Array) -> TrainState:
@@ -273,6 +285,10 @@ class Setup:
             self._compiled = key, assemble.job_of(step, init, start, steps, self.mesh), begin
         _, job, begin = self._compiled
         return job._replace(init=lambda: begin(*start))
+
+    @property
+    def _scaling(self) -> str:
+        return self.protocol.options.get("scaling", "linear")
 
     def _score(self, state: TrainState, images: Images) -> float:
         variables = {"params": state.params, "batch_stats": state.batch_stats}

@@ -72,7 +72,7 @@ class Setting(NamedTuple):
       fraction: share of each class's labels that is used.
       draw: number of the random draw of the labels, from 0.
       length: how long the training is.
-      learning_rate: before it is multiplied by batch / 256.
+      learning_rate: before it is scaled by the batch.
       weight_decay: see `make_classifier_optimizer`.
       refit: whether it is trained on the validation part too.
     """
@@ -102,11 +102,11 @@ class Setting(NamedTuple):
         fields |= {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
         return fields | ({"refit": True} if self.refit else {})
 
-    def describe(self, images: int, batch_size: int) -> str:
-        """Says what is about to be trained."""
+    def describe(self, images: int, rate: str) -> str:
+        """Says what is about to be trained, on `images` labelled images with the learning rate `rate`."""
         return (
             f"{self.kind}, {images} labels"
             + (f", draw {self.draw + 1}" if self.fraction < 1 else "")
-            + f", {self.length}, learning rate {self.learning_rate:g} x {batch_size} / 256"
+            + f", {self.length}, learning rate {rate}"
             + (f", weight decay {self.weight_decay:g}" if self.weight_decay else "")
         )

@@ -26,6 +26,7 @@ from simclr_jax.modes.warm_start import begun_with, describe_start, find_start
 from simclr_jax.training.checkpoint import Saving
 from simclr_jax.training.log import Reporting
 from simclr_jax.training.loop import Run, fit
+from simclr_jax.training.optimizer import scaling_in_words
 from simclr_jax.training.sinks import Sinks
 from simclr_jax.training.state import count_parameters
 from simclr_jax.training.verdict import Verdict, judge, judge_accuracy
@@ -165,11 +166,7 @@ def describe_run(config: ConfigDict, made: Pretraining) -> None:
     """Says what the configuration comes to, before anything is computed."""
     plan, train, state, mesh = made.plan, made.train, made.job.abstract_state, made.job.mesh
     batch, options = config.data.batch_size, config.optimizer
-    how = {
-        "linear": f"{options.learning_rate:g} x {batch} / 256",
-        "sqrt": f"{options.learning_rate:g} x sqrt({batch})",
-        "none": "as given",
-    }[options.scaling]
+    how = scaling_in_words(options.learning_rate, options.scaling, batch)
     f, g = (count_parameters(state.params[name]) / 1e6 for name in ("encoder", "head"))
     kinds = collections.Counter(device.device_kind for device in mesh.devices.flat)
     devices = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())

@@ -127,7 +127,7 @@ def begun_with(start: Start, job: Job) -> Job:
 
     def init() -> TrainState:
         state = job.init()
-        replaced = {}
+        replaced: dict[str, Any] = {}
         for kind in ("params", "batch_stats"):
             whole = dict(getattr(state, kind))
             for part, tree in start.parts.items():

@@ -17,6 +17,15 @@ def scaled_learning_rate(base: float, scaling: str, batch_size: int) -> float:
     return base * factor
 
 
+def scaling_in_words(base: float, scaling: str, batch_size: int) -> str:
+    """Returns how `scaled_learning_rate` comes to its result, such as "0.3 x 512 / 256"."""
+    return {
+        "linear": f"{base:g} x {batch_size} / 256",
+        "sqrt": f"{base:g} x sqrt({batch_size})",
+        "none": "as given",
+    }[scaling]
+
+
 def warmup_cosine(peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
     """Makes step -> learning rate: 0 to `peak` in a line over `warmup_steps`, then half a cosine to 0.
 
@@ -111,19 +120,26 @@ def lars_trust_ratios(
 
 
 def make_classifier_optimizer(
-    peak: float, steps: int, weight_decay: float, momentum: float, trained: frozenset[str]
+    peak: float,
+    steps: int,
+    weight_decay: float,
+    momentum: float,
+    trained: frozenset[str],
+    name: str = "sgd",
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Makes the optimizer of linear evaluation and fine-tuning (paper, appendices B.5 and B.6).
+    """Makes the optimizer of linear evaluation and fine-tuning; half a cosine without warm-up (the published
+    code's).
 
-    SGD with Nesterov momentum, half a cosine without warm-up (the published code's), the decay on
-    every kernel.
+    "sgd": with Nesterov momentum, the decay on every kernel (paper, appendices B.5 and B.6); "lars": as in
+    pretraining, so that the classifier has neither decay nor trust ratio (published code, SimCLR v2).
 
     Args:
       peak: the first learning rate.
       steps: steps of the training.
-      weight_decay: added to the gradient of every kernel, times the kernel.
-      momentum: Nesterov's.
+      weight_decay: added to the gradient of kernels, times the kernel.
+      momentum: Nesterov's for "sgd", plain for "lars".
       trained: which of the top-level parts of the parameters are trained; the rest never changes.
+      name: "sgd" or "lars".
 
     Returns:
       the optimizer, and step -> learning rate.
@@ -139,8 +155,13 @@ def make_classifier_optimizer(
             for name, part in params.items()
         }
 
-    sgd = optax.chain(
-        optax.add_decayed_weights(weight_decay, mask=kernels),
-        optax.sgd(schedule, momentum=momentum, nesterov=True),
-    )
-    return optax.partition({True: sgd, False: optax.set_to_zero()}, group), schedule
+    if name == "lars":
+        training = make_optimizer(
+            "lars", schedule, weight_decay=weight_decay, momentum=momentum, trust_coefficient=1e-3
+        )
+    else:
+        training = optax.chain(
+            optax.add_decayed_weights(weight_decay, mask=kernels),
+            optax.sgd(schedule, momentum=momentum, nesterov=True),
+        )
+    return optax.partition({True: training, False: optax.set_to_zero()}, group), schedule
