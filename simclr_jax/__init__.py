@@ -8,9 +8,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from simclr_jax.pretrained import Encoder, load_encoder
+from simclr_jax.pretrained import Classifier, Encoder, load_classifier, load_encoder
 
-__all__ = ["Encoder", "evaluate", "load_encoder", "pretrain"]
+__all__ = ["Classifier", "Encoder", "evaluate", "load_classifier", "load_encoder", "pretrain"]
 
 
 def pretrain(

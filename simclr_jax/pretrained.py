@@ -17,8 +17,12 @@ from simclr_jax import assemble
 from simclr_jax.config import from_dict
 from simclr_jax.data import pixels
 from simclr_jax.encoders import apply_network, init_encoder, to_float
+from simclr_jax.encoders.classified import Classified
+from simclr_jax.encoders.heads import LinearClassifier
+from simclr_jax.errors import UserError
 from simclr_jax.files import expanded
 from simclr_jax.training import saved
+from simclr_jax.training.state import init_head
 from simclr_jax.views.crop import center_view
 
 _BATCH = 256
@@ -138,6 +142,87 @@ def _in_batches(threads: Any, prepare: Any, images: Iterable[Any]) -> Iterator[l
 
 def _represent(network: Any, variables: dict, images):
     return apply_network(network, variables, to_float(images), train=False)[0]
+
+
+class Classifier(Encoder):
+    """A classifier on a pretrained encoder: classifier(images) -> logits float32 [N, C]. The rest is as in
+    `Encoder`; `embed` gives logits of image files.
+
+    Attributes:
+      network: a `Classified`.
+      variables: {"params", "batch_stats"} of its encoder, head and classifier.
+      classes: their names in the order of the logits; None: unknown.
+      width: C.
+    """
+
+    def __init__(
+        self, *encoder: Any, outputs: int, classes: list[str] | None, **preprocessing: Any
+    ):
+        super().__init__(*encoder, **preprocessing)
+        self.width, self.classes = outputs, classes
+
+    @functools.cached_property
+    def _apply(self) -> Any:
+        return jax.jit(functools.partial(_classify, self.network))
+
+
+def _classify(network: Classified, variables: dict, images):
+    return network.predict(variables, images)["logits"]
+
+
+def load_classifier(path, step: int | None = None) -> Classifier:
+    """Loads a classifier onto one device: one that --mode=linear or finetune trained (each says where it
+    lies), that --mode=distill trained, that was imported, or the one that pretraining trained alongside.
+
+    Args:
+      path: the folder that holds it, or a checkpoint folder.
+      step: which checkpoint; None takes the newest.
+
+    Raises:
+      UserError: there is no checkpoint at `path`, none of this step, or none with a classifier.
+    """
+    if step is not None:
+        return read_classifier(saved.find(str(path), step))
+    return saved.read_newest(str(path), read_classifier)
+
+
+def read_classifier(found: epath.Path) -> Classifier:
+    """Reads the classifier in the checkpoint folder `found` onto one device."""
+    options = saved.read_options(found)
+    about = options.get("classifier")
+    if not about:
+        raise UserError(
+            f"{found} has no classifier: expected what --mode=linear, finetune or distill wrote, such as "
+            "WORKDIR/finetune/.../classifier"
+        )
+    config = from_dict(options["config"])
+    encoder, head = assemble.encoder(config), assemble.head(config)
+    network = Classified(encoder, head, about["layer"], LinearClassifier(about["outputs"]), False)
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    own = read_variables(config, encoder, found, sharding)
+
+    def start(key: jax.Array) -> tuple[dict, dict]:
+        below = init_head(head, encoder.width, key)
+        return network.start({"params": {}, "batch_stats": {}}, below, key)
+
+    params, batch_stats = jax.eval_shape(start, jax.random.key(0))
+    wanted = {
+        "params": {name: params[name] for name in ("head", "classifier")},
+        "batch_stats": {"head": batch_stats["head"]},
+    }
+    read = saved.read_parts(found, saved.with_shardings(wanted, sharding))
+    variables = {kind: {"encoder": own[kind]} | read[kind] for kind in ("params", "batch_stats")}
+    data = config.data
+    return Classifier(
+        network,
+        variables,
+        data.image_size,
+        options["step"],
+        data.eval_crop,
+        data.upright,
+        config.views.antialias,
+        classes=about["classes"],
+    )
 
 
 def load_encoder(path, step: int | None = None) -> Encoder:

@@ -14,12 +14,13 @@ import pytest
 from conftest import encoder_checkpoint, random_images
 
 import simclr_jax
-from simclr_jax import assemble
+from simclr_jax import assemble, load_classifier, load_encoder
+from simclr_jax.config import set_options
 from simclr_jax.encoders import apply_network, init_encoder
+from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.errors import UserError
 from simclr_jax.evals import classifier_training, finetune
-from simclr_jax.evals.classifier import Classified
 from simclr_jax.mesh import make_mesh, to_global
 from simclr_jax.training.objectives import no_loss, supervised
 from simclr_jax.training.optimizer import make_classifier_optimizer
@@ -224,9 +225,11 @@ def test_fine_tuning_with_few_labels_and_all(run, capsys, one_device):
     assert "untrained_0.2_of_labels_draw_1_2_epochs_rate_0.05_decay_0" in folders
     # What remains of a training is small.
     files = {path.name for path in (workdir / "finetune").glob("*/*")}
-    assert files == {"about.json", "metrics.jsonl", "outcome.json"} | {
+    assert files == {"about.json", "classifier", "metrics.jsonl", "outcome.json"} | {
         name for name in files if name.startswith("events.")
     }
+    kept = {path.parent.name for path in (workdir / "finetune").glob("*/classifier")}
+    assert kept == {name for name in folders if name.startswith("encoder") and "draw_0" in name}
 
 
 @contextlib.contextmanager
@@ -500,3 +503,56 @@ def test_mistakes(run):
     config.model.vit.width = 32
     with pytest.raises(UserError, match=r"of another model \(model\.vit\.width: 16 -> 32\)"):
         finetune.finetune(config, str(workdir))
+
+
+def test_a_classifier_is_left_for_other_code(run, one_device):
+    """Its logits are those that fine-tuning scored: the same accuracy on the test images."""
+    config, workdir = run
+    with states_of_fit() as states:
+        result = finetune.finetune(config, str(workdir))
+    row = next(r for r in result["rows"] if r["features"] == "encoder" and r["label_fraction"] == 1)
+    classifier = load_classifier(row["runs"][0]["classifier"])
+    with np.load(config.data.path) as file:
+        images, labels = file["test_images"], file["test_labels"]
+    logits = classifier(images)
+    assert logits.shape == (21, CLASSES)
+    assert np.mean(logits.argmax(1) == labels) == pytest.approx(row["accuracy"])
+    params = states[-1].params
+    encoder = load_encoder(row["runs"][0]["classifier"])
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(encoder.variables["params"]),
+        params["encoder"],
+    )
+    wanted = encoder(images) @ params["classifier"]["dense"]["kernel"]
+    wanted = wanted + params["classifier"]["dense"]["bias"]
+    np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_fine_tuning_by_lars_from_a_layer_of_the_head(run, one_device, capsys):
+    config, workdir = run
+    set_options(
+        config,
+        {
+            "finetune.optimizer": "lars",
+            "finetune.scaling": "sqrt",
+            "finetune.learning_rate": (0.005,),
+            "finetune.from_layer": 1,
+            "finetune.label_fractions": (1.0,),
+            "finetune.epochs": (1.0,),
+        },
+    )
+    result = finetune.finetune(config, str(workdir))
+    assert "learning rate 0.005 x sqrt(16)" in capsys.readouterr().out
+    (row,) = (r for r in result["rows"] if r["features"] == "encoder")
+    classifier = load_classifier(row["runs"][0]["classifier"])
+    assert classifier.network.layer == 1
+    with np.load(config.data.path) as file:
+        logits, labels = classifier(file["test_images"]), file["test_labels"]
+    assert np.mean(logits.argmax(1) == labels) == pytest.approx(row["accuracy"])
+
+
+def test_what_has_no_classifier_is_refused(run):
+    _, workdir = run
+    with pytest.raises(UserError, match="has no classifier"):
+        load_classifier(workdir)

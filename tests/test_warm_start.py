@@ -70,9 +70,7 @@ def run(c, workdir, steps=None):
     with pytest.MonkeyPatch.context() as patch:
         if steps is not None:  # a signal comes in this step
             step = itertools.count(1)
-            patch.setattr(
-                "simclr_jax.training.stopping.Stop.now", lambda self: next(step) == steps
-            )
+            patch.setattr("simclr_jax.training.stopping.Stop.now", lambda self: next(step) == steps)
         return pretrain(c, str(workdir))
 
 

@@ -4,6 +4,7 @@ Every training runs through `training.loop.fit` in a folder of its own below WOR
 command goes on where it was stopped, and nothing that was finished is trained again.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -19,10 +20,10 @@ from simclr_jax.console import say
 from simclr_jax.data.broken import Images
 from simclr_jax.data.order import share_of_labels
 from simclr_jax.encoders import init_encoder
+from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.errors import UserError
 from simclr_jax.evals import results, subjects
-from simclr_jax.evals.classifier import Classified
 from simclr_jax.evals.features import Extractor
 from simclr_jax.evals.protocol import Protocol, Setting, Training
 from simclr_jax.evals.scores import METRICS
@@ -31,7 +32,7 @@ from simclr_jax.evals.subjects import ENCODER, UNTRAINED
 from simclr_jax.files import write_json
 from simclr_jax.losses.classification import loss_of_labels
 from simclr_jax.mesh import check_divides, make_mesh, replicated
-from simclr_jax.training.checkpoint import Saving
+from simclr_jax.training.checkpoint import Saving, save_once
 from simclr_jax.training.log import Reporting
 from simclr_jax.training.loop import Job, Run, fit
 from simclr_jax.training.objectives import no_loss, supervised
@@ -42,6 +43,7 @@ from simclr_jax.training.optimizer import (
 )
 from simclr_jax.training.state import TrainState, digest_of, init_head, start_of
 from simclr_jax.training.step import UpdateRule, make_step
+from simclr_jax.training.workdir import about_classifier
 from simclr_jax.views.placement import stream
 
 
@@ -217,10 +219,29 @@ class Setup:
         if not done:
             raise Stopped
         outcome = selection.outcome(state) | {"steps": steps, "images": images.split.count}
+        if setting.kind == ENCODER and setting.draw == 0:
+            outcome["classifier"] = self._keep(folder / "classifier", state, steps)
         if jax.process_index() == 0:
             write_json(finished, outcome)
             (folder / "checkpoints").rmtree()
         return outcome
+
+    def _keep(self, folder: epath.Path, state: TrainState, steps: int) -> str:
+        """Saves a trained classifier with what lies below it, for `load_classifier`. Returns its folder."""
+        outputs = int(state.params["classifier"]["dense"]["bias"].shape[0])
+        names = None if self.members is not None else self.whole.classes
+        record = {
+            "config": self.config.to_dict(),
+            "classifier": about_classifier(self.protocol.layer, outputs, names),
+            "classes": self.whole.classes,
+            "training_images": self.whole.count,
+            "data_fingerprint": self.whole.fingerprint(),
+            "encoder": self._digest,
+        }
+        if folder.exists() and jax.process_index() == 0:
+            folder.rmtree()  # of a training that ended between this and its outcome
+        save_once(str(folder), steps, dataclasses.replace(state, opt_state=()), record)
+        return str(folder)
 
     def _begin(self, folder: epath.Path, setting: Setting, images: Images) -> None:
         """Makes the folder of a training; empties it if it holds one of something else."""

@@ -13,6 +13,7 @@ import itertools
 
 from ml_collections import ConfigDict
 
+from simclr_jax.console import say
 from simclr_jax.evals import results
 from simclr_jax.evals.classifier_training import Setup, Stopped
 from simclr_jax.evals.contract import Table
@@ -119,6 +120,10 @@ def _run(config: ConfigDict, workdir: str, protocol: Protocol) -> dict | None:
         return None
     title = protocol.title + (f" {METRIC_NAMES[setup.metric]}" if protocol.refit else "")
     results.show(path, result, title, (_chosen if protocol.refit else _at_steps)(rows))
+    for row in rows:
+        where = row["runs"][0].get("classifier")
+        if where:  # of the encoder, by a version that kept them
+            say(f"classifier  of {row['label_fraction']:.0%} of the labels: {where}")
     return result
 
 

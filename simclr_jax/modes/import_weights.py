@@ -9,10 +9,10 @@ from simclr_jax.console import say
 from simclr_jax.encoders import ENCODERS
 from simclr_jax.errors import UserError
 from simclr_jax.files import absolute
-from simclr_jax.training.checkpoint import Checkpoints, Saving
+from simclr_jax.training.checkpoint import save_once
 from simclr_jax.training.saved import saved_steps
 from simclr_jax.training.state import TrainState, count_parameters, digest_of
-from simclr_jax.training.workdir import about_imported, write_record
+from simclr_jax.training.workdir import about_classifier, about_imported, write_record
 from simclr_jax.weights.contents import Weights
 
 
@@ -41,10 +41,11 @@ def import_weights(config: ConfigDict, workdir: str, input: str) -> None:
         "skipped": weights.skipped,
         "digest": digest_of(weights.encoder),
     }
-    record = write_record(config, about_imported(source), workdir)
-    with Checkpoints(workdir, Saving(every_steps=1)) as checkpoints:
-        checkpoints.save(0, _state(weights), record | {"step": 0, "window": [], "hooks": {}})
-        checkpoints.wait(0)
+    about = about_imported(source)
+    if weights.classifier is not None:
+        outputs = weights.classifier["dense"]["bias"].size
+        about["classifier"] = about_classifier(config.finetune.from_layer, outputs, None)
+    save_once(workdir, 0, _state(weights), write_record(config, about, workdir))
     say(
         f"imported    {workdir}/checkpoints/0; --mode=probe, embed, finetune, export and the like take it from"
     )
@@ -77,7 +78,10 @@ def _describe(config: ConfigDict, weights: Weights) -> None:
         say(f"head        {config.model.head_layers} layers, z of {config.model.head_width}")
     if weights.classifier is not None:
         classes = weights.classifier["dense"]["bias"].size
-        say(f"classifier  of {classes} classes")
+        layer = config.finetune.from_layer
+        of = f"layer {layer} of the head" if layer else "h"
+        say(f"classifier  of {classes} classes, on {of}; --config.finetune.from_layer=1 for")
+        say("            checkpoints of SimCLR v2 fine-tuned with 1 or 10 % of the labels")
     if weights.skipped:
         what = ", ".join(f"{count} of {name}" for name, count in weights.skipped.items())
         say(f"not taken   {what}")

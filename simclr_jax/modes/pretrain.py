@@ -30,7 +30,13 @@ from simclr_jax.training.optimizer import scaling_in_words
 from simclr_jax.training.sinks import Sinks
 from simclr_jax.training.state import count_parameters
 from simclr_jax.training.verdict import Verdict, judge, judge_accuracy
-from simclr_jax.training.workdir import about_training, check_data, check_workdir, write_record
+from simclr_jax.training.workdir import (
+    about_classifier,
+    about_training,
+    check_data,
+    check_workdir,
+    write_record,
+)
 from simclr_jax.views.placement import stream
 
 _ADVICE = (
@@ -120,7 +126,11 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
     start, began_with = find_start(config, saved, workdir)
     job = begun_with(start, made.job) if start else made.job
     about = about_training(plan, assemble.data_set(config), fingerprint)
-    record = write_record(config, about | {"init_from": began_with}, workdir)
+    about |= {"init_from": began_with}
+    if made.job.abstract_state.params.get("classifier"):
+        assert train.classes
+        about["classifier"] = about_classifier(0, len(train.classes), train.classes)
+    record = write_record(config, about, workdir)
     describe_run(config, made)
     if start:
         say(describe_start(start))

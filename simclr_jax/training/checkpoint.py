@@ -180,6 +180,23 @@ class Checkpoints:
         return _join(restored[ENCODER], restored[TRAINER]), restored[OPTIONS]
 
 
+def save_once(folder: str, step: int, state: TrainState, record: dict) -> None:
+    """Saves one checkpoint, of weights that are not trained further here.
+
+    Args:
+      folder: a workdir, which may not be there yet; FOLDER/checkpoints/STEP is written.
+      step: the checkpoint's number.
+      state: its opt_state may be ().
+      record: saved beside the arrays.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    with Checkpoints(folder, Saving(every_steps=1)) as checkpoints:
+        checkpoints.save(step, state, record | {"step": step, "window": [], "hooks": {}})
+        checkpoints.wait(step)
+
+
 def _split(state: TrainState) -> tuple[dict, dict]:
     params, stats = dict(state.params), dict(state.batch_stats)
     encoder = {"params": params.pop("encoder"), "batch_stats": stats.pop("encoder")}

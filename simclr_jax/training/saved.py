@@ -97,14 +97,21 @@ def read_encoder_arrays(checkpoint: epath.Path, abstract: dict) -> dict:
 
 def read_head_arrays(checkpoint: epath.Path, abstract: dict) -> dict:
     """Reads {"params", "batch_stats"} of the projection head, laid out as the abstract tree says."""
-    wanted = {part: {"head": tree} for part, tree in abstract.items()}
-    args = ocp.args.PyTreeRestore(
-        item=wanted,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-        partial_restore=True,  # the optimizer's state lies beside it
-    )
-    read = _read(checkpoint, TRAINER, args, ocp.PyTreeCheckpointHandler)
+    read = read_parts(checkpoint, {part: {"head": tree} for part, tree in abstract.items()})
     return {part: tree["head"] for part, tree in read.items()}
+
+
+def read_parts(checkpoint: epath.Path, abstract: dict) -> dict:
+    """Reads some of what lies beside the encoder, without the optimizer's state.
+
+    `abstract`: {"params": {"head": ..., "classifier": ...}, "batch_stats": {"head": ...}}, or a part of it.
+    """
+    args = ocp.args.PyTreeRestore(
+        item=abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=True,
+    )
+    return _read(checkpoint, TRAINER, args, ocp.PyTreeCheckpointHandler)
 
 
 def read_newest(path: str, read: Callable[[epath.Path], _T]) -> _T:

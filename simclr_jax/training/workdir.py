@@ -184,6 +184,17 @@ def about_imported(weights: dict[str, Any]) -> dict[str, Any]:
     return {"plan": plan, "imported": weights, "test_fingerprint": None} | nothing
 
 
+def about_classifier(layer: int, outputs: int, classes: Any) -> dict[str, Any]:
+    """Returns what a record says of the classifier in its checkpoint.
+
+    Args:
+      layer: layer of the projection head that it reads; 0: h.
+      outputs: numbers that it puts out for an image.
+      classes: their names; None: unknown.
+    """
+    return {"layer": layer, "outputs": outputs, "classes": list(classes) if classes else None}
+
+
 def write_record(config: ConfigDict, about: dict[str, Any], workdir: str) -> dict:
     """Writes WORKDIR/config.json and returns what it holds.
 

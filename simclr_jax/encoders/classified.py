@@ -28,6 +28,11 @@ class Classified(NamedTuple):
     train_encoder: bool
 
     @property
+    def width(self) -> int:
+        """C, the number of logits."""
+        return self.classifier.classes
+
+    @property
     def trained(self) -> frozenset[str]:
         """Names of the trained parts of the parameters: "encoder", "head", "classifier"."""
         return frozenset(
