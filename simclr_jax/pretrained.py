@@ -155,11 +155,9 @@ class Classifier(Encoder):
       width: C.
     """
 
-    def __init__(
-        self, *encoder: Any, outputs: int, classes: list[str] | None, **preprocessing: Any
-    ):
+    def __init__(self, *encoder: Any, classes: list[str] | None, **preprocessing: Any):
         super().__init__(*encoder, **preprocessing)
-        self.width, self.classes = outputs, classes
+        self.classes = classes
 
     @functools.cached_property
     def _apply(self) -> Any:
