@@ -76,6 +76,12 @@ MODES = {
         "train the whole network with a grid of settings, as for transfer to other data",
         trains=True,
     ),
+    "distill": Mode(
+        "modes.distill",
+        "distill",
+        "train a student to classify as a teacher does, without labels",
+        trains=True,
+    ),
     "embed": Mode(
         "modes.embed",
         "embed",

@@ -124,7 +124,7 @@ def test_help_names_every_mode_and_what_it_does(capsys):
         main(["--help"])
     assert ended.value.code == 0
     said = "".join(capsys.readouterr().out.split())  # lines break at spaces and hyphens
-    assert len(MODES) == 15
+    assert len(MODES) == 17
     for name, mode in MODES.items():
         assert f"{name}: {mode.text}".replace(" ", "") in said
         for flag in (*mode.needs, *mode.takes):

@@ -108,6 +108,26 @@ OPTIONS: tuple[Option, ...] = (
         "layers of a nonlinear head: 2 in the paper, 3 in SimCLR v2",
     ),
     Option("model.head_width", 128, whole(1, 2**16), "width of the projection z"),
+    # The record of a distillation holds a digest of its teacher.
+    Option(
+        "distill.teacher",
+        "",
+        text(),
+        "for --mode=distill: the folder of a classifier: of fine-tuning, imported, or distilled",
+        resumable=True,
+    ),
+    Option(
+        "distill.temperature",
+        0.1,
+        number(1e-3, 1e3),
+        "of both distributions; 0.1 for a student like its teacher, 1.0 for a smaller one (SimCLR v2)",
+    ),
+    Option(
+        "distill.alpha",
+        1.0,
+        number(0, 1),
+        "weight of the teacher; 1 - alpha is the weight of the labels of the training images",
+    ),
     *losses.OPTIONS,
     Option(
         "optimizer.name", "lars", one_of("lars", "sgd", "adamw"), '"sgd" is with Nesterov momentum'

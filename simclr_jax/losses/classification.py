@@ -1,4 +1,4 @@
-"""Cross-entropy against labels: for the online classifier, linear evaluation and fine-tuning."""
+"""Cross-entropy against labels, for classifiers, and against a teacher."""
 
 import functools
 from collections.abc import Callable
@@ -39,6 +39,21 @@ def cross_entropy_of_sets(logits, labels, members):
     losses = jax.nn.softplus(jnp.where(wanted, -logits, logits))
     right = counted & ((logits > 0) == wanted)
     return jnp.sum(jnp.where(counted, losses, 0)) / count, jnp.sum(right) / count
+
+
+def distillation(logits, taught, temperature: float):
+    """Computes the mean cross-entropy of a student's distributions to its teacher's, a float32 scalar
+    (SimCLR v2, arXiv 2006.10029, equation 2): -sum_y P_T(y | x) log P_S(y | x), with P(y) proportional to
+    exp(logit_y / temperature) in both.
+
+    Args:
+      logits: the student's, [N, C].
+      taught: the teacher's, [N, C]; no gradient passes.
+      temperature: above 0; the loss is not multiplied by its square.
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+    p = jax.nn.softmax(jax.lax.stop_gradient(taught).astype(jnp.float32) / temperature)
+    return -jnp.mean(jnp.sum(p * log_p, axis=-1))
 
 
 def loss_of_labels(members) -> Callable:

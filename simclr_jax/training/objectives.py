@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from simclr_jax.encoders import apply_network
-from simclr_jax.losses.classification import cross_entropy
+from simclr_jax.losses.classification import cross_entropy, distillation
 from simclr_jax.training.gradients import Embedding, Objective
 from simclr_jax.training.state import Networks
 
@@ -70,6 +70,49 @@ def supervised(
         loss, accuracy = loss_of(logits, labels)
         metrics = {"loss": loss, "classifier_accuracy": accuracy}
         return Embedding(jnp.zeros((len(x), 0)), loss, metrics, seen)
+
+    return embed
+
+
+def distilled(
+    student: Callable[[Any, Any, Any], tuple[jax.Array, Any]],
+    teacher: Callable[[Any, Any], jax.Array],
+    views: Callable[[Any], jax.Array],
+    temperature: float,
+    alpha: float,
+) -> Objective:
+    """Returns the objective of distillation: alpha times `losses.classification.distillation` of all views, plus
+    1 - alpha times the cross-entropy of those with a label (SimCLR v2, arXiv 2006.10029, section 2).
+
+    The metrics hold loss, teacher_agreement, the share of views that both put into one class, and, where
+    the batch has labels, classifier_accuracy. z is empty, so use it with `no_loss`.
+
+    Args:
+      student: (params, batch_stats, images [n, H, W, 3]) -> (logits [n, C], new batch_stats).
+      teacher: ({"params", "batch_stats"}, images) -> logits [n, C]. Its arrays are params["teacher"] and
+        batch_stats["teacher"]; they pass no gradient.
+      views: a batch -> float views [b, V, H, W, 3] in [0, 1].
+      temperature: of both distributions.
+      alpha: weight of the teacher, in [0, 1].
+    """
+
+    def embed(params, batch_stats, batch) -> Embedding:
+        x = views(batch)
+        count = x.shape[1]
+        x = x.reshape(-1, *x.shape[2:])
+        frozen = jax.lax.stop_gradient(_of(params, batch_stats, "teacher"))
+        taught = teacher(frozen, x)
+        logits, seen = student(params, batch_stats, x)
+        loss = alpha * distillation(logits, taught, temperature)
+        agree = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(taught, -1))
+        metrics = {"teacher_agreement": agree}
+        if "label" in batch:
+            of_labels, accuracy = cross_entropy(logits, jnp.repeat(batch["label"], count))
+            loss += (1 - alpha) * of_labels
+            metrics["classifier_accuracy"] = accuracy
+        metrics["loss"] = loss
+        seen = seen | {"teacher": batch_stats["teacher"]}
+        return Embedding(jnp.zeros((len(x) // count, 0)), loss, metrics, seen)
 
     return embed
 

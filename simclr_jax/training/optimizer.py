@@ -149,12 +149,6 @@ def make_classifier_optimizer(
     def kernels(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
-    def group(params):
-        return {
-            name: jax.tree.map(lambda _, name=name: name in trained, part)
-            for name, part in params.items()
-        }
-
     if name == "lars":
         training = make_optimizer(
             "lars", schedule, weight_decay=weight_decay, momentum=momentum, trust_coefficient=1e-3
@@ -164,4 +158,20 @@ def make_classifier_optimizer(
             optax.add_decayed_weights(weight_decay, mask=kernels),
             optax.sgd(schedule, momentum=momentum, nesterov=True),
         )
-    return optax.partition({True: training, False: optax.set_to_zero()}, group), schedule
+    return of_parts(training, trained), schedule
+
+
+def of_parts(
+    optimizer: optax.GradientTransformation, trained: frozenset[str]
+) -> optax.GradientTransformation:
+    """Restricts an optimizer to some of the top-level parts of the parameters; the rest never changes, and no
+    momentum is kept for it.
+    """
+
+    def group(params):
+        return {
+            name: jax.tree.map(lambda _, name=name: name in trained, part)
+            for name, part in params.items()
+        }
+
+    return optax.partition({True: optimizer, False: optax.set_to_zero()}, group)

@@ -80,13 +80,16 @@ def check_encoder(config: ConfigDict, checkpoint: epath.Path) -> dict:
     return saved
 
 
-def check_workdir(config: ConfigDict, workdir: str, extend: bool = False) -> dict | None:
+def check_workdir(
+    config: ConfigDict, workdir: str, extend: bool = False, mode: str = "pretrain"
+) -> dict | None:
     """Checks that a run may go on in a workdir.
 
     Args:
       config: configuration of the run that is to go on.
       workdir: its folder.
       extend: the run may get another length.
+      mode: what the run is of, "pretrain" or "distill".
 
     Returns:
       the newest checkpoint's record; None if there is no checkpoint, so that nothing can be lost.
@@ -102,6 +105,10 @@ def check_workdir(config: ConfigDict, workdir: str, extend: bool = False) -> dic
         raise UserError(
             f"{workdir} holds imported weights, not a training that could go on: use another --workdir, and "
             f"--config.model.init_from={workdir} to begin with these weights"
+        )
+    if (began := saved.get("mode", "pretrain")) != mode:
+        raise UserError(
+            f"{workdir} holds a run of --mode={began}, not of {mode}: use another --workdir"
         )
     old = config_lib.from_dict(saved["config"])
     changed = config_lib.differences(old, config, _LENGTH if extend else ())

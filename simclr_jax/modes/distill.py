@@ -1,0 +1,260 @@
+"""--mode=distill: trains a student to give a teacher's distribution over the classes, on images without labels
+(SimCLR v2, arXiv 2006.10029, section 2).
+
+The student is the configuration's encoder with a linear classifier on h. It is trained like pretraining: by
+the options "optimizer.*", "train.*" and "data.*", on random crops and flips.
+"""
+
+import contextlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from ml_collections import ConfigDict
+
+from simclr_jax import assemble
+from simclr_jax.console import say, show_table
+from simclr_jax.data.broken import Images
+from simclr_jax.data.split import DataSet
+from simclr_jax.encoders import init_encoder
+from simclr_jax.encoders.classified import Classified
+from simclr_jax.encoders.heads import LinearClassifier
+from simclr_jax.errors import UserError
+from simclr_jax.evals import results, subjects
+from simclr_jax.evals.features import Extractor
+from simclr_jax.evals.scores import METRICS
+from simclr_jax.files import absolute, locked
+from simclr_jax.mesh import check_divides, laid_out, make_mesh, replicated
+from simclr_jax.pretrained import Classifier, load_classifier
+from simclr_jax.training.checkpoint import Saving
+from simclr_jax.training.log import Reporting
+from simclr_jax.training.loop import Job, Run, fit
+from simclr_jax.training.objectives import distilled, no_loss
+from simclr_jax.training.optimizer import of_parts
+from simclr_jax.training.plan import Plan
+from simclr_jax.training.state import TrainState, count_parameters, digest_of, start_of
+from simclr_jax.training.step import UpdateRule, make_step
+from simclr_jax.training.workdir import (
+    about_classifier,
+    about_training,
+    check_data,
+    check_workdir,
+    write_record,
+)
+from simclr_jax.views.placement import Views, stream
+
+_ADVICE = "in another --workdir, try a lower optimizer.learning_rate or a longer warm-up"
+
+
+def distill(config: ConfigDict, workdir: str) -> bool:
+    """Trains a student from the workdir's newest checkpoint, or from the start, to the end; then, where the
+    data have a labelled test split, writes WORKDIR/distill.json with the accuracies of teacher and student.
+
+    On SIGTERM or SIGINT it finishes the step, saves, and returns.
+
+    Returns:
+      whether it came to the end.
+
+    Raises:
+      UserError: there is no teacher, the workdir holds another run, or what `pretrain` raises it for.
+    """
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            advice = "wait for it, stop it, or use another --workdir"
+            stack.enter_context(locked(workdir, advice))
+        return _distill(config, workdir)
+
+
+def _distill(config: ConfigDict, workdir: str) -> bool:
+    if not config.distill.teacher:
+        raise UserError(
+            "distill.teacher is empty: expected the folder of a classifier, such as the one that "
+            "--mode=finetune names at its end"
+        )
+    config = config.copy_and_resolve_references()
+    config.model.head = "none"  # a student has no projection
+    saved = check_workdir(config, workdir, mode="distill")
+    teacher = load_classifier(config.distill.teacher)
+    data = assemble.data_set(config)
+    train = data.train
+    about = _about(config, teacher, data)
+    _check_teacher(about["teacher"], saved, workdir)
+    fingerprint = train.fingerprint()
+    check_data(train, fingerprint, saved, workdir)
+    plan = assemble.plan_of(config, train.count)
+    mesh = make_mesh(fsdp=config.mesh.fsdp)
+    check_divides(config.data.batch_size, mesh, config.train.microbatches)
+    views = assemble.classifier_views(config, mesh, config.data.batch_size)
+    student = student_of(config, teacher.width)
+    job = distillation_job(config, plan, student, teacher, views)
+    record = write_record(config, about_training(plan, data, fingerprint) | about, workdir)
+    _describe(config, plan, student, teacher, train.count)
+    images = assemble.images_of(config, train, epath.Path(workdir) / "broken_images.jsonl")
+    reporting = Reporting(config.train.log_every_steps, config.data.batch_size, plan.steps, _ADVICE)
+    run = Run(workdir, record, Saving(**config.checkpoint.to_dict()), reporting)
+    state, finished = fit(job, stream(views, images), run)
+    if finished and subjects.is_labelled(data):
+        _compare(config, workdir, student, teacher, state, views, data)
+    return finished
+
+
+def student_of(config: ConfigDict, outputs: int) -> Classified:
+    """Makes the student: the encoder and a linear classifier on h, with `outputs` logits."""
+    return Classified(
+        assemble.encoder(config), assemble.head(config), 0, LinearClassifier(outputs), True
+    )
+
+
+def distillation_job(
+    config: ConfigDict, plan: Plan, student: Classified, teacher: Classifier, views: Views
+) -> Job:
+    """Assembles the step of distillation.
+
+    The teacher's arrays are a part of the state, which no step changes: they lie on the devices as all
+    parameters do, and a resumed run needs no file but its checkpoint to be what it was.
+
+    Args:
+      config: the run's configuration, whose model is the student's.
+      plan: length and learning rate.
+      student: the network that is trained.
+      teacher: the classifier that it learns from.
+      views: crops of the training images.
+    """
+    mesh = views.making.mesh
+    optimizer, schedule = assemble.pretraining_optimizer(config, plan)
+    optimizer = of_parts(optimizer, student.trained)
+    step = make_step(
+        distilled(
+            student.logits,
+            lambda variables, images: teacher.network.predict(variables, images)["logits"],
+            views.views,
+            config.distill.temperature,
+            config.distill.alpha,
+        ),
+        no_loss,
+        UpdateRule(optimizer, schedule, config.train.microbatches, config.train.skip_not_finite),
+        fetch=views.fetch,
+    )
+
+    def init(key: jax.Array, taught: dict) -> TrainState:
+        encoder = init_encoder(student.encoder, config.data.image_size, key)
+        empty: dict = {"params": {}, "batch_stats": {}}
+        params, batch_stats = student.start(encoder, empty, jax.random.fold_in(key, 2))
+        taught = jax.tree.map(jnp.copy, taught)  # the step takes the memory of its state
+        return start_of(
+            params | {"teacher": taught["params"]},
+            batch_stats | {"teacher": taught["batch_stats"]},
+            optimizer,
+        )
+
+    everywhere = replicated(mesh)
+    taught = jax.tree.map(lambda x: laid_out(x, everywhere), jax.device_get(teacher.variables))
+    start = (jax.random.key(config.seed), taught)
+    return assemble.job_of(step, init, start, plan.steps, mesh)
+
+
+def _about(config: ConfigDict, teacher: Classifier, data: DataSet) -> dict[str, Any]:
+    """Returns what the record says of student and teacher.
+
+    Raises:
+      UserError: the data have other classes than the teacher, and they matter.
+    """
+    own = data.train.classes
+    if own and len(own) != teacher.width and config.distill.alpha < 1:
+        raise UserError(
+            f"distill.alpha={config.distill.alpha} uses labels of {len(own)} classes, and the teacher has "
+            f"{teacher.width}: expected as many, or distill.alpha=1"
+        )
+    return {
+        "mode": "distill",
+        "classifier": about_classifier(0, teacher.width, teacher.classes),
+        "teacher": {
+            "path": absolute(config.distill.teacher),
+            "step": teacher.step,
+            "digest": digest_of(teacher.variables),
+        },
+    }
+
+
+def _check_teacher(teacher: dict, saved: dict | None, workdir: str) -> None:
+    """Raises a UserError if the run that goes on began with another teacher."""
+    if saved is not None and saved["teacher"]["digest"] != teacher["digest"]:
+        raise UserError(
+            f"{workdir} holds a run with another teacher ({saved['teacher']['path']}) than {teacher['path']}: "
+            "use another --workdir"
+        )
+
+
+def _describe(
+    config: ConfigDict, plan: Plan, student: Classified, teacher: Classifier, images: int
+) -> None:
+    """Says what is trained, before anything is computed."""
+    network = teacher.network
+    on = f"layer {network.layer} of its head" if network.layer else "h"
+    size = count_parameters(teacher.variables["params"]["encoder"]) / 1e6
+    start = jax.eval_shape(
+        lambda key: init_encoder(student.encoder, config.data.image_size, key), jax.random.key(0)
+    )
+    own = count_parameters(start["params"]) / 1e6
+    options = config.distill
+    say(f"data        {images} images; views of {config.data.image_size} px")
+    say(
+        f"teacher     {network.encoder.describe()}, {size:.2f} M parameters, {teacher.width} classes on {on}"
+    )
+    say(f"student     {student.encoder.describe()}, {own:.2f} M parameters, classes on h")
+    say(f"loss        distillation, temperature {options.temperature:g}, alpha {options.alpha:g}")
+    say(f"steps       {plan.steps}, peak learning rate {plan.learning_rate:.4g}")
+
+
+def _compare(
+    config: ConfigDict,
+    workdir: str,
+    student: Classified,
+    teacher: Classifier,
+    state: TrainState,
+    views: Views,
+    data: DataSet,
+) -> None:
+    """Writes and shows the test accuracies of teacher and student."""
+    assert data.test is not None
+    images = assemble.images_of(config, subjects.with_labels(data.test))
+    taught = {kind: getattr(state, kind)["teacher"] for kind in ("params", "batch_stats")}
+    own = {"params": state.params, "batch_stats": state.batch_stats}
+    rows = [
+        results.row(kind, None, [_accuracy(config, network, variables, views, images)])
+        for kind, network, variables in (
+            ("teacher", teacher.network, taught),
+            ("student", student, own),
+        )
+    ]
+    path = epath.Path(workdir) / "distill.json"
+    settings = config.distill.to_dict() | {"seed": config.seed}
+    result = {
+        "step": int(state.step),
+        "rows": rows,
+        "train_images": data.train.count,
+        "test_images": images.split.count,
+        "settings": settings,
+    }
+    results.save(path, config, result)
+    say()
+    show_table(
+        "Distillation, test accuracy",
+        ["", "accuracy"],
+        [[r["features"], results.cell(r)] for r in rows],
+    )
+    say(f"{images.split.count} test images, step {result['step']}: {path}")
+
+
+def _accuracy(
+    config: ConfigDict, network: Classified, variables: dict, views: Views, images: Images
+) -> float:
+    mesh = views.making.mesh
+    batch_size = subjects.batch_size_of(config, mesh)
+    extractor = Extractor(
+        network.predict, batch_size=batch_size, size=config.data.image_size, mesh=mesh
+    )
+    batches = views.evaluation_batches(images, batch_size)
+    found, labels = extractor.extract(variables, batches, images.split.count)
+    return METRICS["accuracy"](found["logits"], labels)

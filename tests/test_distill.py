@@ -1,0 +1,213 @@
+"""Distillation: its loss against loops in float64, one step on any mesh, resumed bit for bit, and guarded."""
+
+import itertools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import RESNET
+from invariance import batch, check
+
+from simclr_jax import assemble, load_classifier
+from simclr_jax.config import set_options
+from simclr_jax.encoders import init_encoder
+from simclr_jax.errors import UserError
+from simclr_jax.losses.classification import cross_entropy, distillation
+from simclr_jax.mesh import make_mesh, to_global
+from simclr_jax.modes.distill import distill, distillation_job, student_of
+from simclr_jax.modes.pretrain import pretrain
+from simclr_jax.training.checkpoint import save_once
+from simclr_jax.training.state import TrainState, init_head
+from simclr_jax.training.workdir import about_classifier
+from simclr_jax.views.placement import HostViews
+
+CLASSES = 3
+
+
+def softmax(x):
+    p = np.exp(x - x.max())
+    return p / p.sum()
+
+
+def loops(logits, taught, temperature):
+    """Equation 2 and its gradient by the logits, one image and one class after the other."""
+    total, gradient = 0.0, np.zeros_like(logits)
+    for i, (s, t) in enumerate(zip(logits, taught, strict=True)):
+        p_s, p_t = softmax(s / temperature), softmax(t / temperature)
+        for y in range(len(s)):
+            total -= p_t[y] * np.log(p_s[y])
+            gradient[i, y] = (p_s[y] - p_t[y]) / temperature
+    return total / len(logits), gradient / len(logits)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 4.0])
+def test_the_loss_equals_loops(temperature):
+    rng = np.random.default_rng(0)
+    logits, taught = rng.normal(size=(2, 5, 7))
+    loss, gradient = jax.value_and_grad(distillation)(
+        jnp.float32(logits), jnp.float32(taught), temperature
+    )
+    wanted, slope = loops(logits, taught, temperature)
+    np.testing.assert_allclose(loss, wanted, rtol=2e-5)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-6)
+    to_teacher = jax.grad(distillation, 1)(jnp.float32(logits), jnp.float32(taught), temperature)
+    np.testing.assert_array_equal(to_teacher, 0)
+
+
+def test_broken_losses_differ_from_the_loops():
+    rng = np.random.default_rng(0)
+    logits, taught = rng.normal(size=(2, 5, 7))
+    wanted, _ = loops(logits, taught, 0.5)
+    swapped = distillation(jnp.float32(taught), jnp.float32(logits), 0.5)
+    hard, _ = cross_entropy(jnp.float32(logits) / 0.5, jnp.argmax(jnp.float32(taught), -1))
+    squared = 0.25 * wanted
+    for broken in (swapped, hard, squared):
+        assert abs(broken - wanted) > 0.05 * wanted
+
+
+def classifier_at(c, folder, layer=1, seed=3, classes=CLASSES):
+    """Saves an untrained classifier on a layer of the head. Returns its folder."""
+    encoder, head = assemble.encoder(c), assemble.head(c)
+    key = jax.random.key(seed)
+    f = init_encoder(encoder, c.data.image_size, key)
+    g = init_head(head, encoder.width, key)
+    student = student_of(c, classes)._replace(layer=layer)
+    params, batch_stats = student.start(f, g, key)
+    # Logits that differ from class to class.
+    params["classifier"] = jax.tree.map(lambda x: 30 * x, params["classifier"])
+    state = TrainState(jnp.zeros((), jnp.int32), params, batch_stats, ())
+    names = [f"class {i}" for i in range(classes)]
+    record = {"config": c.to_dict(), "classifier": about_classifier(layer, classes, names)}
+    save_once(str(folder), 5, state, record)
+    return str(folder)
+
+
+@pytest.fixture
+def teacher(tiny, tmp_path):
+    return classifier_at(tiny, tmp_path / "teacher")
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Trains on one device: quicker to compile."""
+    alone = make_mesh(jax.devices()[:1])
+    monkeypatch.setattr("simclr_jax.modes.distill.make_mesh", lambda fsdp: alone)
+
+
+def run(c, workdir, stop_in=None):
+    with pytest.MonkeyPatch.context() as patch:
+        if stop_in is not None:  # a signal comes in this step
+            step = itertools.count(1)
+            patch.setattr(
+                "simclr_jax.training.stopping.Stop.now", lambda self: next(step) == stop_in
+            )
+        return distill(c, str(workdir))
+
+
+def test_a_student_learns_from_its_teacher_and_goes_on_bit_for_bit(
+    tiny, teacher, tmp_path, one_device, capsys
+):
+    set_options(
+        tiny, {"distill.teacher": teacher, "train.steps": 6, "optimizer.learning_rate": 5.0}
+    )
+    assert run(tiny, tmp_path / "whole")
+    said = capsys.readouterr().out
+    assert "3 classes on layer 1 of its head" in said
+    assert not run(tiny, tmp_path / "parts", stop_in=4)
+    assert run(tiny, tmp_path / "parts")
+    a, b = (load_classifier(tmp_path / name) for name in ("whole", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, a.variables, b.variables)
+    assert a.classes == ["class 0", "class 1", "class 2"]
+    result = json.loads((tmp_path / "whole" / "distill.json").read_text())
+    with np.load(tiny.data.path) as file:
+        images, labels = file["test_images"], file["test_labels"]
+    scores = {row["features"]: row["accuracy"] for row in result["rows"]}
+    for kind, classifier in (("student", a), ("teacher", load_classifier(teacher))):
+        assert scores[kind] == pytest.approx(np.mean(classifier(images).argmax(1) == labels))
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines if "teacher_agreement" in line]
+    assert losses[-1] < 0.9 * losses[0]
+    with pytest.raises(UserError, match="holds a run of --mode=distill, not of pretrain"):
+        pretrain(tiny, str(tmp_path / "whole"))
+
+
+def test_a_run_keeps_its_teacher(tiny, teacher, tmp_path, one_device):
+    set_options(tiny, {"distill.teacher": teacher, "train.steps": 2})
+    run(tiny, tmp_path / "w", stop_in=1)
+    shutil.rmtree(teacher)
+    classifier_at(tiny, teacher, seed=4)
+    with pytest.raises(UserError, match="holds a run with another teacher"):
+        run(tiny, tmp_path / "w")
+
+
+def test_what_cannot_be_distilled_is_refused(tiny, teacher, tmp_path, one_device):
+    with pytest.raises(UserError, match=r"distill.teacher is empty"):
+        run(tiny, tmp_path / "w")
+    other = classifier_at(tiny, tmp_path / "other", classes=5)
+    set_options(tiny, {"distill.teacher": other, "distill.alpha": 0.5})
+    with pytest.raises(UserError, match="3 classes, and the teacher has 5"):
+        run(tiny, tmp_path / "w")
+
+
+def one_step(c, teacher, devices, fsdp=1):
+    mesh = make_mesh(jax.devices()[:devices], fsdp)
+    made = assemble.classifier_views(c, mesh, c.data.batch_size)
+    views = HostViews(made.making)  # views that are given
+    classifier = load_classifier(teacher)
+    student = student_of(c, CLASSES)
+    job = distillation_job(c, assemble.plan_of(c, 48), student, classifier, views)
+    start = jax.device_get(job.init())
+    given = batch(c.data.batch_size)
+    given["views"] = given["views"][:, :1]
+    state, metrics = job.step(job.init(), to_global(mesh, given))
+    return start, jax.device_get(
+        {"metrics": metrics, "params": state.params, "batch_stats": state.batch_stats}
+    )
+
+
+@pytest.fixture
+def small(tiny, tmp_path):
+    set_options(
+        tiny,
+        RESNET
+        | {
+            "model.head_layers": 2,
+            "optimizer.warmup_epochs": 0.0,
+            "distill.temperature": 1.0,
+            "distill.alpha": 0.7,
+        },
+    )
+    teacher = classifier_at(tiny, tmp_path / "teacher")
+    tiny.model.head = "none"
+    return tiny, teacher
+
+
+def test_a_step_is_equal_on_any_mesh_and_leaves_the_teacher(small):
+    c, teacher = small
+    start, one = one_step(c, teacher, 1)
+    check(one_step(c, teacher, 8, fsdp=2)[1], one, 2e-5)
+    for kind in ("params", "batch_stats"):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            one[kind]["teacher"],
+            getattr(start, kind)["teacher"],
+        )
+    moved = jax.tree.map(
+        lambda x, y: np.abs(x - y).max(), one["params"]["encoder"], start.params["encoder"]
+    )
+    assert max(jax.tree.leaves(moved)) > 0
+
+
+def test_alpha_weighs_the_teacher_and_the_labels(tiny, teacher):
+    c = tiny
+    c.model.head = "none"
+    losses = {}
+    for alpha in (0.0, 0.7, 1.0):
+        c.distill.alpha = alpha
+        losses[alpha] = float(one_step(c, teacher, 1)[1]["metrics"]["loss"])
+    assert losses[0.0] != losses[1.0]
+    wanted = 0.7 * losses[1.0] + 0.3 * losses[0.0]
+    np.testing.assert_allclose(losses[0.7], wanted, rtol=1e-5)
