@@ -110,9 +110,15 @@ def run(c, workdir, stop_in=None):
 def test_a_student_learns_from_its_teacher_and_goes_on_bit_for_bit(
     tiny, teacher, tmp_path, one_device, capsys
 ):
-    set_options(
-        tiny, {"distill.teacher": teacher, "train.steps": 6, "optimizer.learning_rate": 5.0}
-    )
+    options = {
+        "distill.teacher": teacher,
+        "distill.temperature": 1.0,
+        "train.steps": 12,
+        "optimizer.name": "adamw",
+        "optimizer.scaling": "none",
+        "optimizer.learning_rate": 0.02,
+    }
+    set_options(tiny, options)
     assert run(tiny, tmp_path / "whole")
     said = capsys.readouterr().out
     assert "3 classes on layer 1 of its head" in said
