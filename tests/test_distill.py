@@ -77,7 +77,7 @@ def classifier_at(c, folder, layer=1, seed=3, classes=CLASSES):
     student = student_of(c, classes)._replace(layer=layer)
     params, batch_stats = student.start(f, g, key)
     # Logits that differ from class to class.
-    params["classifier"] = jax.tree.map(lambda x: 30 * x, params["classifier"])
+    params["classifier"] = jax.tree.map(lambda x: 3000 * x, params["classifier"])
     state = TrainState(jnp.zeros((), jnp.int32), params, batch_stats, ())
     names = [f"class {i}" for i in range(classes)]
     record = {"config": c.to_dict(), "classifier": about_classifier(layer, classes, names)}
