@@ -8,7 +8,6 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 
@@ -16,133 +15,12 @@ from simclr_jax import processes
 from simclr_jax.config.overrides import load
 from simclr_jax.errors import UserError
 from simclr_jax.files import cache_folder
+from simclr_jax.modes import MODES
 from simclr_jax.training.workdir import saved_config
-
-
-class Mode(NamedTuple):
-    """A function of (config, workdir) and of flags.
-
-    Attributes:
-      module, function: where it is, below simclr_jax.
-      text: what it does, for --help.
-      needs: names of the flags that must be given.
-      takes: names of the flags that may be given besides.
-      trains: a signal may stop it, which it says by returning False or None: the same command goes on.
-      begins: it makes the workdir, so that without --config the defaults hold, with ImageNet as the data.
-    """
-
-    module: str
-    function: str
-    text: str
-    needs: tuple[str, ...] = ()
-    takes: tuple[str, ...] = ()
-    trains: bool = False
-    begins: bool = False
-
 
 # The status of a command that a signal has stopped, and that goes on from there when it is given again: a
 # launcher must not take it for finished. EX_TEMPFAIL of sysexits.h.
 STOPPED = 75
-
-
-def _evaluation(text: str) -> Mode:
-    """Returns the mode of an evaluation of features, whose name is the mode's."""
-    return Mode("evals.evaluate", "evaluate_features", text, takes=("follow",))
-
-
-MODES = {
-    "pretrain": Mode(
-        "modes.pretrain",
-        "pretrain_and_evaluate",
-        "train the encoder; ends with a probe where the data have labels",
-        takes=("extend",),
-        trains=True,
-    ),
-    "probe": _evaluation("linear probes of the newest checkpoint, and of the baselines"),
-    "knn": _evaluation("nearest-neighbour accuracy of the newest checkpoint"),
-    "transfer": _evaluation("logistic regression, as for transfer to other data"),
-    "linear": Mode(
-        "evals.finetune", "linear", "linear evaluation by SGD on random crops", trains=True
-    ),
-    "finetune": Mode(
-        "evals.finetune",
-        "finetune",
-        "train the whole network with all labels and with few",
-        trains=True,
-    ),
-    "transfer_finetune": Mode(
-        "evals.finetune",
-        "transfer_finetune",
-        "train the whole network with a grid of settings, as for transfer to other data",
-        trains=True,
-    ),
-    "distill": Mode(
-        "modes.distill",
-        "distill",
-        "train a student to classify as a teacher does, without labels",
-        trains=True,
-    ),
-    "embed": Mode(
-        "modes.embed",
-        "embed",
-        "the representations of every image of a folder or split, to a file",
-        needs=("input", "output"),
-        takes=("with_z",),
-    ),
-    "neighbours": Mode(
-        "modes.neighbours",
-        "neighbours",
-        "a picture of the nearest neighbours of some images, from such a file",
-        needs=("input",),
-        takes=("output", "query"),
-    ),
-    "export": Mode(
-        "modes.export",
-        "export",
-        "the encoder for other programs",
-        needs=("format",),
-        takes=("output",),
-    ),
-    "import": Mode(
-        "modes.import_weights",
-        "import_weights",
-        "weights of google-research/simclr, torchvision or timm, into a workdir",
-        needs=("input",),
-        begins=True,
-    ),
-    "study": Mode(
-        "modes.study",
-        "run_study",
-        "a table or figure of the paper, from runs of its own; see configs/studies",
-        needs=("study",),
-        takes=("part", "dry_run"),
-        trains=True,
-    ),
-    "report": Mode(
-        "modes.report",
-        "report",
-        "a page about the run, for a browser: health, curves, views, neighbours, map; or about several",
-        takes=("runs", "output"),
-    ),
-    "views": Mode(
-        "modes.report",
-        "views",
-        "a page of what training would see of some images: look at it before you train",
-        takes=("output",),
-    ),
-    "explain": Mode(
-        "modes.explain",
-        "explain",
-        "what a configuration comes to: steps, memory, time an epoch, and what is unusual about it",
-        takes=("topology",),
-    ),
-    "compile": Mode(
-        "modes.compile",
-        "compile_for",
-        "compile the train step for a TPU slice that need not be there",
-        needs=("topology",),
-    ),
-}
 
 
 def main(argv: list[str]) -> None:
@@ -221,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
         help="for --mode=compile and explain: the slice, such as v5e:16x16",
     )
     parser.add_argument(
-        "--format", choices=("safetensors", "stablehlo", "savedmodel"), help="for --mode=export"
+        "--format",
+        choices=("safetensors", "stablehlo", "savedmodel", "huggingface"),
+        help="for --mode=export",
     )
     parser.add_argument(
         "--input",

@@ -4,7 +4,7 @@ import concurrent.futures
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -62,9 +62,14 @@ class Encoder:
         self.upright = upright
         self.antialias = antialias
 
+    @property
+    def function(self) -> Callable[[dict, Any], jax.Array]:
+        """(variables, images [N, H, W, 3], uint8 or float in [0, 1]) -> [N, width], to be jitted."""
+        return functools.partial(_represent, self.network)
+
     @functools.cached_property
     def _apply(self) -> Any:
-        return jax.jit(functools.partial(_represent, self.network))
+        return jax.jit(self.function)
 
     def __getstate__(self) -> dict:
         state = {name: x for name, x in self.__dict__.items() if name != "_apply"}
@@ -159,9 +164,10 @@ class Classifier(Encoder):
         super().__init__(*encoder, **preprocessing)
         self.classes = classes
 
-    @functools.cached_property
-    def _apply(self) -> Any:
-        return jax.jit(functools.partial(_classify, self.network))
+    @property
+    def function(self) -> Callable[[dict, Any], jax.Array]:
+        """(variables, images [N, H, W, 3], uint8 or float in [0, 1]) -> logits [N, C], to be jitted."""
+        return functools.partial(_classify, self.network)
 
 
 def _classify(network: Classified, variables: dict, images):

@@ -1,5 +1,6 @@
 """Every export, read again by a process that does not have this package."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import encoder_checkpoint, random_images
+from safetensors.numpy import load_file
 
 import simclr_jax
 from simclr_jax import config
@@ -18,6 +20,9 @@ from simclr_jax.encoders import init_encoder
 from simclr_jax.encoders.resnet import ResNet
 from simclr_jax.errors import UserError
 from simclr_jax.modes.export import export
+from simclr_jax.training.checkpoint import save_once
+from simclr_jax.training.state import TrainState
+from simclr_jax.training.workdir import about_classifier
 from simclr_jax.weights.torchvision import pytorch_loading, torchvision_weights
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -102,7 +107,7 @@ def test_weights_have_torchvisions_names_and_shapes():
     network = ResNet(50)
     abstract = jax.eval_shape(lambda: init_encoder(network, 64, jax.random.key(0)))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
-    weights = torchvision_weights(network, zeros)
+    weights = torchvision_weights(zeros)
     stem = {f"bn1.{part}" for part in ("weight", "bias", "running_mean", "running_var")}
     assert set(weights) == TORCHVISION_50 | stem
     assert weights["conv1.weight"].shape == (64, 3, 7, 7)
@@ -131,7 +136,9 @@ def test_options_of_another_model_are_refused_and_another_size_is_taken(workdir,
 
 def test_what_torchvision_cannot_compute_is_not_exported(tiny, tmp_path):
     vit = encoder_checkpoint(tiny, tmp_path / "vit")
-    with pytest.raises(UserError, match=r"torchvision has no ViT with 1 layers.*format=stablehlo"):
+    with pytest.raises(
+        UserError, match=r"torchvision and timm have no ViT with 1 layers.*format=stablehlo"
+    ):
         export(tiny, str(vit), "safetensors", str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
 
@@ -155,6 +162,8 @@ def test_an_output_that_cannot_be_written_is_one_line(workdir, tmp_path):
         ({"depth": 10, "stem": "strided", "width": 0.5}, 32),  # of configs/folder.py
         ({"depth": 50, "stem": "imagenet", "width": 0.125}, 64),
         ({"depth": 18, "stem": "imagenet", "width": 2}, 64),
+        ({"depth": 10, "stem": "cifar", "width": 0.5, "standardize": "imagenet"}, 32),
+        ({"depth": 10, "stem": "cifar", "width": 0.5, "project_shortcuts": True}, 32),
     ],
 )
 def test_pytorch_computes_the_same(model, size, tmp_path, capsys):
@@ -183,3 +192,84 @@ def test_pytorch_computes_the_same(model, size, tmp_path, capsys):
         other = "\n".join(line for line in program.split("\n") if "ceil_mode" not in line)
         wrong = read_by(other, "tensorflow", tmp_path, images)
         assert np.abs(wrong - expected).max() > 1e-3  # the line is needed
+
+
+def classifier_workdir(c, folder, classes=7):
+    """A classifier on h, of an encoder with random BatchNorm parameters and statistics."""
+    encoder = simclr_jax.load_encoder(encoder_checkpoint(c, folder / "encoder"))
+    dense = jax.random.normal(jax.random.key(1), (encoder.width, classes))
+    params = {"encoder": encoder.variables["params"], "head": {}}
+    params["classifier"] = {"dense": {"kernel": dense, "bias": jnp.arange(float(classes))}}
+    statistics = {"encoder": encoder.variables["batch_stats"], "head": {}}
+    state = TrainState(jnp.zeros((), jnp.int32), params, statistics, ())
+    names = [f"class {i}" for i in range(classes)]
+    about = about_classifier(0, classes, names)
+    save_once(str(folder / "c"), 9, state, {"config": c.to_dict(), "classifier": about})
+    return str(folder / "c")
+
+
+def of_timm():
+    c = small(depth=18, width=1.0, stem="imagenet", pool_padding="symmetric", head="none")
+    c.data.image_size = 64
+    return c
+
+
+def test_a_repository_says_how_it_is_loaded(tmp_path, capsys):
+    c = of_timm()
+    workdir = classifier_workdir(c, tmp_path)
+    export(c, workdir, "huggingface", str(tmp_path / "hub"))
+    settings = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert (settings["architecture"], settings["num_classes"]) == ("resnet18", 7)
+    assert settings["label_names"][2] == "class 2"
+    assert settings["pretrained_cfg"]["mean"] == [0.0, 0.0, 0.0]
+    assert settings["pretrained_cfg"]["input_size"] == [3, 64, 64]
+    weights = load_file(tmp_path / "hub" / "model.safetensors")
+    assert weights["fc.weight"].shape == (7, 512)
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: timm\n")
+    assert 'timm.create_model("resnet18", num_classes=7' in card
+    assert "the classifier of step 9" in capsys.readouterr().out
+
+
+def test_what_timm_cannot_compute_is_refused(workdir, tmp_path):
+    with pytest.raises(UserError, match=r"timm has no ResNet with this model.stem, model.pool_pa"):
+        export(small(), str(workdir), "huggingface", str(tmp_path / "hub"))
+    assert not (tmp_path / "hub").exists()
+
+
+@pytest.mark.whole
+def test_a_classifier_is_exported_as_a_program(tmp_path, capsys):
+    c = small(head="none")
+    workdir = classifier_workdir(c, tmp_path)
+    export(c, workdir, "stablehlo", str(tmp_path / "program"))
+    images = random_images(3, 24, 24).astype(np.float32) / 255
+    program = jax.export.deserialize((tmp_path / "program").read_bytes())
+    expected = simclr_jax.load_classifier(workdir)(images)
+    assert expected.shape == (3, 7)
+    np.testing.assert_allclose(program.call(images), expected, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("standardize", ["none", "imagenet"])
+def test_timm_computes_the_same(standardize, tmp_path, capsys):
+    """Needs PyTorch and timm, see benchmarks/requirements.txt."""
+    pytest.importorskip("timm")
+    c = of_timm()
+    c.model.standardize = standardize
+    workdir = classifier_workdir(c, tmp_path)
+    export(c, workdir, "huggingface", str(tmp_path / "hub"))
+    said = capsys.readouterr().out
+    loading = said[said.index("import timm") :]
+    images = random_images(4, 64, 64).astype(np.float32) / 255
+    settings = json.loads((tmp_path / "hub" / "config.json").read_text())["pretrained_cfg"]
+    standardised = (images - np.float32(settings["mean"])) / np.float32(settings["std"])
+    program = "\n".join(
+        [
+            "from benchmarks import peers; torch = peers.torch()",
+            "images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())",
+            loading,
+            "h = logits.detach()",
+        ]
+    )
+    logits = read_by(program, "tensorflow", tmp_path, standardised)
+    expected = simclr_jax.load_classifier(workdir)(images)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())

@@ -139,7 +139,7 @@ def test_a_file_of_torchvisions_names_is_a_beginning(tiny, tmp_path):
     network = assemble.encoder(tiny)
     variables = jax.device_get(init_encoder(network, 12, jax.random.key(9)))
     path = tmp_path / "w.safetensors"
-    save_file(torchvision.torchvision_weights(network, variables), path)
+    save_file(torchvision.torchvision_weights(variables), path)
     tiny.model.init_from = str(path)
     start = read_start(tiny)
     assert any(note.startswith("model.standardize: imagenet there") for note in start.notes)
@@ -154,7 +154,7 @@ def test_a_kernel_of_another_size_is_refused(tiny, tmp_path):
     set_options(tiny, RESNET)
     network = assemble.encoder(tiny)
     variables = jax.device_get(init_encoder(network, 12, jax.random.key(9)))
-    save_file(torchvision.torchvision_weights(network, variables), tmp_path / "w.safetensors")
+    save_file(torchvision.torchvision_weights(variables), tmp_path / "w.safetensors")
     set_options(
         tiny, {"model.init_from": str(tmp_path / "w.safetensors"), "model.stem": "imagenet"}
     )

@@ -293,9 +293,7 @@ def test_an_export_comes_back(project, tmp_path):
     network = ResNet(10, 0.25, "strided", project_shortcuts=project)
     variables = jax.device_get(init_encoder(network, 16, jax.random.key(1)))
     file = tmp_path / "w.safetensors"
-    save_file(
-        torchvision.torchvision_weights(network, variables), file, torchvision.architecture(network)
-    )
+    save_file(torchvision.torchvision_weights(variables), file, torchvision.architecture(network))
     found = weights.read(str(file))
     jax.tree.map(np.testing.assert_array_equal, found.encoder, variables)
     assert found.model == {
@@ -313,7 +311,7 @@ def test_an_export_comes_back(project, tmp_path):
 def torchvision_file(path, **more):
     network = ResNet(18, 0.125, pool_padding="symmetric")
     variables = jax.device_get(init_encoder(network, 16, jax.random.key(1)))
-    arrays = torchvision.torchvision_weights(network, variables)
+    arrays = torchvision.torchvision_weights(variables)
     arrays |= {"bn1.num_batches_tracked": np.array(3)} | more
     save_file(arrays, path)
     return variables

@@ -1,4 +1,4 @@
-"""--mode=export: the encoder for programs that do not have this package.
+"""--mode=export: the encoder, or a classifier, for programs that do not have this package.
 
 Only what computes the same numbers is written. What another program has to change to get them is
 said, and written into the file where it has a place for it.
@@ -6,7 +6,6 @@ said, and written into the file where it has a place for it.
 
 import functools
 import os
-from typing import Any
 
 import jax
 import jax.export
@@ -15,26 +14,26 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from simclr_jax.console import say
-from simclr_jax.encoders import apply_network
-from simclr_jax.encoders.resnet import ResNet
 from simclr_jax.errors import UserError
 from simclr_jax.files import replacing, writing
-from simclr_jax.pretrained import Encoder, read_encoder
+from simclr_jax.modes.hub import to_bytes, torch_weights, write_repository
+from simclr_jax.pretrained import Classifier, Encoder, read_classifier, read_encoder
 from simclr_jax.training.saved import read_newest
 from simclr_jax.training.workdir import check_encoder
-from simclr_jax.weights.torchvision import architecture, pytorch_loading, torchvision_weights
+from simclr_jax.weights.torchvision import architecture, pytorch_loading
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def export(config: ConfigDict, workdir: str, format: str, output: str | None = None) -> None:
-    """Writes the newest encoder of a workdir, or of a checkpoint folder, and says how to load it.
+    """Writes the newest encoder of a workdir, or of a checkpoint folder, and says how to load it. Of the folder
+    of a classifier that was fine-tuned, distilled or imported, the classifier is written along.
 
     Args:
       config: the run's configuration; its data.image_size is that of the images the export takes.
       workdir: a run's folder, or a checkpoint folder.
       format: one of FORMATS.
-      output: the file, or for "savedmodel" the folder; None: WORKDIR/encoder.FORMAT.
+      output: the file, or for "savedmodel" and "huggingface" the folder; None: WORKDIR/encoder.FORMAT.
 
     Raises:
       UserError: the format cannot hold this encoder, it is not of the configuration's model, or the
@@ -42,8 +41,9 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
     """
 
     def read(checkpoint: epath.Path) -> Encoder:
-        check_encoder(config, checkpoint)
-        return read_encoder(checkpoint)
+        about = check_encoder(config, checkpoint).get("classifier")
+        is_classifier = about is not None and not about.get("online")
+        return read_classifier(checkpoint) if is_classifier else read_encoder(checkpoint)
 
     encoder = read_newest(workdir, read)
     encoder.image_size = config.data.image_size
@@ -51,32 +51,26 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         loading = FORMATS[format](encoder, path)
-    say(f"the encoder of step {encoder.step}, {encoder.width} numbers an image: {path}")
+    what = "classifier" if isinstance(encoder, Classifier) else "encoder"
+    say(f"the {what} of step {encoder.step}, {encoder.width} numbers an image: {path}")
     say(f"\n{loading}\n")
-    say("Images are numbers in [0, 1]: divided by 255, and not standardised before they are given.")
+    if format != "huggingface":  # its program says what images are
+        say("Images are numbers in [0, 1]: divided by 255, and not standardised.")
 
 
 def _write_safetensors(encoder: Encoder, path: epath.Path) -> str:
     """Writes PyTorch's layout under torchvision's names. Returns the program that loads it."""
-    # Imported here: nothing else needs it.
-    from safetensors.numpy import save
-
-    if type(encoder.network) is not ResNet:
-        raise UserError(
-            f"torchvision has no {encoder.network.describe()}: use --format=stablehlo or "
-            "--format=savedmodel"
-        )
-    loading = pytorch_loading(encoder.network, encoder.image_size, path)
+    network, weights = torch_weights(encoder)
+    loading = pytorch_loading(network, encoder.image_size, path, weights)
     metadata = {
         "format": "pt",
         "loading": loading,
         "images": "float32 [N, 3, H, W] in [0, 1]; the program above does the rest",
         "step": str(encoder.step),
-        **architecture(encoder.network),
+        **architecture(network),
     }
-    content = save(torchvision_weights(encoder.network, encoder.variables), metadata)
     with replacing(path) as scratch:
-        scratch.write_bytes(content)
+        scratch.write_bytes(to_bytes(weights, metadata))
     return loading
 
 
@@ -88,7 +82,7 @@ def _write_stablehlo(encoder: Encoder, path: epath.Path) -> str:
     (n,) = jax.export.symbolic_shape("n")
     images = jax.ShapeDtypeStruct((n, size, size, 3), jnp.float32)
     variables = jax.device_get(encoder.variables)
-    program = jax.jit(lambda images: _represent(encoder.network, variables, images))
+    program = jax.jit(lambda images: encoder.function(variables, images))
     content = jax.export.export(program, platforms=_PLATFORMS)(images).serialize()
     with replacing(path) as scratch:
         scratch.write_bytes(content)
@@ -113,7 +107,7 @@ def _write_savedmodel(encoder: Encoder, path: epath.Path) -> str:
         jax2tf.convert, with_gradient=False, native_serialization_platforms=_PLATFORMS
     )
     represent = convert(
-        functools.partial(_represent, encoder.network),
+        encoder.function,
         polymorphic_shapes=[None, f"(n, {size}, {size}, 3)"],
     )
     module = tf.Module()
@@ -141,12 +135,9 @@ def _write_savedmodel(encoder: Encoder, path: epath.Path) -> str:
     )
 
 
-def _represent(network: Any, variables: dict, images):
-    return apply_network(network, variables, images, train=False)[0]
-
-
 FORMATS = {
     "safetensors": _write_safetensors,
     "stablehlo": _write_stablehlo,
     "savedmodel": _write_savedmodel,
+    "huggingface": write_repository,
 }

@@ -129,7 +129,7 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
     about |= {"init_from": began_with}
     if made.job.abstract_state.params.get("classifier"):
         assert train.classes
-        about["classifier"] = about_classifier(0, len(train.classes), train.classes)
+        about["classifier"] = about_classifier(0, len(train.classes), train.classes, online=True)
     record = write_record(config, about, workdir)
     describe_run(config, made)
     if start:

@@ -191,15 +191,19 @@ def about_imported(weights: dict[str, Any]) -> dict[str, Any]:
     return {"plan": plan, "imported": weights, "test_fingerprint": None} | nothing
 
 
-def about_classifier(layer: int, outputs: int, classes: Any) -> dict[str, Any]:
+def about_classifier(
+    layer: int, outputs: int, classes: Any, online: bool = False
+) -> dict[str, Any]:
     """Returns what a record says of the classifier in its checkpoint.
 
     Args:
       layer: layer of the projection head that it reads; 0: h.
       outputs: numbers that it puts out for an image.
       classes: their names; None: unknown.
+      online: it was trained along with an encoder that did not see the labels.
     """
-    return {"layer": layer, "outputs": outputs, "classes": list(classes) if classes else None}
+    names = list(classes) if classes else None
+    return {"layer": layer, "outputs": outputs, "classes": names, "online": online}
 
 
 def write_record(config: ConfigDict, about: dict[str, Any], workdir: str) -> dict:

@@ -22,14 +22,13 @@ KIND = "torchvision or timm"
 _NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
 
 
-def torchvision_weights(network: ResNet, variables: dict) -> dict[str, np.ndarray]:
+def torchvision_weights(variables: dict) -> dict[str, np.ndarray]:
     """Returns {name: float32 array}: the weights as torchvision.models.ResNet names and lays them out.
 
     Args:
-      network: the encoder; its width may be any, as `pytorch_loading` has torchvision's class build it.
-      variables: {"params", "batch_stats"} of the network.
+      variables: {"params", "batch_stats"} of a `ResNet`; its width may be any, as `pytorch_loading` has
+        torchvision's class build it.
     """
-    del network
     found = jax.device_get(variables)
     weights = {}
     for where, name in _convolutions(found["params"]):
@@ -178,10 +177,19 @@ def _model_of(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def pytorch_loading(network: ResNet, image_size: int, path: Any) -> str:
+def pytorch_loading(
+    network: ResNet, image_size: int, path: Any, weights: Mapping[str, np.ndarray] | None = None
+) -> str:
     """Writes the PyTorch program that loads the weights, with every change that torchvision's model needs
     to compute what this encoder does at `image_size`.
+
+    Args:
+      network: the encoder.
+      image_size: height and width of an image, pixels.
+      path: the file.
+      weights: those in the file; with "fc.weight" they are a classifier's.
     """
+    fc = (weights or {}).get("fc.weight")
     blocks, bottleneck = STAGES[network.depth]
     block = f"torchvision.models.resnet.{'Bottleneck' if bottleneck else 'BasicBlock'}"
     lines = []
@@ -199,7 +207,9 @@ def pytorch_loading(network: ResNet, image_size: int, path: Any) -> str:
         "from safetensors.torch import load_file",
         "",
         f"model = {model}",
-        "model.fc = torch.nn.Identity()",
+        "model.fc = torch.nn.Identity()"
+        if fc is None
+        else f"model.fc = torch.nn.Linear({fc.shape[1]}, {fc.shape[0]})",
     ]
     standard = STANDARDS[network.standardize]
     if standard is not None:
@@ -235,6 +245,6 @@ def pytorch_loading(network: ResNet, image_size: int, path: Any) -> str:
                 if standard is not None
                 else []
             ),
-            "h = model.eval()(images)  # float32 [N, 3, H, W]",
+            f"{'h' if fc is None else 'logits'} = model.eval()(images)  # float32 [N, 3, H, W]",
         ]
     )

@@ -1,0 +1,156 @@
+"""The folder of a Hugging Face repository, from which timm loads the encoder or the classifier."""
+
+import json
+
+import jax
+import numpy as np
+from etils import epath
+
+from simclr_jax.encoders.resnet import STANDARDS, ResNet
+from simclr_jax.errors import UserError
+from simclr_jax.pretrained import Classifier, Encoder
+from simclr_jax.weights.torchvision import architecture, torchvision_weights
+
+_TIMM_DEPTHS = (18, 34, 50, 101, 152)
+
+
+def torch_weights(encoder: Encoder) -> tuple[ResNet, dict[str, np.ndarray]]:
+    """Returns the ResNet of an encoder or a classifier, and its weights under torchvision's names.
+
+    Raises:
+      UserError: torchvision has no such network, or the classifier reads a layer of the projection head.
+    """
+    network, variables = encoder.network, encoder.variables
+    classifier = None
+    if isinstance(encoder, Classifier):
+        if network.layer:
+            raise UserError(
+                f"the classifier reads layer {network.layer} of the projection head, which torchvision's ResNets "
+                "do not have: use --format=stablehlo or --format=savedmodel"
+            )
+        classifier = jax.device_get(variables["params"]["classifier"]["dense"])
+        variables = {kind: variables[kind]["encoder"] for kind in ("params", "batch_stats")}
+        network = network.encoder
+    if type(network) is not ResNet:
+        raise UserError(
+            f"torchvision and timm have no {network.describe()}: use --format=stablehlo or --format=savedmodel"
+        )
+    weights = torchvision_weights(variables)
+    if classifier is not None:
+        weights["fc.weight"] = np.ascontiguousarray(classifier["kernel"].T)
+        weights["fc.bias"] = classifier["bias"]
+    return network, weights
+
+
+def to_bytes(weights: dict[str, np.ndarray], about: dict[str, str]) -> bytes:
+    """Returns the content of a .safetensors file."""
+    from safetensors.numpy import save  # imported here: nothing else needs it
+
+    return save(weights, about)
+
+
+def write_repository(encoder: Encoder, folder: epath.Path) -> str:
+    """Writes FOLDER/model.safetensors, config.json and README.md. Returns the program that loads them.
+
+    Raises:
+      UserError: timm has no ResNet that computes the same.
+    """
+    network, weights = torch_weights(encoder)
+    _check_exact(network)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"format": "pt", "step": str(encoder.step), **architecture(network)}
+    (folder / "model.safetensors").write_bytes(to_bytes(weights, about))
+    settings = _timm_settings(encoder, network)
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    loading = "\n".join(
+        [
+            "import timm",
+            "",
+            f'model = timm.create_model("{settings["architecture"]}", num_classes={settings["num_classes"]},',
+            f'    checkpoint_path="{folder}/model.safetensors").eval()',
+            f"# images: float32 [N, 3, H, W] {_pixels(settings)}",
+            f"{'logits' if settings['num_classes'] else 'h'} = model(images)",
+        ]
+    )
+    (folder / "README.md").write_text(_card(encoder, network, settings, loading))
+    return loading
+
+
+def _check_exact(network: ResNet) -> None:
+    wanted = {"stem": "imagenet", "pool_padding": "symmetric", "channel_factor": 1}
+    differ = [name for name, value in wanted.items() if getattr(network, name) != value]
+    if network.depth not in _TIMM_DEPTHS:
+        differ.append("depth")
+    if network.project_shortcuts and network.depth < 50:
+        differ.append("project_shortcuts")
+    if differ:
+        names = ", ".join(f"model.{'width' if n == 'channel_factor' else n}" for n in differ)
+        raise UserError(
+            f"timm has no ResNet with this {names}: expected depth {', '.join(map(str, _TIMM_DEPTHS))}, "
+            "model.width=1, model.stem=imagenet, model.pool_padding=symmetric and no projected shortcuts of the "
+            "first stage; --format=safetensors writes a program that builds any of them from torchvision's parts"
+        )
+
+
+def _timm_settings(encoder: Encoder, network: ResNet) -> dict:
+    """Returns config.json as timm reads it: the network, and what is done to images."""
+    mean, deviation = STANDARDS[network.standardize] or ((0.0,) * 3, (1.0,) * 3)
+    size = encoder.image_size
+    classes = encoder.classes if isinstance(encoder, Classifier) else None
+    outputs = encoder.width if isinstance(encoder, Classifier) else 0
+    settings = {
+        "architecture": f"resnet{network.depth}",
+        "num_classes": outputs,
+        "num_features": network.width,
+        "global_pool": "avg",
+        "pretrained_cfg": {
+            "tag": "simclr_jax",
+            "custom_load": False,
+            "input_size": [3, size, size],
+            "fixed_input_size": False,
+            "interpolation": "bicubic",
+            "crop_pct": encoder.eval_crop,
+            "crop_mode": "center",
+            "mean": list(mean),
+            "std": list(deviation),
+            "num_classes": outputs,
+            "pool_size": [-(-size // 32)] * 2,
+            "first_conv": "conv1",
+            "classifier": "fc",
+        },
+    }
+    return settings | ({"label_names": classes} if classes else {})
+
+
+def _pixels(settings: dict) -> str:
+    """Says what is done to pixels before the network sees them."""
+    mean, deviation = (settings["pretrained_cfg"][name] for name in ("mean", "std"))
+    if not any(mean):
+        return "in [0, 1], not standardised"
+    return f"in [0, 1], less {mean}, divided by {deviation}"
+
+
+def _card(encoder: Encoder, network: ResNet, settings: dict, loading: str) -> str:
+    """Writes the model card: a header in YAML, and what a user has to know."""
+    what = "classifier" if settings["num_classes"] else "encoder"
+    task = "image-classification" if settings["num_classes"] else "image-feature-extraction"
+    return f"""---
+library_name: timm
+pipeline_tag: {task}
+tags:
+- simclr
+- timm
+---
+# {network.describe()}, a SimCLR {what}
+Trained for {encoder.step} steps at {encoder.image_size} px by simclr_jax, an implementation of SimCLR
+(https://arxiv.org/abs/2002.05709).
+
+It takes images {_pixels(settings)}, {encoder.image_size} x {encoder.image_size} px: the largest centred square, of whose side
+{encoder.eval_crop:g} is kept, resized by bicubic interpolation. It gives
+{settings["num_classes"] or network.width} numbers an image{" (logits)" if settings["num_classes"] else " (the representation h)"}.
+
+```python
+{loading}
+```
+What it was trained on, what it reaches and its licence are not known to the program that wrote this page: add them.
+"""
