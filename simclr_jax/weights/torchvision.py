@@ -230,6 +230,11 @@ def pytorch_loading(
                 for i, count in enumerate(blocks)
             ),
         ]
+    if network.project_shortcuts and not bottleneck:
+        lines += [
+            "model.layer1[0].downsample = torch.nn.Sequential(",
+            f"    torch.nn.Conv2d({channels}, {channels}, 1, bias=False), torch.nn.BatchNorm2d({channels}))",
+        ]
     if not pool:
         lines.append("model.maxpool = torch.nn.Identity()")
     elif network.pool_padding == "same" and -(-image_size // 2) % 2 == 0:
