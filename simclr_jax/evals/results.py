@@ -64,7 +64,8 @@ def path_of(config: ConfigDict, saved: dict, data: DataSet, workdir: str, mode: 
     if (train, test) == then:
         return epath.Path(workdir) / f"{mode}.json"
     options = config.data
-    name = options.name or pathlib.PurePath(options.path).stem or options.source
+    name = options.name if options.source == "tfds" else pathlib.PurePath(options.path).stem
+    name = name or options.source
     name = re.sub(r"[^\w.-]+", "-", name)  # TFDS has names such as SET/CONFIG
     digest = hashlib.blake2b(f"{train} {test}".encode(), digest_size=3).hexdigest()
     path = epath.Path(workdir) / f"{mode}_{name}_{digest}.json"
