@@ -77,8 +77,8 @@ class OneBlock(nn.Module):
         return jnp.mean(block(x, train), axis=(1, 2), dtype=jnp.float32)
 
 
-def use_one_block(config, monkeypatch, *block):
-    """A row is all that an encoder needs."""
+def use_one_block(config, monkeypatch, name="one_block", *block):
+    """A row is all that an encoder needs. Jobs of equal options are shared, so another block has another name."""
 
     def build(options):
         return OneBlock(
@@ -89,8 +89,8 @@ def use_one_block(config, monkeypatch, *block):
             *block,
         )
 
-    monkeypatch.setitem(ENCODERS, "one_block", build)
-    config.model.name = "one_block"
+    monkeypatch.setitem(ENCODERS, name, build)
+    config.model.name = name
 
 
 @pytest.fixture
@@ -294,13 +294,16 @@ def test_the_checker_rejects_broken_losses(four_devices, expected, broken):
 @pytest.fixture
 def selective(tiny, monkeypatch):
     """A block with selective kernels, whose last scale starts at one so that gradients pass."""
-    use_one_block(tiny, monkeypatch, SkBlock, True)
+    use_one_block(tiny, monkeypatch, "one_sk_block", SkBlock, True)
     return for_one_step(tiny)
 
 
 @pytest.mark.parametrize(
     ("devices", "fsdp", "options"),
-    [(4, 1, {"model.remat": True}), (8, 2, {"loss.implementation": "chunked"})],
+    [
+        pytest.param(4, 1, {"model.remat": True}, marks=pytest.mark.whole),
+        (8, 2, {"loss.implementation": "chunked"}),
+    ],
 )
 def test_a_step_of_selective_kernels_is_equal_on_any_mesh(
     selective, once, devices, fsdp, options, monkeypatch
@@ -311,6 +314,7 @@ def test_a_step_of_selective_kernels_is_equal_on_any_mesh(
     check(step_of(selective, jax.devices()[:devices], begun, monkeypatch), one, 2 * TOLERANCE)
 
 
+@pytest.mark.whole
 def test_selective_kernels_in_microbatches_are_equal_on_any_mesh(selective, once, monkeypatch):
     begun = cached(once, "sk start", lambda: first_state(selective, monkeypatch))
     selective.train.microbatches = 2

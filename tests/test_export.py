@@ -13,14 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import encoder_checkpoint, random_images
+from etils import epath
 from safetensors.numpy import load_file
 
 import simclr_jax
 from simclr_jax import config
 from simclr_jax.encoders import init_encoder
+from simclr_jax.encoders.classified import Classified
+from simclr_jax.encoders.heads import LinearClassifier, ProjectionHead
 from simclr_jax.encoders.resnet import ResNet
 from simclr_jax.errors import UserError
 from simclr_jax.modes.export import export
+from simclr_jax.modes.hub import write_repository
 from simclr_jax.training.checkpoint import save_once
 from simclr_jax.training.state import TrainState
 from simclr_jax.training.workdir import about_classifier
@@ -215,10 +219,17 @@ def of_timm():
     return c
 
 
-def test_a_repository_says_how_it_is_loaded(tmp_path, capsys):
-    c = of_timm()
-    workdir = classifier_workdir(c, tmp_path)
-    export(c, workdir, "huggingface", str(tmp_path / "hub"))
+def test_a_repository_says_how_it_is_loaded(tmp_path):
+    network = ResNet(18, pool_padding="symmetric")
+    shapes = jax.eval_shape(lambda: init_encoder(network, 64, jax.random.key(0)))
+    encoder = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    dense = {"kernel": np.zeros((512, 7)), "bias": np.zeros(7)}
+    variables = {kind: {"encoder": encoder[kind]} for kind in encoder}
+    variables["params"]["classifier"] = {"dense": dense}
+    classified = Classified(network, ProjectionHead("none"), 0, LinearClassifier(7), False)
+    names = [f"class {i}" for i in range(7)]
+    classifier = simclr_jax.Classifier(classified, variables, 64, 9, classes=names)
+    loading = write_repository(classifier, epath.Path(tmp_path / "hub"))
     settings = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert (settings["architecture"], settings["num_classes"]) == ("resnet18", 7)
     assert settings["label_names"][2] == "class 2"
@@ -228,8 +239,9 @@ def test_a_repository_says_how_it_is_loaded(tmp_path, capsys):
     assert weights["fc.weight"].shape == (7, 512)
     card = (tmp_path / "hub" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\n")
-    assert 'timm.create_model("resnet18", num_classes=7' in card
-    assert "the classifier of step 9" in capsys.readouterr().out
+    assert 'timm.create_model("resnet18", num_classes=7' in loading
+    assert loading in card
+    assert "Trained for 9 steps at 64 px" in card
 
 
 def test_what_timm_cannot_compute_is_refused(workdir, tmp_path):

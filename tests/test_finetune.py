@@ -199,9 +199,32 @@ def one_device(monkeypatch):
     monkeypatch.setattr(classifier_training, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
 
 
+def leaves_a_classifier(config, result, states):
+    """The logits of what was left are those that fine-tuning scored: the same accuracy on the test images."""
+    row = next(r for r in result["rows"] if r["features"] == "encoder" and r["label_fraction"] == 1)
+    classifier = load_classifier(row["runs"][0]["classifier"])
+    with np.load(config.data.path) as file:
+        images, labels = file["test_images"], file["test_labels"]
+    logits = classifier(images)
+    assert logits.shape == (21, CLASSES)
+    assert np.mean(logits.argmax(1) == labels) == pytest.approx(row["accuracy"])
+    params = states[-1].params
+    encoder = load_encoder(row["runs"][0]["classifier"])
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(encoder.variables["params"]),
+        params["encoder"],
+    )
+    wanted = encoder(images) @ params["classifier"]["dense"]["kernel"]
+    wanted = wanted + params["classifier"]["dense"]["bias"]
+    np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_fine_tuning_with_few_labels_and_all(run, capsys, one_device):
     config, workdir = run
-    result = finetune.finetune(config, str(workdir))
+    with states_of_fit() as states:
+        result = finetune.finetune(config, str(workdir))
+    leaves_a_classifier(config, result, states)
     assert json.loads((workdir / "finetune.json").read_text())["rows"] == result["rows"]
     assert (result["train_images"], result["validation_images"], result["test_images"]) == (
         36,
@@ -503,30 +526,6 @@ def test_mistakes(run):
     config.model.vit.width = 32
     with pytest.raises(UserError, match=r"of another model \(model\.vit\.width: 16 -> 32\)"):
         finetune.finetune(config, str(workdir))
-
-
-def test_a_classifier_is_left_for_other_code(run, one_device):
-    """Its logits are those that fine-tuning scored: the same accuracy on the test images."""
-    config, workdir = run
-    with states_of_fit() as states:
-        result = finetune.finetune(config, str(workdir))
-    row = next(r for r in result["rows"] if r["features"] == "encoder" and r["label_fraction"] == 1)
-    classifier = load_classifier(row["runs"][0]["classifier"])
-    with np.load(config.data.path) as file:
-        images, labels = file["test_images"], file["test_labels"]
-    logits = classifier(images)
-    assert logits.shape == (21, CLASSES)
-    assert np.mean(logits.argmax(1) == labels) == pytest.approx(row["accuracy"])
-    params = states[-1].params
-    encoder = load_encoder(row["runs"][0]["classifier"])
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        jax.device_get(encoder.variables["params"]),
-        params["encoder"],
-    )
-    wanted = encoder(images) @ params["classifier"]["dense"]["kernel"]
-    wanted = wanted + params["classifier"]["dense"]["bias"]
-    np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_fine_tuning_by_lars_from_a_layer_of_the_head(run, one_device, capsys):

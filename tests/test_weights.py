@@ -149,7 +149,7 @@ def test_features_are_those_of_the_published_code(case):
     )
 
 
-@pytest.mark.parametrize("size", [33, 72])
+@pytest.mark.parametrize("size", [33, pytest.param(72, marks=pytest.mark.whole)])
 def test_selective_kernels_on_odd_maps_equal_loops_in_float64(size):
     variables = variables_of("tf1_sk1")
     images = golden_images(size)[:1]
