@@ -199,17 +199,17 @@ def one_device(monkeypatch):
     monkeypatch.setattr(classifier_training, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
 
 
-def leaves_a_classifier(config, result, states):
+def leaves_a_classifier(config, workdir, result, states):
     """The logits of what was left are those that fine-tuning scored: the same accuracy on the test images."""
     row = next(r for r in result["rows"] if r["features"] == "encoder" and r["label_fraction"] == 1)
-    classifier = load_classifier(row["runs"][0]["classifier"])
+    classifier = load_classifier(workdir / row["runs"][0]["classifier"])
     with np.load(config.data.path) as file:
         images, labels = file["test_images"], file["test_labels"]
     logits = classifier(images)
     assert logits.shape == (21, CLASSES)
     assert np.mean(logits.argmax(1) == labels) == pytest.approx(row["accuracy"])
     params = states[-1].params
-    encoder = load_encoder(row["runs"][0]["classifier"])
+    encoder = load_encoder(workdir / row["runs"][0]["classifier"])
     jax.tree.map(
         np.testing.assert_array_equal,
         jax.device_get(encoder.variables["params"]),
@@ -224,7 +224,7 @@ def test_fine_tuning_with_few_labels_and_all(run, capsys, one_device):
     config, workdir = run
     with states_of_fit() as states:
         result = finetune.finetune(config, str(workdir))
-    leaves_a_classifier(config, result, states)
+    leaves_a_classifier(config, workdir, result, states)
     assert json.loads((workdir / "finetune.json").read_text())["rows"] == result["rows"]
     assert (result["train_images"], result["validation_images"], result["test_images"]) == (
         36,
@@ -544,7 +544,7 @@ def test_fine_tuning_by_lars_from_a_layer_of_the_head(run, one_device, capsys):
     result = finetune.finetune(config, str(workdir))
     assert "learning rate 0.005 x sqrt(16)" in capsys.readouterr().out
     (row,) = (r for r in result["rows"] if r["features"] == "encoder")
-    classifier = load_classifier(row["runs"][0]["classifier"])
+    classifier = load_classifier(workdir / row["runs"][0]["classifier"])
     assert classifier.network.layer == 1
     with np.load(config.data.path) as file:
         logits, labels = classifier(file["test_images"]), file["test_labels"]

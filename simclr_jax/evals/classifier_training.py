@@ -227,7 +227,9 @@ class Setup:
         return outcome
 
     def _keep(self, folder: epath.Path, state: TrainState, steps: int) -> str:
-        """Saves a trained classifier with what lies below it, for `load_classifier`. Returns its folder."""
+        """Saves a trained classifier with what lies below it, for `load_classifier`. Returns its folder, as a path
+        from the folder of the result on: a workdir may be moved.
+        """
         outputs = int(state.params["classifier"]["dense"]["bias"].shape[0])
         names = None if self.members is not None else self.whole.classes
         record = {
@@ -241,7 +243,7 @@ class Setup:
         if folder.exists() and jax.process_index() == 0:
             folder.rmtree()  # of a training that ended between this and its outcome
         save_once(str(folder), steps, dataclasses.replace(state, opt_state=()), record)
-        return str(folder)
+        return str(folder.relative_to(self.path.parent))
 
     def _begin(self, folder: epath.Path, setting: Setting, images: Images) -> None:
         """Makes the folder of a training; empties it if it holds one of something else."""

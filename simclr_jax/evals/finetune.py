@@ -123,7 +123,7 @@ def _run(config: ConfigDict, workdir: str, protocol: Protocol) -> dict | None:
     for row in rows:
         where = row["runs"][0].get("classifier")
         if where:  # of the encoder, by a version that kept them
-            say(f"classifier  of {row['label_fraction']:.0%} of the labels: {where}")
+            say(f"classifier  of {row['label_fraction']:.0%} of the labels: {path.parent / where}")
     return result
 
 
