@@ -120,7 +120,7 @@ OPTIONS: tuple[Option, ...] = (
         "distill.temperature",
         0.1,
         number(1e-3, 1e3),
-        "of both distributions; 0.1 for a student like its teacher, 1.0 for a smaller one (SimCLR v2)",
+        "divides the logits of both; 0.1 for a student like its teacher, 1.0 for a smaller one (SimCLR v2)",
     ),
     Option(
         "distill.alpha",

@@ -34,8 +34,8 @@ STEMS = {"imagenet": (7, 2, True), "cifar": (3, 1, False), "strided": (3, 2, Fal
 # the residual networks of He et al. in Caffe and of torchvision.
 POOL_PADDINGS = {"same": "SAME", "symmetric": ((1, 1), (1, 1))}
 
-# What is taken off pixels in [0, 1], and what the rest is divided by: (mean, deviation) of each colour.
-# "imagenet" is of the images that torchvision's and timm's weights were trained on.
+# (mean, deviation) of each colour: the mean is taken off pixels in [0, 1], the deviation divides the rest.
+# "imagenet" has those of the images that torchvision's and timm's weights were trained on.
 STANDARDS = {
     "none": None,
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),

@@ -42,7 +42,7 @@ class SelectiveKernels(nn.Module):
 
     Attributes:
       features: channels of each convolution.
-      stride: of both.
+      stride: stride of both convolutions, pixels.
       dtype, norm_momentum, norm_group: see `ResNet`.
     """
 

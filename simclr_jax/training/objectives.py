@@ -92,7 +92,7 @@ def distilled(
       teacher: ({"params", "batch_stats"}, images) -> logits [n, C]. Its arrays are params["teacher"] and
         batch_stats["teacher"]; they pass no gradient.
       views: a batch -> float views [b, V, H, W, 3] in [0, 1].
-      temperature: of both distributions.
+      temperature: divides the logits of both.
       alpha: weight of the teacher, in [0, 1].
     """
 

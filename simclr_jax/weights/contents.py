@@ -1,4 +1,4 @@
-"""What a file of weights holds, in the terms of this package; and filling a network's tree with it."""
+"""The contents of a file of weights, in the terms of this package; and filling a network's tree with them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ class Weights(NamedTuple):
     """Weights of an encoder f, and of what sat on it.
 
     Attributes:
-      kind: of the file, in words.
+      kind: the program that wrote the file, in words.
       model: {"name", "depth", ...}: options of the group "model" that differ from their defaults.
       encoder: {"params", "batch_stats"} of f, float32 numpy arrays.
       head: {"params", "batch_stats"} of the projection head; None: the file has none.
@@ -81,7 +81,7 @@ def layers_in_order(params: Mapping[str, Any]) -> tuple[list[Path], list[Path]]:
     stem, then each block, in it the shortcut first.
 
     Args:
-      params: of a `ResNet` or an `SkResNet`; only the names of its dicts matter.
+      params: parameters of a `ResNet` or an `SkResNet`; only the names of the dicts matter.
     """
     convolutions: list[Path] = []
     norms: list[Path] = []
