@@ -270,3 +270,12 @@ def read_variables(
     start = functools.partial(init_encoder, network, config.data.image_size)
     abstract = jax.eval_shape(start, jax.random.key(0))
     return saved.read_encoder_arrays(found, saved.with_shardings(abstract, sharding))
+
+
+def read_head_variables(
+    config: ConfigDict, network: Any, found: epath.Path, sharding: jax.sharding.Sharding
+) -> dict:
+    """Reads {"params", "batch_stats"} of the projection head; the arguments are those of `read_variables`."""
+    start = functools.partial(init_head, assemble.head(config), network.width)
+    abstract = jax.eval_shape(start, jax.random.key(0))
+    return saved.read_head_arrays(found, saved.with_shardings(abstract, sharding))

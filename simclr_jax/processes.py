@@ -1,5 +1,6 @@
 """Several processes as one run: start-up, on TPU pods and under SLURM without being told."""
 
+import contextlib
 import ctypes
 import glob
 import importlib.util
@@ -7,14 +8,16 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
 from simclr_jax.errors import UserError, one_line
+from simclr_jax.files import locked
 
 # Seconds without a sign of life after which a process counts as dead and the others end too. JAX's
 # default is 100; signs are sent by a thread of their own, also while a step compiles.
@@ -129,6 +132,15 @@ def end(error: Exception) -> NoReturn:
         )
     time.sleep(seconds)
     os._exit(1)  # an orderly exit would wait for the others, who wait for this one
+
+
+@contextlib.contextmanager
+def alone(folder: epath.PathLike, advice: str) -> Iterator[None]:
+    """Keeps other programs from writing into a folder while the block runs; process 0 does it for all, by
+    `files.locked`, which has the arguments and the errors.
+    """
+    with locked(folder, advice) if jax.process_index() == 0 else contextlib.nullcontext():
+        yield
 
 
 def as_first_process_says(number: int) -> int:

@@ -70,6 +70,17 @@ def read_by(program: str, forbidden: str, tmp_path, images) -> np.ndarray:
     return np.load(tmp_path / "h.npy")
 
 
+def in_pytorch(loading: str, result: str) -> str:
+    """The program `loading` with PyTorch before it and `result`, what it computes, as h after it."""
+    lines = [
+        "from benchmarks import peers; torch = peers.torch()",
+        "images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())",
+        loading,
+        f"h = {result}.detach()",
+    ]
+    return "\n".join(lines)
+
+
 @pytest.mark.parametrize(
     ("format", "forbidden"),
     [("stablehlo", "simclr_jax flax tensorflow"), ("savedmodel", "simclr_jax jax flax")],
@@ -182,14 +193,7 @@ def test_pytorch_computes_the_same(model, size, tmp_path, capsys):
     loading = said[said.index("import") : said.index("\nImages are")]
     images = random_images(4, size, size).astype(np.float32) / 255
     expected = simclr_jax.load_encoder(workdir)(images)
-    program = "\n".join(
-        [
-            "from benchmarks import peers; torch = peers.torch()",
-            "images = torch.from_numpy(images.transpose(0, 3, 1, 2))",
-            loading,
-            "h = h.detach()",
-        ]
-    )
+    program = in_pytorch(loading, "h")
     h = read_by(program, "tensorflow", tmp_path, images)
     assert expected.std() > 0.01
     np.testing.assert_allclose(h, expected, rtol=1e-4, atol=1e-4)
@@ -276,14 +280,6 @@ def test_timm_computes_the_same(standardize, tmp_path, capsys):
     images = random_images(4, 64, 64).astype(np.float32) / 255
     settings = json.loads((tmp_path / "hub" / "config.json").read_text())["pretrained_cfg"]
     standardised = (images - np.float32(settings["mean"])) / np.float32(settings["std"])
-    program = "\n".join(
-        [
-            "from benchmarks import peers; torch = peers.torch()",
-            "images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())",
-            loading,
-            "h = logits.detach()",
-        ]
-    )
-    logits = read_by(program, "tensorflow", tmp_path, standardised)
+    logits = read_by(in_pytorch(loading, "logits"), "tensorflow", tmp_path, standardised)
     expected = simclr_jax.load_classifier(workdir)(images)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())

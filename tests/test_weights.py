@@ -202,11 +202,8 @@ def test_what_is_not_of_the_encoder_is_counted():
     more = {f"ema_model/{name}": x + 1 for name, x in variables.items()}
     more |= {f"{name}/Momentum": x + 2 for name, x in variables.items()}
     found = published.convert(variables | more | {"global_step": np.int64(250228)})
-    assert found.skipped == {
-        "ema_model": len(variables),
-        "momentum": len(variables),
-        "counters": 1,
-    } or found.skipped == {"ema_model": len(variables), "momentum": len(variables), "counters": 2}
+    count = len(variables)
+    assert found.skipped == {"ema_model": count, "momentum": count, "counters": 1}
     jax.tree.map(np.testing.assert_array_equal, found.encoder, published.convert(variables).encoder)
 
 

@@ -19,8 +19,8 @@ from simclr_jax.encoders import apply_network, init_encoder
 from simclr_jax.errors import UserError
 from simclr_jax.evals import scores
 from simclr_jax.mesh import laid_out, make_mesh, replicated, traced_on
-from simclr_jax.pretrained import read_variables
-from simclr_jax.training.saved import find, read_head_arrays, read_newest, with_shardings
+from simclr_jax.pretrained import read_head_variables, read_variables
+from simclr_jax.training.saved import find, read_newest
 from simclr_jax.training.state import init_head
 from simclr_jax.training.workdir import check_encoder
 
@@ -66,12 +66,7 @@ def trained(
         encoder = read_variables(config, network, checkpoint, everywhere)
         if not head:
             return Trained(encoder, None, saved)
-        abstract = jax.eval_shape(
-            lambda: init_head(assemble.head(config), network.width, jax.random.key(0))
-        )
-        return Trained(
-            encoder, read_head_arrays(checkpoint, with_shardings(abstract, everywhere)), saved
-        )
+        return Trained(encoder, read_head_variables(config, network, checkpoint, everywhere), saved)
 
     return read_newest(workdir, read) if step is None else read(find(workdir, step))
 

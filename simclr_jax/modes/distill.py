@@ -5,7 +5,6 @@ The student is the configuration's encoder with a linear classifier on h. It is 
 the options "optimizer.*", "train.*" and "data.*", on random crops and flips.
 """
 
-import contextlib
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ from simclr_jax.errors import UserError
 from simclr_jax.evals import results, subjects
 from simclr_jax.evals.features import Extractor
 from simclr_jax.evals.scores import METRICS
-from simclr_jax.files import absolute, locked
+from simclr_jax.files import absolute
 from simclr_jax.mesh import check_divides, laid_out, make_mesh, replicated
 from simclr_jax.pretrained import Classifier, load_classifier
 from simclr_jax.training.checkpoint import Saving
@@ -38,6 +37,7 @@ from simclr_jax.training.step import UpdateRule, make_step
 from simclr_jax.training.workdir import (
     about_classifier,
     about_training,
+    alone_in,
     check_data,
     check_workdir,
     write_record,
@@ -59,10 +59,7 @@ def distill(config: ConfigDict, workdir: str) -> bool:
     Raises:
       UserError: there is no teacher, the workdir holds another run, or what `pretrain` raises it for.
     """
-    with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            advice = "wait for it, stop it, or use another --workdir"
-            stack.enter_context(locked(workdir, advice))
+    with alone_in(workdir):
         return _distill(config, workdir)
 
 
@@ -89,7 +86,7 @@ def _distill(config: ConfigDict, workdir: str) -> bool:
     student = student_of(config, teacher.width)
     job = distillation_job(config, plan, student, teacher, views)
     record = write_record(config, about_training(plan, data, fingerprint) | about, workdir)
-    _describe(config, plan, student, teacher, train.count)
+    _describe(config, plan, student, teacher.network, job, train.count)
     images = assemble.images_of(config, train, epath.Path(workdir) / "broken_images.jsonl")
     reporting = Reporting(config.train.log_every_steps, config.data.batch_size, plan.steps, _ADVICE)
     run = Run(workdir, record, Saving(**config.checkpoint.to_dict()), reporting)
@@ -187,20 +184,17 @@ def _check_teacher(teacher: dict, saved: dict | None, workdir: str) -> None:
 
 
 def _describe(
-    config: ConfigDict, plan: Plan, student: Classified, teacher: Classifier, images: int
+    config: ConfigDict, plan: Plan, student: Classified, teacher: Classified, job: Job, images: int
 ) -> None:
     """Says what is trained, before anything is computed."""
-    network = teacher.network
-    on = f"layer {network.layer} of its head" if network.layer else "h"
-    size = count_parameters(teacher.variables["params"]["encoder"]) / 1e6
-    start = jax.eval_shape(
-        lambda key: init_encoder(student.encoder, config.data.image_size, key), jax.random.key(0)
-    )
-    own = count_parameters(start["params"]) / 1e6
+    state = job.abstract_state
+    on = f"layer {teacher.layer} of its head" if teacher.layer else "h"
+    size = count_parameters(state.params["teacher"]["encoder"]) / 1e6
+    own = count_parameters(state.params["encoder"]) / 1e6
     options = config.distill
     say(f"data        {images} images; views of {config.data.image_size} px")
     say(
-        f"teacher     {network.encoder.describe()}, {size:.2f} M parameters, {teacher.width} classes on {on}"
+        f"teacher     {teacher.encoder.describe()}, {size:.2f} M parameters, {teacher.width} classes on {on}"
     )
     say(f"student     {student.encoder.describe()}, {own:.2f} M parameters, classes on h")
     say(f"loss        distillation, temperature {options.temperature:g}, alpha {options.alpha:g}")

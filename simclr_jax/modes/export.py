@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from simclr_jax.console import say
 from simclr_jax.errors import UserError
 from simclr_jax.files import replacing, writing
-from simclr_jax.modes.hub import to_bytes, torch_weights, write_repository
+from simclr_jax.modes.hub import torch_weights, write_repository, write_safetensors
 from simclr_jax.pretrained import Classifier, Encoder, read_classifier, read_encoder
 from simclr_jax.training.saved import read_newest
 from simclr_jax.training.workdir import check_encoder
@@ -63,14 +63,12 @@ def _write_safetensors(encoder: Encoder, path: epath.Path) -> str:
     network, weights = torch_weights(encoder)
     loading = pytorch_loading(network, encoder.image_size, path, weights)
     metadata = {
-        "format": "pt",
         "loading": loading,
         "images": "float32 [N, 3, H, W] in [0, 1]; the program above does the rest",
         "step": str(encoder.step),
         **architecture(network),
     }
-    with replacing(path) as scratch:
-        scratch.write_bytes(to_bytes(weights, metadata))
+    write_safetensors(path, weights, metadata)
     return loading
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from simclr_jax import processes
 from simclr_jax.errors import UserError
-from simclr_jax.files import expanded, locked, replacing, write_text, writing
+from simclr_jax.files import expanded, replacing, write_text, writing
 from simclr_jax.training.saved import saved_steps
 
 _PART = 4096  # rows, about: 34 MB of h at D = 2048
@@ -34,10 +34,7 @@ def alone(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       UserError: another program is writing into it, or it cannot be made.
     """
-    if jax.process_index() > 0:
-        yield folder
-        return
-    with locked(folder, "wait for it, or give another --output"):
+    with processes.alone(folder, "wait for it, or give another --output"):
         yield folder
 
 

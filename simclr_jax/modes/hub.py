@@ -1,17 +1,14 @@
 """The folder of a Hugging Face repository, from which timm loads the encoder or the classifier."""
 
-import json
-
 import jax
 import numpy as np
 from etils import epath
 
 from simclr_jax.encoders.resnet import STANDARDS, ResNet
 from simclr_jax.errors import UserError
+from simclr_jax.files import replacing, write_json, write_text
 from simclr_jax.pretrained import Classifier, Encoder
-from simclr_jax.weights.torchvision import architecture, torchvision_weights
-
-_TIMM_DEPTHS = (18, 34, 50, 101, 152)
+from simclr_jax.weights.torchvision import DEPTHS, architecture, torchvision_weights
 
 
 def torch_weights(encoder: Encoder) -> tuple[ResNet, dict[str, np.ndarray]]:
@@ -42,11 +39,14 @@ def torch_weights(encoder: Encoder) -> tuple[ResNet, dict[str, np.ndarray]]:
     return network, weights
 
 
-def to_bytes(weights: dict[str, np.ndarray], about: dict[str, str]) -> bytes:
-    """Returns the content of a .safetensors file."""
+def write_safetensors(
+    path: epath.Path, weights: dict[str, np.ndarray], about: dict[str, str]
+) -> None:
+    """Writes a .safetensors file, whole or not at all. Raises an OSError if it cannot."""
     from safetensors.numpy import save  # imported here: nothing else needs it
 
-    return save(weights, about)
+    with replacing(path) as scratch:
+        scratch.write_bytes(save(weights, {"format": "pt"} | about))
 
 
 def write_repository(encoder: Encoder, folder: epath.Path) -> str:
@@ -58,10 +58,10 @@ def write_repository(encoder: Encoder, folder: epath.Path) -> str:
     network, weights = torch_weights(encoder)
     _check_exact(network)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"format": "pt", "step": str(encoder.step), **architecture(network)}
-    (folder / "model.safetensors").write_bytes(to_bytes(weights, about))
+    about = {"step": str(encoder.step), **architecture(network)}
+    write_safetensors(folder / "model.safetensors", weights, about)
     settings = _timm_settings(encoder, network)
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(folder / "config.json", settings)
     loading = "\n".join(
         [
             "import timm",
@@ -72,21 +72,21 @@ def write_repository(encoder: Encoder, folder: epath.Path) -> str:
             f"{'logits' if settings['num_classes'] else 'h'} = model(images)",
         ]
     )
-    (folder / "README.md").write_text(_card(encoder, network, settings, loading))
+    write_text(folder / "README.md", _card(encoder, network, settings, loading))
     return loading
 
 
 def _check_exact(network: ResNet) -> None:
     wanted = {"stem": "imagenet", "pool_padding": "symmetric", "channel_factor": 1}
     differ = [name for name, value in wanted.items() if getattr(network, name) != value]
-    if network.depth not in _TIMM_DEPTHS:
+    if network.depth not in DEPTHS:
         differ.append("depth")
     if network.project_shortcuts and network.depth < 50:
         differ.append("project_shortcuts")
     if differ:
         names = ", ".join(f"model.{'width' if n == 'channel_factor' else n}" for n in differ)
         raise UserError(
-            f"timm has no ResNet with this {names}: expected depth {', '.join(map(str, _TIMM_DEPTHS))}, "
+            f"timm has no ResNet with this {names}: expected depth {', '.join(map(str, DEPTHS))}, "
             "model.width=1, model.stem=imagenet, model.pool_padding=symmetric and no projected shortcuts of the "
             "first stage; --format=safetensors writes a program that builds any of them from torchvision's parts"
         )

@@ -1,7 +1,6 @@
 """--mode=pretrain: trains the encoder, with its summary before and its evaluations on the way."""
 
 import collections
-import contextlib
 import functools
 import json
 
@@ -19,7 +18,7 @@ from simclr_jax.evals.evaluate import can_evaluate, evaluate_features
 from simclr_jax.evals.on_the_way import watch
 from simclr_jax.evals.spread import Spread
 from simclr_jax.evals.subjects import ENCODER, UNTRAINED
-from simclr_jax.files import expanded, locked, write_json
+from simclr_jax.files import expanded, write_json
 from simclr_jax.mesh import FSDP
 from simclr_jax.modes.report import report
 from simclr_jax.modes.warm_start import begun_with, describe_start, find_start
@@ -33,6 +32,7 @@ from simclr_jax.training.verdict import Verdict, judge, judge_accuracy
 from simclr_jax.training.workdir import (
     about_classifier,
     about_training,
+    alone_in,
     check_data,
     check_workdir,
     write_record,
@@ -63,10 +63,7 @@ def pretrain(config: ConfigDict, workdir: str, extend: bool = False) -> bool:
         another configuration, another program trains in it, too many images cannot be read, the loss or the gradient is not
         finite, or a checkpoint cannot be read or written.
     """
-    with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            advice = "wait for it, stop it, or use another --workdir"
-            stack.enter_context(locked(workdir, advice))
+    with alone_in(workdir):
         return _pretrain(config, workdir, extend)
 
 

@@ -15,10 +15,10 @@ from simclr_jax import config as config_lib
 from simclr_jax.errors import UserError
 from simclr_jax.files import absolute, expanded
 from simclr_jax.mesh import laid_out, make_mesh, replicated
-from simclr_jax.pretrained import read_variables
+from simclr_jax.pretrained import read_head_variables, read_variables
 from simclr_jax.training import saved
 from simclr_jax.training.loop import Job
-from simclr_jax.training.state import TrainState, digest_of, init_head
+from simclr_jax.training.state import TrainState, digest_of
 
 # Options that decide shapes and names of arrays.
 _RESNET = ("model.depth", "model.width", "model.project_shortcuts")
@@ -77,11 +77,7 @@ def _of_checkpoint(path: str, with_head: bool) -> tuple[ConfigDict, dict[str, di
         network = assemble.encoder(source)
         parts = {"encoder": read_variables(source, network, folder, everywhere)}
         if with_head and source.model.head != "none":
-            head = assemble.head(source)
-            abstract = jax.eval_shape(lambda: init_head(head, network.width, jax.random.key(0)))
-            parts["head"] = saved.read_head_arrays(
-                folder, saved.with_shardings(abstract, everywhere)
-            )
+            parts["head"] = read_head_variables(source, network, folder, everywhere)
         return source, jax.tree.map(np.asarray, parts), options["step"]
 
     return saved.read_newest(path, read)

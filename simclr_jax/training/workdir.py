@@ -15,6 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from simclr_jax import config as config_lib
+from simclr_jax import processes
 from simclr_jax.console import say
 from simclr_jax.data.split import DataSet, Split
 from simclr_jax.errors import UserError
@@ -34,6 +35,11 @@ _PATHS = (
 
 # What --extend lets differ.
 _LENGTH = ("train.epochs", "train.steps")
+
+
+def alone_in(workdir: str) -> contextlib.AbstractContextManager[None]:
+    """Keeps other programs from training in a workdir while the block runs; raises a UserError if one does."""
+    return processes.alone(workdir, "wait for it, stop it, or use another --workdir")
 
 
 def saved_config(path: str) -> dict:

@@ -1,11 +1,15 @@
 """The contents of a file of weights, in the terms of this package; and filling a network's tree with them."""
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from simclr_jax.encoders import init_encoder
+from simclr_jax.encoders.resnet import ResNet
+from simclr_jax.encoders.sk_resnet import SkResNet
 from simclr_jax.errors import UserError
 
 Path = tuple[str, ...]
@@ -29,6 +33,21 @@ class Weights(NamedTuple):
     head: dict | None
     classifier: dict | None
     skipped: dict[str, int]
+
+
+_NETWORKS = {"resnet": ResNet, "sk_resnet": SkResNet}
+
+
+def network_of(model: Mapping[str, Any]) -> tuple[ResNet, dict]:
+    """Returns the network of `Weights.model`, in float32, and the shapes of its {"params", "batch_stats"}."""
+    network = _NETWORKS[model["name"]](
+        depth=model["depth"],
+        channel_factor=model["width"],
+        stem=model["stem"],
+        project_shortcuts=model["project_shortcuts"],
+    )
+    start = functools.partial(init_encoder, network, 224)  # no shape depends on the images'
+    return network, jax.eval_shape(start, jax.random.key(0))
 
 
 def filled(abstract: Any, values: Mapping[Path, np.ndarray], names: Mapping[Path, str]) -> Any:

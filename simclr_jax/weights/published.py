@@ -7,7 +7,6 @@ numbers count the layers in the order in which the program made them, which is
 """
 
 import collections
-import functools
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,17 +14,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from simclr_jax.encoders import init_encoder
 from simclr_jax.encoders.heads import ProjectionHead
-from simclr_jax.encoders.resnet import STAGES, ResNet
-from simclr_jax.encoders.sk_resnet import SkResNet
+from simclr_jax.encoders.resnet import STAGES
 from simclr_jax.errors import UserError
 from simclr_jax.training.state import init_head
-from simclr_jax.weights.contents import Path, Weights, filled, layers_in_order, norm_paths
+from simclr_jax.weights.contents import (
+    Path,
+    Weights,
+    filled,
+    layers_in_order,
+    network_of,
+    norm_paths,
+)
 
 KIND = "google-research/simclr"
-
-_NETWORKS = {"resnet": ResNet, "sk_resnet": SkResNet}
 
 _ENCODER = r"(?:base_model|resnet[^/]*)/(?:.*/)?"
 _HEAD = r"(?:head_contrastive|projection_head)/nl_(?P<layer>\d+)/(?:.*/)?"
@@ -46,9 +48,7 @@ _OURS = {"gamma": "scale", "beta": "bias", "moving_mean": "mean", "moving_varian
 # momentum, and counters.
 _SKIPPED = {
     "ema_model": re.compile(r"(^|/)ema_model/"),
-    "momentum": re.compile(
-        r"/Momentum(_\d+)?$|/\.OPTIMIZER_SLOT/|(^|/)optimizer/|/momentum$", re.I
-    ),
+    "momentum": re.compile(r"/Momentum(_\d+)?$|/\.OPTIMIZER_SLOT/|(^|/)optimizer/", re.I),
     "counters": re.compile(
         r"^(global_step|save_counter|Variable(_\d+)?|_CHECKPOINTABLE_OBJECT_GRAPH)$"
     ),
@@ -78,13 +78,7 @@ def convert(variables: Mapping[str, np.ndarray]) -> Weights:
             "resnet/.../conv2d/kernel): expected a checkpoint of google-research/simclr"
         )
     model = _model_of([layer.arrays["kernel"][1].shape for layer in parts["convolution"]])
-    network = _NETWORKS[model["name"]](
-        depth=model["depth"],
-        channel_factor=model["width"],
-        stem=model["stem"],
-        project_shortcuts=model["project_shortcuts"],
-    )
-    abstract = jax.eval_shape(functools.partial(init_encoder, network, 224), jax.random.key(0))
+    network, abstract = network_of(model)
     convolutions, norms = layers_in_order(abstract["params"])
     if len(parts["norm"]) != len(norms):
         raise UserError(

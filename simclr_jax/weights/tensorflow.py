@@ -1,6 +1,7 @@
 """Reading the variables of TensorFlow checkpoints, and of SavedModels without running them."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -8,7 +9,6 @@ from etils import epath
 from simclr_jax.errors import UserError, one_line
 
 _GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
-_SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 
 
 def prefix_of(path: epath.Path) -> epath.Path | None:
@@ -61,15 +61,18 @@ def read(path: epath.Path) -> Mapping[str, np.ndarray]:
         if _GRAPH in keys:
             graph = TrackableObjectGraph.FromString(reader.get_tensor(_GRAPH))
             names = {
-                attribute.checkpoint_key: attribute.full_name or attribute.checkpoint_key
+                attribute.checkpoint_key: _name_of(attribute)
                 for node in graph.nodes
                 for attribute in node.attributes
-            }
-            # An optimizer's arrays are called like the variable they belong to.
-            names = {
-                key: key.removesuffix(_SUFFIX) if ".OPTIMIZER_SLOT" in key else name
-                for key, name in names.items()
             }
         return {name: reader.get_tensor(key) for key, name in names.items()}
     except Exception as error:  # whatever a damaged file may lead to
         raise UserError(f"{path} cannot be read: {one_line(error)[:200]}") from error
+
+
+def _name_of(attribute: Any) -> str:
+    """Returns the name of a variable. An optimizer's arrays are called like the variable they belong to, so
+    theirs is the key.
+    """
+    is_slot = "/.OPTIMIZER_SLOT/" in attribute.checkpoint_key
+    return attribute.checkpoint_key if is_slot else attribute.full_name or attribute.checkpoint_key

@@ -4,7 +4,7 @@ loads them.
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,12 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from simclr_jax.encoders import init_encoder
 from simclr_jax.encoders.resnet import STAGES, STANDARDS, STEMS, ResNet
 from simclr_jax.errors import UserError, one_line
-from simclr_jax.weights.contents import Path, Weights, filled, norm_paths
+from simclr_jax.weights.contents import (
+    Path,
+    Weights,
+    filled,
+    layers_in_order,
+    network_of,
+    norm_paths,
+)
 
 KIND = "torchvision or timm"
+
+DEPTHS = (18, 34, 50, 101, 152)  # that have a class of their own there
 
 _NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
 
@@ -30,47 +38,42 @@ def torchvision_weights(variables: dict) -> dict[str, np.ndarray]:
         torchvision's class build it.
     """
     found = jax.device_get(variables)
-    weights = {}
-    for where, name in _convolutions(found["params"]):
-        kernel = _at(found["params"], (*where, "kernel"))
-        weights[f"{name}.weight"] = np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
-    for where, name in _norms(found["params"]):
-        paths = norm_paths(where)
-        weights |= {f"{name}.{theirs}": _at(found, paths[ours]) for theirs, ours in _NORM.items()}
-    return weights
+    return {
+        name: np.ascontiguousarray(
+            _to_torch(functools.reduce(lambda tree, key: tree[key], path, found))
+        )
+        for name, path in _paths(found["params"]).items()
+    }
 
 
-def _at(tree: Any, path: Path) -> np.ndarray:
-    return functools.reduce(lambda holder, key: holder[key], path, tree)
+def _to_torch(x: np.ndarray) -> np.ndarray:
+    return x.transpose(3, 2, 0, 1) if x.ndim == 4 else x  # [h, w, in, out] to [out, in, h, w]
 
 
-def _blocks(params: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields our name of each block and torchvision's."""
-    for name in params:
-        if match := re.fullmatch(r"stage(\d+)_block(\d+)", name):
-            yield name, f"layer{match[1]}.{int(match[2]) - 1}"
+def _paths(params: Mapping[str, Any]) -> dict[str, Path]:
+    """Returns {torchvision's name of an array: its path in {"params", "batch_stats"}}. `params`: of a `ResNet`;
+    only the names of the dicts matter.
+    """
+    paths: dict[str, Path] = {}
+    for convolution, norm in zip(*layers_in_order(params), strict=True):
+        names = _names_of(convolution)
+        paths[f"{names[0]}.weight"] = ("params", *convolution, "kernel")
+        own = norm_paths(norm)
+        paths |= {f"{names[1]}.{theirs}": own[ours] for theirs, ours in _NORM.items()}
+    return paths
 
 
-def _convolutions(params: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
-    """Yields the path of each convolution and torchvision's name of it."""
-    yield ("stem",), "conv1"
-    for ours, theirs in _blocks(params):
-        for layer in params[ours]:
-            if layer.startswith("Conv_"):
-                yield (ours, layer), f"{theirs}.conv{int(layer.removeprefix('Conv_')) + 1}"
-        if "shortcut" in params[ours]:
-            yield (ours, "shortcut"), f"{theirs}.downsample.0"
-
-
-def _norms(params: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
-    """Yields the path of each BatchNorm and torchvision's name of it."""
-    yield ("stem_norm",), "bn1"
-    for ours, theirs in _blocks(params):
-        for layer in params[ours]:
-            if layer.startswith("BatchNorm_"):
-                yield (ours, layer), f"{theirs}.bn{int(layer.removeprefix('BatchNorm_')) + 1}"
-        if "shortcut" in params[ours]:
-            yield (ours, "shortcut_norm"), f"{theirs}.downsample.1"
+def _names_of(convolution: Path) -> tuple[str, str]:
+    """Returns torchvision's names of a convolution and of the BatchNorm after it."""
+    if convolution == ("stem",):
+        return "conv1", "bn1"
+    place, layer = convolution
+    stage, block = (int(number) for number in place.removeprefix("stage").split("_block"))
+    holder = f"layer{stage}.{block - 1}"
+    if layer == "shortcut":
+        return f"{holder}.downsample.0", f"{holder}.downsample.1"
+    number = int(layer.removeprefix("Conv_")) + 1
+    return f"{holder}.conv{number}", f"{holder}.bn{number}"
 
 
 def architecture(network: ResNet) -> dict[str, str]:
@@ -113,22 +116,10 @@ def convert(weights: Mapping[str, np.ndarray], about: Mapping[str, str]) -> Weig
     unknown = {"standardize": "imagenet", "pool_padding": "symmetric"}
     told = {name: about[name] for name in ("stem", *unknown) if name in about}
     model = _model_of(weights) | unknown | told | {"head": "none"}
-    network = ResNet(
-        depth=model["depth"],
-        channel_factor=model["width"],
-        stem=model["stem"],
-        project_shortcuts=model["project_shortcuts"],
-    )
-    abstract = jax.eval_shape(functools.partial(init_encoder, network, 224), jax.random.key(0))
+    network, abstract = network_of(model)
+    ours = _paths(abstract["params"])
     values: dict[Path, np.ndarray] = {}
     names: dict[Path, str] = {}
-    ours = {
-        f"{name}.weight": ("params", *where, "kernel")
-        for where, name in _convolutions(abstract["params"])
-    }
-    for where, name in _norms(abstract["params"]):
-        paths = norm_paths(where)
-        ours |= {f"{name}.{theirs}": paths[own] for theirs, own in _NORM.items()}
     classifier = {}
     for name, x in weights.items():
         if name in ("fc.weight", "fc.bias"):
@@ -198,7 +189,7 @@ def pytorch_loading(
         lines.append(
             f"# Trained in {dtype}: here h is computed in float32, and differs by the rounding."
         )
-    if network.depth in (18, 34, 50, 101, 152):
+    if network.depth in DEPTHS:
         model = f"torchvision.models.resnet{network.depth}()"
     else:
         model = f"torchvision.models.ResNet({block}, {list(blocks)})"
