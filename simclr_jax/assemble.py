@@ -22,7 +22,8 @@ from simclr_jax.losses import LOSSES, Loss
 from simclr_jax.losses.health import with_health
 from simclr_jax.mesh import check_divides, make_mesh, replicated, state_shardings, traced_on
 from simclr_jax.training.loop import Job
-from simclr_jax.training.objectives import contrastive
+from simclr_jax.training.memory import MemoryRule, batches_of
+from simclr_jax.training.objectives import contrastive, projection_of_second_views
 from simclr_jax.training.optimizer import lars_trust_ratios, make_optimizer, warmup_cosine
 from simclr_jax.training.plan import Plan, make_plan
 from simclr_jax.training.saved import with_shardings
@@ -118,22 +119,28 @@ def pretraining_job(config: ConfigDict, plan: Plan, classes: int | None, mesh: M
     parts = networks(config, classes, mesh)
     optimizer, schedule = pretraining_optimizer(config, plan)
     made = views(config, mesh)
+    loss = contrastive_loss(config, mesh)
+    batches = batches_of(config.loss.memory, config.data.batch_size, loss.takes_stored)
     everywhere = replicated(mesh)
     step = make_step(
         contrastive(parts, made.views),
-        with_health(contrastive_loss(config, mesh)).apply,
+        with_health(loss).apply,
         UpdateRule(
             optimizer,
             schedule,
             config.train.microbatches,
             config.train.skip_not_finite,
             trust_ratios_of(config),
+            memory_rule(config, mesh, made) if batches else None,
         ),
         fetch=made.fetch,
         # Said, as the compiler could also divide the convolutions by channels, and move images.
         gather=lambda params: jax.lax.with_sharding_constraint(params, everywhere),
     )
-    init = functools.partial(init_state, parts, optimizer, config.data.image_size)
+    remembered = (batches, config.data.batch_size) if batches else None
+    init = functools.partial(
+        init_state, parts, optimizer, config.data.image_size, remembered=remembered
+    )
     return job_of(step, init, (jax.random.key(config.seed),), plan.steps, mesh)
 
 
@@ -292,17 +299,25 @@ def contrastive_loss(config: ConfigDict, mesh: Mesh) -> Loss:
     return LOSSES[config.loss.name](config.loss.to_dict(), mesh, config.data.batch_size)
 
 
+def memory_rule(config: ConfigDict, mesh: Mesh, made: Views) -> MemoryRule:
+    """Makes what projects a batch into the memory of negatives."""
+    # One view of an image, so a group of BatchNorm has half the rows that it has in the trained network.
+    rows = images_of_a_norm(config, mesh)
+    single = Networks(encoder(config, norm_group=rows), head(config, norm_group=rows), None)
+    return MemoryRule(projection_of_second_views(single, made.views), config.loss.memory_decay)
+
+
 def references(config: ConfigDict, plan: Plan) -> References:
     """Makes what the metrics of a run are held against."""
     is_bounded = (
         config.loss.name == "nt_xent"
         and config.loss.normalize
         and config.loss.negatives == "both_views"
+        and not config.loss.memory
     )
-    network = encoder(config)
-    width = network.width if config.model.head == "none" else config.model.head_width
     temperature = config.loss.temperature if is_bounded else None
     settled_after = plan.warmup_steps + config.train.log_every_steps
+    width = head(config).width_of_z(encoder(config).width)
     return References(config.data.batch_size, width, settled_after, temperature)
 
 

@@ -51,7 +51,8 @@ def state_shardings(mesh: Mesh, abstract: Any) -> Any:
     """Returns the sharding of each array of a state.
 
     Kernels, and what the optimizer keeps for them, are divided over "fsdp" along their last axis whose
-    length is a multiple of it; every device holds all other arrays whole.
+    length is a multiple of it, and the projections in a memory, [S, B, D], over all devices along B; every
+    device holds all other arrays whole.
 
     Args:
       mesh: the devices.
@@ -61,7 +62,9 @@ def state_shardings(mesh: Mesh, abstract: Any) -> Any:
       a tree of shardings like it.
     """
 
-    def sharding(x) -> NamedSharding:
+    def sharding(path, x) -> NamedSharding:
+        if path and getattr(path[-1], "name", None) == "keys":
+            return NamedSharding(mesh, PartitionSpec(None, AXES))
         size = mesh.shape[FSDP]
         # Vectors are left whole: all together they are less than a thousandth of a ResNet.
         axes = [i for i, n in enumerate(x.shape) if n % size == 0] if len(x.shape) > 1 else []
@@ -69,7 +72,7 @@ def state_shardings(mesh: Mesh, abstract: Any) -> Any:
             return replicated(mesh)
         return NamedSharding(mesh, PartitionSpec(*[None] * axes[-1], FSDP))
 
-    return jax.tree.map(sharding, abstract)
+    return jax.tree_util.tree_map_with_path(sharding, abstract)
 
 
 def to_global(mesh: Mesh, local):

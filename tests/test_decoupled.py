@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_losses import algorithm_1, random_pairs
-from test_losses_in_tiles import check_tiles
+from test_losses_in_tiles import check_tiles, softmax_in_tiles
 
 from simclr_jax import assemble
 from simclr_jax.losses import dcl, nt_xent
 from simclr_jax.losses.contract import MASKED, positives, similarities
-from simclr_jax.losses.nt_xent_tiles import softmax_in_tiles
 from simclr_jax.mesh import make_mesh
 
 

@@ -17,7 +17,7 @@ from etils import epath
 from safetensors.numpy import load_file
 
 import simclr_jax
-from simclr_jax import config
+from simclr_jax import assemble, config
 from simclr_jax.encoders import init_encoder
 from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier, ProjectionHead
@@ -25,6 +25,8 @@ from simclr_jax.encoders.resnet import ResNet
 from simclr_jax.errors import UserError
 from simclr_jax.modes.export import export
 from simclr_jax.modes.hub import write_repository
+from simclr_jax.pretrained import read_head_variables
+from simclr_jax.training import saved
 from simclr_jax.training.checkpoint import save_once
 from simclr_jax.training.state import TrainState
 from simclr_jax.training.workdir import about_classifier
@@ -197,22 +199,92 @@ def test_pytorch_computes_the_same(model, size, tmp_path, capsys):
     h = read_by(program, "tensorflow", tmp_path, images)
     assert expected.std() > 0.01
     np.testing.assert_allclose(h, expected, rtol=1e-4, atol=1e-4)
+    z = read_by(in_pytorch(loading, "z"), "tensorflow", tmp_path, images)
+    np.testing.assert_allclose(z, projections(c, workdir, images), rtol=1e-3, atol=1e-3)
     if "pool_padding" not in model and size == 64:
         other = "\n".join(line for line in program.split("\n") if "ceil_mode" not in line)
         wrong = read_by(other, "tensorflow", tmp_path, images)
         assert np.abs(wrong - expected).max() > 1e-3  # the line is needed
 
 
-def classifier_workdir(c, folder, classes=7):
-    """A classifier on h, of an encoder with random BatchNorm parameters and statistics."""
-    encoder = simclr_jax.load_encoder(encoder_checkpoint(c, folder / "encoder"))
+def projections(c, workdir, images):
+    """z of images, in evaluation."""
+    checkpoint = saved.find(str(workdir), None)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    head = read_head_variables(c, assemble.encoder(c), checkpoint, here)
+    h = simclr_jax.load_encoder(workdir)(images)
+    return assemble.head(c).apply(head, jnp.asarray(h), False)[-1]
+
+
+def sequential(weights, h):
+    """What PyTorch's Linear, BatchNorm1d and ReLU with these weights make of h, in float64."""
+    x = np.asarray(h, np.float64)
+    places = sorted(int(name.split(".")[0]) for name, w in weights.items() if w.ndim == 2)
+    for place in places:
+        x = x @ weights[f"{place}.weight"].T.astype(np.float64)
+        if f"{place + 1}.running_mean" not in weights:
+            return x + weights[f"{place}.bias"]
+        norm = {
+            name: weights[f"{place + 1}.{name}"]
+            for name in ("weight", "bias", "running_mean", "running_var")
+        }
+        x = (x - norm["running_mean"]) / np.sqrt(norm["running_var"] + 1e-5)
+        x = x * norm["weight"] + norm["bias"]
+        if place != places[-1] or f"{place + 3}.weight" in weights:
+            x = np.maximum(x, 0)
+    return x
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_the_projection_head_lies_beside_the_encoder(layers, tmp_path, capsys):
+    c = small(head_layers=layers)
+    workdir = encoder_checkpoint(c, tmp_path)
+    export(c, str(workdir), "safetensors", str(tmp_path / "f.safetensors"))
+    said = capsys.readouterr().out
+    images = random_images(3, 24, 24).astype(np.float32) / 255
+    weights = load_file(tmp_path / "f.head.safetensors")
+    found = sequential(weights, simclr_jax.load_encoder(workdir)(images))
+    expected = projections(c, workdir, images)
+    assert expected.shape == (3, 128)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    assert said.count("torch.nn.ReLU()") == layers - 1
+    assert "z = head.eval()(h)" in said
+
+
+def test_a_classifier_on_a_layer_of_the_head_is_written_with_the_layers_below(tmp_path, capsys):
+    c = small(head_layers=3)
+    workdir = classifier_workdir(c, tmp_path, layer=2)
+    export(c, workdir, "safetensors", str(tmp_path / "f.safetensors"))
+    said = capsys.readouterr().out
+    images = random_images(3, 24, 24).astype(np.float32) / 255
+    h = simclr_jax.load_encoder(tmp_path / "encoder")(images)
+    found = sequential(load_file(tmp_path / "f.head.safetensors"), h)
+    expected = simclr_jax.load_classifier(workdir)(images)
+    assert expected.shape == (3, 7)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    assert said.count("torch.nn.ReLU()") == 2
+    assert "logits = head.eval()(h)" in said
+    assert "fc.weight" not in load_file(tmp_path / "f.safetensors")
+    with pytest.raises(UserError, match="reads layer 2 of the projection head, which timm's"):
+        export(c, workdir, "huggingface", str(tmp_path / "hub"))
+
+
+def classifier_workdir(c, folder, classes=7, layer=0):
+    """A classifier on h, or on a layer of the head, of an encoder with random BatchNorm parameters and statistics."""
+    workdir = encoder_checkpoint(c, folder / "encoder")
+    encoder = simclr_jax.load_encoder(workdir)
+    head = {"params": {}, "batch_stats": {}}
+    if c.model.head != "none":
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        checkpoint = saved.find(str(workdir), None)
+        head = read_head_variables(c, encoder.network, checkpoint, here)
     dense = jax.random.normal(jax.random.key(1), (encoder.width, classes))
-    params = {"encoder": encoder.variables["params"], "head": {}}
+    params = {"encoder": encoder.variables["params"], "head": head["params"]}
     params["classifier"] = {"dense": {"kernel": dense, "bias": jnp.arange(float(classes))}}
-    statistics = {"encoder": encoder.variables["batch_stats"], "head": {}}
+    statistics = {"encoder": encoder.variables["batch_stats"], "head": head["batch_stats"]}
     state = TrainState(jnp.zeros((), jnp.int32), params, statistics, ())
     names = [f"class {i}" for i in range(classes)]
-    about = about_classifier(0, classes, names)
+    about = about_classifier(layer, classes, names)
     save_once(str(folder / "c"), 9, state, {"config": c.to_dict(), "classifier": about})
     return str(folder / "c")
 

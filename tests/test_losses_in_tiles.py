@@ -11,6 +11,7 @@ import pytest
 from test_losses import algorithm_1, random_pairs
 
 from simclr_jax.losses import nt_xent, nt_xent_chunked
+from simclr_jax.losses.nt_xent_tiles import terms_in_tiles
 from simclr_jax.mesh import batch_sharded, make_mesh
 
 # Tiles of 2B = 64 rows that divide them, that do not, that hold all, and that are larger; with the
@@ -20,6 +21,10 @@ GRID = [(2, 1), (16, 1), (24, 1), (1024, 1), (16, 2), (24, 4), (64, 4), (2, 8), 
 
 def both(loss, z):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(z)
+
+
+def softmax_in_tiles(*args, **options):
+    return terms_in_tiles(*args, **options).loss()
 
 
 def check_tiles(in_tiles, dense, chunk, devices, tau):

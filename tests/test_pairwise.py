@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from invariance import check, first_state, for_one_step, step_of
 from test_losses import algorithm_1, interleave, random_pairs
+from test_losses_in_tiles import softmax_in_tiles
 
 from simclr_jax import assemble, config
 from simclr_jax.losses import LOSSES, dcl, nt_xent
 from simclr_jax.losses.by_rows import Candidates, Rows, over_rows
-from simclr_jax.losses.nt_xent_tiles import softmax_in_tiles
 from simclr_jax.losses.pairwise import margin, nt_logistic, supcon
 from simclr_jax.mesh import batch_sharded, make_mesh
 

@@ -34,12 +34,20 @@ class ProjectionHead(nn.Module):
     norm_momentum: float = 0.9
     norm_group: int = 0
 
+    @property
+    def depth(self) -> int:
+        """The number of its layers."""
+        return {"none": 0, "linear": 1, "nonlinear": self.layers}[self.kind]
+
+    def width_of_z(self, width: int) -> int:
+        """Returns the width of z for an h of this width."""
+        return width if self.kind == "none" else self.out_width
+
     @nn.compact
     def __call__(self, h, train: bool):
         outputs = [h]
-        count = {"none": 0, "linear": 1, "nonlinear": self.layers}[self.kind]
-        for layer in range(count):
-            last = layer == count - 1
+        for layer in range(self.depth):
+            last = layer == self.depth - 1
             x = outputs[-1]
             x = nn.Dense(
                 self.out_width if last else h.shape[-1],

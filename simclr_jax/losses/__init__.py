@@ -15,7 +15,7 @@ from simclr_jax.losses.contract import Loss
 from simclr_jax.losses.decoupled import dcl
 from simclr_jax.losses.nt_xent_dense import nt_xent
 from simclr_jax.losses.nt_xent_tiles import nt_xent_chunked
-from simclr_jax.options import Option, flag, number, one_of
+from simclr_jax.options import Option, flag, number, one_of, whole
 
 # name: ({option of the group "loss", without the group: value}, mesh, B) -> Loss
 LOSSES: dict[str, Callable[[Mapping[str, Any], Mesh, int], Loss]] = {
@@ -60,6 +60,18 @@ OPTIONS = (
         one_of("both_views", "other_view"),
         "an anchor's negatives: the 2B - 2 views of other images, or of these the B - 1 of the other "
         "view, first or second, than the anchor (appendix B.10)",
+    ),
+    Option(
+        "loss.memory",
+        0,
+        whole(0),
+        "negatives of earlier batches, a multiple of the batch; SimCLR v2: 65536; 0: none. For nt_xent and dcl",
+    ),
+    Option(
+        "loss.memory_decay",
+        0.999,
+        number(0, 1),
+        "of the moving average of the weights that projects them (SimCLR v2, section 2)",
     ),
     Option(
         "loss.implementation",

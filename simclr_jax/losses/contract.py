@@ -22,14 +22,42 @@ class Loss(NamedTuple):
 
     Attributes:
       apply: (z [2B, D], labels int [B]) -> (float32 scalar, {name: float32 scalar}). Rows 2i and
-        2i + 1 of z are the two views of image i. Labels are -1 where there are none.
+        2i + 1 of z are the two views of image i. Labels are -1 where there are none. With `takes_stored`, a
+        third argument may be negatives of earlier batches, a `stored.Stored`.
       text: the loss in words, for the summary before a run.
       needs_labels: whether the labels must be there.
+      takes_stored: whether it can count negatives of earlier batches.
     """
 
-    apply: Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
+    apply: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
     text: str
     needs_labels: bool = False
+    takes_stored: bool = False
+
+
+class SoftmaxTerms(NamedTuple):
+    """What a softmax loss is the mean of: log_normalizer - positive, over the anchors.
+
+    Attributes:
+      log_normalizer: float32 [2B], log of the sum over an anchor's candidates of exp(s / tau).
+      positive: float32 [2B], its similarity with its partner / tau.
+      metrics: see `contrastive_metrics`.
+    """
+
+    log_normalizer: jax.Array
+    positive: jax.Array
+    metrics: dict[str, jax.Array]
+
+    def loss(self, log_stored: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns the loss, a float32 scalar, and the metrics.
+
+        `log_stored`: `stored.log_sum_of` negatives of earlier batches, [2B], which the normaliser is to count
+        too. The metrics never do.
+        """
+        log_normalizer = self.log_normalizer
+        if log_stored is not None:
+            log_normalizer = jnp.logaddexp(log_normalizer, log_stored)
+        return jnp.mean(log_normalizer - self.positive), self.metrics
 
 
 def implementation_of(asked: str, batch_size: int, mesh: Mesh) -> str:

@@ -12,8 +12,8 @@ from simclr_jax.losses.contract import Loss, normalize
 def with_health(loss: Loss) -> Loss:
     """Returns the loss with the metrics of `spread_of` added to its own."""
 
-    def apply(z: Any, labels: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        value, metrics = loss.apply(z, labels)
+    def apply(z: Any, labels: Any, *stored: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        value, metrics = loss.apply(z, labels, *stored)
         return value, metrics | spread_of(z)
 
     return loss._replace(apply=apply)

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from simclr_jax.losses.contract import (
     Loss,
+    SoftmaxTerms,
     contrastive_metrics,
     only_other_view,
     positives,
@@ -21,11 +21,11 @@ def build(options: Mapping[str, Any], mesh: Mesh, batch_size: int) -> Loss:
     """Returns NT-Xent, dense or in tiles.
 
     Args:
-      options: "temperature", "implementation", "normalize" and "negatives".
+      options: "temperature", "implementation", "normalize", "negatives" and "memory".
       mesh: devices over which the rows of z are divided.
       batch_size: B, images of the global batch.
     """
-    return build_softmax("NT-Xent", nt_xent, (options, mesh, batch_size), positive_in_sum=True)
+    return build_softmax("NT-Xent", terms, (options, mesh, batch_size), positive_in_sum=True)
 
 
 def nt_xent(z, temperature, *, normalized: bool = True, other_view: bool = False):
@@ -42,8 +42,13 @@ def nt_xent(z, temperature, *, normalized: bool = True, other_view: bool = False
         -log( exp(s(i, j) / tau) / sum over k != i of exp(s(i, k) / tau) ), j the partner of i;
       metrics, see `contract.contrastive_metrics`.
     """
+    return terms(z, temperature, normalized=normalized, other_view=other_view).loss()
+
+
+def terms(z, temperature, *, normalized: bool = True, other_view: bool = False) -> SoftmaxTerms:
+    """Computes the terms of `nt_xent`."""
     logits, is_partner = similarities(z, temperature, normalized)
     positive = positives(logits, is_partner)
     candidates = only_other_view(logits) if other_view else logits
-    loss = jnp.mean(jax.nn.logsumexp(candidates, axis=1) - positive)
-    return loss, contrastive_metrics(logits, positive)
+    log_normalizer = jax.nn.logsumexp(candidates, axis=1)
+    return SoftmaxTerms(log_normalizer, positive, contrastive_metrics(logits, positive))

@@ -4,10 +4,11 @@ A tile holds `chunk` anchors by `chunk` candidates. Forward, a row of tiles is f
 anchor's running log-sum-exp; backward, the tiles are computed again. As the similarities s are
 symmetric, with every anchor's normaliser known one product gives the whole gradient,
 
-    d loss / d z_i = 1 / (2B tau) sum over j != i of (p_ij + p_ji - 2 [j is i's partner]) z_j,
+    d loss / d z_i = 1 / tau sum over j != i of (a_i p_ij + a_j p_ji + [j is i's partner] (b_i + b_j)) z_j,
     p_ij = exp(s_ij - log_normalizer_i), s = z z^T / tau,
 
-so forward and backward take three products of 2B x 2B x D, as many as the dense loss. NT-Xent sums
+where a_i and b_i are the derivatives of the loss by log_normalizer_i and by the similarity with the
+partner, 1 / 2B and -1 / 2B for the mean over the anchors. So forward and backward take three products of 2B x 2B x D, as many as the dense loss. NT-Xent sums
 its normaliser over all j != i; DCL leaves the partner out, and then p_ij of the partner is 0; with
 negatives of the other view only, so is p_ij of every j of the anchor's own view.
 
@@ -27,11 +28,13 @@ from jax.sharding import Mesh, PartitionSpec
 from simclr_jax.losses.contract import (
     MASKED,
     Loss,
+    SoftmaxTerms,
     described,
     embedded,
     implementation_of,
     metrics_of,
 )
+from simclr_jax.losses.stored import Stored, log_sum_of
 
 CHUNK = 1024
 
@@ -62,10 +65,10 @@ def nt_xent_chunked(z, temperature: float, *, mesh: Mesh | None = None, chunk: i
     Raises:
       ValueError: `chunk` is odd.
     """
-    return softmax_in_tiles(z, temperature, mesh=mesh, chunk=chunk)
+    return terms_in_tiles(z, temperature, mesh=mesh, chunk=chunk).loss()
 
 
-def softmax_in_tiles(
+def terms_in_tiles(
     z,
     temperature: float,
     *,
@@ -74,8 +77,8 @@ def softmax_in_tiles(
     positive_in_sum: bool = True,
     normalized: bool = True,
     other_view: bool = False,
-):
-    """Computes the mean over anchors of log-normaliser - positive; see `nt_xent_chunked`.
+) -> SoftmaxTerms:
+    """Computes the terms of a softmax loss; see `nt_xent_chunked`.
 
     Args:
       z, temperature, mesh, chunk: see `nt_xent_chunked`.
@@ -85,8 +88,8 @@ def softmax_in_tiles(
     if chunk % 2:
         raise ValueError(f"chunk={chunk}: expected an even number, as two rows are one image")
     tiles = _Tiles(float(temperature), min(chunk, len(z)), positive_in_sum, other_view)
-    loss, told = _softmax(embedded(z, normalized), tiles, mesh)
-    return loss, metrics_of(*told)
+    log_normalizer, positive, told = _softmax(embedded(z, normalized), tiles, mesh)
+    return SoftmaxTerms(log_normalizer, positive, metrics_of(*told))
 
 
 def build_softmax(
@@ -100,22 +103,30 @@ def build_softmax(
 
     Args:
       name: what a person calls the loss.
-      dense: the loss of z and tau, with the options `normalized` and `other_view`.
+      dense: the terms of the loss of z and tau, with the options `normalized` and `other_view`.
       run: (options, mesh, B), the arguments of `nt_xent_dense.build`.
-      positive_in_sum: see `softmax_in_tiles`.
+      positive_in_sum: see `terms_in_tiles`.
     """
     options, mesh, batch_size = run
     implementation = implementation_of(options["implementation"], batch_size, mesh)
-    loss: Callable = dense
+    terms: Callable = dense
     if implementation == "chunked":
         own_mesh = mesh if mesh.size > 1 else None
-        loss = functools.partial(softmax_in_tiles, mesh=own_mesh, positive_in_sum=positive_in_sum)
-    temperature = options["temperature"]
-    normalized, other_view = options["normalize"], options["negatives"] == "other_view"
-    text = described(name, implementation, options, f"tau {temperature:g}")
-    return Loss(
-        lambda z, labels: loss(z, temperature, normalized=normalized, other_view=other_view), text
-    )
+        terms = functools.partial(terms_in_tiles, mesh=own_mesh, positive_in_sum=positive_in_sum)
+    temperature, normalized = options["temperature"], options["normalize"]
+    other_view = options["negatives"] == "other_view"
+
+    def apply(z, labels, stored: Stored | None = None):
+        del labels
+        found = terms(z, temperature, normalized=normalized, other_view=other_view)
+        if stored is None:
+            return found.loss()
+        return found.loss(log_sum_of(stored, z, temperature, normalized=normalized, mesh=mesh))
+
+    more = [f"tau {temperature:g}"]
+    if options["memory"]:
+        more.append(f"{options['memory']:,} negatives of earlier batches")
+    return Loss(apply, described(name, implementation, options, *more), takes_stored=True)
 
 
 _OWN, _EVERY = "a device's own rows", "all rows"
@@ -131,16 +142,16 @@ def _forward(z, tiles, mesh):
     every, log_normalizer, positive, *told = _on_each_device(
         fold, mesh, outputs=(_EVERY, *[_OWN] * 6)
     )(z)
-    loss = jnp.mean(log_normalizer - positive)
-    return (loss, told), (z, every, log_normalizer)
+    return (log_normalizer, positive, told), (z, every, log_normalizer)
 
 
 def _backward(tiles, mesh, saved, cotangents):
     differentiate = functools.partial(_differentiate_rows, tiles=tiles)
-    gradient = _on_each_device(differentiate, mesh, inputs=(_OWN, _EVERY, _OWN), outputs=_OWN)(
-        *saved
-    )
-    return (cotangents[0] * gradient,)
+    by_normalizer, by_positive, _ = cotangents
+    gradient = _on_each_device(
+        differentiate, mesh, inputs=(_OWN, _EVERY, _OWN, _OWN, _OWN), outputs=_OWN
+    )(*saved, by_normalizer, by_positive)
+    return (gradient,)
 
 
 _softmax.defvjp(_forward, _backward)
@@ -295,29 +306,37 @@ def _fold_rows(z, axes, tiles: _Tiles):
     return every, *(x.reshape(-1)[: len(z)] for x in folded)
 
 
-def _differentiate_rows(z, every, log_normalizer, axes, tiles: _Tiles):
-    """Computes d loss / d z [n, D]."""
+def _differentiate_rows(z, every, log_normalizer, by_normalizer, by_positive, axes, tiles: _Tiles):
+    """Computes d loss / d z [n, D].
+
+    Args:
+      z: a device's own rows [n, D].
+      every: all rows of the batch.
+      log_normalizer: of the own rows, [n].
+      by_normalizer, by_positive: derivatives of the loss by the log-normaliser and by the similarity with the
+        partner, of the own rows, [n] each.
+      axes, tiles: see `_fold_rows`.
+    """
     temperature, chunk = tiles.temperature, tiles.chunk
-    columns = _divide(every, chunk)
-    column_normalizer = _divide(_gather(log_normalizer, axes), chunk)
+    about = jnp.stack([log_normalizer, by_normalizer, by_positive], axis=1)
     rows, row_number = _row_tiles(z, axes, chunk)
-    row_normalizer = _divide(log_normalizer, rows.shape[1])
+    columns, about_columns = (_divide(x, chunk) for x in (every, _gather(about, axes)))
 
     def differentiate(tile):
-        anchors, row, normalizer = tile
+        anchors, row, about_row = tile
+        normalizer, a, b = (x[:, None] for x in about_row.T)
 
-        def add(total, candidates_and_more):
-            candidates, other_normalizer, first = candidates_and_more
-            column = first + jnp.arange(chunk)
+        def add(total, column_tile):
+            candidates, about_column, first = column_tile
+            other_normalizer, other_a, other_b = about_column.T
             s = _similarities(anchors, candidates, temperature)
-            p = jnp.exp(s - normalizer[:, None]) + jnp.exp(s - other_normalizer)
-            masks = _masks(row, column, len(every), tiles)
-            p = jnp.where(masks.in_sum, p, 0.0) - jnp.where(masks.is_partner, 2.0, 0.0)
+            p = a * jnp.exp(s - normalizer) + other_a * jnp.exp(s - other_normalizer)
+            masks = _masks(row, first + jnp.arange(chunk), len(every), tiles)
+            p = jnp.where(masks.in_sum, p, 0.0) + jnp.where(masks.is_partner, b + other_b, 0.0)
             return total + jnp.matmul(p, candidates, precision=lax.Precision.HIGHEST), None
 
         firsts = jnp.arange(len(columns)) * chunk
-        return lax.scan(add, jnp.zeros_like(anchors), (columns, column_normalizer, firsts))[0]
+        return lax.scan(add, jnp.zeros_like(anchors), (columns, about_columns, firsts))[0]
 
-    gradient = lax.map(differentiate, (rows, row_number, row_normalizer))
-    gradient = gradient.reshape(-1, z.shape[1])[: len(z)]
-    return gradient / (len(every) * temperature)
+    gradient = lax.map(differentiate, (rows, row_number, _divide(about, rows.shape[1])))
+    return gradient.reshape(-1, z.shape[1])[: len(z)] / temperature

@@ -17,9 +17,16 @@ from simclr_jax.console import say
 from simclr_jax.errors import UserError
 from simclr_jax.files import replacing, writing
 from simclr_jax.modes.hub import torch_weights, write_repository, write_safetensors
-from simclr_jax.pretrained import Classifier, Encoder, read_classifier, read_encoder
+from simclr_jax.pretrained import (
+    Classifier,
+    Encoder,
+    read_classifier,
+    read_encoder,
+    read_head_variables,
+)
 from simclr_jax.training.saved import read_newest
 from simclr_jax.training.workdir import check_encoder
+from simclr_jax.weights.torch_head import head_loading, head_weights
 from simclr_jax.weights.torchvision import architecture, pytorch_loading
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -40,17 +47,24 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
         output cannot be written.
     """
 
-    def read(checkpoint: epath.Path) -> Encoder:
+    def read(checkpoint: epath.Path) -> tuple[Encoder, dict | None]:
         about = check_encoder(config, checkpoint).get("classifier")
-        is_classifier = about is not None and not about.get("online")
-        return read_classifier(checkpoint) if is_classifier else read_encoder(checkpoint)
+        if about is not None and not about.get("online"):
+            return read_classifier(checkpoint), None
+        encoder = read_encoder(checkpoint)
+        if config.model.head == "none":
+            return encoder, None
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return encoder, read_head_variables(config, encoder.network, checkpoint, here)
 
-    encoder = read_newest(workdir, read)
+    encoder, head = read_newest(workdir, read)
     encoder.image_size = config.data.image_size
     path = epath.Path(os.path.expanduser(output or os.path.join(workdir, f"encoder.{format}")))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         loading = FORMATS[format](encoder, path)
+        if format == "safetensors":
+            loading += _write_head(encoder, head, path)
     what = "classifier" if isinstance(encoder, Classifier) else "encoder"
     say(f"the {what} of step {encoder.step}, {encoder.width} numbers an image: {path}")
     say(f"\n{loading}\n")
@@ -70,6 +84,31 @@ def _write_safetensors(encoder: Encoder, path: epath.Path) -> str:
     }
     write_safetensors(path, weights, metadata)
     return loading
+
+
+def _write_head(encoder: Encoder, head: dict | None, path: epath.Path) -> str:
+    """Writes what is computed of h, beside the encoder: the projection head, or a classifier that reads a layer
+    of it, with the layers below. Returns what loads it; "" where there is none.
+
+    Args:
+      encoder: an encoder or a classifier.
+      head: {"params", "batch_stats"} of an encoder's projection head; None: there is none.
+      path: the encoder's file, NAME.safetensors; this one is NAME.head.safetensors.
+    """
+    classifier = None
+    if isinstance(encoder, Classifier):
+        layers = encoder.network.layer
+        head = {kind: encoder.variables[kind]["head"] for kind in ("params", "batch_stats")}
+        classifier = encoder.variables["params"]["classifier"]["dense"]
+    elif head is not None:
+        layers = len(head["batch_stats"])
+    if head is None or not layers:
+        return ""
+    weights = head_weights(head, layers, classifier)
+    beside = path.with_name(f"{path.name.removesuffix('.safetensors')}.head.safetensors")
+    loading = head_loading(weights, beside, is_whole=layers == len(head["batch_stats"]))
+    write_safetensors(beside, weights, {"loading": loading, "step": str(encoder.step)})
+    return f"\n\n{loading}"
 
 
 def _write_stablehlo(encoder: Encoder, path: epath.Path) -> str:

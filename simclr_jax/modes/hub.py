@@ -12,20 +12,17 @@ from simclr_jax.weights.torchvision import DEPTHS, architecture, torchvision_wei
 
 
 def torch_weights(encoder: Encoder) -> tuple[ResNet, dict[str, np.ndarray]]:
-    """Returns the ResNet of an encoder or a classifier, and its weights under torchvision's names.
+    """Returns the ResNet of an encoder or a classifier, and its weights under torchvision's names. A classifier
+    on a layer of the projection head is not among them.
 
     Raises:
-      UserError: torchvision has no such network, or the classifier reads a layer of the projection head.
+      UserError: torchvision has no such network.
     """
     network, variables = encoder.network, encoder.variables
     classifier = None
     if isinstance(encoder, Classifier):
-        if network.layer:
-            raise UserError(
-                f"the classifier reads layer {network.layer} of the projection head, which torchvision's ResNets "
-                "do not have: use --format=stablehlo or --format=savedmodel"
-            )
-        classifier = jax.device_get(variables["params"]["classifier"]["dense"])
+        if not network.layer:
+            classifier = jax.device_get(variables["params"]["classifier"]["dense"])
         variables = {kind: variables[kind]["encoder"] for kind in ("params", "batch_stats")}
         network = network.encoder
     if type(network) is not ResNet:
@@ -55,6 +52,11 @@ def write_repository(encoder: Encoder, folder: epath.Path) -> str:
     Raises:
       UserError: timm has no ResNet that computes the same.
     """
+    if isinstance(encoder, Classifier) and encoder.network.layer:
+        raise UserError(
+            f"the classifier reads layer {encoder.network.layer} of the projection head, which timm's ResNets do not "
+            "have: use another --format"
+        )
     network, weights = torch_weights(encoder)
     _check_exact(network)
     folder.mkdir(parents=True, exist_ok=True)

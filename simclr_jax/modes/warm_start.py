@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -130,6 +131,11 @@ def begun_with(start: Start, job: Job) -> Job:
                 lies = jax.tree.map(lambda x: x.sharding, getattr(abstract, kind)[part])
                 whole[part] = jax.tree.map(laid_out, tree[kind], lies)
             replaced[kind] = whole
+        if state.memory is not None:  # its network follows the trained one from where that begins
+            followed = {name: replaced["params"][name] for name in state.memory.params}
+            # A copy: a step gives both away.
+            followed = jax.tree.map(jnp.copy, followed)
+            replaced["memory"] = dataclasses.replace(state.memory, params=followed)
         return dataclasses.replace(state, **replaced)
 
     return job._replace(init=init)

@@ -206,7 +206,7 @@ def _split(state: TrainState) -> tuple[dict, dict]:
         "batch_stats": stats,
         "opt_state": state.opt_state,
     }
-    return encoder, trainer
+    return encoder, trainer | ({"memory": state.memory} if state.memory else {})
 
 
 def _join(encoder: dict, trainer: dict) -> TrainState:
@@ -215,4 +215,5 @@ def _join(encoder: dict, trainer: dict) -> TrainState:
         params={"encoder": encoder["params"]} | trainer["params"],
         batch_stats={"encoder": encoder["batch_stats"]} | trainer["batch_stats"],
         opt_state=trainer["opt_state"],
+        memory=trainer.get("memory"),
     )

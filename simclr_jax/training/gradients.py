@@ -35,7 +35,7 @@ class Embedding(NamedTuple):
 Objective = Callable[[Any, Any, Any], Embedding]
 
 # (z [r B, D], labels int [B]) -> (scalar, {name: scalar}), see `losses.Loss`.
-BatchLoss = Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
+BatchLoss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 class Gradient(NamedTuple):
@@ -114,6 +114,17 @@ def cached_gradient(
     grads, aux = lax.scan(add, jax.tree.map(jnp.zeros_like, params), (parts, dz))
     embedding_metrics, seen = jax.tree.map(lambda x: jnp.mean(x, axis=0), aux)
     return Gradient(grads, value, metrics | embedding_metrics, seen)
+
+
+def in_microbatches(function: Callable[[Any], jax.Array], batch, microbatches: int) -> jax.Array:
+    """Computes function(batch), an array [B, ...], one of `microbatches` parts at a time, as
+    `cached_gradient` divides the batch.
+    """
+    if microbatches == 1:
+        return function(batch)
+    parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
+    found = lax.map(function, parts).swapaxes(0, 1)
+    return found.reshape(-1, *found.shape[2:])
 
 
 def _split(x, microbatches: int):

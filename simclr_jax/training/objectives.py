@@ -26,25 +26,42 @@ def contrastive(networks: Networks, views: Callable[[Any], jax.Array]) -> Object
         x = views(batch)
         # [b, 2, ...] -> [2b, ...] with partners adjacent: a reshape, local on every device, where
         # stacking view 0 on view 1 would move half the images between devices.
-        x = x.reshape(-1, *x.shape[2:])
-        seen = {}
-        h, seen["encoder"] = apply_network(
-            networks.encoder, _of(params, batch_stats, "encoder"), x, True
-        )
-        outputs, seen["head"] = apply_network(
-            networks.head, _of(params, batch_stats, "head"), h, True
-        )
+        h, z, seen = _projected(networks, params, batch_stats, x.reshape(-1, *x.shape[2:]))
         if networks.classifier is None:
-            return Embedding(outputs[-1], jnp.zeros(()), {}, seen)
+            return Embedding(z, jnp.zeros(()), {}, seen)
         # A probe that trains along: no gradient of it reaches the encoder.
         logits = networks.classifier.apply(
             {"params": params["classifier"]}, jax.lax.stop_gradient(h)
         )
         loss, accuracy = cross_entropy(logits, jnp.repeat(batch["label"], 2))
         metrics = {"classifier_loss": loss, "classifier_accuracy": accuracy}
-        return Embedding(outputs[-1], loss, metrics, seen)
+        return Embedding(z, loss, metrics, seen)
 
     return embed
+
+
+def projection_of_second_views(
+    networks: Networks, views: Callable[[Any], jax.Array]
+) -> Callable[[Any, Any, Any], jax.Array]:
+    """Returns (params, batch_stats, batch) -> z [b, D] of the second view of each image, in training mode.
+
+    Args:
+      networks: f and g, whose BatchNorm groups are of single views.
+      views: see `contrastive`.
+    """
+    return lambda params, batch_stats, batch: _projected(
+        networks, params, batch_stats, views(batch)[:, 1]
+    )[1]
+
+
+def _projected(networks: Networks, params, batch_stats, x) -> tuple[jax.Array, jax.Array, dict]:
+    """Returns h and z of images x [n, H, W, 3], and the new running statistics of f and g."""
+    seen = {}
+    h, seen["encoder"] = apply_network(
+        networks.encoder, _of(params, batch_stats, "encoder"), x, True
+    )
+    outputs, seen["head"] = apply_network(networks.head, _of(params, batch_stats, "head"), h, True)
+    return h, outputs[-1], seen
 
 
 def supervised(

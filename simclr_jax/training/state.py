@@ -1,5 +1,6 @@
 """The state that training carries from step to step, and how it starts."""
 
+import dataclasses
 import hashlib
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ import optax
 
 from simclr_jax.encoders import init_encoder, init_variables
 from simclr_jax.encoders.heads import LinearClassifier, ProjectionHead
+from simclr_jax.training import memory
+from simclr_jax.training.memory import Memory
 
 
 class Networks(NamedTuple):
@@ -30,12 +33,14 @@ class TrainState:
       params: {"encoder", "head", "classifier"}: dicts of float32 arrays.
       batch_stats: {"encoder", "head"}: the running BatchNorm statistics, float32; {} without BatchNorm.
       opt_state: the state of the optimizer.
+      memory: negatives of earlier batches; None without loss.memory.
     """
 
     step: jax.Array
     params: dict[str, Any]
     batch_stats: dict[str, Any]
     opt_state: optax.OptState
+    memory: Memory | None = None
 
 
 def init_head(network: ProjectionHead, width: int, key: jax.Array) -> dict:
@@ -50,7 +55,11 @@ def init_head(network: ProjectionHead, width: int, key: jax.Array) -> dict:
 
 
 def init_state(
-    networks: Networks, optimizer: optax.GradientTransformation, image_size: int, key: jax.Array
+    networks: Networks,
+    optimizer: optax.GradientTransformation,
+    image_size: int,
+    key: jax.Array,
+    remembered: tuple[int, int] | None = None,
 ) -> TrainState:
     """Returns the state before the first step. Pure: `jax.jit` it with output shardings, or
     `jax.eval_shape` it.
@@ -60,6 +69,7 @@ def init_state(
       optimizer: whose state starts.
       image_size: height and width of a view, pixels.
       key: the same key gives the same state on any number of devices.
+      remembered: (batches, images) of the memory, see `memory.begin`; None: no memory.
     """
     width = networks.encoder.width
     encoder = init_encoder(networks.encoder, image_size, key)
@@ -68,9 +78,13 @@ def init_state(
     if networks.classifier is not None:
         classifier = networks.classifier.init(jax.random.fold_in(key, 2), jnp.zeros((1, width)))
         params["classifier"] = classifier["params"]
-    return start_of(
+    state = start_of(
         params, {"encoder": encoder["batch_stats"], "head": head["batch_stats"]}, optimizer
     )
+    if remembered is None:
+        return state
+    begun = memory.begin(params, *remembered, networks.head.width_of_z(width))
+    return dataclasses.replace(state, memory=begun)
 
 
 def start_of(

@@ -9,7 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from simclr_jax.training.gradients import BatchLoss, Objective, cached_gradient, whole_gradient
+from simclr_jax.training.gradients import (
+    BatchLoss,
+    Objective,
+    cached_gradient,
+    in_microbatches,
+    whole_gradient,
+)
+from simclr_jax.training.memory import Memory, MemoryRule, advance, stored_in
 from simclr_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -26,6 +33,7 @@ class UpdateRule:
       microbatches: above 1, the gradient is computed by `gradients.cached_gradient`.
       skip_not_finite: a step whose loss or gradient is not finite changes nothing but its number.
       more: (params, gradients) -> metrics of the update; None: none.
+      memory: how the memory of negatives goes on; None: the state has none.
     """
 
     optimizer: optax.GradientTransformation
@@ -33,6 +41,7 @@ class UpdateRule:
     microbatches: int = 1
     skip_not_finite: bool = False
     more: Callable[[Any, Any], Metrics] | None = None
+    memory: MemoryRule | None = None
 
 
 def _as_it_is(x: Any) -> Any:
@@ -67,7 +76,14 @@ def make_step(
         gradient = functools.partial(cached_gradient, microbatches=rule.microbatches)
 
     def step(state: TrainState, batch) -> tuple[TrainState, Metrics]:
-        found = gradient(objective, loss, gather(state.params), state.batch_stats, fetch(batch))
+        images = fetch(batch)
+        found = gradient(
+            objective,
+            _beside(loss, state.memory),
+            gather(state.params),
+            state.batch_stats,
+            images,
+        )
         # Whole before the optimizer takes its shard of them: left to itself, the TPU compiler
         # computes the gradients of divided kernels in windows, with three times the memory.
         grads = gather(found.grads)
@@ -84,6 +100,13 @@ def make_step(
             batch_stats=found.batch_stats,
             opt_state=opt_state,
         )
+        if rule.memory is not None and state.memory is not None:
+            project = functools.partial(
+                rule.memory.project, gather(state.memory.params), state.batch_stats
+            )
+            keys = in_microbatches(project, images, rule.microbatches)
+            new_memory = advance(state.memory, new_state.params, keys, rule.memory.decay)
+            new_state = dataclasses.replace(new_state, memory=new_memory)
         if rule.skip_not_finite:
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
             metrics["skipped_steps"] = 1.0 - finite
@@ -92,3 +115,11 @@ def make_step(
         return new_state, metrics
 
     return step
+
+
+def _beside(loss: BatchLoss, memory: Memory | None) -> BatchLoss:
+    """Returns the loss with the negatives of a memory beside those of the batch."""
+    if memory is None:
+        return loss
+    stored = stored_in(memory)
+    return lambda z, labels: loss(z, labels, stored)

@@ -1,0 +1,75 @@
+"""Negatives of earlier batches, beside those of the batch itself."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from simclr_jax.losses.contract import MASKED, embedded
+
+_CHUNK = 1024
+
+
+class Stored(NamedTuple):
+    """Projections of earlier batches. They pass no gradient.
+
+    Attributes:
+      keys: float32 [S, n, D], n projections of each of S batches, not normalised. Over a mesh, n is divided.
+      filled: int32 scalar: the first `filled` of the S hold projections, the rest is counted as absent.
+    """
+
+    keys: jax.Array
+    filled: jax.Array
+
+
+def log_sum_of(
+    stored: Stored, z, temperature: float, *, normalized: bool = True, mesh: Mesh | None = None
+):
+    """Computes log sum over stored k of exp(s(i, k) / tau) for each anchor i, in tiles of memory 2B x 1024.
+
+    Args:
+      stored: the negatives.
+      z: projections [2B, D] of the anchors, not normalised.
+      temperature: tau.
+      normalized: s is the cosine; else the dot product.
+      mesh: devices over which the rows of z are divided, all axes together; None: one device.
+
+    Returns:
+      float32 [2B]; `contract.MASKED` where nothing is stored.
+    """
+    z = embedded(z, normalized)
+
+    def of_rows(z, keys, filled, axes):
+        @jax.checkpoint
+        def add_tile(total, tile_and_its_rows):
+            tile, is_key = tile_and_its_rows
+            s = jnp.matmul(z, tile.T, precision=lax.Precision.HIGHEST) / temperature
+            of_tile = jax.nn.logsumexp(jnp.where(is_key, s, MASKED), axis=1)
+            return jnp.logaddexp(total, of_tile), None
+
+        @jax.checkpoint  # else every device keeps all of the keys for the gradient
+        def add_batch(total, keys_and_number):
+            keys, number = keys_and_number
+            keys = embedded(lax.stop_gradient(keys), normalized)
+            every = lax.all_gather(keys, axes, tiled=True) if axes else keys
+            chunk = min(_CHUNK, len(every))
+            padded = jnp.pad(every, ((0, -len(every) % chunk), (0, 0)))
+            is_key = (jnp.arange(len(padded)) < len(every)) & (number < filled)
+            tiles = padded.reshape(-1, chunk, z.shape[1]), is_key.reshape(-1, chunk)
+            return lax.scan(add_tile, total, tiles)
+
+        nothing = jnp.full(len(z), MASKED)
+        return lax.scan(add_batch, nothing, (keys, jnp.arange(len(keys))))[0]
+
+    if mesh is None or mesh.size == 1:
+        return of_rows(z, stored.keys, stored.filled, ())
+    axes = mesh.axis_names
+    return jax.shard_map(
+        lambda z, keys, filled: of_rows(z, keys, filled, axes),
+        mesh=mesh,
+        in_specs=(PartitionSpec(axes), PartitionSpec(None, axes), PartitionSpec()),
+        out_specs=PartitionSpec(axes),
+        check_vma=False,  # an all-gather's result is equal everywhere, which the check cannot see
+    )(z, stored.keys, stored.filled)
