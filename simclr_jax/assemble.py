@@ -20,15 +20,14 @@ from simclr_jax.encoders.heads import LinearClassifier, ProjectionHead
 from simclr_jax.errors import UserError
 from simclr_jax.losses import LOSSES, Loss
 from simclr_jax.losses.health import with_health
-from simclr_jax.mesh import check_divides, make_mesh, replicated, state_shardings, traced_on
-from simclr_jax.training.loop import Job
+from simclr_jax.mesh import check_divides, make_mesh, replicated
+from simclr_jax.training.loop import Job, job_of
 from simclr_jax.training.memory import MemoryRule, batches_of
 from simclr_jax.training.objectives import contrastive, projection_of_second_views
 from simclr_jax.training.optimizer import lars_trust_ratios, make_optimizer, warmup_cosine
 from simclr_jax.training.plan import Plan, make_plan
-from simclr_jax.training.saved import with_shardings
-from simclr_jax.training.state import Networks, TrainState, init_state
-from simclr_jax.training.step import Step, UpdateRule, make_step
+from simclr_jax.training.state import Networks, init_state
+from simclr_jax.training.step import UpdateRule, make_step
 from simclr_jax.training.verdict import References
 from simclr_jax.views import crops_for_classifiers, make_distortion
 from simclr_jax.views.placement import HostCrops, HostViews, Making, Resident, Views
@@ -87,6 +86,12 @@ def pretraining(
     loss = contrastive_loss(config, mesh)
     if loss.needs_labels and not classes:
         raise UserError(f"loss.name={config.loss.name} needs labels, and the data have none")
+    if config.train.objective == "supervised":
+        if not (classes and config.train.online_classifier):
+            raise UserError(
+                "train.objective=supervised needs one label an image and train.online_classifier=True"
+            )
+        loss = loss._replace(text=f"cross-entropy of the labels; only watched: {loss.text}")
     job = pretraining_job(config, plan, classes, mesh)
     return Pretraining(
         train, classes, made, plan, job, loss, encoder(config), images_of_a_norm(config, mesh)
@@ -123,7 +128,7 @@ def pretraining_job(config: ConfigDict, plan: Plan, classes: int | None, mesh: M
     batches = batches_of(config.loss.memory, config.data.batch_size, loss.takes_stored)
     everywhere = replicated(mesh)
     step = make_step(
-        contrastive(parts, made.views),
+        contrastive(parts, made.views, config.train.objective == "supervised"),
         with_health(loss).apply,
         UpdateRule(
             optimizer,
@@ -142,33 +147,6 @@ def pretraining_job(config: ConfigDict, plan: Plan, classes: int | None, mesh: M
         init_state, parts, optimizer, config.data.image_size, remembered=remembered
     )
     return job_of(step, init, (jax.random.key(config.seed),), plan.steps, mesh)
-
-
-def job_of(step: Step, init: Callable, start: tuple, steps: int, mesh: Mesh) -> Job:
-    """Makes the `Job` of a step over a mesh. Each program is compiled when it is first needed.
-
-    Args:
-      step: (state, batch) -> (state, metrics).
-      init: (*start) -> the state before the first step.
-      start: arguments of `init`: arrays, such as a random key.
-      steps: steps of the whole training.
-      mesh: all devices. The state lies on them as `mesh.state_shardings` says.
-    """
-    abstract: TrainState = jax.eval_shape(init, *start)
-    lies = state_shardings(mesh, abstract)
-    begin = jax.jit(traced_on(mesh, init), out_shardings=lies)
-    return Job(
-        step=jax.jit(
-            traced_on(mesh, step),
-            in_shardings=(lies, None),  # of the batch: as it comes
-            out_shardings=(lies, replicated(mesh)),
-            donate_argnums=0,
-        ),
-        init=lambda: begin(*start),
-        abstract_state=with_shardings(abstract, lies),
-        steps=steps,
-        mesh=mesh,
-    )
 
 
 def data_set(config: ConfigDict) -> DataSet:
@@ -314,6 +292,7 @@ def references(config: ConfigDict, plan: Plan) -> References:
         and config.loss.normalize
         and config.loss.negatives == "both_views"
         and not config.loss.memory
+        and config.train.objective == "contrastive"
     )
     temperature = config.loss.temperature if is_bounded else None
     settled_after = plan.warmup_steps + config.train.log_every_steps

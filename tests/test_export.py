@@ -273,7 +273,7 @@ def classifier_workdir(c, folder, classes=7, layer=0):
     """A classifier on h, or on a layer of the head, of an encoder with random BatchNorm parameters and statistics."""
     workdir = encoder_checkpoint(c, folder / "encoder")
     encoder = simclr_jax.load_encoder(workdir)
-    head = {"params": {}, "batch_stats": {}}
+    head: dict = {"params": {}, "batch_stats": {}}
     if c.model.head != "none":
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         checkpoint = saved.find(str(workdir), None)

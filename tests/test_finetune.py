@@ -22,6 +22,7 @@ from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.errors import UserError
 from simclr_jax.evals import classifier_training, finetune
 from simclr_jax.mesh import make_mesh, to_global
+from simclr_jax.training.loop import job_of
 from simclr_jax.training.objectives import no_loss, supervised
 from simclr_jax.training.optimizer import make_classifier_optimizer
 from simclr_jax.training.state import init_head, start_of
@@ -58,7 +59,7 @@ def trained(model, steps, devices, weight_decay=0.0, moved=None):
 
     objective = supervised(model.logits, lambda batch: batch["views"])
     step = make_step(objective, no_loss, UpdateRule(optimizer, schedule))
-    job = assemble.job_of(step, init, (jax.random.key(0),), steps, mesh)
+    job = job_of(step, init, (jax.random.key(0),), steps, mesh)
     state = job.init()
     start, losses = jax.device_get(state), []
     for number in range(steps):

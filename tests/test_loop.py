@@ -16,11 +16,11 @@ import numpy as np
 import optax
 import pytest
 
-from simclr_jax import assemble
 from simclr_jax.console import Progress
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import make_mesh, to_global
 from simclr_jax.training import log as log_module
+from simclr_jax.training import loop
 from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.gradients import Embedding
 from simclr_jax.training.log import Log, Reporting
@@ -63,7 +63,7 @@ def job_of(*, skip=False):
 
     rule = UpdateRule(optimizer, lambda step: 0.02 / (step + 1), skip_not_finite=skip)
     step = make_step(embed, to_one, rule)
-    return assemble.job_of(step, init, (jax.random.key(0),), STEPS, mesh())
+    return loop.job_of(step, init, (jax.random.key(0),), STEPS, mesh())
 
 
 def batch_of(step):

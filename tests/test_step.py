@@ -165,3 +165,46 @@ def test_a_loss_is_one_row_and_gets_the_labels(small, monkeypatch):
     small.data.path += ".unlabelled.npz"
     with pytest.raises(UserError, match=r"loss\.name=pulled needs labels, and the data have none"):
         assemble.pretraining(small)
+
+
+def test_supervised_training_moves_the_encoder_by_the_labels_alone(small):
+    """As if f and the classifier were one network under cross-entropy; g has no gradient."""
+    small.train.objective = "supervised"
+    small.optimizer.name, small.optimizer.scaling = "sgd", "none"
+    small.optimizer.momentum, small.optimizer.weight_decay = 0.0, 0.0
+    small.optimizer.learning_rate = 1.0
+    small.train.steps = 10**9  # a cosine that has not begun to fall
+    (before, _), (after, metrics) = steps(small, count=1)
+    networks = assemble.networks(small, CLASSES, make_mesh(jax.devices()[:1]))
+    images = batch(16)
+    x = images["views"].reshape(-1, 12, 12, 3).astype(np.float32) / 255
+    labels = np.repeat(images["label"], 2)
+
+    @jax.jit
+    @jax.value_and_grad
+    def cross_entropy(params):
+        variables = {"params": params["encoder"], "batch_stats": before.batch_stats["encoder"]}
+        h, _ = networks.encoder.apply(variables, x, train=True, mutable=["batch_stats"])
+        dense = params["classifier"]["dense"]
+        logits = h @ dense["kernel"] + dense["bias"]
+        log_p = jax.nn.log_softmax(logits)
+        return -jnp.mean(log_p[jnp.arange(len(labels)), labels])
+
+    loss, gradient = cross_entropy({k: before.params[k] for k in ("encoder", "classifier")})
+    assert metrics["classifier_loss"] == pytest.approx(float(loss), rel=1e-5)
+    for name in ("encoder", "classifier"):
+        jax.tree.map(
+            lambda a, b, g: np.testing.assert_allclose(b - a, -g, rtol=1e-3, atol=2e-6),
+            before.params[name],
+            after.params[name],
+            gradient[name],
+        )
+    jax.tree.map(np.testing.assert_array_equal, before.params["head"], after.params["head"])
+
+
+def test_supervised_training_needs_labels(small):
+    small.train.objective = "supervised"
+    assert assemble.pretraining(small).loss.text.startswith("cross-entropy of the labels; only")
+    small.train.online_classifier = False
+    with pytest.raises(UserError, match=r"train\.objective=supervised needs one label an image"):
+        assemble.pretraining(small)

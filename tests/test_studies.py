@@ -13,8 +13,11 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from simclr_jax import config
+from simclr_jax.data.split import BROKEN
 from simclr_jax.errors import UserError
+from simclr_jax.evals import transformations
 from simclr_jax.evals.evaluate import evaluate_features
+from simclr_jax.evals.transformations import TASKS
 from simclr_jax.modes import study as mode
 from simclr_jax.modes.study import run_study
 from simclr_jax.studies import Factor, Level, Published, Study, above, among_best, best, rises
@@ -42,6 +45,17 @@ def get_study():
         published=Published("nobody", {("tau 0.5",): 60.0, ("margin",): 50.0}),
         seeds=2,
     )
+"""
+
+
+NAMED = """
+from simclr_jax.studies import Factor, Level, Study
+
+
+def get_study():
+    levels = {"x": Level({})}
+    readings = {"1 %": {}}
+    return Study("t", (Factor("a", levels),), evaluation="finetune", readings=readings, seeds=1)
 """
 
 
@@ -178,12 +192,14 @@ def test_the_probe_of_z_is_that_of_the_projections(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_studies_that_come_with_the_package_are_sound(path):
+def test_the_studies_that_come_with_the_package_are_sound(path, monkeypatch):
+    monkeypatch.setattr("simclr_jax.data.tfds.is_prepared", lambda name: True)
     study = read_study(str(path))
     runs = runs_of(study)
     assert len({run.name for run in runs}) == len(runs)
-    for run in runs:
+    for run in runs[:: 1 + len(runs) // 50]:
         config_of(digits(), study, run)
+    mode._check_readings(digits(), study)
     keys = set(keys_of(study))
     if study.published:
         assert set(study.published.values) <= keys
@@ -237,7 +253,7 @@ def test_a_study_of_two_factors_can_be_drawn_as_a_matrix(tmp_path):
 def test_a_study_that_comes_with_the_package_is_known_by_name():
     assert read_study("loss").title == read_study(str(FILES[0].with_name("loss.py"))).title
     with pytest.raises(
-        UserError, match=r"no study 'losses': expected .*batch_epochs, color_strength"
+        UserError, match=r"no study 'losses': expected .*batch_epochs, cifar, color_strength"
     ):
         read_study("losses")
 
@@ -300,7 +316,22 @@ def test_a_table_says_what_is_missing(tmp_path):
         ("def get_study(): return 1", "get_study returned 1: expected a simclr_jax.studies.Study"),
         ("x = 1 / 0", "ZeroDivisionError: division by zero"),
         (TEXT.replace("loss.margin", "loss.margins"), "options that do not exist: loss.margins"),
-        (TEXT.replace("seeds=2", "evaluation='knn'"), "knn has no validation part to choose by"),
+        (
+            TEXT.replace("seeds=2", "evaluation='knn'"),
+            "knn has no validation accuracy to choose by",
+        ),
+        (
+            TEXT.replace("seeds=2", "evaluation='kmeans'"),
+            "evaluation='kmeans': expected one of probe",
+        ),
+        (
+            TEXT.replace("seeds=2", "evaluation='knn', labels_per_class=1"),
+            "knn has no such row: expected labels_per_class=None",
+        ),
+        (
+            NAMED.replace('{"1 %": {}}', '{"1 %": {"eval.knn_k": 3}}'),
+            "readings of finetune are its own: expected no overrides",
+        ),
         (TEXT.replace('"margin": L', '"tau-0.5": L'), "levels need names that differ"),
         (TEXT.replace("levels),)", "levels, numbers=True),)"), "levels that are not numbers above"),
     ],
@@ -329,3 +360,108 @@ def test_a_study_needs_labels(short, file, tmp_path):
         run_study(short, str(tmp_path / "S"), file)
     with pytest.raises(UserError, match=r"no study '/nowhere\.py'"):
         run_study(short, str(tmp_path / "S"), "/nowhere.py")
+
+
+def run_named(c, folder, text, readings, evaluation):
+    """The accuracies {reading: accuracy} of a study of one run."""
+    text = text.replace('{"1 %": {}}', repr({name: {} for name in readings}))
+    file = folder / "named.py"
+    file.write_text(text.replace("finetune", evaluation))
+    result = run_study(c, str(folder / "S"), str(file))
+    return {row["key"][-1]: row["accuracies"][0] for row in result["rows"]}
+
+
+@pytest.mark.whole
+def test_a_study_reads_shares_of_labels_of_a_fine_tuning(short, tmp_path):
+    options = {
+        "finetune.label_fractions": (0.5, 1.0),
+        "finetune.epochs": (1.0, 1.0),
+        "finetune.batch_size": 16,
+        "eval.seeds": 1,
+    }
+    config.set_options(short, options)
+    found = run_named(short, tmp_path, NAMED, ["50 %", "100 %"], "finetune")
+    result = json.loads((tmp_path / "S/x_seed-0/finetune.json").read_text())
+    assert {row["features"] for row in result["rows"]} == {"encoder"}
+    assert found == {"50 %": result["rows"][0]["accuracy"], "100 %": result["rows"][1]["accuracy"]}
+    with pytest.raises(UserError, match="the study reads 1 %, and finetune has 50 %, 100 % here"):
+        run_named(short, tmp_path, NAMED, ["1 %"], "finetune")
+
+
+@pytest.mark.whole
+def test_a_study_reads_what_is_known_of_transformations(short, tmp_path):
+    names = [f"{task}, {kind}" for task in TASKS for kind in ("h", "z")]
+    found = run_named(short, tmp_path, NAMED, names, "transformations")
+    assert found.keys() == set(names)
+    assert all(0 <= accuracy <= 1 for accuracy in found.values())
+    assert (tmp_path / "S/figure.png").exists()
+
+
+def test_an_image_is_asked_about_whatever_the_batches_are():
+    images = np.random.default_rng(0).integers(0, 256, (400, 8, 8, 3)).astype(np.uint8)
+    labels = np.where(np.arange(400) == 7, BROKEN, 0)
+
+    def all_of(name, size):
+        batches = (
+            {"image": images[i : i + size], "label": labels[i : i + size]}
+            for i in range(0, 400, size)
+        )
+        found = list(transformations.asked(TASKS[name], batches, seed=3, part=1))
+        return [np.concatenate([batch[key] for batch in found]) for key in ("image", "label")]
+
+    for name, task in TASKS.items():
+        changed, answers = all_of(name, 64)
+        again, same = all_of(name, 50)
+        np.testing.assert_array_equal(changed, again)
+        np.testing.assert_array_equal(answers, same)
+        assert answers[7] == BROKEN
+        share = np.bincount(np.delete(answers, 7)) / 399
+        np.testing.assert_allclose(share, task.shares, atol=0.08)
+        kept = np.flatnonzero(answers == 0)
+        np.testing.assert_array_equal(changed[kept], images[kept])
+        for i in np.flatnonzero(answers > 0)[:20]:
+            x = images[i].astype(np.float64)
+            if name == "rotation":
+                turned = x
+                for _ in range(answers[i]):  # counter-clockwise
+                    turned = np.stack([[turned[r][-1 - c] for r in range(8)] for c in range(8)])
+                np.testing.assert_array_equal(changed[i], turned)
+            elif name == "colour or grey":
+                grey = x @ [0.2989, 0.5870, 0.1140]
+                assert np.abs(changed[i] - grey[..., None]).max() < 0.51
+            else:
+                assert np.abs(changed[i] - x).max() > 5
+
+
+def test_what_a_probe_is_told_it_finds():
+    """Features that hold the answer, and features that do not."""
+    rng = np.random.default_rng(0)
+    answers = rng.integers(0, 2, 600)
+    telling = rng.normal(size=(600, 8)) + 3.0 * answers[:, None]
+    silent = rng.normal(size=(600, 8))
+
+    def score(features):
+        half = slice(0, 400), slice(400, 600)
+        x, y = ([values[part] for part in half] for values in (features, answers))
+        return transformations.probe(x[0], y[0], x[1], y[1], seed=0)
+
+    assert score(telling) > 0.95
+    assert score(silent) < 0.65
+
+
+def test_readings_of_one_level_are_drawn_side_by_side(tmp_path):
+    study = read_study("head_knows")
+    scores = {key: {0: 0.5 + i / 100} for i, key in enumerate(keys_of(study))}
+    text = draw(study, Outcomes(scores, {}, []), "digits", epath.Path(tmp_path))[1].read_text()
+    for shown in (">rotation<", ">original or Sobel<", ">h<", ">z<"):
+        assert shown in text
+    assert ">rotation, h<" not in text
+
+
+def test_other_data_are_transferred_to_where_they_are_prepared(monkeypatch):
+    monkeypatch.setattr("simclr_jax.data.tfds.is_prepared", lambda name: name in ("dtd", "cifar10"))
+    study = read_study("transfer")
+    assert list(study.readings) == ["CIFAR-10", "DTD"]
+    monkeypatch.setattr("simclr_jax.data.tfds.is_prepared", lambda name: False)
+    with pytest.raises(UserError, match="none of the data sets of the study transfer is prepared"):
+        read_study("transfer")

@@ -16,7 +16,7 @@ from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.mesh import batch_sharded, check_divides, laid_out, make_mesh
 from simclr_jax.modes.chips import PEAKS
-from simclr_jax.training.loop import Job
+from simclr_jax.training.loop import Job, job_of
 from simclr_jax.training.objectives import no_loss, supervised
 from simclr_jax.training.state import TrainState, start_of
 from simclr_jax.training.step import UpdateRule, make_step
@@ -167,7 +167,7 @@ def _supervised(config: ConfigDict, mesh: Mesh) -> tuple[Job, dict]:
         "label": rng.integers(0, _CLASSES, count).astype(np.int32),
     }
     batch = {name: laid_out(x, batch_sharded(mesh)) for name, x in whole.items()}
-    return assemble.job_of(step, init, (jax.random.key(0),), 10**6, mesh), batch
+    return job_of(step, init, (jax.random.key(0),), 10**6, mesh), batch
 
 
 def _device_kind() -> str:

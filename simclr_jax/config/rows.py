@@ -182,6 +182,13 @@ OPTIONS: tuple[Option, ...] = (
         True,
     ),
     Option(
+        "train.objective",
+        "contrastive",
+        one_of("contrastive", "supervised"),
+        '"supervised": trains f by the labels of the same views, as the paper does beside SimCLR (Table 1); '
+        "the contrastive loss is only watched",
+    ),
+    Option(
         "train.microbatches",
         1,
         whole(1, 2**16),

@@ -179,6 +179,13 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
     return builder
 
 
+def is_prepared(name: str, data_dir: str = "") -> bool:
+    """Returns whether the TFDS data set called `name` lies in a folder, "": TFDS's own. Downloads nothing."""
+    import tensorflow_datasets as tfds
+
+    return tfds.builder(name, data_dir=data_dir or None).data_path.exists()
+
+
 def _check_split(builder: Any, name: str) -> None:
     """Raises a UserError if there is no such split, or it cannot be read."""
     splits = builder.info.splits

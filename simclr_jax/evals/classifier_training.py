@@ -34,7 +34,7 @@ from simclr_jax.losses.classification import loss_of_labels
 from simclr_jax.mesh import check_divides, make_mesh, replicated
 from simclr_jax.training.checkpoint import Saving, save_once
 from simclr_jax.training.log import Reporting
-from simclr_jax.training.loop import Job, Run, fit
+from simclr_jax.training.loop import Job, Run, fit, job_of
 from simclr_jax.training.objectives import no_loss, supervised
 from simclr_jax.training.optimizer import (
     make_classifier_optimizer,
@@ -305,7 +305,7 @@ class Setup:
         )
         if self._compiled is None or self._compiled[0] != key:
             begin: Callable = jax.jit(init, out_shardings=replicated(self.mesh))
-            self._compiled = key, assemble.job_of(step, init, start, steps, self.mesh), begin
+            self._compiled = key, job_of(step, init, start, steps, self.mesh), begin
         _, job, begin = self._compiled
         return job._replace(init=lambda: begin(*start))
 

@@ -28,7 +28,7 @@ from simclr_jax.mesh import check_divides, laid_out, make_mesh, replicated
 from simclr_jax.pretrained import Classifier, load_classifier
 from simclr_jax.training.checkpoint import Saving
 from simclr_jax.training.log import Reporting
-from simclr_jax.training.loop import Job, Run, fit
+from simclr_jax.training.loop import Job, Run, fit, job_of
 from simclr_jax.training.objectives import distilled, no_loss
 from simclr_jax.training.optimizer import of_parts
 from simclr_jax.training.plan import Plan
@@ -148,7 +148,7 @@ def distillation_job(
     everywhere = replicated(mesh)
     taught = jax.tree.map(lambda x: laid_out(x, everywhere), jax.device_get(teacher.variables))
     start = (jax.random.key(config.seed), taught)
-    return assemble.job_of(step, init, start, plan.steps, mesh)
+    return job_of(step, init, start, plan.steps, mesh)
 
 
 def _about(config: ConfigDict, teacher: Classifier, data: DataSet) -> dict[str, Any]:

@@ -15,9 +15,12 @@ from simclr_jax.console import duration, say, show_table
 from simclr_jax.errors import UserError
 from simclr_jax.evals import subjects
 from simclr_jax.evals.evaluate import evaluate_features
+from simclr_jax.evals.finetune import finetune, transfer_finetune
+from simclr_jax.evals.subjects import ENCODER
+from simclr_jax.evals.transformations import TASKS, what_is_known
 from simclr_jax.files import write_json, write_text
 from simclr_jax.modes.pretrain import pretrain
-from simclr_jax.studies.contract import Study, Verdict
+from simclr_jax.studies.contract import BY_NAME, Study, Verdict
 from simclr_jax.studies.figure import draw, need_matplotlib
 from simclr_jax.studies.outcomes import OUTCOME, Outcomes, outcomes_of, table_of
 from simclr_jax.studies.runs import StudyRun, config_of, part_of, read_study, reading_of, runs_of
@@ -56,6 +59,7 @@ def run_study(
     """
     found = read_study(study)
     need_matplotlib()
+    _check_readings(config, found)
     every = runs_of(found)
     configs = {run.name: config_of(config, found, run) for run in every}
     runs = part_of(every, part)
@@ -106,19 +110,66 @@ def _finish(config: ConfigDict, study: Study, workdir: str) -> bool:
     """Trains and evaluates one run. Returns False if a signal stopped it."""
     if not pretrain(config, workdir):
         return False
-    outcome = {}
-    for reading, overrides in study.readings.items():
-        own = reading_of(config, overrides)
-        rows = evaluate_features(study.evaluation, own, workdir)["rows"]
-        by_labels = {r["labels_per_class"]: r for r in rows if r["features"] == subjects.ENCODER}
-        outcome[reading] = {
-            "accuracy": by_labels[study.labels_per_class]["accuracy"],
-            "validation": by_labels[None].get("validation_accuracy"),
-        }
+    outcome = _read(config, study, workdir)
+    if outcome is None:
+        return False
     if jax.process_index() == 0:
         content = {"about": _about(config, study), "readings": outcome}
         write_json(epath.Path(workdir) / OUTCOME, content)
     return True
+
+
+def _read(config: ConfigDict, study: Study, workdir: str) -> dict[str, dict] | None:
+    """Evaluates a run: {reading: {"accuracy", "validation"}}; None if a signal stopped it."""
+    if study.evaluation in BY_NAME:
+        known = _known(config, study, workdir)
+        if known is None:
+            return None
+        return {name: {"accuracy": known[name], "validation": None} for name in study.readings}
+    outcome = {}
+    for reading, overrides in study.readings.items():
+        own = reading_of(config, overrides)
+        if study.evaluation == "transfer_finetune":
+            result = transfer_finetune(own, workdir)
+        else:
+            result = evaluate_features(study.evaluation, own, workdir)
+        if result is None:
+            return None
+        rows = {r["labels_per_class"]: r for r in result["rows"] if r["features"] == ENCODER}
+        outcome[reading] = {
+            "accuracy": rows[study.labels_per_class]["accuracy"],
+            "validation": rows[None].get("validation_accuracy"),
+        }
+    return outcome
+
+
+def _known(config: ConfigDict, study: Study, workdir: str) -> dict[str, float] | None:
+    """Returns {name: accuracy} of an evaluation that has several of its own; None if a signal stopped it."""
+    if study.evaluation == "transformations":
+        rows = what_is_known(config, workdir)
+        return {f"{row['task']}, {row['features']}": row["accuracy"] for row in rows}
+    result = finetune(config, workdir)
+    if result is None:
+        return None
+    rows = [row for row in result["rows"] if row["features"] == ENCODER]
+    return {_share(row["label_fraction"]): row["accuracy"] for row in rows}
+
+
+def _share(fraction: float) -> str:
+    return f"{100 * fraction:g} %"
+
+
+def _check_readings(config: ConfigDict, study: Study) -> None:
+    """Raises a UserError if a reading is not one that the evaluation has."""
+    if study.evaluation not in BY_NAME:
+        return
+    there = [_share(fraction) for fraction in config.finetune.label_fractions]
+    if study.evaluation == "transformations":
+        there = [f"{task}, {kind}" for task in TASKS for kind in ("h", "z")]
+    if unknown := [name for name in study.readings if name not in there]:
+        raise UserError(
+            f"the study reads {', '.join(unknown)}, and {study.evaluation} has {', '.join(there)} here"
+        )
 
 
 def _estimate(configs: dict[str, ConfigDict]) -> None:

@@ -3,6 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+# Evaluations with several numbers of their own, which a study names: "1 %", "10 %" of finetune, "rotation, h" of
+# transformations.
+BY_NAME = ("finetune", "transformations")
+EVALUATIONS = ("probe", "knn", "transfer", "transfer_finetune", *BY_NAME)
+# Those that choose something on a validation part, by which a study may choose among settings.
+CHOOSING = ("probe",)
+
 Overrides = Mapping[str, Any]  # {"group.option": value}
 Key = tuple[
     str, ...
@@ -71,8 +78,10 @@ class Study(NamedTuple):
       factors: one or two.
       claims: each a function of the scores.
       published: the paper's numbers; None: there are none to set beside.
-      evaluation: "probe" (with a choice on a validation part) or "knn".
-      readings: {"name": overrides of the evaluation}: more than one number for each run.
+      evaluation: one of EVALUATIONS; "probe" alone allows levels of several settings.
+      readings: {"name": overrides of the evaluation}: more than one number for each run. Of an evaluation
+        BY_NAME the names are its own, and the overrides {}: shares of labels of finetune.label_fractions, "1 %",
+        and "TASK, h" and "TASK, z" of `evals.transformations.TASKS`.
       labels_per_class: which row of the evaluation; None: all labels.
       seeds: runs of each key, with the seeds 0, 1, ...
       matrix: draw two factors as a matrix, the first one downwards, with the means of rows beside it.

@@ -80,7 +80,7 @@ def _panels(figure: Any, axes: Any, study: Study, scores: Scores) -> None:
         _panel(axes[1], study, _scores_of(study.published), "accuracy, %")
         if not study.factors[0].numbers:
             axes[1].set_yticklabels([])  # those of the panel beside it
-    if len(_series(study)) > 1:
+    if len(_layout(study)[1]) > 1:
         marks, names = axes[0].get_legend_handles_labels()
         title = study.factors[1].name if len(study.factors) > 1 else None
         how: dict[str, Any] = {
@@ -138,8 +138,8 @@ def _panel(axes: Any, study: Study, scores: Scores, measure: str) -> None:
     """Draws means as points with error bars: accuracy upwards over numbers, to the right for named levels.
     Draws no filled bars: their lengths mislead where the axis does not begin at 0.
     """
-    first, series = study.factors[0], _series(study)
-    places = [float(name) for name in first.levels] if first.numbers else range(len(first.levels))
+    first, (names, series) = study.factors[0], _layout(study)
+    places = [float(name) for name in names] if first.numbers else range(len(names))
     for number, (name, keys) in enumerate(series.items()):
         there = [(place, key) for place, key in zip(places, keys, strict=True) if scores.get(key)]
         middle = [100 * mean(scores, key) for _, key in there]
@@ -154,21 +154,34 @@ def _panel(axes: Any, study: Study, scores: Scores, measure: str) -> None:
         axes.errorbar(middle, rows, xerr=bars, label=name, linestyle="none", **look)
     if first.numbers:
         axes.set_xscale("log", base=2)
-        axes.set_xticks(places, list(first.levels))
+        axes.set_xticks(places, names)
         axes.minorticks_off()
         axes.set(xlabel=first.name, ylabel=measure)
     else:
-        axes.set_yticks(list(places), list(first.levels))
-        axes.set_ylim(len(first.levels) - 0.5, -0.5)
+        axes.set_yticks(list(places), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set(xlabel=measure)
 
 
-def _series(study: Study) -> dict[str, list[Key]]:
-    first = study.factors[0]
+def _layout(study: Study) -> tuple[list[str], dict[str, list[Key]]]:
+    """Returns the names along the first axis, and {series: its key for each of them}.
+
+    Along the axis lie the levels of the first factor; where it has one alone, what the readings "A, B" begin
+    with, and then each B is a series.
+    """
+    first, readings = study.factors[0], list(study.readings)
+    if len(first.levels) == 1 and len(readings) > 1:
+        (level,) = first.levels
+        parts = [reading.rpartition(", ") for reading in readings]
+        names = list(dict.fromkeys(name for name, _, _ in parts))
+        kinds = list(dict.fromkeys(kind for _, _, kind in parts))
+        return names, {
+            kind: [(level, f"{name}, {kind}" if name else kind) for name in names] for kind in kinds
+        }
     rest = [list(factor.levels) for factor in study.factors[1:]]
-    if len(study.readings) > 1:
-        rest.append(list(study.readings))
-    return {
+    if len(readings) > 1:
+        rest.append(readings)
+    return list(first.levels), {
         ", ".join(others): [(name, *others) for name in first.levels]
         for others in itertools.product(*rest)
     }

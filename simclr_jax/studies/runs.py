@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from simclr_jax import config as config_lib
 from simclr_jax.config.overrides import packaged, run_file
 from simclr_jax.errors import UserError
-from simclr_jax.studies.contract import Key, Overrides, Study
+from simclr_jax.studies.contract import BY_NAME, CHOOSING, EVALUATIONS, Key, Overrides, Study
 
 
 class StudyRun(NamedTuple):
@@ -61,26 +61,33 @@ def _check(path: str, study: Study) -> None:
     known = config_lib.flatten(config_lib.default())
     if not 1 <= len(study.factors) <= 2:
         raise UserError(f"{path} has {len(study.factors)} factors: expected one or two")
-    if study.evaluation not in ("probe", "knn"):
-        raise UserError(f"{path}: evaluation={study.evaluation!r}: expected probe or knn")
+    if study.evaluation not in EVALUATIONS:
+        expected = ", ".join(EVALUATIONS)
+        raise UserError(f"{path}: evaluation={study.evaluation!r}: expected one of {expected}")
     levels = [level for factor in study.factors for level in factor.levels.values()]
     given = [*study.readings.values(), *(level.overrides for level in levels)]
     given += [setting for level in levels for setting in level.settings]
     unknown = sorted({name for overrides in given for name in overrides if name not in known})
     if unknown:
         raise UserError(f"{path} sets options that do not exist: {', '.join(unknown)}")
+    if study.evaluation in BY_NAME and any(study.readings.values()):
+        raise UserError(
+            f"{path}: readings of {study.evaluation} are its own: expected no overrides"
+        )
     names = [run.name for run in runs_of(study)]
     if len(set(names)) < len(names) or any(name.startswith("_") for name in names):
         raise UserError(f"{path}: levels need names that differ in their letters and digits")
-    if study.evaluation == "knn" and study.labels_per_class is not None:
-        raise UserError(f"{path}: knn takes all labels: expected labels_per_class=None")
+    if study.evaluation != "probe" and study.labels_per_class is not None:
+        raise UserError(
+            f"{path}: {study.evaluation} has no such row: expected labels_per_class=None"
+        )
     for factor in study.factors:
         if factor.numbers and not all(_is_above_0(name) for name in factor.levels):
             raise UserError(f"{path}: {factor.name} has levels that are not numbers above 0")
-    if study.evaluation == "knn" and any(len(level.settings) > 1 for level in levels):
+    if study.evaluation not in CHOOSING and any(len(level.settings) > 1 for level in levels):
         raise UserError(
-            f"{path}: levels have several settings, and knn has no validation part to choose by: "
-            "expected evaluation='probe'"
+            f"{path}: levels have several settings, and {study.evaluation} has no validation accuracy to "
+            "choose by: expected evaluation='probe'"
         )
 
 

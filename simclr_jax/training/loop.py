@@ -12,9 +12,11 @@ from jax.sharding import Mesh
 
 from simclr_jax.console import Progress, say
 from simclr_jax.errors import UserError
+from simclr_jax.mesh import replicated, state_shardings, traced_on
 from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.log import Log, Reporting, not_finite
 from simclr_jax.training.metrics import MetricWriter
+from simclr_jax.training.saved import with_shardings
 from simclr_jax.training.sinks import Sinks
 from simclr_jax.training.state import TrainState
 from simclr_jax.training.step import Step
@@ -40,6 +42,33 @@ class Job(NamedTuple):
     abstract_state: TrainState
     steps: int
     mesh: Mesh
+
+
+def job_of(step: Step, init: Callable, start: tuple, steps: int, mesh: Mesh) -> Job:
+    """Makes the `Job` of a step over a mesh. Each program is compiled when it is first needed.
+
+    Args:
+      step: (state, batch) -> (state, metrics).
+      init: (*start) -> the state before the first step.
+      start: arguments of `init`: arrays, such as a random key.
+      steps: steps of the whole training.
+      mesh: all devices. The state lies on them as `mesh.state_shardings` says.
+    """
+    abstract: TrainState = jax.eval_shape(init, *start)
+    lies = state_shardings(mesh, abstract)
+    begin = jax.jit(traced_on(mesh, init), out_shardings=lies)
+    return Job(
+        step=jax.jit(
+            traced_on(mesh, step),
+            in_shardings=(lies, None),  # of the batch: as it comes
+            out_shardings=(lies, replicated(mesh)),
+            donate_argnums=0,
+        ),
+        init=lambda: begin(*start),
+        abstract_state=with_shardings(abstract, lies),
+        steps=steps,
+        mesh=mesh,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

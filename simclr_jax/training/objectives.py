@@ -12,7 +12,9 @@ from simclr_jax.training.gradients import Embedding, Objective
 from simclr_jax.training.state import Networks
 
 
-def contrastive(networks: Networks, views: Callable[[Any], jax.Array]) -> Objective:
+def contrastive(
+    networks: Networks, views: Callable[[Any], jax.Array], by_labels: bool = False
+) -> Objective:
     """Returns the objective of SimCLR: both views of each image to projections z [2b, D].
 
     With a classifier the metrics hold classifier_loss and classifier_accuracy, over all training views.
@@ -20,6 +22,8 @@ def contrastive(networks: Networks, views: Callable[[Any], jax.Array]) -> Object
     Args:
       networks: f, g and the online classifier, or None in its place.
       views: a batch -> float views [b, 2, H, W, 3] in [0, 1].
+      by_labels: f learns from the classifier, and not from z: supervised training on the same views, which a
+        loss of z only watches.
     """
 
     def embed(params, batch_stats, batch) -> Embedding:
@@ -29,10 +33,11 @@ def contrastive(networks: Networks, views: Callable[[Any], jax.Array]) -> Object
         h, z, seen = _projected(networks, params, batch_stats, x.reshape(-1, *x.shape[2:]))
         if networks.classifier is None:
             return Embedding(z, jnp.zeros(()), {}, seen)
-        # A probe that trains along: no gradient of it reaches the encoder.
-        logits = networks.classifier.apply(
-            {"params": params["classifier"]}, jax.lax.stop_gradient(h)
-        )
+        if by_labels:
+            z = jax.lax.stop_gradient(z)
+        else:  # a probe that trains along: no gradient of it reaches the encoder
+            h = jax.lax.stop_gradient(h)
+        logits = networks.classifier.apply({"params": params["classifier"]}, h)
         loss, accuracy = cross_entropy(logits, jnp.repeat(batch["label"], 2))
         metrics = {"classifier_loss": loss, "classifier_accuracy": accuracy}
         return Embedding(z, loss, metrics, seen)

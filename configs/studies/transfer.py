@@ -1,0 +1,65 @@
+"""Tables 8 and B.5: logistic regression on other data, by the protocol of appendix B.8.
+
+Of the paper's twelve data sets those that TFDS has and that are prepared on this machine, in TFDS_DATA_DIR or
+~/tensorflow_datasets; none is downloaded. Birdsnap and Aircraft are not in TFDS.
+"""
+
+from typing import Any
+
+from simclr_jax.data.tfds import is_prepared
+from simclr_jax.errors import UserError
+from simclr_jax.studies import Factor, Level, Published, Study, above
+
+# name: TFDS's name, test split, Table B.5 (ResNet-50): linear evaluation of SimCLR.
+DATA_SETS = {
+    "Food-101": ("food101", "validation", 68.4),
+    "CIFAR-10": ("cifar10", "test", 90.6),
+    "CIFAR-100": ("cifar100", "test", 71.6),
+    "SUN397": ("sun397", "test", 58.8),
+    "Cars": ("cars196", "test", 50.3),
+    "VOC 2007": ("voc/2007", "test", 80.5),
+    "DTD": ("dtd", "test", 74.5),
+    "Pets": ("oxford_iiit_pet", "test", 83.6),
+    "Caltech-101": ("caltech101", "test", 90.3),
+    "Flowers": ("oxford_flowers102", "test", 91.2),
+    "Fashion-MNIST": ("fashion_mnist", "test", None),  # not the paper's; small
+}
+
+
+def get_study() -> Study:
+    """2 runs a seed: pretrained, and the encoder after one step."""
+    there = {name: row for name, row in DATA_SETS.items() if is_prepared(row[0])}
+    if not there:
+        raise UserError(
+            "none of the data sets of the study transfer is prepared: expected one or more of "
+            f"{', '.join(row[0] for row in DATA_SETS.values())} in TFDS_DATA_DIR or ~/tensorflow_datasets"
+        )
+    starts = {
+        "SimCLR": Level({}),
+        "untrained": Level({"train.steps": 1, "optimizer.warmup_epochs": 0.0}),
+    }
+    own: dict[str, Any] = {"data.source": "tfds", "data.path": "", "data.test_path": ""}
+    own |= {"data.labels_file": "", "data.folder_labels": False, "data.test_fraction": 0.0}
+    published: dict[tuple[str, ...], float] = {
+        ("SimCLR", name): value for name, (_, _, value) in there.items() if value
+    }
+    # One reading has no name in the keys.
+    if len(there) == 1:
+        published = {key[:1]: value for key, value in published.items()}
+    names = [(name,) if len(there) > 1 else () for name in there]
+    return Study(
+        title="Transfer by logistic regression (Table B.5)",
+        factors=(Factor("encoder", starts),),
+        evaluation="transfer",
+        readings={
+            name: own | {"data.name": tfds_name, "data.test_split": split}
+            for name, (tfds_name, split, _) in there.items()
+        },
+        claims=tuple(
+            above(f"pretraining helps on {name}", ("SimCLR", *rest), ("untrained", *rest))
+            for name, rest in zip(there, names, strict=True)
+        ),
+        published=Published("paper, Table B.5: ResNet-50, from ImageNet", published)
+        if published
+        else None,
+    )

@@ -1,0 +1,155 @@
+"""What h and z know of a transformation that an image went through (paper, section 4.2 and Table 3).
+
+Each image is transformed or not, at random, and a small network is trained to tell from its features which it
+was. The paper's four tasks; it publishes neither the network's size nor the strength of the corruption: here
+one hidden layer of 512, and Gaussian noise of deviation 0.1.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from simclr_jax import assemble
+from simclr_jax.console import Progress, say
+from simclr_jax.data.split import BROKEN, Split
+from simclr_jax.encoders import apply_network, to_float
+from simclr_jax.evals import subjects
+from simclr_jax.evals.features import Extractor
+from simclr_jax.mesh import make_mesh
+from simclr_jax.views.color import Grey
+from simclr_jax.views.sobel import Sobel
+
+_HIDDEN, _NOISE = 512, 0.1
+
+
+class Task(NamedTuple):
+    """A question about an image.
+
+    Attributes:
+      shares: how often each answer is right.
+      apply: (image float64 [H, W, 3] in [0, 1], answer, generator) -> the image that the answer is about.
+    """
+
+    shares: tuple[float, ...]
+    apply: Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
+
+
+def _by_channels(operation: Any) -> Callable[[np.ndarray, int, np.random.Generator], np.ndarray]:
+    """Returns what applies an operation of the views where the answer is 1."""
+
+    def apply(image: np.ndarray, answer: int, rng: np.random.Generator) -> np.ndarray:
+        del rng
+        if not answer:
+            return image
+        return np.stack(operation.formula(np, tuple(np.moveaxis(image, -1, 0))), axis=-1)
+
+    return apply
+
+
+def _noisy(image: np.ndarray, answer: int, rng: np.random.Generator) -> np.ndarray:
+    return np.clip(image + answer * rng.normal(scale=_NOISE, size=image.shape), 0.0, 1.0)
+
+
+def _rotated(image: np.ndarray, answer: int, rng: np.random.Generator) -> np.ndarray:
+    del rng
+    return np.rot90(image, answer)
+
+
+TASKS = {
+    "colour or grey": Task((0.8, 0.2), _by_channels(Grey())),
+    "rotation": Task((0.25,) * 4, _rotated),
+    "original or noisy": Task((0.5, 0.5), _noisy),
+    "original or Sobel": Task((0.5, 0.5), _by_channels(Sobel())),
+}
+
+
+def what_is_known(config: ConfigDict, workdir: str) -> list[dict]:
+    """Trains a probe for each task on h and on z of the newest encoder of a workdir.
+
+    Returns:
+      rows {"task", "features": "h" or "z", "accuracy" on the test images, "chance"}.
+
+    Raises:
+      UserError: there is no labelled test split, or no checkpoint with a projection head.
+    """
+    data, mesh = subjects.labelled(config), make_mesh()
+    trained = subjects.trained(config, workdir, mesh, head=True)
+    encoder, head = assemble.encoder(config), assemble.head(config)
+
+    def forward(variables, images):
+        h = apply_network(encoder, variables[0], to_float(images), False)[0]
+        return {"h": h, "z": apply_network(head, variables[1], h, False)[0][-1]}
+
+    batch_size = subjects.batch_size_of(config, mesh)
+    extractor = Extractor(forward, batch_size=batch_size, size=config.data.image_size, mesh=mesh)
+    views = assemble.views(config, mesh)
+    variables = trained.encoder, trained.head
+
+    def features(task: Task, split: Split, part: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        images = assemble.images_of(config, split)
+        batches = asked(task, views.evaluation_batches(images, batch_size), config.seed, part)
+        with Progress(-(-split.count // batch_size)) as progress:
+            return extractor.extract(variables, progress.track(batches), split.count)
+
+    assert data.test is not None
+    rows = []
+    for name, task in TASKS.items():
+        say(f"{name}: features of {data.train.count} and {data.test.count} images")
+        train, answers = features(task, data.train, 0)
+        test, expected = features(task, data.test, 1)
+        for kind in ("h", "z"):
+            accuracy = probe(train[kind], answers, test[kind], expected, config.seed)
+            about = {"task": name, "features": kind, "chance": max(task.shares)}
+            rows.append(about | {"accuracy": accuracy})
+    return rows
+
+
+def asked(
+    task: Task, batches: Iterator[dict[str, np.ndarray]], seed: int, part: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Transforms images, and yields them with the answers in place of their labels.
+
+    An image's answer and noise are functions of the seed, the part and its place in the split, whatever the
+    batches and processes are.
+
+    Args:
+      task: what is asked.
+      batches: this process's, {"image": uint8 [n, S, S, 3], "label": [n]}.
+      seed, part: of the random numbers; another part of the data gets others.
+    """
+    place = jax.process_index()
+    for batch in batches:
+        images, answers = [], []
+        for image, label in zip(batch["image"], batch["label"], strict=True):
+            rng = np.random.default_rng((seed, part, place))
+            answer = int(rng.choice(len(task.shares), p=task.shares))
+            changed = task.apply(image / 255.0, answer, rng)
+            images.append(np.round(255.0 * changed).astype(np.uint8))
+            answers.append(BROKEN if label == BROKEN else answer)
+            place += jax.process_count()
+        yield {"image": np.stack(images), "label": np.asarray(answers, np.int32)}
+
+
+def probe(
+    train: np.ndarray, answers: np.ndarray, test: np.ndarray, expected: np.ndarray, seed: int
+) -> float:
+    """Trains scikit-learn's network with one hidden layer, stopped by a tenth of the training images.
+
+    Args:
+      train, answers: features [n, D] and int [n].
+      test, expected: the same of the test images.
+      seed: of its weights and batches.
+
+    Returns:
+      the accuracy on the test images.
+    """
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    network = MLPClassifier(_HIDDEN, early_stopping=True, max_iter=100, random_state=seed)
+    fitted = make_pipeline(StandardScaler(), network).fit(train, answers)
+    return float(fitted.score(test, expected))
