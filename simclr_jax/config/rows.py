@@ -201,6 +201,14 @@ OPTIONS: tuple[Option, ...] = (
         "skip, and count, steps whose loss or gradient is not finite",
     ),
     Option(
+        "train.hang_seconds",
+        1800.0,
+        number(0, 1e6),
+        "without a step (not counting compilation and evaluation; ten times as many while saving), after which "
+        "every process writes its stacks to WORKDIR/hung and ends; 0: never",
+        True,
+    ),
+    Option(
         "train.online_classifier",
         True,
         flag(),

@@ -214,7 +214,8 @@ class Setup:
         selection = Selection(steps, self._score, judge, self.test, self.protocol.moments)
         advice = f"try a lower {self.protocol.mode}.learning_rate"
         reporting = Reporting(max(1, steps // VALIDATIONS), batch_size, steps, advice)
-        run = Run(str(folder), {}, Saving(self.config.checkpoint.every_steps), reporting)
+        saving, hang = Saving(self.config.checkpoint.every_steps), self.config.train.hang_seconds
+        run = Run(str(folder), {}, saving, reporting, hang_seconds=hang)
         state, done = fit(job, stream(self._views, images), run, (selection,))
         if not done:
             raise Stopped

@@ -89,7 +89,9 @@ def _distill(config: ConfigDict, workdir: str) -> bool:
     _describe(config, plan, student, teacher.network, job, train.count)
     images = assemble.images_of(config, train, epath.Path(workdir) / "broken_images.jsonl")
     reporting = Reporting(config.train.log_every_steps, config.data.batch_size, plan.steps, _ADVICE)
-    run = Run(workdir, record, Saving(**config.checkpoint.to_dict()), reporting)
+    hang = config.train.hang_seconds
+    saving = Saving(**config.checkpoint.to_dict())
+    run = Run(workdir, record, saving, reporting, hang_seconds=hang)
     state, finished = fit(job, stream(views, images), run)
     if finished and subjects.is_labelled(data):
         _compare(config, workdir, student, teacher, state, views, data)

@@ -142,7 +142,8 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
     every, batch = config.train.log_every_steps, config.data.batch_size
     reporting = Reporting(every, batch, plan.steps, _ADVICE, judged)
     sinks = functools.partial(Sinks, config.train.sinks, workdir, config_lib.flatten(config))
-    run = Run(workdir, record, Saving(**config.checkpoint.to_dict()), reporting, sinks)
+    hang = config.train.hang_seconds
+    run = Run(workdir, record, Saving(**config.checkpoint.to_dict()), reporting, sinks, hang)
     hooks = [*watch(config, made), *([Spread(config, made)] if config.health.every_steps else [])]
     _, finished = fit(job, stream(made.views, images), run, hooks)
     if not finished:

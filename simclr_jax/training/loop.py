@@ -21,6 +21,7 @@ from simclr_jax.training.sinks import Sinks
 from simclr_jax.training.state import TrainState
 from simclr_jax.training.step import Step
 from simclr_jax.training.stopping import Stop
+from simclr_jax.training.watch import Watch
 
 # start step -> generator of (global batch, {"epoch", "index"} of this process's images), without end.
 Batches = Callable[[int], Generator[tuple[Any, dict[str, np.ndarray]]]]
@@ -81,6 +82,7 @@ class Run:
       saving: of checkpoints.
       reporting: of metrics.
       sinks: () -> further places for metrics, opened on process 0; None: there are none.
+      hang_seconds: without a step, after which the process is ended, see `Watch`; 0: never.
     """
 
     workdir: str
@@ -88,6 +90,7 @@ class Run:
     saving: Saving
     reporting: Reporting
     sinks: Callable[[], Sinks] | None = None
+    hang_seconds: float = 0.0
 
 
 class Hook(Protocol):
@@ -152,20 +155,24 @@ def fit(
             )
         progress = stack.enter_context(Progress(job.steps, start))
         log = Log(run.workdir, writer, progress, run.reporting, saved["window"])
+        watch = stack.enter_context(Watch(run.workdir, run.hang_seconds))
         stop = stack.enter_context(Stop(job.mesh))
         for step in range(start + 1, job.steps + 1):
-            with log.spending("input"):
+            with log.spending("input"), watch.doing("input"):
                 batch, images = next(stream)
-            state, metrics = job.step(state, batch)
-            log.add(step, metrics, images)
+            with watch.doing("computing"):
+                state, metrics = job.step(state, batch)
+                log.add(step, metrics, images)
+                stopping = stop.now()
+            watch.beat(step)
             last = step == job.steps
-            stopping = stop.now() and not last
+            stopping = stopping and not last
             checkpoints.check(step)
             due = [hook for hook in hooks if hook.due(step)]
             if due:
                 log.drain()
                 for hook in due:
-                    with log.spending("evaluating"):
+                    with log.spending("evaluating"), watch.doing("evaluating"):
                         found = hook.run(step, state)
                     log.write(step, found)
             if stopping or last or checkpoints.due(step):
@@ -173,10 +180,11 @@ def fit(
                 check_state(step, state, run.reporting.advice)
                 memories = {hook.name: hook.memory for hook in hooks}
                 then = {"step": step, "window": log.window, "hooks": memories}
-                with log.spending("saving"):
+                with log.spending("saving"), watch.doing("saving"):
                     checkpoints.save(step, state, run.record | then)
             if stopping or last:
-                checkpoints.wait(step)  # here, where a signal does not cut it off
+                with watch.doing("saving"):
+                    checkpoints.wait(step)  # here, where a signal does not cut it off
             if stopping:
                 say(f"stopped after step {step}, which is saved: the same command goes on from it")
                 return state, False
