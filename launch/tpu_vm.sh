@@ -7,8 +7,11 @@
 #     create    request the slice; it comes when there is room
 #     setup     wait for it, copy this commit to all hosts, install it
 #     run       start the run on all hosts; it goes on when you log out
-#     logs      follow what the run says
+#     status    say what has become of the slice, and of the run on each host
+#     logs      follow what the run says; --host=all shows the last lines of every host
+#     stop      have the run save and end
 #     resume    after a preemption: request, set up and run again; the run goes on where it was saved
+#     babysit   resume whenever the slice is taken away or the run stops early, until it is done
 #     delete    give the slice back
 # Options:
 #     --zone=ZONE          where, such as us-west4-a                       (default: gcloud's)
@@ -16,6 +19,7 @@
 #     --version=VERSION    of the VM's software                            (default: by type)
 #     --spot               cheaper, and may be taken away                  (create, resume)
 #     --host=N             whose log to follow                             (default: 0)
+#     --gcloud=OPTION      passed on to gcloud with create and resume, such as --gcloud=--network=NET; may be repeated
 #     --dry_run            print the commands instead of running them
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -50,16 +54,27 @@ version_of() {
   esac
 }
 
+# Prints the state of the request, MISSING if there is none. Fails if gcloud cannot say: an expired login or a
+# network that is down must not lead to a second slice.
 state() {
-  gcloud compute tpus queued-resources describe "$name" ${zone:+--zone="$zone"} \
-    --format='value(state.state)' 2> /dev/null || echo MISSING
+  local said
+  if said=$(gcloud compute tpus queued-resources describe "$name" ${zone:+--zone="$zone"} \
+    --format='value(state.state)' 2>&1); then
+    echo "$said"
+  elif [[ $said == *NOT_FOUND* || $said == *"not found"* || $said == *"was not found"* ]]; then
+    echo MISSING
+  else
+    echo "$said" >&2
+    echo "error: gcloud cannot say what has become of $name" >&2
+    return 1
+  fi
 }
 
 create() {
   [[ -n $type ]] || fail "create and resume need --type, such as --type=v5litepod-64"
   version=${version:-$(version_of "$type")}
   gcloud_tpus queued-resources create "$name" --node-id="$name" \
-    --accelerator-type="$type" --runtime-version="$version" ${spot:+--spot}
+    --accelerator-type="$type" --runtime-version="$version" ${spot:+--spot} "${more[@]}"
 }
 
 wait_until_active() {
@@ -67,9 +82,17 @@ wait_until_active() {
     echo "# wait until: gcloud compute tpus queued-resources describe $name says ACTIVE"
     return
   fi
-  local now last=
-  while now=$(state) && [[ $now != ACTIVE ]]; do
+  local now last='' unheard=0
+  while :; do
+    if ! now=$(state); then # a network that is down for a moment
+      unheard=$((unheard + 1))
+      ((unheard < 10)) || fail "gcloud has not answered for 10 times"
+      sleep "${POLL_SECONDS:-30}"
+      continue
+    fi
+    unheard=0
     case $now in
+      ACTIVE) break ;;
       FAILED | SUSPENDING | SUSPENDED | MISSING)
         fail "the slice $name is $now: use resume to request it again, or delete" ;;
     esac
@@ -83,6 +106,8 @@ wait_until_active() {
 setup() {
   wait_until_active
   # What is committed, and nothing else: the run can be told by its commit.
+  [[ -z $(git status --porcelain --untracked-files=no) ]] ||
+    echo "warning: there are changes that are not committed, and are left behind: $(git status --porcelain --untracked-files=no | head -n 3 | tr '\n' ' ')" >&2
   do_it git archive --format=tar.gz --output=/tmp/simclr_jax.tar.gz HEAD
   gcloud_tpus tpu-vm scp /tmp/simclr_jax.tar.gz "$name:" --worker=all
   # The image's own Python may be older than 3.11: uv brings one.
@@ -93,13 +118,64 @@ run() {
   ((${#args[@]})) || fail "run and resume need the run's arguments: -- --config=... --workdir=gs://..."
   local quoted
   quoted=$(printf '%q ' "${args[@]}")
-  [[ $quoted == *--workdir=gs://* ]] ||
+  [[ $(workdir_of "${args[@]}") == gs://* ]] ||
     fail "a run on several hosts needs a workdir that all of them see: --workdir=gs://BUCKET/FOLDER"
-  on_hosts all "cd simclr_jax && if [ -e ~/simclr.pid ] && kill -0 \$(cat ~/simclr.pid) 2> /dev/null; then echo 'a run is under way here: see logs' >&2; exit 1; fi; source launch/xla_flags.sh tpu && { nohup .venv/bin/python -u -m simclr_jax.main $quoted> ~/simclr.log 2>&1 < /dev/null & } && echo \$! > ~/simclr.pid"
+  on_hosts all "cd simclr_jax && if [ -e ~/simclr.pid ] && kill -0 \$(cat ~/simclr.pid) 2> /dev/null; then echo 'a run is under way here: see logs' >&2; exit 1; fi; source launch/xla_flags.sh tpu && rm -f ~/simclr.status && { nohup bash -c '.venv/bin/python -u -m simclr_jax.main \"\$@\"; echo \$? > ~/simclr.status' simclr $quoted> ~/simclr.log 2>&1 < /dev/null & } && echo \$! > ~/simclr.pid"
+}
+
+# What a host says of its run: "running", "ended STATUS" or "no run".
+said_of_run="if [ -e ~/simclr.status ]; then echo \"ended \$(cat ~/simclr.status)\"; elif [ -e ~/simclr.pid ] && kill -0 \$(cat ~/simclr.pid) 2> /dev/null; then echo running; else echo 'no run'; fi"
+
+status() {
+  if [[ -z $dry_run ]]; then
+    local now
+    now=$(state) || exit 1
+    echo "$name is $now"
+    [[ $now == ACTIVE ]] || return 0
+  fi
+  on_hosts all "$said_of_run; tail -n 1 ~/simclr.log"
 }
 
 logs() {
-  on_hosts "$host" "tail -n 100 -F ~/simclr.log"
+  if [[ $host == all ]]; then
+    on_hosts all "tail -n 20 ~/simclr.log"
+  else
+    on_hosts "$host" "tail -n 100 -F ~/simclr.log"
+  fi
+}
+
+stop() {
+  on_hosts all "[ -e ~/simclr.pid ] && pkill -TERM -P \$(cat ~/simclr.pid)" # what the shell of that number runs
+}
+
+# Looks after a run until its first host says that it ended with status 0. An error that comes back at once would
+# come back for ever: after three in a row that lasted less than ten minutes it gives up.
+babysit() {
+  local now said began short=0
+  resume
+  [[ -z $dry_run ]] || return 0
+  began=$SECONDS
+  while sleep "${POLL_SECONDS:-60}"; do
+    if ! now=$(state); then
+      continue # the network, or a login: look again
+    fi
+    said=lost
+    if [[ $now == ACTIVE ]]; then
+      said=$(on_hosts 0 "$said_of_run") || continue
+    fi
+    case $said in
+      running) continue ;;
+      "ended 0")
+        echo "$(date +%H:%M:%S) the run on $name is done"
+        return
+        ;;
+    esac
+    ((SECONDS - began < ${SHORT_SECONDS:-600})) && short=$((short + 1)) || short=0
+    ((short < 3)) || fail "the run on $name ended early three times in a row ($said): see logs"
+    echo "$(date +%H:%M:%S) $name is $now, the run: $said; resuming"
+    resume
+    began=$SECONDS
+  done
 }
 
 delete() {
@@ -132,13 +208,14 @@ resume() {
 action=$1 name=$2
 shift 2
 [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "the slice's name comes second: lower-case letters, digits and dashes, not $name"
-zone='' type='' version='' spot='' host=0 dry_run='' args=()
+zone='' type='' version='' spot='' host=0 dry_run='' args=() more=()
 while (($#)); do
   case $1 in
     --zone=*) zone=${1#*=} ;;
     --type=*) type=${1#*=} ;;
     --version=*) version=${1#*=} ;;
     --host=*) host=${1#*=} ;;
+    --gcloud=*) more+=("${1#*=}") ;;
     --spot) spot=yes ;;
     --dry_run) dry_run=yes ;;
     --)
@@ -151,6 +228,6 @@ while (($#)); do
   shift
 done
 case $action in
-  create | setup | run | logs | resume | delete) "$action" ;;
+  create | setup | run | status | logs | stop | resume | babysit | delete) "$action" ;;
   *) usage ;;
 esac

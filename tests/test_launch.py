@@ -1,5 +1,6 @@
 """The launch scripts against stand-ins of gcloud, sbatch and srun that note how they are called."""
 
+import json
 import os
 import pathlib
 import re
@@ -19,10 +20,12 @@ STUB = r"""#!/usr/bin/env bash
 { printf '%q ' "$(basename "$0")" "$@"; echo; } >> "$CALLS"
 [[ $(basename "$0") == srun ]] && exit "${STUB_STATUS_OF_SRUN:-${STUB_STATUS:-0}}"
 if [[ " $* " == *" describe "* || $(basename "$0") == squeue ]]; then
-  [[ -s $STATES ]] || exit 1
+  [[ -z ${STUB_SAYS:-} ]] || { echo "$STUB_SAYS" >&2; exit 1; }
+  [[ -s $STATES ]] || { echo "NOT_FOUND: no such resource" >&2; exit 1; }
   head -n 1 "$STATES"
   (( $(wc -l < "$STATES") < 2 )) || sed -i 1d "$STATES"
 fi
+[[ -z ${STUB_RUN:-} || " $* " != *"--command=if "*simclr.status* ]] || { head -n 1 "$STUB_RUN"; sed -i 1d "$STUB_RUN"; }
 exit "${STUB_STATUS:-0}"
 """
 
@@ -30,7 +33,7 @@ exit "${STUB_STATUS:-0}"
 @pytest.fixture
 def cloud(tmp_path):
     """run(*arguments, states=(...), **environment) -> (finished process, calls)."""
-    for name in ("gcloud", "sbatch", "srun", "squeue", "scontrol"):
+    for name in ("gcloud", "kubectl", "sbatch", "srun", "squeue", "scontrol"):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(STUB)
@@ -168,7 +171,121 @@ def test_run_starts_the_run_on_all_hosts_and_leaves_it_running(cloud, home):
         time.sleep(0.1)
     assert said[:5] == ["-u", "-m", "simclr_jax.main", *RUN]
     assert "--xla_tpu_overlap_compute_collective_tc=true" in said[5]
-    subprocess.run(["kill", (home / "simclr.pid").read_text().strip()], check=True)
+    # What `stop` and `status` send finds it.
+    _, (stop,) = cloud("launch/tpu_vm.sh", "stop", "pod")
+    _, (_, ask) = cloud("launch/tpu_vm.sh", "status", "pod", states=("ACTIVE",))
+    ask = ask[7].removeprefix("--command=")
+    assert run_on_a_host(ask, home).stdout.startswith("running\n")
+    assert run_on_a_host(stop[7].removeprefix("--command="), home).returncode == 0
+    deadline = time.monotonic() + 30
+    while not (home / "simclr.status").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert run_on_a_host(ask, home).stdout.startswith("ended 143\n")
+
+
+def test_a_gcloud_that_cannot_say_does_not_lead_to_a_second_slice(cloud):
+    process, calls = cloud(*RESUME, STUB_SAYS="Reauthentication required")
+    assert process.returncode == 1
+    assert "Reauthentication required" in process.stderr
+    assert "gcloud cannot say what has become of pod" in process.stderr
+    assert verbs(calls) == ["describe"]
+
+
+def test_further_options_reach_gcloud_and_a_workdir_may_be_an_argument_of_its_own(cloud):
+    _, (created,) = cloud(
+        "launch/tpu_vm.sh",
+        "create",
+        "pod",
+        "--type=v4-8",
+        "--gcloud=--network=n",
+        "--gcloud=--tags=a",
+    )
+    assert "--network=n" in created
+    assert "--tags=a" in created
+    arguments = ("--config=configs/imagenet.py", "--workdir", "gs://b/run 1")
+    process, (call,) = cloud("launch/tpu_vm.sh", "run", "pod", "--", *arguments)
+    assert process.returncode == 0, process.stderr
+    assert "--workdir gs://b/run\\ 1" in call[7]
+
+
+def test_babysit_resumes_until_the_run_is_done(cloud, tmp_path):
+    said = tmp_path / "said"
+    said.write_text("running\nended 75\nended 0\n")
+    command = ("launch/tpu_vm.sh", "babysit", *RESUME[2:])
+    process, calls = cloud(*command, states=("ACTIVE",), STUB_RUN=str(said))
+    assert process.returncode == 0, process.stderr
+    assert "the run: ended 75; resuming" in process.stdout
+    assert "the run on pod is done" in process.stdout
+    assert sum("nohup" in call[-1] or "nohup" in call[7] for call in calls if call[4] == "ssh") == 2
+    said.write_text("ended 1\n" * 3)
+    process, _ = cloud(*command, states=("ACTIVE",), STUB_RUN=str(said))
+    assert process.returncode == 2
+    assert "ended early three times in a row (ended 1): see logs" in process.stderr
+
+
+GKE = (
+    "launch/gke.sh",
+    "apply",
+    "first",
+    "--accelerator=tpu-v5-lite-podslice",
+    "--topology=4x8",
+    "--image=eu.pkg.dev/p/r/simclr:1",
+)
+
+
+def test_gke_writes_a_manifest_and_applies_it(cloud, tmp_path):
+    file = tmp_path / "first.json"
+    odd = 'say "no" \\ $(PATH)'
+    process, calls = cloud(*GKE, "--slices=2", f"--file={file}", "--", *RUN, odd)
+    assert process.returncode == 0, process.stderr
+    assert calls == [["kubectl", "apply", "-f", str(file)]]
+    job_set = json.loads(file.read_text())
+    assert job_set["spec"]["failurePolicy"] == {"maxRestarts": 100}
+    (slices,) = job_set["spec"]["replicatedJobs"]
+    job = slices["template"]
+    assert slices["replicas"] == 2
+    assert job["spec"]["parallelism"] == job["spec"]["completions"] == 8
+    assert job["spec"]["backoffLimit"] == 0
+    pod = job["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+        "cloud.google.com/gke-tpu-topology": "4x8",
+    }
+    (container,) = pod["containers"]
+    assert container["resources"] == {"limits": {"google.com/tpu": 4}}
+    assert container["args"] == [*RUN, odd.replace("$(", "$$(")]
+    kubernetes = pytest.importorskip("kubernetes_validate")
+    kubernetes.validate({"apiVersion": "batch/v1", "kind": "Job", "metadata": {}} | job, "1.34")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((*GKE[:5], "--", *RUN), "apply needs --accelerator, --topology and --image"),
+        ((*GKE, "--", "--workdir=/tmp/w"), "a container's own disk is lost"),
+        ((*GKE, "--topology=4by8", "--", *RUN), "--topology=4by8: expected a shape"),
+        ((*GKE, "--chips_per_host=5", "--", *RUN), "does not divide the 32 chips of 4x8"),
+        ((*GKE, "--image=a b", "--", *RUN), "has a character that no such name has"),
+        ((*GKE, "--", *RUN, "a\nb"), "has a line break"),
+        (("launch/gke.sh", "apply", "First"), "the run's name comes second"),
+        (("launch/gke.sh", "start", "first"), "Actions:"),
+    ],
+)
+def test_mistakes_with_gke(cloud, arguments, says):
+    process, calls = cloud(*arguments)
+    assert process.returncode == 2
+    assert says in process.stderr
+    assert calls == []
+
+
+def test_gke_says_what_has_become_of_a_run(cloud):
+    assert cloud("launch/gke.sh", "delete", "first")[1] == [["kubectl", "delete", "jobset/first"]]
+    _, (sets, jobs) = cloud("launch/gke.sh", "status", "first")
+    assert sets == ["kubectl", "get", "jobset", "first"]
+    assert jobs[-1] == "--selector=jobset.sigs.k8s.io/jobset-name=first"
+    _, (logs,) = cloud("launch/gke.sh", "logs", "first")
+    assert logs[:3] == ["kubectl", "logs", "--follow"]
 
 
 def test_run_needs_a_workdir_that_all_hosts_see(cloud):
@@ -344,7 +461,7 @@ def test_every_file_that_the_scripts_name_is_there():
 
 def test_shellcheck_is_clean():
     scripts = sorted(str(path) for path in (ROOT / "launch").glob("*.sh"))
-    assert len(scripts) == 5
+    assert len(scripts) == 6
     process = subprocess.run(
         ["shellcheck", "--external-sources", *scripts],
         cwd=ROOT,

@@ -38,7 +38,11 @@ OPTIONS: tuple[Option, ...] = (
         True,
     ),
     Option(
-        "eval.batch_size", 256, whole(1, _MOST_IMAGES), "images embedded at once, all devices", True
+        "eval.batch_size",
+        256,
+        whole(1, _MOST_IMAGES),
+        "images embedded at once, all devices; at least 16 a device, or this if it is less",
+        True,
     ),
     Option(
         "eval.validation_fraction",

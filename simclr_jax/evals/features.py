@@ -76,11 +76,20 @@ class Extractor:
     def extract(
         self, variables: Any, batches: Iterable[dict], count: int
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Returns all that `stream` yields, less the images that are broken or have no label."""
-        parts = list(self.stream(variables, batches, count))
-        features, labels = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
-        labelled = labels >= 0
-        return jax.tree.map(lambda rows: rows[labelled], features), labels[labelled]
+        """Returns all that `stream` yields, less the images that are broken or have no label.
+
+        Holds the features once, and a batch: those of ImageNet are 10 GB.
+        """
+        whole: Any = None
+        filled = 0
+        for part in self.stream(variables, batches, count):
+            whole = whole or jax.tree.map(lambda x: np.empty((count, *x.shape[1:]), x.dtype), part)
+            is_labelled = part[1] >= 0
+            after = filled + int(np.count_nonzero(is_labelled))
+            for target, rows in zip(*map(jax.tree.leaves, (whole, part)), strict=True):
+                target[filled:after] = rows[is_labelled]
+            filled = after
+        return jax.tree.map(lambda x: x[:filled], whole)
 
 
 def raw_pixels(images, channels: int):

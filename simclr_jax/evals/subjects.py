@@ -24,6 +24,9 @@ from simclr_jax.training.saved import find, read_newest
 from simclr_jax.training.state import init_head
 from simclr_jax.training.workdir import check_encoder
 
+# Images that a device embeds at once, unless eval.batch_size is smaller: 256 chips would have one each.
+_LEAST_OF_A_DEVICE = 16
+
 KINDS = RAW_PIXELS, UNTRAINED, ENCODER = "raw pixels", "untrained encoder", "encoder"
 
 
@@ -138,8 +141,11 @@ def with_labels(split: Split) -> Split:
 
 
 def batch_size_of(config: ConfigDict, mesh: Mesh) -> int:
-    """Rounds eval.batch_size, images embedded at once, up to a multiple of the devices."""
-    return -(-config.eval.batch_size // mesh.size) * mesh.size
+    """Returns the number of images embedded at once: eval.batch_size, rounded up to a multiple of the devices,
+    and so many that each of many devices has something to do.
+    """
+    asked = config.eval.batch_size
+    return mesh.size * max(-(-asked // mesh.size), min(_LEAST_OF_A_DEVICE, asked))
 
 
 def untrained(config: ConfigDict, images: Images, mesh: Mesh) -> dict:
