@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import pathlib
@@ -122,6 +123,42 @@ def expanded(path: str | os.PathLike) -> pathlib.Path:
 def absolute(path: str) -> str:
     """Returns a path that means the same from every current folder; an address with "://" as it is."""
     return path if "://" in path else os.path.abspath(expanded(path))
+
+
+def check_bucket(address: str) -> None:
+    """Raises a UserError unless a Google bucket's address can be written to, as far as can be seen at once; does
+    nothing for other paths. TensorFlow would try for ever to make a bucket that is not there, and orbax fail
+    in the middle of the first save without Google's package.
+    """
+    if not address.startswith("gs://"):
+        return
+    bucket = address.split("/")[2]
+    try:
+        if not epath.Path(f"gs://{bucket}").exists():
+            raise UserError(f"no bucket gs://{bucket}: expected one that is there, in {address}")
+    except UserError:
+        raise
+    except Exception:  # one that may be written to and not looked at: the first write will tell
+        pass
+    if not _has_google_storage():
+        raise UserError(
+            f"{address} needs the package google-cloud-storage: pip install google-cloud-storage"
+        )
+
+
+def _has_google_storage() -> bool:
+    try:
+        return importlib.util.find_spec("google.cloud.storage") is not None
+    except ModuleNotFoundError:  # not even google.cloud
+        return False
+
+
+def check_local(option: str, path: str) -> None:
+    """Raises a UserError if `path`, given with `option`, is a bucket's address."""
+    if "://" in path:
+        raise UserError(
+            f"{option}={path}: expected a local path; gcloud storage cp and rsync copy from and to a bucket"
+        )
 
 
 def cache_folder() -> epath.Path:

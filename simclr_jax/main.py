@@ -14,7 +14,7 @@ import jax
 from simclr_jax import processes
 from simclr_jax.config.overrides import load
 from simclr_jax.errors import UserError
-from simclr_jax.files import cache_folder
+from simclr_jax.files import cache_folder, check_bucket
 from simclr_jax.modes import MODES
 from simclr_jax.training.workdir import saved_config
 
@@ -32,6 +32,8 @@ def main(argv: list[str]) -> None:
     flags = _flags_of(args)
     if not (args.workdir or (args.mode == "compile" and args.config)):
         raise UserError("no --workdir: expected the folder where everything is written")
+    if args.workdir:
+        check_bucket(args.workdir)
     if "topology" not in flags:  # compiling for a slice sets up JAX itself
         keep_compiled_programs()
         # Before the configuration, which may ask what devices there are.

@@ -14,7 +14,7 @@ from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.source import Classes, Example, Source, codes_of
 from simclr_jax.data.split import DataSet
 from simclr_jax.errors import UserError
-from simclr_jax.files import expanded
+from simclr_jax.files import check_local, expanded
 
 
 class Files(Source):
@@ -129,6 +129,7 @@ def open_split(
         raise UserError(
             f"the name of the folder {os.fsencode(path)!r} is not UTF-8: rename it, or name a link to it"
         )
+    check_local("data.path", path)
     root = expanded(path)
     if root.is_file():
         raise UserError(f"{path!r} is a file: expected a folder of images (data.path)")

@@ -24,7 +24,7 @@ from simclr_jax.encoders import apply_network, to_float
 from simclr_jax.errors import UserError
 from simclr_jax.evals import subjects
 from simclr_jax.evals.features import Extractor
-from simclr_jax.files import expanded
+from simclr_jax.files import check_local, expanded
 from simclr_jax.mesh import make_mesh
 from simclr_jax.modes.feature_file import OUTPUT_SUFFIXES, Parts, alone
 from simclr_jax.training.state import digest_of
@@ -67,6 +67,7 @@ def open_input(config: ConfigDict, name: str) -> Input:
         paths = isinstance(split, IndexedSplit) and isinstance(split.source, folder.Files)
         where = config.data.path if name == "train" else config.data.test_path
         return Input(split, expanded(where) if paths else None, name)
+    check_local("--input", name)
     root = expanded(name)
     if root.is_dir():
         split = folder.open_split(name, config.data.folder_labels)
@@ -103,6 +104,7 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
       UserError: there is no such input or no checkpoint, the output cannot be written, or an unfinished
         output was made from another input or encoder.
     """
+    check_local("--output", output)
     path = expanded(output)
     if path.suffix not in OUTPUT_SUFFIXES:
         raise UserError(

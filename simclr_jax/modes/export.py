@@ -67,9 +67,19 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
             loading += _write_head(encoder, head, path)
     what = "classifier" if isinstance(encoder, Classifier) else "encoder"
     say(f"the {what} of step {encoder.step}, {encoder.width} numbers an image: {path}")
-    say(f"\n{loading}\n")
+    say(f"\n{_beginning_local(loading, path, format)}\n")
     if format != "huggingface":  # its program says what images are
         say("Images are numbers in [0, 1]: divided by 255, and not standardised.")
+
+
+def _beginning_local(loading: str, path: epath.Path, format: str) -> str:
+    """Returns the program with a copy from the bucket before it, where `path` is in one and only TensorFlow could
+    read it there.
+    """
+    if "://" not in str(path) or format == "savedmodel":
+        return loading
+    folder = f"{path.parent}/"
+    return f"# first: gcloud storage cp -r '{folder}{path.stem}*' .\n{loading.replace(folder, '')}"
 
 
 def _write_safetensors(encoder: Encoder, path: epath.Path) -> str:

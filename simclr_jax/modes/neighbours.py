@@ -13,7 +13,7 @@ from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import evenly
 from simclr_jax.data.source import Example
 from simclr_jax.errors import UserError
-from simclr_jax.files import expanded
+from simclr_jax.files import check_local, expanded
 from simclr_jax.modes.embed import Input, open_input
 from simclr_jax.modes.feature_file import FeatureFile, read_feature_file
 from simclr_jax.report.learned import unit
@@ -73,6 +73,8 @@ def neighbours(
     Raises:
       UserError: no such file or image, or the images that it names are missing or have changed.
     """
+    output = output or os.path.join(workdir, "neighbours.png")
+    check_local("--output", output)
     features = read_feature_file(input)
     count = len(features.images)
     if count < 2:
@@ -89,7 +91,7 @@ def neighbours(
     names = [str(features.images[i]) for i in needed]
     pictures = dict(zip(needed, _pictures(source, names, config.data.upright), strict=True))
     grid = _grid(pictures, queries, found, similar)
-    path = expanded(output or os.path.join(workdir, "neighbours.png"))
+    path = expanded(output)
     try:
         grid.save(path)
     except (OSError, ValueError) as error:
