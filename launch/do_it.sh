@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# To be sourced: what --dry_run means to every script, by its variable `dry_run`, and where a run writes.
+# To be sourced: what --dry_run means to every script, by its variable `dry_run`, where a run writes, and how a script ends
+# that was called wrongly.
 
 # do_it COMMAND ...: runs it, or prints it so that it can be pasted.
 do_it() {
@@ -20,4 +21,15 @@ workdir_of() {
     esac
     shift
   done
+}
+
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+# Prints the head of the script, and ends it.
+usage() {
+  sed -n '2,/^set -euo/{/^set/d;s/^# \{0,1\}//;p}' "launch/$(basename "$0")" >&2
+  exit 2
 }

@@ -22,16 +22,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/do_it.sh
 
-fail() {
-  echo "error: $1" >&2
-  exit 2
-}
-
-usage() {
-  sed -n '2,/^set -euo/{/^set/d;s/^# \{0,1\}//;p}' launch/gke.sh >&2
-  exit 2
-}
-
 # json STRING ...: a list of JSON strings.
 json() {
   local text list=()

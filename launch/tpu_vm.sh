@@ -25,16 +25,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/do_it.sh
 
-fail() {
-  echo "error: $1" >&2
-  exit 2
-}
-
-usage() {
-  sed -n '2,/^set -euo/{/^set/d;s/^# \{0,1\}//;p}' launch/tpu_vm.sh >&2
-  exit 2
-}
-
 gcloud_tpus() {
   local command=("$@")
   do_it gcloud compute tpus "${command[@]}" ${zone:+--zone="$zone"}

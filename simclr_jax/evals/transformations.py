@@ -1,4 +1,4 @@
-"""What h and z know of a transformation that an image went through (paper, section 4.2 and Table 3).
+"""Measures what h and z know of a transformation that an image went through (paper, section 4.2 and Table 3).
 
 Each image is transformed or not, at random, and a small network is trained to tell from its features which it
 was. The paper's four tasks; it publishes neither the network's size nor the strength of the corruption: here
@@ -118,7 +118,7 @@ def asked(
     Args:
       task: what is asked.
       batches: this process's, {"image": uint8 [n, S, S, 3], "label": [n]}.
-      seed, part: of the random numbers; another part of the data gets others.
+      seed, part: decide the random numbers: each part of the data has its own.
     """
     place = jax.process_index()
     for batch in batches:
@@ -141,7 +141,7 @@ def probe(
     Args:
       train, answers: features [n, D] and int [n].
       test, expected: the same of the test images.
-      seed: of its weights and batches.
+      seed: decides its first weights and its batches.
 
     Returns:
       the accuracy on the test images.

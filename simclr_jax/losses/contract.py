@@ -36,7 +36,7 @@ class Loss(NamedTuple):
 
 
 class SoftmaxTerms(NamedTuple):
-    """What a softmax loss is the mean of: log_normalizer - positive, over the anchors.
+    """Holds the terms of a softmax loss, which is the mean over the anchors of log_normalizer - positive.
 
     Attributes:
       log_normalizer: float32 [2B], log of the sum over an anchor's candidates of exp(s / tau).

@@ -312,7 +312,7 @@ def _differentiate_rows(z, every, log_normalizer, by_normalizer, by_positive, ax
     Args:
       z: a device's own rows [n, D].
       every: all rows of the batch.
-      log_normalizer: of the own rows, [n].
+      log_normalizer: that of each own row, [n].
       by_normalizer, by_positive: derivatives of the loss by the log-normaliser and by the similarity with the
         partner, of the own rows, [n] each.
       axes, tiles: see `_fold_rows`.

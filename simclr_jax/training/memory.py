@@ -93,7 +93,7 @@ def advance(memory: Memory, params: dict, keys: jax.Array, decay: float) -> Memo
 
     Args:
       memory: before the step.
-      params: of the trained networks after the step.
+      params: the trained networks' after the step.
       keys: [B, D], the batch's projections by `memory.params`; they take the place of the oldest.
       decay: see `MemoryRule`.
     """

@@ -127,7 +127,7 @@ def late_of(heard: dict[int, dict], count: int) -> str:
 
     Args:
       heard: process -> {"step", "doing"} of those that could say it.
-      count: of processes.
+      count: how many processes there are.
     """
     silent = [str(process) for process in range(count) if process not in heard]
     if silent:

@@ -1,4 +1,4 @@
-"""What lies on h as a PyTorch `Sequential`: the projection head, or a classifier with the layers below it."""
+"""Writes the projection head, or a classifier with the layers below it, for PyTorch's `Sequential`."""
 
 from collections.abc import Mapping
 from typing import Any
