@@ -26,6 +26,7 @@ from simclr_jax.files import locked
 from simclr_jax.modes.pretrain import describe_run, pretrain
 from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.saved import find, saved_steps
+from simclr_jax.training.state import TrainState
 from simclr_jax.training.workdir import check_workdir
 from simclr_jax.views.placement import Resident
 
@@ -196,7 +197,7 @@ def test_batchnorm_per_device_does_not_go_on_on_other_devices(tiny_resnet, tmp_p
 
 def simple_state():
     part = {"encoder": {"kernel": jnp.ones(3)}}
-    return assemble.TrainState(jnp.zeros((), jnp.int32), part, part, (jnp.ones(3),))
+    return TrainState(jnp.zeros((), jnp.int32), part, part, (jnp.ones(3),))
 
 
 def test_a_run_does_not_go_on_with_other_images(watched, copy, tmp_path):
