@@ -107,8 +107,8 @@ apply() {
   chips_per_host=${chips_per_host:-$((chips < 4 ? chips : 4))}
   ((chips_per_host > 0 && chips % chips_per_host == 0)) || fail "--chips_per_host=$chips_per_host does not divide the $chips chips of $topology"
   hosts=$((chips / chips_per_host))
-  [[ $(workdir_of "${args[@]}") == gs://* ]] || fail "a container's own disk is lost when it restarts: give -- ... --workdir=gs://BUCKET/FOLDER"
-  quoted=$(json "${args[@]}") || exit 2
+  [[ $(workdir_of ${args[@]+"${args[@]}"}) == gs://* ]] || fail "a container's own disk is lost when it restarts: give -- ... --workdir=gs://BUCKET/FOLDER"
+  quoted=$(json ${args[@]+"${args[@]}"}) || exit 2
   manifest > "$file"
   echo "written: $file, $slices slice(s) of $hosts host(s) with $chips_per_host chip(s)"
   do_it kubectl apply -f "$file"

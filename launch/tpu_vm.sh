@@ -47,24 +47,28 @@ version_of() {
 # Prints the state of the request, MISSING if there is none. Fails if gcloud cannot say: an expired login or a
 # network that is down must not lead to a second slice.
 state() {
-  local said
-  if said=$(gcloud compute tpus queued-resources describe "$name" ${zone:+--zone="$zone"} \
-    --format='value(state.state)' 2>&1); then
+  local said errors status=0
+  errors=$(mktemp) # apart: gcloud warns there also where it succeeds
+  said=$(gcloud compute tpus queued-resources describe "$name" ${zone:+--zone="$zone"} \
+    --format='value(state.state)' 2> "$errors") || status=$?
+  if ((status == 0)); then
     echo "$said"
-  elif [[ $said == *NOT_FOUND* || $said == *"not found"* || $said == *"was not found"* ]]; then
+  elif grep -q NOT_FOUND "$errors"; then
     echo MISSING
   else
-    echo "$said" >&2
+    cat "$errors" >&2
     echo "error: gcloud cannot say what has become of $name" >&2
-    return 1
   fi
+  ((status == 0)) || grep -q NOT_FOUND "$errors" || status=-1
+  rm -f "$errors"
+  ((status != -1))
 }
 
 create() {
   [[ -n $type ]] || fail "create and resume need --type, such as --type=v5litepod-64"
   version=${version:-$(version_of "$type")}
   gcloud_tpus queued-resources create "$name" --node-id="$name" \
-    --accelerator-type="$type" --runtime-version="$version" ${spot:+--spot} "${more[@]}"
+    --accelerator-type="$type" --runtime-version="$version" ${spot:+--spot} ${more[@]+"${more[@]}"}
 }
 
 wait_until_active() {
@@ -101,7 +105,7 @@ setup() {
   do_it git archive --format=tar.gz --output=/tmp/simclr_jax.tar.gz HEAD
   gcloud_tpus tpu-vm scp /tmp/simclr_jax.tar.gz "$name:" --worker=all
   # The image's own Python may be older than 3.11: uv brings one.
-  on_hosts all "mkdir -p simclr_jax && tar xzf simclr_jax.tar.gz -C simclr_jax && cd simclr_jax && (command -v ~/.local/bin/uv || curl -LsSf https://astral.sh/uv/install.sh | sh) && ~/.local/bin/uv venv --allow-existing --python=3.12 && ~/.local/bin/uv pip install -e '.[tpu]'"
+  on_hosts all "mkdir -p simclr_jax && tar xzf simclr_jax.tar.gz -C simclr_jax && cd simclr_jax && (command -v ~/.local/bin/uv || curl -LsSf https://astral.sh/uv/install.sh | sh) && ~/.local/bin/uv venv --allow-existing --python=3.12 && ~/.local/bin/uv pip install -e '.[tpu]' && touch .set_up"
 }
 
 run() {
@@ -138,33 +142,51 @@ stop() {
   on_hosts all "[ -e ~/simclr.pid ] && pkill -TERM -P \$(cat ~/simclr.pid)" # what the shell of that number runs
 }
 
+# Ends what is left of a run on every host: one host may wait for another that has ended.
+clear_hosts() {
+  on_hosts all "[ ! -e ~/simclr.pid ] || { pkill -TERM -P \$(cat ~/simclr.pid); for i in \$(seq 30); do kill -0 \$(cat ~/simclr.pid) 2> /dev/null || exit 0; sleep 2; done; pkill -KILL -P \$(cat ~/simclr.pid); } || true"
+}
+
 # Looks after a run until its first host says that it ended with status 0. An error that comes back at once would
-# come back for ever: after three in a row that lasted less than ten minutes it gives up.
+# come back for ever: after three in a row that lasted less than ten minutes it gives up, and after ten in a row
+# that gcloud refused. A slice that is taken away counts as neither.
 babysit() {
-  local now said began short=0
-  resume
-  [[ -z $dry_run ]] || return 0
-  began=$SECONDS
-  while sleep "${POLL_SECONDS:-60}"; do
-    if ! now=$(state); then
-      continue # the network, or a login: look again
-    fi
-    said=lost
-    if [[ $now == ACTIVE ]]; then
-      said=$(on_hosts 0 "$said_of_run") || continue
+  local now said began=$SECONDS short=0 refused=0
+  if [[ -n $dry_run ]]; then
+    resume
+    return
+  fi
+  while :; do
+    said=unknown
+    if now=$(state); then
+      said=lost
+      if [[ $now == ACTIVE ]]; then
+        said=$(on_hosts 0 "$said_of_run") || said=unknown
+      fi
     fi
     case $said in
-      running) continue ;;
+      running | unknown) ;;
       "ended 0")
         echo "$(date +%H:%M:%S) the run on $name is done"
         return
         ;;
+      *)
+        if [[ $said == ended* ]]; then
+          ((SECONDS - began < ${SHORT_SECONDS:-600})) && short=$((short + 1)) || short=0
+          ((short < 3)) || fail "the run on $name ended early three times in a row ($said): see logs"
+          clear_hosts || true
+        fi
+        echo "$(date +%H:%M:%S) $name is $now, the run: $said; resuming"
+        # A program of its own: what fails in it, a slice lost meanwhile or a host not ready, is tried again.
+        if launch/tpu_vm.sh resume "${given[@]}"; then
+          began=$SECONDS refused=0
+        else
+          refused=$((refused + 1))
+          ((refused < 10)) || fail "$name could not be resumed ten times in a row"
+        fi
+        ;;
     esac
-    ((SECONDS - began < ${SHORT_SECONDS:-600})) && short=$((short + 1)) || short=0
-    ((short < 3)) || fail "the run on $name ended early three times in a row ($said): see logs"
-    echo "$(date +%H:%M:%S) $name is $now, the run: $said; resuming"
-    resume
-    began=$SECONDS
+    sleep "${POLL_SECONDS:-60}"
   done
 }
 
@@ -178,6 +200,7 @@ resume() {
   [[ -n $dry_run ]] || now=$(state)
   case $now in
     ACTIVE) # the VMs are there, the run is not
+      on_hosts all "[ -e simclr_jax/.set_up ]" || setup
       run
       return
       ;;
@@ -196,7 +219,9 @@ resume() {
 
 (($# >= 2)) || usage
 action=$1 name=$2
-shift 2
+shift
+given=("$@")
+shift
 [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "the slice's name comes second: lower-case letters, digits and dashes, not $name"
 zone='' type='' version='' spot='' host=0 dry_run='' args=() more=()
 while (($#)); do

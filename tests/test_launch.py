@@ -20,6 +20,7 @@ STUB = r"""#!/usr/bin/env bash
 { printf '%q ' "$(basename "$0")" "$@"; echo; } >> "$CALLS"
 [[ $(basename "$0") == srun ]] && exit "${STUB_STATUS_OF_SRUN:-${STUB_STATUS:-0}}"
 if [[ " $* " == *" describe "* || $(basename "$0") == squeue ]]; then
+  [[ -z ${STUB_WARNS:-} ]] || echo "$STUB_WARNS" >&2
   [[ -z ${STUB_SAYS:-} ]] || { echo "$STUB_SAYS" >&2; exit 1; }
   [[ -s $STATES ]] || { echo "NOT_FOUND: no such resource" >&2; exit 1; }
   head -n 1 "$STATES"
@@ -192,6 +193,28 @@ def test_a_gcloud_that_cannot_say_does_not_lead_to_a_second_slice(cloud):
     assert verbs(calls) == ["describe"]
 
 
+def test_warnings_of_gcloud_are_not_the_state(cloud):
+    process, calls = cloud(*RESUME, states=("ACTIVE",), STUB_WARNS="WARNING: updates are available")
+    assert process.returncode == 0, process.stderr
+    assert "create" not in verbs(calls)
+    process, calls = cloud(*RESUME, STUB_SAYS="credentials file not found")
+    assert process.returncode == 1
+    assert verbs(calls) == ["describe"]
+
+
+def test_babysit_tries_again_what_fails_while_it_resumes(cloud, tmp_path):
+    """A slice that fails while it is awaited does not end it."""
+    said = tmp_path / "said"
+    said.write_text("ended 0\n")
+    states = ("SUSPENDED", "SUSPENDED", "FAILED", "ACTIVE")
+    command = ("launch/tpu_vm.sh", "babysit", *RESUME[2:])
+    process, calls = cloud(*command, states=states, STUB_RUN=str(said))
+    assert process.returncode == 0, process.stderr
+    assert "the slice pod is FAILED" in process.stderr
+    assert "the run on pod is done" in process.stdout
+    assert verbs(calls).count("create") == 1
+
+
 def test_further_options_reach_gcloud_and_a_workdir_may_be_an_argument_of_its_own(cloud):
     _, (created,) = cloud(
         "launch/tpu_vm.sh",
@@ -217,7 +240,11 @@ def test_babysit_resumes_until_the_run_is_done(cloud, tmp_path):
     assert process.returncode == 0, process.stderr
     assert "the run: ended 75; resuming" in process.stdout
     assert "the run on pod is done" in process.stdout
-    assert sum("nohup" in call[-1] or "nohup" in call[7] for call in calls if call[4] == "ssh") == 2
+    assert sum("nohup" in " ".join(call) for call in calls) == 1
+    # What is left on other hosts is ended first, and the slice is set up if it never was.
+    sent = [" ".join(call) for call in calls if call[4] == "ssh"]
+    assert [i for i, text in enumerate(sent) if "pkill -TERM" in text] == [2]
+    assert ".set_up" in sent[3]
     said.write_text("ended 1\n" * 3)
     process, _ = cloud(*command, states=("ACTIVE",), STUB_RUN=str(said))
     assert process.returncode == 2
@@ -333,7 +360,8 @@ def test_resume_keeps_the_place_in_the_queue(cloud):
 def test_resume_only_starts_the_run_where_the_slice_is_there(cloud):
     process, calls = cloud(*RESUME, states=("ACTIVE",))
     assert process.returncode == 0, process.stderr
-    assert verbs(calls) == ["describe", "ssh"]
+    assert verbs(calls) == ["describe", "ssh", "ssh"]
+    assert calls[1][7] == "--command=[ -e simclr_jax/.set_up ]"
 
 
 def test_dry_run_prints_commands_that_can_be_pasted_and_runs_none(cloud):

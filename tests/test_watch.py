@@ -68,7 +68,7 @@ def test_what_may_take_its_time_is_not_ended(tmp_path):
 
 
 def test_a_stuck_save_is_ended_after_ten_times_as_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(watch, "_SAVING", 3)
+    monkeypatch.setattr(watch, "_SLOW", 3)
     watching, ended = watched(tmp_path, seconds=0.2)
     with watching:
         begin(watching, 8)
@@ -77,6 +77,40 @@ def test_a_stuck_save_is_ended_after_ten_times_as_long(tmp_path, monkeypatch):
             assert ended.wait(20)
         assert time.monotonic() - began > 0.5
     assert json.loads((tmp_path / "hung/process_0.json").read_text())["doing"] == "saving"
+
+
+def test_others_may_still_be_busy_after_a_save_and_the_first_images_may_take_longer(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(watch, "_SLOW", 6)
+    watching, ended = watched(tmp_path, seconds=0.2)
+    with watching:
+        began = time.monotonic()
+        with watching.doing("input"):
+            assert ended.wait(20)
+        assert time.monotonic() - began > 1
+    watching, ended = watched(tmp_path, seconds=0.2)
+    with watching:
+        begin(watching, 3)
+        with watching.doing("saving"):
+            pass
+        with watching.doing("computing"):
+            assert not ended.wait(0.7)
+        begin(watching, 6)  # three steps on all is as before
+        with watching.doing("computing"):
+            began = time.monotonic()
+            assert ended.wait(20)
+            assert time.monotonic() - began < 1
+
+
+def test_a_stuck_storage_does_not_keep_the_process(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(watch, "_WRITING", 0.3)
+    monkeypatch.setattr(watch, "_stacks", lambda: time.sleep(60))
+    watching, ended = watched(tmp_path)
+    with watching:
+        begin(watching, 3)
+        assert ended.wait(20)
+    assert "hung cannot be written" in capfd.readouterr().err
 
 
 def test_the_training_loop_is_watched(tmp_path, monkeypatch):

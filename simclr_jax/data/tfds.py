@@ -183,7 +183,10 @@ def is_prepared(name: str, data_dir: str = "") -> bool:
     """Returns whether the TFDS data set called `name` lies in a folder, "": TFDS's own. Downloads nothing."""
     import tensorflow_datasets as tfds
 
-    return tfds.builder(name, data_dir=data_dir or None).data_path.exists()
+    try:
+        return tfds.builder(name, data_dir=data_dir or None).data_path.exists()
+    except (tfds.core.registered.DatasetNotFoundError, ValueError, AssertionError):
+        return False  # this version of TFDS does not have it
 
 
 def _check_split(builder: Any, name: str) -> None:

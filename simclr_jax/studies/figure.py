@@ -170,7 +170,8 @@ def _layout(study: Study) -> tuple[list[str], dict[str, list[Key]]]:
     with, and then each B is a series.
     """
     first, readings = study.factors[0], list(study.readings)
-    if len(first.levels) == 1 and len(readings) > 1:
+    alone = len(study.factors) == 1 and len(first.levels) == 1 and not first.numbers
+    if alone and len(readings) > 1:
         (level,) = first.levels
         parts = [reading.rpartition(", ") for reading in readings]
         names = list(dict.fromkeys(name for name, _, _ in parts))

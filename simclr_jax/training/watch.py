@@ -18,10 +18,13 @@ from typing import Self
 import jax
 from etils import epath
 
-# While a checkpoint is written a storage may be slow: so many times the seconds of a step.
-_SAVING = 10
+# So many times the seconds of a step, where a storage may be slow: while a checkpoint is written, while the first
+# images are read, and in the steps after a save or an evaluation, in which others may still be busy with it.
+_SLOW = 10
 # Seconds that a process which gives up waits for what the others have to say.
 _LISTENING = 5.0
+# Seconds that writing and listening may take in all.
+_WRITING = 30.0
 
 _UNTIL_DONE = "evaluating", "compiling"  # may take any time
 # Steps that a loop is ahead of what it has read. Only with the first result are all processes known to have
@@ -49,7 +52,7 @@ class Watch:
         self._folder = epath.Path(workdir) / "hung"
         self._seconds, self._end = seconds, end or (lambda: os._exit(1))
         self._step, self._doing, self._waited = 0, "compiling", 0.0
-        self._beats = 0
+        self._beats, self._eased = 0, 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True, name="watch")
 
@@ -68,6 +71,7 @@ class Watch:
     def beat(self, step: int) -> None:
         """Says that the loop has come past `step`."""
         self._beats += 1
+        self._eased = max(0, self._eased - 1)
         self._step, self._waited = step, 0.0
         if self._beats > _STEPS_AHEAD:
             self._doing = "between steps"
@@ -75,18 +79,22 @@ class Watch:
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
         """Names what the loop does in the block: "input", "computing", "saving" or "evaluating"."""
-        if self._doing == "compiling":  # all that comes before the first result may take its time
+        before = self._doing
+        if before == "compiling" and what != "input":  # the first step compiles
             yield
             return
-        before, self._doing, self._waited = self._doing, what, 0.0
+        if what in ("saving", "evaluating") or not self._beats:
+            self._eased = _STEPS_AHEAD + 1
+        self._waited, self._doing = 0.0, what
         yield
-        self._doing, self._waited = before, 0.0
+        self._waited, self._doing = 0.0, before
 
     def _look(self) -> None:
         pause = min(5.0, self._seconds / 10)
         while not self._over.wait(pause):
             self._waited += pause
-            limit = self._seconds * (_SAVING if self._doing == "saving" else 1)
+            slow = self._doing == "saving" or self._eased
+            limit = self._seconds * (_SLOW if slow else 1)
             if self._doing not in _UNTIL_DONE and self._waited > limit:
                 self._give_up()
                 return
@@ -94,13 +102,23 @@ class Watch:
     def _give_up(self) -> None:
         me, count = jax.process_index(), jax.process_count()
         said = {"process": me, "step": self._step, "doing": self._doing}
-        with contextlib.suppress(Exception):  # a storage that is stuck may be the reason
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._file("txt").write_text(_stacks())
-            self._file("json").write_text(json.dumps(said))
+        late: list[str] = []
+
+        def write_and_ask() -> None:
+            with contextlib.suppress(Exception):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._file("txt").write_text(_stacks())
+                self._file("json").write_text(json.dumps(said))
+            late.append(self._who_is_late(count))
+
+        # Aside: a storage that is stuck may be the reason, and must not keep the process.
+        asking = threading.Thread(target=write_and_ask, daemon=True)
+        asking.start()
+        asking.join(timeout=_WRITING)
+        about = late[0] if late else f"; {self._folder} cannot be written"
         print(
             f"error: process {me} of {count}: no progress for {self._waited:.0f} s ({self._doing}, after step "
-            f"{self._step}; train.hang_seconds={self._seconds:g}){self._who_is_late(count)}. Stacks: "
+            f"{self._step}; train.hang_seconds={self._seconds:g}){about}. Stacks: "
             f"{self._folder}. The same command goes on from the newest checkpoint",
             file=sys.stderr,
             flush=True,
