@@ -195,6 +195,7 @@ def two_stuck(cache, quick, tmp_path):  # noqa: F811
             "--processes=2",
             "--config.train.steps=100",
             "--config.train.hang_seconds=10",
+            "--config.checkpoint.every_steps=1000",  # right after a save it waits longer
             "--config.eval.after_training=none",
         ]
         for i in range(2):
