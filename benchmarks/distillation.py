@@ -118,12 +118,12 @@ def main() -> None:
     parser.add_argument("workdir", type=pathlib.Path)
     parser.add_argument("config", help="a configuration file, FILE or FILE:ARGUMENT")
     parser.add_argument("--width", type=float, required=True, help="model.width of the teacher")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--student_epochs", type=float, help="default: those of pretraining")
     arguments, options = parser.parse_known_args()
     options = [f"--config={arguments.config}", *options]
     lines = []
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         runs = Runs(arguments.workdir, options, seed, arguments.student_epochs)
         lines += of_seed(runs, arguments.width)
         text = "".join(json.dumps(line) + "\n" for line in lines)
