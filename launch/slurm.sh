@@ -1,63 +1,107 @@
 #!/usr/bin/env bash
-# A run on several GPU nodes under SLURM, one process a GPU.
+# A run on GPU nodes under SLURM, one process a GPU.
 #
-#     launch/slurm.sh --nodes=N --gpus=G [--dry_run] [SBATCH OPTIONS] -- ARGS of python -m simclr_jax.main
+#     launch/slurm.sh --nodes=N --gpus-per-node=[TYPE:]G [OPTIONS] [SBATCH OPTIONS] -- ARGS of python -m simclr_jax.main
 #
-# G is the number of GPUs of a node. Outside of an allocation it submits itself with sbatch; inside
-# (the submitted job, or salloc) it starts the processes with srun. The processes find each other by
-# SLURM's variables. A job that a signal stopped while it may still run, as --signal=TERM@120 sends it 120 s
-# before its time is up, is queued again; one that is cancelled is not. Of a study an array of jobs, --array=1-N, makes N parts. A job that is preempted or whose node fails is put back into the queue and goes
-# on from the newest checkpoint. `python` must be that of the environment simclr_jax is installed in.
+# Outside of an allocation it submits itself with sbatch; inside (the submitted job, or salloc) it starts the
+# processes with srun, and they find each other by SLURM's variables.
+#
+# Options, and those of sbatch with a meaning of their own here:
+#     --gpus=[TYPE:]G     of the whole job, as SLURM means it, in place of --gpus-per-node; a multiple of the nodes
+#     --prelude=FILE      sourced on each node before the process starts, for modules or an environment; without it
+#                         `python` must be that of the environment simclr_jax is installed in
+#     --container...=...  SLURM's or pyxis's: the processes run in the container, this script beside it
+#     --signal=TERM@S     S seconds before the time limit the run saves, and is queued again      (default: 120)
+#     --restarts=N        how often it may have been queued again when a process dies or hangs      (default: 100)
+#     --array=1-N         of a study: N jobs, each of which makes a part
+#     --dry_run           print the command
+#
+# A job that is preempted, whose node fails, that comes to its time limit, or a process of which dies or hangs,
+# is queued again and goes on from the newest checkpoint. One that is cancelled, or ended by a mistake that the
+# user has to mend, is not.
 set -euo pipefail
 
 # Inside a job SLURM runs a copy of this script: the repository is where the job was told to be.
 [[ -n ${SLURM_JOB_ID:-} && -e launch/do_it.sh ]] || cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/do_it.sh
 
-usage() {
-  echo "usage: launch/slurm.sh --nodes=N --gpus=G [--dry_run] [SBATCH OPTIONS] -- ARGS of python -m simclr_jax.main" >&2
-  exit 2
+# What python ends with: 0 done, 1 and 2 a mistake of the user's, 75 and 143 stopped by a signal.
+run_again() {
+  case $1 in
+    0 | 1 | 2) return 1 ;;
+    75 | 143) said="stopped before the end" ;;
+    *)
+      said="ended with status $1"
+      ((${SLURM_RESTART_COUNT:-0} < restarts)) || return 1
+      ;;
+  esac
+  # SLURM says COMPLETING of a job that was cancelled, and itself queues one again that it preempted.
+  [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]
 }
 
-nodes='' gpus='' dry_run='' options=()
+nodes='' gpus='' gpus_per_node='' prelude='' restarts=100 signal=--signal=TERM@120 dry_run=''
+of_sbatch=() of_srun=()
 while (($#)) && [[ $1 != -- ]]; do
   case $1 in
+    -N | -G)
+      (($# > 1)) || usage
+      if [[ $1 == -N ]]; then nodes=$2; else gpus=$2; fi
+      shift
+      ;;
+    -N*) nodes=${1#-N} ;;
+    -G*) gpus=${1#-G} ;;
     --nodes=*) nodes=${1#*=} ;;
     --gpus=*) gpus=${1#*=} ;;
+    --gpus-per-node=*) gpus_per_node=${1#*=} ;;
+    --prelude=*) prelude=$(realpath -e -- "${1#*=}") || fail "$1: expected a file that is there" ;;
+    --container*) of_srun+=("$1") ;;
+    --signal=*) signal=$1 ;;
+    --restarts=*) restarts=${1#*=} ;;
     --dry_run) dry_run=yes ;;
-    *) options+=("$1") ;;
+    --gpus-per-task* | -n | -n[0-9]* | --ntasks*)
+      fail "$1: there is one process a GPU, which has to see all of its node; give --gpus-per-node"
+      ;;
+    *) of_sbatch+=("$1") ;;
   esac
   shift
 done
-[[ $nodes =~ ^[1-9][0-9]*$ && $gpus =~ ^[1-9][0-9]*$ && ${1:-} == -- ]] || usage
+[[ $nodes =~ ^[1-9][0-9]*$ && ${1:-} == -- && -n ${2:-} && $restarts =~ ^[0-9]+$ ]] || usage
 shift
-(($#)) || usage
+
+kind=''
+[[ $gpus$gpus_per_node != *:* ]] || kind=${gpus_per_node:-$gpus} kind=${kind%:*}:
+count=${gpus_per_node:-$gpus} count=${count##*:}
+[[ $count =~ ^[1-9][0-9]*$ && ! (-n $gpus && -n $gpus_per_node) ]] || usage
+if [[ -n $gpus ]]; then
+  ((count % nodes == 0)) || fail "--gpus=$gpus: expected a multiple of the $nodes nodes; --gpus-per-node is for each"
+  count=$((count / nodes))
+fi
+place=(--nodes="$nodes" --ntasks-per-node="$count" --gpus-per-node="$kind$count")
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
-  do_it sbatch --job-name=simclr --nodes="$nodes" --ntasks-per-node="$gpus" \
-    --gpus-per-node="$gpus" --requeue --open-mode=append --chdir="$PWD" "${options[@]}" \
-    launch/slurm.sh --nodes="$nodes" --gpus="$gpus" -- "$@"
+  echo "$nodes node(s) with $count GPU(s) and processes each" >&2
+  do_it sbatch --job-name=simclr "${place[@]}" --requeue --open-mode=append --chdir="$PWD" "$signal" \
+    ${of_sbatch[@]+"${of_sbatch[@]}"} launch/slurm.sh --nodes="$nodes" --gpus-per-node="$kind$count" \
+    --restarts="$restarts" ${prelude:+--prelude="$prelude"} ${of_srun[@]+"${of_srun[@]}"} -- "$@"
   exit
 fi
 
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
-  [[ " $* " == *" --mode=study "* ]] || {
-    echo "--array is for --mode=study: it makes each job a part of the study" >&2
-    exit 2
-  }
+  [[ " $* " == *" --mode=study "* ]] || fail "--array is for --mode=study: it makes each job a part of the study"
   set -- "$@" --part=$((SLURM_ARRAY_TASK_ID - ${SLURM_ARRAY_TASK_MIN:?} + 1))/"$SLURM_ARRAY_TASK_COUNT"
 fi
 
 # shellcheck source=launch/xla_flags.sh
 source launch/xla_flags.sh gpu
-# --kill-on-bad-exit: SLURM, too, ends all processes when one fails.
+run=(python -m simclr_jax.main "$@")
+# shellcheck disable=SC2016
+[[ -z $prelude ]] || run=(bash -c 'source "$0" && exec "$@"' "$prelude" "${run[@]}")
 status=0
-do_it srun --nodes="$nodes" --ntasks-per-node="$gpus" --gpus-per-node="$gpus" \
-  ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 python -m simclr_jax.main "$@" || status=$?
-# Stopped by a signal, and saved; or ended by SIGTERM (143) before the first step. SLURM itself queues a job
-# again whose node failed or that was preempted.
-if ((status == 75 || status == 143)) && [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
-  echo "stopped before the end: queued again, to go on from the newest checkpoint"
+# --kill-on-bad-exit: SLURM, too, ends all processes when one fails.
+do_it srun "${place[@]}" ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+  --kill-on-bad-exit=1 ${of_srun[@]+"${of_srun[@]}"} "${run[@]}" || status=$?
+if run_again "$status"; then
+  echo "$said: queued again, to go on from the newest checkpoint"
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -183,13 +183,14 @@ def shell(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     processes.keep_freed_memory(os.environ)
     try:
         command(arguments)
-    except Exception as error:
+    except Exception as raised:
+        error = raised
+        if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
+            error = UserError(_out_of_memory(error))
         if jax.distributed.is_initialized():
             if not isinstance(error, UserError | jax.errors.JaxRuntimeError):
                 traceback.print_exc()
             processes.end(error)
-        if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
-            sys.exit(f"error: {_out_of_memory(error)}")
         if not isinstance(error, UserError):
             raise
         sys.exit(f"error: {error}")

@@ -6,6 +6,7 @@ import glob
 import importlib.util
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,10 @@ HEARTBEAT_SECONDS = 30
 
 # Seconds a process that is done waits for the others before it gives them up.
 _SHUTDOWN_SECONDS = 120
+
+# The status of a process that ends because another one is gone or stuck: a launcher may start all of them
+# again, as it may not after a mistake of the user's. EX_UNAVAILABLE of sysexits.h.
+LOST = 69
 
 
 def keep_freed_memory(environment: Mapping[str, str]) -> None:
@@ -76,6 +81,7 @@ def start(coordinator: str | None, count: int | None, index: int | None) -> None
             coordinator,
             count,
             index,
+            local_device_ids=own_devices(os.environ),
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
@@ -102,6 +108,18 @@ def _tasks_of_slurm(environment: Mapping[str, str]) -> int:
     return int(environment.get("SLURM_STEP_NUM_TASKS", job))
 
 
+def own_devices(environment: Mapping[str, str]) -> list[int] | None:
+    """Returns which of the GPUs that this process sees are its own under SLURM; None: as JAX has it, which
+    gives the i-th process of a node the i-th GPU, and so fails where each process sees its own only
+    (`--gpus-per-task`; jax-ml/jax#28194) or has several (jax-ml/jax#16788).
+    """
+    seen = [x for x in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if x]
+    if _tasks_of_slurm(environment) == 1 or not seen:
+        return None
+    one_a_node = re.fullmatch(r"1(\(x\d+\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return list(range(len(seen))) if len(seen) == 1 or one_a_node else None
+
+
 def _has_tpu() -> bool:
     chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
@@ -120,10 +138,11 @@ def end(error: Exception) -> NoReturn:
     reason = one_line(error)
     me = f"error: process {jax.process_index()} of {jax.process_count()}: "
     if isinstance(error, UserError):
-        seconds = 2.0  # all processes may have the same to say: let them
+        seconds, status = 2.0, 1  # all processes may have the same to say: let them
         print(me + reason, file=sys.stderr, flush=True)
     else:
-        seconds = 1.5 * HEARTBEAT_SECONDS
+        lost = isinstance(error, jax.errors.JaxRuntimeError)
+        seconds, status = 1.5 * HEARTBEAT_SECONDS, LOST if lost else 1
         print(
             f"{me}the step failed ({reason[:300]}). If another process ended, its number follows within "
             f"{HEARTBEAT_SECONDS} s. The same command goes on from the newest checkpoint",
@@ -131,7 +150,7 @@ def end(error: Exception) -> NoReturn:
             flush=True,
         )
     time.sleep(seconds)
-    os._exit(1)  # an orderly exit would wait for the others, who wait for this one
+    os._exit(status)  # an orderly exit would wait for the others, who wait for this one
 
 
 @contextlib.contextmanager

@@ -398,7 +398,7 @@ def test_a_failure_of_gcloud_is_not_hidden(cloud):
     assert process.returncode == 3
 
 
-SLURM = ("launch/slurm.sh", "--nodes=2", "--gpus=8")
+SLURM = ("launch/slurm.sh", "--nodes=2", "--gpus-per-node=8")
 ARGS = ("--config=configs/imagenet.py", "--workdir=/shared/a b")
 
 
@@ -408,7 +408,7 @@ def test_slurm_submits_itself_and_then_starts_a_process_a_gpu(cloud):
     assert submitted[0] == "sbatch"
     assert {"--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--requeue"} <= set(submitted)
     assert f"--chdir={ROOT}" in submitted
-    assert "--time=1:00:00" in submitted
+    assert {"--time=1:00:00", "--signal=TERM@120"} <= set(submitted)
     job = submitted[submitted.index("launch/slurm.sh") :]
     process, (started,) = cloud(*job, SLURM_JOB_ID="7")
     assert process.returncode == 0, process.stderr
@@ -434,6 +434,72 @@ def test_a_job_that_was_stopped_is_queued_again_unless_it_is_cancelled(
     assert (process.returncode, len(calls)) == (1, 1)
 
 
+@pytest.mark.parametrize(("before", "requeued"), [("0", True), ("4", False)])
+def test_a_job_whose_processes_died_is_queued_again_a_bounded_number_of_times(
+    cloud, before, requeued
+):
+    job = (*SLURM, "--restarts=4", "--", *ARGS)
+    of_srun = {"SLURM_JOB_ID": "7", "STUB_STATUS_OF_SRUN": "69", "SLURM_RESTART_COUNT": before}
+    process, calls = cloud(*job, states=["RUNNING"], **of_srun)
+    assert process.returncode == 69
+    assert (calls[-1] == ["scontrol", "requeue", "7"]) == requeued
+
+
+@pytest.mark.parametrize(
+    ("options", "per_node"),
+    [
+        (("-N", "4", "--gpus-per-node=h100:8"), "h100:8"),
+        (("-N4", "--gpus=h100:8"), "h100:2"),
+        (("--nodes=4", "-G", "8"), "2"),
+        (("--nodes=4", "-G4"), "1"),
+    ],
+)
+def test_nodes_and_gpus_mean_what_they_mean_to_slurm(cloud, options, per_node):
+    process, (submitted,) = cloud("launch/slurm.sh", *options, "--", *ARGS)
+    processes = per_node.rpartition(":")[2]
+    assert process.stderr == f"4 node(s) with {processes} GPU(s) and processes each\n"
+    wanted = {"--nodes=4", f"--gpus-per-node={per_node}", f"--ntasks-per-node={processes}"}
+    assert wanted <= set(submitted)
+    job = submitted[submitted.index("launch/slurm.sh") :]
+    _, (started,) = cloud(*job, SLURM_JOB_ID="7")
+    assert wanted <= set(started)
+
+
+def test_a_prelude_and_a_container_are_of_the_processes(cloud, tmp_path):
+    prelude = tmp_path / "a prelude"
+    prelude.write_text("export SAID=yes\n")
+    options = (f"--prelude={prelude}", "--container-image=simclr.sqsh", "--container-mounts=/s:/s")
+    _, (submitted,) = cloud(*SLURM, *options, "--", *ARGS)
+    job = submitted[submitted.index("launch/slurm.sh") :]
+    assert not set(options[1:]) & set(submitted[: -len(job)])
+    _, (started,) = cloud(*job, SLURM_JOB_ID="7")
+    assert set(options[1:]) <= set(started)
+    command = started[started.index("bash") :]
+    assert command[-len(ARGS) - 3 :] == ["python", "-m", "simclr_jax.main", *ARGS]
+    said = subprocess.run(
+        [*command[:4], "bash", "-c", "echo $SAID $0 $1", "a", "b c"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout == "yes a b c\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--gpus-per-task=1",), "there is one process a GPU"),
+        (("--gpus-per-node=8", "--ntasks=4"), "there is one process a GPU"),
+        (("--gpus=3",), "expected a multiple of the 2 nodes"),
+        (("--gpus=2", "--prelude=there is none"), "expected a file that is there"),
+    ],
+)
+def test_mistakes_with_slurm(cloud, options, says):
+    process, calls = cloud("launch/slurm.sh", "--nodes=2", *options, "--", *ARGS)
+    assert (process.returncode, calls) == (2, [])
+    assert says in process.stderr.splitlines()[-1]
+
+
 def test_each_job_of_an_array_makes_a_part_of_a_study(cloud):
     study = ("--mode=study", "--study=configs/studies/loss.py", *ARGS)
     _, (submitted,) = cloud(*SLURM, "--array=3-6", "--", *study)
@@ -457,11 +523,20 @@ def test_slurm_dry_run(cloud):
     assert shlex.split(process.stdout)[0] == "srun"
 
 
-@pytest.mark.parametrize("arguments", [(), ("--nodes=2", "--", "x"), ("--nodes=2", "--gpus=8")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("--nodes=2", "--", "x"),
+        ("--nodes=2", "--gpus=8"),
+        ("--nodes=2", "--gpus=8", "--gpus-per-node=4", "--", "x"),
+        ("--gpus-per-node=4", "--", "x"),
+    ],
+)
 def test_slurm_says_how_it_is_used(cloud, arguments):
     process, calls = cloud("launch/slurm.sh", *arguments)
     assert process.returncode == 2
-    assert process.stderr.startswith("usage: launch/slurm.sh")
+    assert "launch/slurm.sh --nodes=N --gpus-per-node=" in process.stderr
     assert calls == []
 
 

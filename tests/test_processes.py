@@ -268,6 +268,23 @@ def test_clusters_are_recognised(environment, has_tpu, expected):
     assert processes.is_one_of_many(environment, has_tpu) == expected
 
 
+@pytest.mark.parametrize(
+    ("gpus", "tasks", "expected"),
+    [
+        (None, "8(x2)", None),
+        ("0,1,2,3,4,5,6,7", "8(x2)", None),  # the i-th process takes the i-th
+        ("5", "8(x2)", [0]),  # --gpus-per-task=1: its own, whatever its number
+        ("2,3", "1(x4)", [0, 1]),  # one process a node
+        ("2,3", "1", [0, 1]),
+    ],
+)
+def test_processes_under_slurm_know_their_gpus(gpus, tasks, expected):
+    step = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_NUM_TASKS": "16"}
+    step |= {"SLURM_STEP_TASKS_PER_NODE": tasks} | ({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
+    assert processes.own_devices(step) == expected
+    assert processes.own_devices({"CUDA_VISIBLE_DEVICES": "5"}) is None  # not under SLURM
+
+
 def test_under_slurm_jax_is_left_to_find_the_others(monkeypatch, capfd):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append(a))

@@ -18,6 +18,8 @@ from typing import Self
 import jax
 from etils import epath
 
+from simclr_jax.processes import LOST
+
 # So many times the seconds of a step, where a storage may be slow: while a checkpoint is written, while the first
 # images are read, and in the steps after a save or an evaluation, in which others may still be busy with it.
 _SLOW = 10
@@ -46,11 +48,11 @@ class Watch:
         Args:
           workdir: where to write.
           seconds: without a step; 0: never ends.
-          end: ends the process; None: with exit status 1, at once, as an orderly exit would wait for what
-            is stuck.
+          end: ends the process; None: with exit status `processes.LOST`, at once, as an orderly exit would wait
+            for what is stuck.
         """
         self._folder = epath.Path(workdir) / "hung"
-        self._seconds, self._end = seconds, end or (lambda: os._exit(1))
+        self._seconds, self._end = seconds, end or (lambda: os._exit(LOST))
         self._step, self._doing, self._waited = 0, "compiling", 0.0
         self._beats, self._eased = 0, 0
         self._over = threading.Event()
