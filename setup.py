@@ -50,7 +50,7 @@ setup(
         "heic": ["pillow-heif>=1"],
         "report": ["bokeh>=3.8", "jinja2>=3.1"],
         "studies": ["matplotlib>=3.9"],
-        # google-cloud-storage: TensorBoard events into a bucket.
+        # google-cloud-storage: orbax needs it for checkpoints in a bucket.
         "tpu": ["google-cloud-storage>=3", "jax[tpu]>=0.10"],
         "dev": [
             "bokeh>=3.8",

@@ -5,6 +5,15 @@ class UserError(Exception):
     """Says in one line what was wrong, what was expected and what to do."""
 
 
+class Unavailable(UserError):
+    """What a command needs did not answer: the same command may go on later, and a launcher may give it."""
+
+
+# The status of a process that ends because another one, or a storage, is gone or stuck: a launcher may start all
+# of them again, as it may not after a mistake of the user's. EX_UNAVAILABLE of sysexits.h.
+LOST = 69
+
+
 def one_line(error: Exception) -> str:
     """Returns the message of an error, whatever it is of, without line breaks."""
     return " ".join(str(error).split())

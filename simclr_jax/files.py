@@ -6,12 +6,13 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
-from simclr_jax.errors import UserError, one_line
+from simclr_jax.errors import Unavailable, UserError, one_line
 
 
 @contextlib.contextmanager
@@ -89,7 +90,7 @@ def locked(folder: epath.PathLike, advice: str) -> Iterator[None]:
     Raises:
       UserError: another program has the lock, or the folder cannot be written.
     """
-    if "://" in str(folder):
+    if in_bucket(folder):
         yield
         return
     path = pathlib.Path(folder) / "lock"
@@ -122,7 +123,12 @@ def expanded(path: str | os.PathLike) -> pathlib.Path:
 
 def absolute(path: str) -> str:
     """Returns a path that means the same from every current folder; an address with "://" as it is."""
-    return path if "://" in path else os.path.abspath(expanded(path))
+    return path if in_bucket(path) else os.path.abspath(expanded(path))
+
+
+def in_bucket(path: epath.PathLike) -> bool:
+    """Returns whether a path is an address such as gs://BUCKET/FOLDER."""
+    return "://" in str(path)
 
 
 def check_bucket(address: str) -> None:
@@ -146,6 +152,28 @@ def check_bucket(address: str) -> None:
         )
 
 
+def storage_error(error: Exception) -> UserError | None:
+    """Returns in one line what a bucket's library raised; None if the error is of something else.
+
+    TensorFlow, TensorStore (for orbax) and google-cloud-storage have exceptions of their own, and none is an
+    OSError. An `Unavailable` is one that a later try may not meet.
+    """
+    if isinstance(error, UserError):
+        return None
+    said = one_line(error)
+    of_google = type(error).__module__.split(".")[0] in ("google", "requests", "urllib3")
+    if not of_google and not re.search(r"gs://|s3://|storage/v1/b|storage\.googleapis", said):
+        return None
+    said = f"{type(error).__name__}: {said[:300]}"
+    if re.search(
+        r"\b40[134]\b|PERMISSION_DENIED|PermissionDenied|UNAUTHENTICATED|NOT_FOUND|NotFound", said
+    ):
+        return UserError(f"the bucket does not allow or have it: {said}")
+    return Unavailable(
+        f"the bucket does not answer: {said}. Training goes on from the newest checkpoint by the same command"
+    )
+
+
 def _has_google_storage() -> bool:
     try:
         return importlib.util.find_spec("google.cloud.storage") is not None
@@ -155,7 +183,7 @@ def _has_google_storage() -> bool:
 
 def check_local(option: str, path: str) -> None:
     """Raises a UserError if `path`, given with `option`, is a bucket's address."""
-    if "://" in path:
+    if in_bucket(path):
         raise UserError(
             f"{option}={path}: expected a local path; gcloud storage cp and rsync copy from and to a bucket"
         )

@@ -13,8 +13,8 @@ import jax
 
 from simclr_jax import processes
 from simclr_jax.config.overrides import load
-from simclr_jax.errors import UserError
-from simclr_jax.files import cache_folder, check_bucket
+from simclr_jax.errors import LOST, Unavailable, UserError
+from simclr_jax.files import cache_folder, check_bucket, storage_error
 from simclr_jax.modes import MODES
 from simclr_jax.training.workdir import saved_config
 
@@ -174,8 +174,8 @@ def keep_compiled_programs() -> None:
 
 
 def shell(command: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Runs a command for the shell: one line and exit status 1 for a user's mistake, 130 for Ctrl-C, and 75
-    for a training that a signal has stopped.
+    """Runs a command for the shell: one line and exit status 1 for a user's mistake, 69 (`LOST`) where a storage or
+    another process does not answer, 130 for Ctrl-C, and 75 (`STOPPED`) for a training that a signal has stopped.
     """
     # No start-up chatter of TensorFlow, and its plain kernels: the same numbers on every CPU.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -187,12 +187,16 @@ def shell(command: Callable[[list[str]], None], arguments: list[str]) -> None:
         error = raised
         if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
             error = UserError(_out_of_memory(error))
+        error = storage_error(error) or error
         if jax.distributed.is_initialized():
             if not isinstance(error, UserError | jax.errors.JaxRuntimeError):
                 traceback.print_exc()
             processes.end(error)
         if not isinstance(error, UserError):
             raise
+        if isinstance(error, Unavailable):
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(LOST)
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         text = "interrupted: training and embedding go on where they were by the same command"

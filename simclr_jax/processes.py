@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from simclr_jax.errors import UserError, one_line
+from simclr_jax.errors import LOST, Unavailable, UserError, one_line
 from simclr_jax.files import locked
 
 # Seconds without a sign of life after which a process counts as dead and the others end too. JAX's
@@ -26,10 +26,6 @@ HEARTBEAT_SECONDS = 30
 
 # Seconds a process that is done waits for the others before it gives them up.
 _SHUTDOWN_SECONDS = 120
-
-# The status of a process that ends because another one is gone or stuck: a launcher may start all of them
-# again, as it may not after a mistake of the user's. EX_UNAVAILABLE of sysexits.h.
-LOST = 69
 
 
 def keep_freed_memory(environment: Mapping[str, str]) -> None:
@@ -138,7 +134,8 @@ def end(error: Exception) -> NoReturn:
     reason = one_line(error)
     me = f"error: process {jax.process_index()} of {jax.process_count()}: "
     if isinstance(error, UserError):
-        seconds, status = 2.0, 1  # all processes may have the same to say: let them
+        seconds = 2.0  # all processes may have the same to say: let them
+        status = LOST if isinstance(error, Unavailable) else 1
         print(me + reason, file=sys.stderr, flush=True)
     else:
         lost = isinstance(error, jax.errors.JaxRuntimeError)

@@ -1,5 +1,6 @@
 """WORKDIR/metrics.jsonl, and TensorBoard's view of it, read back with its protocol buffers."""
 
+import contextlib
 import json
 import struct
 
@@ -7,6 +8,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
+from simclr_jax.errors import Unavailable, UserError
+from simclr_jax.training import metrics
 from simclr_jax.training.metrics import MetricWriter
 
 
@@ -89,27 +92,35 @@ def test_damaged_lines_are_dropped_and_the_others_kept(tmp_path, damage):
     assert lines_of(tmp_path) == [{"step": 2, "loss": 0.5}, {"step": 6, "loss": 7.0}]
 
 
-class Bucket:
-    """Stands for a file in a bucket: it can be written whole, and not be appended to."""
+def test_metrics_in_a_bucket_are_copied_whole_now_and_then(tmp_path, monkeypatch):
+    copies = []
+    monkeypatch.setattr(metrics, "in_bucket", lambda path: True)
+    write_all = MetricWriter._write_all
 
-    def __init__(self, path):
-        self.path = path
+    def counted(self):
+        copies.append(len(self._lines))
+        write_all(self)
 
-    def __str__(self):
-        return "gs://bucket/metrics.jsonl"
-
-
-def test_metrics_in_a_bucket_are_written_whole(tmp_path, monkeypatch):
-    from simclr_jax.training import metrics
-
-    def write_text(path, content, advice):
-        assert "://" in str(path)
-        path.path.write_text(content)
-
-    monkeypatch.setattr(metrics, "write_text", write_text)
+    monkeypatch.setattr(MetricWriter, "_write_all", counted)
     with MetricWriter(str(tmp_path)) as writer:
-        writer._path = Bucket(tmp_path / "bucket.jsonl")
         for step in (1, 2):
             writer.write(step, {"loss": 0.5})
-    lines = (tmp_path / "bucket.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+        assert not copies
+        monkeypatch.setattr(metrics, "_COPY_SECONDS", -1.0)
+        writer.write(3, {"loss": 0.25})
+        assert [x["step"] for x in lines_of(tmp_path)] == [1, 2, 3]
+        monkeypatch.setattr(metrics, "_COPY_SECONDS", 60.0)
+        writer.write(4, {"loss": 0.25})
+    assert [x["step"] for x in lines_of(tmp_path)] == [1, 2, 3, 4]
+    assert copies == [3, 4]
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    assert [e.step for e in events(path) if e.summary.value] == [1, 2, 3, 4]
+
+
+def test_the_end_of_a_run_that_a_bucket_ended_asks_it_no_more(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(MetricWriter, "store", lambda self: asked.append(1))
+    for error in (UserError("not finite"), Unavailable("the bucket"), OSError("gs://bucket: lost")):
+        with contextlib.suppress(Exception), MetricWriter(str(tmp_path)):
+            raise error
+    assert len(asked) == 1

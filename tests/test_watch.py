@@ -12,7 +12,7 @@ import pytest
 from test_loop import train
 from test_processes import ROOT, cache, environment, quick  # noqa: F401 (two are fixtures)
 
-from simclr_jax import processes
+from simclr_jax.errors import LOST
 from simclr_jax.training import loop, watch
 from simclr_jax.training.watch import Watch, late_of
 
@@ -222,10 +222,10 @@ def two_stuck(cache, quick, tmp_path):  # noqa: F811
 def test_of_two_processes_the_stuck_one_is_named_and_both_end(kind, says, two_stuck, tmp_path):
     first, second = two_stuck(kind)
     _, said = first.communicate(timeout=200)
-    assert first.returncode == processes.LOST
+    assert first.returncode == LOST
     assert says in said, said
     assert (tmp_path / "hung/process_0.txt").exists()
     if kind == "loop":
         second.communicate(timeout=60)
-        assert second.returncode == processes.LOST
+        assert second.returncode == LOST
         assert "in stuck" in (tmp_path / "hung/process_1.txt").read_text()

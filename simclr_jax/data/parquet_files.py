@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from simclr_jax.data.source import Classes
 from simclr_jax.data.streamed import memory
 from simclr_jax.errors import UserError, one_line
-from simclr_jax.files import absolute, cache_folder, write_text
+from simclr_jax.files import absolute, cache_folder, in_bucket, write_text
 
 # A row group is read at once, in up to this share of the machine's memory.
 _MEMORY_FOR_A_ROW_GROUP = 0.1
@@ -48,7 +48,7 @@ class ParquetFile(NamedTuple):
 
 def list_files(path: str) -> tuple[Any, list[str]]:
     """Returns the file system (None: this machine's) and the paths of the files, sorted."""
-    if "://" in path:
+    if in_bucket(path):
         system, paths = _list_remote(path)
     else:
         system, inner = None, absolute(path)

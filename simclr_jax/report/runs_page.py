@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from simclr_jax.errors import UserError
-from simclr_jax.files import absolute
+from simclr_jax.files import absolute, in_bucket
 from simclr_jax.report.curves import draw_curves
 from simclr_jax.report.page import render
 from simclr_jax.report.record import Record, read_record
@@ -57,7 +57,7 @@ def page_of_runs(patterns: Sequence[str], folder: str) -> str:
 def _paths(pattern: str) -> list[str]:
     """Returns the folders that a pattern stands for; itself if it stands for nothing."""
     path = absolute(pattern)
-    if "://" in path or os.path.isdir(path):
+    if in_bucket(path) or os.path.isdir(path):
         return [path]
     return sorted(found for found in glob.glob(path) if os.path.isdir(found)) or [path]
 

@@ -156,7 +156,7 @@ class Checkpoints:
             return
         if jax.process_index() == 0:
             aside = checkpoint_folder(self._workdir).parent / "broken_checkpoints"
-            aside.mkdir(exist_ok=True)
+            aside.mkdir(parents=True, exist_ok=True)  # plain mkdir fails in buckets
             for step in steps:
                 target = aside / str(step)
                 while target.exists():

@@ -96,6 +96,12 @@ class Log:
         while self._pending:
             self._read(*self._pending.popleft())
 
+    def store(self) -> None:
+        """Waits for all metrics taken so far, and has them stored."""
+        self.drain()
+        if self._writer is not None:
+            self._writer.store()
+
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes a line of its own, such as an evaluation's. The time since the last step is left out of
         images_per_second.

@@ -176,7 +176,7 @@ def fit(
                         found = hook.run(step, state)
                     log.write(step, found)
             if stopping or last or checkpoints.due(step):
-                log.drain()  # nothing is saved after a loss that is not finite
+                log.store()  # and nothing is saved after a loss that is not finite
                 check_state(step, state, run.reporting.advice)
                 memories = {hook.name: hook.memory for hook in hooks}
                 then = {"step": step, "window": log.window, "hooks": memories}

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import tempfile
 import time
 from typing import Any, Self
 
@@ -10,14 +11,20 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from simclr_jax.files import write_text, writing
+from simclr_jax.errors import Unavailable
+from simclr_jax.files import in_bucket, storage_error, write_text, writing
 from simclr_jax.training.sinks import Sinks
+
+# Between two copies of the metrics into a bucket: its objects cannot grow, so that each copy is of all lines.
+_COPY_SECONDS = 60.0
 
 _ADVICE = "Mend this, then the same command goes on from the newest checkpoint"
 
 
 class MetricWriter:
     """Appends one JSON object a line, {"step": int, "name": value, ...}; a context manager.
+
+    In a bucket lines are stored every minute, by `store`, and at the end.
 
     Lines past `resume_step` are dropped at the start: those steps are about to be run again.
 
@@ -31,20 +38,24 @@ class MetricWriter:
 
     def __init__(self, workdir: str, resume_step: int = 0, sinks: Sinks | None = None):
         self._sinks = sinks
-        self._path = epath.Path(workdir) / "metrics.jsonl"
+        self._folder = epath.Path(workdir)
+        self._path = self._folder / "metrics.jsonl"
         before = self._path.read_bytes() if self._path.exists() else b""
         whole = before.decode(errors="replace").split("\n")[:-1]
         self._lines = [line for line in whole if 0 <= _step_of(line) <= resume_step]
         if "".join(line + "\n" for line in self._lines).encode() != before:
             self._write_all()
+        self._copied = time.monotonic()
+        self._scratch = tempfile.TemporaryDirectory() if in_bucket(self._folder) else None
         # Not tensorboardX's SummaryWriter, whose thread and exit handler show a full disk's traceback
         # after the one line that says it.
-        self._events = EventsWriter(str(epath.Path(workdir) / "events"))
+        events = epath.Path(self._scratch.name if self._scratch else workdir) / "events"
+        self._events = EventsWriter(str(events))
         # TensorBoard hides what earlier event files hold from this step on.
         self._add_event(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes the values of this step; they are stored before it returns.
+        """Writes the values of this step; but in a bucket they are stored before it returns.
 
         Raises:
           UserError: they cannot be written.
@@ -52,16 +63,27 @@ class MetricWriter:
         line = json.dumps({"step": step} | values)
         self._lines.append(line)
         with writing(self._path, _ADVICE):
-            if "://" in str(self._path):
-                self._write_all()  # objects of a bucket cannot grow
-            else:
+            if self._scratch is None:
                 with self._path.open("a") as file:
                     file.write(line + "\n")
             for name, value in values.items():
                 self._add_event(step, summary=scalar(name, value))
             self._events.flush()
+        if time.monotonic() - self._copied > _COPY_SECONDS:
+            self.store()
         if self._sinks is not None:
             self._sinks.write(step, values)
+
+    def store(self) -> None:
+        """Copies what is written so far into the bucket, if the workdir is in one: to be called before a checkpoint,
+        whose metrics should be there. Raises what the bucket's library raises, see `files.storage_error`.
+        """
+        if self._scratch is None:
+            return
+        self._write_all()
+        for file in epath.Path(self._scratch.name).iterdir():
+            (self._folder / file.name).write_bytes(file.read_bytes())
+        self._copied = time.monotonic()
 
     def _add_event(self, step: int, **content: Any) -> None:
         self._events.write_event(Event(wall_time=time.time(), step=step, **content))
@@ -72,9 +94,14 @@ class MetricWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind, error, *_) -> None:
         with contextlib.suppress(OSError):  # what matters is in the metrics, and has been said
             self._events.close()
+        # A bucket that does not answer would not do so now either.
+        if not isinstance(error, Unavailable) and not (error and storage_error(error)):
+            self.store()
+        if self._scratch is not None:
+            self._scratch.cleanup()
         if self._sinks is not None:
             self._sinks.close(finished=kind is None)
 

@@ -16,6 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from simclr_jax.errors import UserError, one_line
+from simclr_jax.files import in_bucket
 
 ENCODER, TRAINER, OPTIONS = "encoder", "trainer", "config"  # items of a checkpoint
 HANDLERS = {
@@ -34,7 +35,7 @@ def checkpoint_folder(workdir: epath.PathLike) -> epath.Path:
 def _absolute(path: epath.PathLike) -> epath.Path:
     """Makes a local path absolute; leaves a bucket's, "gs://BUCKET/FOLDER", as it is."""
     path = epath.Path(os.path.expanduser(path))
-    return path if "://" in str(path) else path.absolute()
+    return path if in_bucket(path) else path.absolute()
 
 
 def saved_steps(path: epath.PathLike) -> list[int]:

@@ -12,7 +12,7 @@ from etils import epath
 
 from simclr_jax.console import say
 from simclr_jax.errors import UserError, one_line
-from simclr_jax.files import absolute
+from simclr_jax.files import absolute, in_bucket
 
 
 class Sink(Protocol):
@@ -35,7 +35,7 @@ class WeightsAndBiases:
         file = epath.Path(workdir) / "wandb_run"
         known = file.read_text().strip() if file.exists() else secrets.token_hex(8)
         how: dict[str, Any] = {"id": known, "resume": "allow", "name": _name(workdir)}
-        self._run = wandb.init(config=config, dir=None if "://" in workdir else workdir, **how)
+        self._run = wandb.init(config=config, dir=None if in_bucket(workdir) else workdir, **how)
         file.write_text(known + "\n")
         # Steps that a resumed run takes again are written again: W&B's own counter only grows.
         self._run.define_metric("*", step_metric="step")

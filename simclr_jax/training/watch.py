@@ -18,7 +18,7 @@ from typing import Self
 import jax
 from etils import epath
 
-from simclr_jax.processes import LOST
+from simclr_jax.errors import LOST
 
 # So many times the seconds of a step, where a storage may be slow: while a checkpoint is written, while the first
 # images are read, and in the steps after a save or an evaluation, in which others may still be busy with it.
@@ -48,7 +48,7 @@ class Watch:
         Args:
           workdir: where to write.
           seconds: without a step; 0: never ends.
-          end: ends the process; None: with exit status `processes.LOST`, at once, as an orderly exit would wait
+          end: ends the process; None: with exit status `errors.LOST`, at once, as an orderly exit would wait
             for what is stuck.
         """
         self._folder = epath.Path(workdir) / "hung"
