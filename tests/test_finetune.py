@@ -352,7 +352,7 @@ def metrics_of(folder):
             {
                 k: v
                 for k, v in json.loads(line).items()
-                if not k.startswith(("images_per_second", "share_of_time"))
+                if not k.startswith(("images_per_second", "share_of_time", "goodput"))
             }
             for line in path.read_text().splitlines()
         ]

@@ -163,7 +163,7 @@ def test_the_late_process_is_named(heard, says):
 
 
 STUCK = """
-import os, signal, sys
+import os, signal, sys, time
 import jax
 from simclr_jax import main
 from simclr_jax.training.checkpoint import Checkpoints
@@ -176,6 +176,8 @@ def stuck(self, step):
             os.kill(os.getpid(), signal.SIGSTOP)
         while kind == "loop":
             pass
+    if kind == "slow" and jax.process_index() == 1:
+        time.sleep(0.2)
     check(self, step)
 
 Checkpoints.check = stuck
@@ -194,7 +196,7 @@ def two_stuck(cache, quick, tmp_path):  # noqa: F811
             f"--workdir={tmp_path}",
             f"--coordinator=127.0.0.1:{port}",
             "--processes=2",
-            "--config.train.steps=100",
+            f"--config.train.steps={12 if kind == 'slow' else 100}",
             "--config.train.hang_seconds=10",
             "--config.checkpoint.every_steps=1000",  # right after a save it waits longer
             "--config.eval.after_training=none",
@@ -229,3 +231,15 @@ def test_of_two_processes_the_stuck_one_is_named_and_both_end(kind, says, two_st
         second.communicate(timeout=60)
         assert second.returncode == LOST
         assert "in stuck" in (tmp_path / "hung/process_1.txt").read_text()
+
+
+@pytest.mark.whole
+def test_of_two_processes_the_slow_one_is_named(two_stuck, tmp_path):
+    first, second = two_stuck("slow")
+    _, said = first.communicate(timeout=200)
+    second.communicate(timeout=60)
+    assert first.returncode == second.returncode == 0, said
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    middle = lines[1:-1]  # the first compiles, the last is read without a step under way
+    assert {line["slowest_process"] for line in middle} == {1}
+    assert min(line["slowest_process_share"] for line in middle) > 0.6

@@ -1,12 +1,10 @@
 """The metrics of a training: read late, checked, averaged, reported."""
 
 import collections
-import contextlib
 import dataclasses
 import json
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +14,7 @@ from etils import epath
 from simclr_jax.console import Progress, say
 from simclr_jax.errors import UserError
 from simclr_jax.files import write_text
+from simclr_jax.training.clock import Clock
 from simclr_jax.training.metrics import MetricWriter
 from simclr_jax.training.verdict import Verdict
 
@@ -63,6 +62,7 @@ class Log:
         progress: Progress,
         reporting: Reporting,
         window: list[dict[str, float]],
+        clock: Clock | None = None,
     ):
         """Starts with no step under way.
 
@@ -72,17 +72,14 @@ class Log:
           progress: shows the means.
           reporting: when, and what of.
           window: the `window` of the log that this one goes on from.
+          clock: times the steps; None: a new one.
         """
         self.window = list(window)
         self._workdir, self._writer, self._progress = workdir, writer, progress
         self._reporting = reporting
         self._pending: collections.deque[tuple[int, Any, dict]] = collections.deque()
         self._skipped = 0  # in a row
-        self._timed = 0  # steps of the window that ended while the clock was running
-        self._seconds = 0.0  # that those steps took
-        self._since: float | None = None  # the first step compiles, which is not timed
-        self._spent: dict[str, float] = {}  # seconds since the last report
-        self._reported = time.monotonic()
+        self._clock = clock or Clock()
         self._verdict: Verdict | None = None
 
     def add(self, step: int, metrics: Any, images: dict[str, np.ndarray]) -> None:
@@ -103,46 +100,27 @@ class Log:
             self._writer.store()
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes a line of its own, such as an evaluation's. The time since the last step is left out of
-        images_per_second.
-        """
+        """Writes a line of its own, such as an evaluation's. The time since the last step is not timed."""
         if values and self._writer is not None:
             self._writer.write(step, values)
-        self._since = None if self._since is None else time.monotonic()
-
-    @contextlib.contextmanager
-    def spending(self, on: str) -> Iterator[None]:
-        """Counts the time of the block as spent on "input", "saving" or "evaluating"."""
-        began = time.monotonic()
-        yield
-        self._spent[on] = self._spent.get(on, 0.0) + time.monotonic() - began
+        self._clock.pause()
 
     def _read(self, step: int, metrics: Any, images: dict[str, np.ndarray]) -> None:
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        with self._clock.computing():
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._check(step, values, images)
         self.window.append(values)
-        now = time.monotonic()
-        if self._since is not None:
-            self._timed += 1
-            self._seconds += now - self._since
-        self._since = now
+        self._clock.step()
         self._progress.advance(step)
         if step % self._reporting.every_steps == 0 or step == self._reporting.total_steps:
             self._report(step)
 
     def _report(self, step: int) -> None:
-        means = mean_of(self.window)
-        if self._timed:
-            images = self._timed * self._reporting.batch_size
-            means["images_per_second"] = images / self._seconds
-        now = time.monotonic()
-        for on, seconds in self._spent.items():
-            means[f"share_of_time_{on}"] = seconds / max(now - self._reported, 1e-9)
-        self._spent, self._reported = dict.fromkeys(self._spent, 0.0), now
+        means = mean_of(self.window) | self._clock.report(self._reporting.batch_size)
         if self._writer is not None:
             self._writer.write(step, means)
         self._progress.report(step, means)
-        self.window, self._timed, self._seconds = [], 0, 0.0
+        self.window = []
         self._judge(step, means)
 
     def _judge(self, step: int, means: dict[str, float]) -> None:

@@ -14,6 +14,7 @@ from simclr_jax.console import Progress, say
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import replicated, state_shardings, traced_on
 from simclr_jax.training.checkpoint import Checkpoints, Saving
+from simclr_jax.training.clock import Clock
 from simclr_jax.training.log import Log, Reporting, not_finite
 from simclr_jax.training.metrics import MetricWriter
 from simclr_jax.training.saved import with_shardings
@@ -154,16 +155,19 @@ def fit(
                 MetricWriter(run.workdir, start, run.sinks and run.sinks())
             )
         progress = stack.enter_context(Progress(job.steps, start))
-        log = Log(run.workdir, writer, progress, run.reporting, saved["window"])
+        clock = Clock(saved.get("clock"))
+        log = Log(run.workdir, writer, progress, run.reporting, saved["window"], clock)
         watch = stack.enter_context(Watch(run.workdir, run.hang_seconds))
         stop = stack.enter_context(Stop(job.mesh))
         for step in range(start + 1, job.steps + 1):
-            with log.spending("input"), watch.doing("input"):
+            with clock.spending("input"), watch.doing("input"):
                 batch, images = next(stream)
             with watch.doing("computing"):
-                state, metrics = job.step(state, batch)
+                with clock.computing():
+                    state, metrics = job.step(state, batch)
                 log.add(step, metrics, images)
-                stopping = stop.now()
+                with clock.computing():
+                    stopping = stop.now()
             watch.beat(step)
             last = step == job.steps
             stopping = stopping and not last
@@ -172,15 +176,20 @@ def fit(
             if due:
                 log.drain()
                 for hook in due:
-                    with log.spending("evaluating"), watch.doing("evaluating"):
+                    with clock.spending("evaluating"), watch.doing("evaluating"):
                         found = hook.run(step, state)
                     log.write(step, found)
             if stopping or last or checkpoints.due(step):
                 log.store()  # and nothing is saved after a loss that is not finite
                 check_state(step, state, run.reporting.advice)
                 memories = {hook.name: hook.memory for hook in hooks}
-                then = {"step": step, "window": log.window, "hooks": memories}
-                with log.spending("saving"), watch.doing("saving"):
+                then = {
+                    "step": step,
+                    "window": log.window,
+                    "hooks": memories,
+                    "clock": clock.memory,
+                }
+                with clock.spending("saving"), watch.doing("saving"):
                     checkpoints.save(step, state, run.record | then)
             if stopping or last:
                 with watch.doing("saving"):

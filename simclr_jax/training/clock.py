@@ -1,0 +1,107 @@
+"""What the time of a training goes into: since the last report, and since the run began."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def of_all_processes(seconds: float) -> list[float]:
+    """Returns the number of each process; all call it together."""
+    if jax.process_count() == 1:
+        return [seconds]
+    return multihost_utils.process_allgather(np.float32(seconds)).tolist()
+
+
+class Clock:
+    """Counts the seconds of one process."""
+
+    def __init__(
+        self,
+        memory: dict[str, float] | None = None,
+        gather: Callable[[float], list[float]] = of_all_processes,
+    ):
+        """Begins with the first step, which compiles, under way.
+
+        Args:
+          memory: `memory` of the clock that this one goes on from; None: the run begins now.
+          gather: this process's number -> those of all processes.
+        """
+        self._began = memory["began"] if memory else time.time()
+        self._trained = memory["trained"] if memory else 0.0
+        self._gather = gather
+        self._reported = time.monotonic()
+        self._since: float | None = None  # the last step; None: nothing is timed until the next
+        self._saved = 0.0  # seconds of saving since the last step
+        self._spent: dict[str, float] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._steps, self._seconds = 0, 0.0  # those that ended while the clock was running
+        self._computed = 0.0
+        self._spent = dict.fromkeys(self._spent, 0.0)
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """When the run began, in seconds since 1970, and how many it has trained; for a checkpoint."""
+        return {"began": self._began, "trained": self._trained}
+
+    @contextlib.contextmanager
+    def spending(self, on: str) -> Iterator[None]:
+        """Counts the time of the block as spent on "input", "saving" or "evaluating"."""
+        began = time.monotonic()
+        yield
+        seconds = time.monotonic() - began
+        self._spent[on] = self._spent.get(on, 0.0) + seconds
+        if on == "saving":
+            self._saved += seconds
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Counts the block as time in which a process may wait for the devices, and so for others."""
+        began = time.monotonic()
+        yield
+        self._computed += time.monotonic() - began
+
+    def step(self) -> None:
+        """Says that a step has ended."""
+        now = time.monotonic()
+        if self._since is not None:
+            self._steps += 1
+            self._seconds += now - self._since
+            self._trained += max(0.0, now - self._since - self._saved)
+        self._since, self._saved = now, 0.0
+
+    def pause(self) -> None:
+        """Leaves the time since the last step out."""
+        if self._since is not None:
+            self._since, self._saved = time.monotonic(), 0.0
+
+    def report(self, batch_size: int) -> dict[str, float]:
+        """Returns metrics of the time since the last report; all processes call it after the same step.
+
+        images_per_second: of the global batch, B = batch_size images, while steps were timed.
+        share_of_time_input, _saving, _evaluating: in [0, 1], of this process.
+        goodput: the share of the time since the run began, over all restarts, that was spent on steps which
+            were kept; compiling, restoring, saving, evaluating, standing still and steps lost count against it.
+        slowest_process, slowest_process_share: with several processes, the one that is most of its time elsewhere
+            than in the step, where processes wait for each other, and the share of its time that it is elsewhere.
+        """
+        found = {}
+        if self._steps:
+            found["images_per_second"] = self._steps * batch_size / self._seconds
+        now = time.monotonic()
+        passed = max(now - self._reported, 1e-9)
+        for on, seconds in self._spent.items():
+            found[f"share_of_time_{on}"] = seconds / passed
+        found["goodput"] = min(1.0, self._trained / max(time.time() - self._began, 1e-9))
+        busy = self._gather(max(0.0, passed - self._computed) / passed)
+        if len(busy) > 1:
+            found["slowest_process"] = float(np.argmax(busy))
+            found["slowest_process_share"] = max(busy)
+        self._reported = now
+        self._forget()
+        return found
