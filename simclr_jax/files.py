@@ -37,12 +37,16 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a scratch path beside `path`, which takes the place of `path` when the block ends.
 
     A reader sees the old file or the new one, never a part. If the block raises, `path` stays as it
-    was. The scratch name holds the process's number, so that two programs do not share it.
+    was. The scratch name holds the process's number, so that two programs do not share it. In a bucket it is
+    `path` itself: an object appears whole, or not.
 
     Raises:
       OSError: the file cannot be written.
     """
     path = epath.Path(path)
+    if in_bucket(path):
+        yield path
+        return
     scratch = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         yield scratch

@@ -6,7 +6,7 @@ from etils import epath
 from simclr_jax import files, main
 from simclr_jax.config import default
 from simclr_jax.data import folder
-from simclr_jax.errors import UserError
+from simclr_jax.errors import LOST, UserError
 from simclr_jax.modes import export
 from simclr_jax.modes.embed import embed, open_input
 from simclr_jax.modes.neighbours import neighbours
@@ -73,3 +73,34 @@ def test_a_program_that_loads_an_export_of_a_bucket_copies_it_first():
     assert second == 'load_file("encoder.safetensors") load_file("encoder.head.safetensors")'
     assert export._beginning_local(text, path, "savedmodel") == text
     assert export._beginning_local("x", epath.Path("/w/encoder.safetensors"), "safetensors") == "x"
+
+
+class AbortedError(Exception):
+    """TensorFlow's errors are of no class of Python's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (AbortedError("All 10 retry attempts failed ... when deleting gs://bucket/w/x"), LOST),
+        (ValueError("UNAVAILABLE: Error reading gs://bucket/w/d/0: CURL error"), LOST),
+        (ValueError("NOT_FOUND: Error opening zarr ... gs://bucket/w/d/0"), 1),
+        (OSError("HTTP response code 403 ... when reading gs://bucket/w/config.json"), 1),
+    ],
+)
+def test_what_a_bucket_s_library_raises_is_one_line(error, status, capsys):
+    def command(_):
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        main.shell(command, [])
+    line = capsys.readouterr().err.strip() or ended.value.code
+    assert (ended.value.code if status == LOST else 1) == status
+    assert line.startswith("error: the bucket does not")
+    assert "\n" not in line
+    assert str(error)[:20] in line
+
+
+def test_errors_of_other_things_are_left_as_they_are():
+    assert files.storage_error(ValueError("HTTP response code 403")) is None
+    assert files.storage_error(UserError("gs://bucket")) is None

@@ -240,6 +240,5 @@ def test_of_two_processes_the_slow_one_is_named(two_stuck, tmp_path):
     second.communicate(timeout=60)
     assert first.returncode == second.returncode == 0, said
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    middle = lines[1:-1]  # the first compiles, the last is read without a step under way
-    assert {line["slowest_process"] for line in middle} == {1}
-    assert min(line["slowest_process_share"] for line in middle) > 0.6
+    assert {line["slowest_process"] for line in lines} == {1}
+    assert min(line["slowest_process_share"] for line in lines[1:]) > 0.3  # at first it compiles

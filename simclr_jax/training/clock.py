@@ -102,6 +102,8 @@ class Clock:
         if len(busy) > 1:
             found["slowest_process"] = float(np.argmax(busy))
             found["slowest_process_share"] = max(busy)
-        self._reported = now
+        self._reported = (
+            time.monotonic()
+        )  # after the gathering, in which processes wait for each other
         self._forget()
         return found
