@@ -94,7 +94,7 @@ def test_what_a_bucket_s_library_raises_is_one_line(error, status, capsys):
 
     with pytest.raises(SystemExit) as ended:
         main.shell(command, [])
-    line = capsys.readouterr().err.strip() or ended.value.code
+    line = capsys.readouterr().err.strip() or str(ended.value.code)
     assert (ended.value.code if status == LOST else 1) == status
     assert line.startswith("error: the bucket does not")
     assert "\n" not in line
