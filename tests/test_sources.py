@@ -187,18 +187,48 @@ def test_the_order_repeats_and_can_be_entered_anywhere(kind, request):
     assert not np.array_equal(stream(split, steps=15, seed=6), whole)
 
 
-@pytest.mark.parametrize("kind", STREAMED)
-def test_processes_share_streams_without_overlap(kind, request):
+@pytest.fixture(params=[1, 64])
+def least_of_a_lane(request, monkeypatch):
+    """Lanes of one example a batch or more, so six of them, and one lane."""
+    monkeypatch.setattr(order, "LEAST_OF_A_LANE", request.param)
+
+
+@pytest.mark.parametrize("kind", [*STREAMED, "small_split", "drawn"])
+def test_a_batch_does_not_depend_on_the_number_of_processes(kind, request, least_of_a_lane):
+    """24 images on 1, 3 and 8 processes: the same ones in the same rows, epoch after epoch, entered anywhere."""
     split = request.getfixturevalue(kind)
-    seen = [stream(split, steps=8, share=Share(p, 2)) for p in range(2)]
-    first = [part[part[:, 0] == 0][:, 1] for part in seen]
-    np.testing.assert_array_equal(np.sort(np.concatenate(first)), np.arange(COUNT))
+    whole = stream(split, steps=6, batch_size=24).reshape(6, 24, 3)
+    for count in (3, 8):
+        shares = [Share(p, count) for p in range(count)]
+        parts = [stream(split, 4, 24, 2, share).reshape(4, 24 // count, 3) for share in shares]
+        np.testing.assert_array_equal(np.concatenate(parts, 1), whole[2:])
+    found = [split.batch_indices(Order(5, 24, Share(p, 3)), 3) for p in range(3)]
+    np.testing.assert_array_equal(np.concatenate(found), whole[3, :, 1])
 
 
-@pytest.mark.parametrize(("kind", "shards"), [("files", "files"), ("row_groups", "row groups")])
-def test_more_processes_than_shards_is_refused(kind, shards, request):
-    with pytest.raises(UserError, match=f"6 {shards}, fewer than the 7 processes .* more {shards}"):
-        request.getfixturevalue(kind).training(Order(0, 14, Share(0, 7)), 0)
+@pytest.mark.parametrize("kind", STREAMED)
+def test_in_lanes_an_epoch_has_every_image_once(kind, request, monkeypatch):
+    monkeypatch.setattr(order, "LEAST_OF_A_LANE", 4)
+    split = request.getfixturevalue(kind)
+    assert [x.count for x in order.lanes(Order(5, 24), 6)] == [6] * 6
+    seen = stream(split, steps=8, batch_size=24)
+    for epoch in range(2):
+        np.testing.assert_array_equal(np.sort(seen[seen[:, 0] == epoch][:, 1]), range(COUNT))
+
+
+def test_a_process_reads_few_lanes():
+    def read(batch, processes, shards=1024):
+        made = [order.lanes(Order(0, batch, Share(p, processes)), shards) for p in range(processes)]
+        rows = sum(lane.stop - lane.start for lanes in made for lane in lanes)
+        assert rows == batch
+        return made[0][0].count, max(map(len, made))
+
+    assert read(256, 1) == (4, 4)
+    assert read(4096, 1) == (64, 64)
+    assert read(4096, 64) == (64, 1)
+    assert read(4096, 128) == (64, 1)  # two processes read a lane
+    assert read(4098, 3) == (6, 2)
+    assert read(4096, 8, shards=1) == (1, 1)
 
 
 @pytest.mark.parametrize("kind", [*STREAMED, "small_split", "drawn"])
@@ -361,7 +391,8 @@ def test_entering_late_reads_one_window_in_vain_at_most(kind, request, monkeypat
     monkeypatch.setattr(order, "WINDOW", 1)  # each shard a window of its own
     lengths = split.source.lengths
     read = used = 0
-    for _, members, positions in itertools.islice(order.windows(Order(5, 10), lengths, 35), 3):
+    entered = order.windows(Order(5, 35), lengths, order.Lane(0, 1, 0, 35), start_step=1)
+    for _, members, positions in itertools.islice(entered, 3):
         read, used = read + lengths[members].sum(), used + len(positions)
     assert 0 < read - used < lengths.max()
     whole = stream(split, steps=9)

@@ -5,10 +5,14 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-# A stream of shards is shuffled by windows: as many whole shards as hold this many raw examples, in
-# the epoch's order of the shards, and within them any order. 8k JPEGs of ImageNet are 0.9 GB, of which
-# two windows are held. To start anywhere, no more than one window is read in vain.
+# A stream of shards is shuffled by windows: as many whole shards as hold this many raw examples, over all lanes,
+# in the epoch's order of the shards, and within them any order. 8k JPEGs of ImageNet are 0.9 GB, of which
+# two windows are held. To start anywhere, no more than one window of each lane is read in vain.
 WINDOW = 8 * 1024
+
+# Examples that each lane gives to a batch, at least. A batch of 4096 has 64 lanes then: more would not be read
+# by fewer processes each, and each holds a shard or more in memory.
+LEAST_OF_A_LANE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,33 +162,67 @@ def _order_of_indices(order: Order, epoch: int, count: int) -> np.ndarray:
     return own
 
 
+@dataclasses.dataclass(frozen=True)
+class Lane:
+    """An endless sequence of a stream's examples, of which every batch takes the next few: lane i of n has every
+    n-th of an epoch's shards, and the rows from i * B / n on.
+
+    Lanes depend on the batch and the data alone, so that the content of a batch does not depend on the number of
+    processes. A process reads the lanes that its rows are of.
+
+    Attributes:
+      index: which lane.
+      count: of lanes, a divisor of B.
+      start, stop: which of the B / count examples of each batch are this process's.
+    """
+
+    index: int
+    count: int
+    start: int
+    stop: int
+
+
+def lanes(order: Order, shards: int) -> list[Lane]:
+    """Returns the lanes of this process's rows, in the rows' order, of a stream of so many shards."""
+    most = max(1, min(order.batch_size // LEAST_OF_A_LANE, shards))
+    count = max(n for n in range(1, most + 1) if order.batch_size % n == 0)
+    size, rows = order.batch_size // count, order.share.rows(order.batch_size)
+    found = []
+    for index in range(rows.start // size, -(-rows.stop // size)):
+        start, stop = rows.start - index * size, rows.stop - index * size
+        found.append(Lane(index, count, max(0, start), min(size, stop)))
+    return found
+
+
 def windows(
-    order: Order, lengths: np.ndarray, passed: int
+    order: Order, lengths: np.ndarray, lane: Lane, start_step: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yields (epoch, shards int [k], positions int [n]) of this process's windows, without end.
+    """Yields (epoch, shards int [k], positions int [n]) of a lane's windows, without end.
 
     A window is the examples of its k shards, read in turns, in one list; the positions in that list
-    say which of them come, in which order. The first window starts after the `passed` examples; shards
-    before it are not read.
+    say which of them come, in which order: those of this process's rows. Shards of windows before the first step
+    are not read.
 
     Args:
-      order: seed and this process's part.
+      order: seed and batch size.
       lengths: examples of each shard.
-      passed: examples that this process has used.
+      lane: one of `lanes`.
+      start_step: the first batch.
     """
-    epoch = 0
+    size, full = order.batch_size // lane.count, max(1, WINDOW // lane.count)
+    first, before, epoch = start_step * size, 0, 0  # examples of the lane
     while True:
-        shards = epoch_order(order.seed, epoch, len(lengths))[
-            order.share.index :: order.share.count
-        ]
+        shards = epoch_order(order.seed, epoch, len(lengths))[lane.index :: lane.count]
         # The window of a shard: how many full windows lie before it.
-        number = (np.cumsum(lengths[shards]) - lengths[shards]) // WINDOW
+        number = (np.cumsum(lengths[shards]) - lengths[shards]) // full
         for i in np.unique(number):
             members = shards[number == i]
             n = int(lengths[members].sum())
-            if passed < n:
-                positions = np.random.default_rng([order.seed, epoch, int(i)]).permutation(n)
-                yield epoch, members, positions[passed:]
-                passed = n
-            passed -= n
+            if before + n > first:
+                rng = np.random.default_rng([order.seed, epoch, int(i), lane.index])
+                places = np.arange(before, before + n)
+                row = places % size
+                own = (places >= first) & (lane.start <= row) & (row < lane.stop)
+                yield epoch, members, rng.permutation(n)[own]
+            before += n
         epoch += 1

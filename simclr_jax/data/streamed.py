@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from simclr_jax.data.indexed import IndexedSplit
-from simclr_jax.data.order import Order, Share, next_whole, split_validation, windows
+from simclr_jax.data.order import Lane, Order, Share, lanes, next_whole, split_validation, windows
 from simclr_jax.data.source import Encoded, ShardedSource
 from simclr_jax.data.split import BROKEN, NONE
 from simclr_jax.errors import UserError
@@ -38,9 +38,8 @@ def memory() -> int:
 class StreamedSplit:
     """Images that are read a shard at a time.
 
-    The order of an epoch is a shuffle of the shards, and a shuffle of the examples of some shards at
-    a time. Each process reads its own part of each epoch's shards, so here, unlike with an
-    `IndexedSplit`, the content of a global batch does depend on the number of processes.
+    The order of an epoch is a shuffle of the shards, dealt out to lanes, and in each lane a shuffle of the
+    examples of some shards at a time; see `order.Lane`.
 
     Attributes:
       source: the shards.
@@ -100,18 +99,31 @@ class StreamedSplit:
         """
         import tensorflow as tf
 
+        parts = lanes(order, len(self._shards))
+        streams = [self._lane(records, order, lane, start_step, broken) for lane in parts]
+        if len(streams) == 1:
+            return streams[0]
+        rows = tuple(
+            stream.batch(lane.stop - lane.start)
+            for lane, stream in zip(parts, streams, strict=True)
+        )
+
+        def together(*blocks):
+            return tf.nest.map_structure(lambda *values: tf.concat(values, 0), *blocks)
+
+        return tf.data.Dataset.zip(rows).map(together).unbatch()
+
+    def _lane(
+        self, records: Any, order: Order, lane: Lane, start_step: int, broken: Set[int]
+    ) -> Any:
+        """Returns the tf.data.Dataset of one lane, see `_shuffled`."""
+        import tensorflow as tf
+
         shards, lengths = self._shards, self._lengths
-        if len(shards) < order.share.count:
-            what = f"{self.source.shard_name}s"
-            raise UserError(
-                f"{self.source.title} has {len(shards)} {what}, fewer than the "
-                f"{order.share.count} processes that would share them: prepare it with more {what}"
-            )
         first_index = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        passed = start_step * (order.batch_size // order.share.count)
 
         def entries() -> Iterator[tuple]:
-            for epoch, members, positions in windows(order, lengths, passed):
+            for epoch, members, positions in windows(order, lengths, lane, start_step):
                 yield shards[members], first_index[members], positions, epoch
 
         def numbered(shard, first):
