@@ -15,7 +15,7 @@
 #     --slices=N              several slices, joined by the data-centre network     (default: 1)
 #     --chips_per_host=N      chips of a machine                                    (default: 4, or all)
 #     --service_account=NAME  of Kubernetes, that may write to the bucket           (default: default)
-#     --restarts=N            after failures; each goes on from the newest checkpoint (default: 100)
+#     --restarts=N            of lost hosts and the like; each goes on from the newest checkpoint (default: 100)
 #     --file=FILE             where to write the manifest                           (default: /tmp/NAME.json)
 #     --dry_run               write the manifest, print the commands
 set -euo pipefail
@@ -43,6 +43,7 @@ chips_of() {
   echo "$chips"
 }
 
+# Exit status 1 and 2 are mistakes of the user's, which no restart mends; all others are restarted.
 # Kubernetes takes JSON as well as YAML, and in JSON nothing depends on how an argument is written.
 manifest() {
   cat << END
@@ -54,7 +55,10 @@ manifest() {
     "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
   },
   "spec": {
-    "failurePolicy": {"maxRestarts": $restarts},
+    "failurePolicy": {
+      "maxRestarts": $restarts,
+      "rules": [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+    },
     "replicatedJobs": [
       {
         "name": "slice",
@@ -64,6 +68,9 @@ manifest() {
             "parallelism": $hosts,
             "completions": $hosts,
             "backoffLimit": 0,
+            "podFailurePolicy": {
+              "rules": [{"action": "FailJob", "onExitCodes": {"containerName": "simclr", "operator": "In", "values": [1, 2]}}]
+            },
             "template": {
               "spec": {
                 "restartPolicy": "Never",

@@ -268,12 +268,17 @@ def test_gke_writes_a_manifest_and_applies_it(cloud, tmp_path):
     assert process.returncode == 0, process.stderr
     assert calls == [["kubectl", "apply", "-f", str(file)]]
     job_set = json.loads(file.read_text())
-    assert job_set["spec"]["failurePolicy"] == {"maxRestarts": 100}
+    policy = job_set["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 100
+    assert [rule["action"] for rule in policy["rules"]] == ["FailJobSet"]
     (slices,) = job_set["spec"]["replicatedJobs"]
     job = slices["template"]
     assert slices["replicas"] == 2
     assert job["spec"]["parallelism"] == job["spec"]["completions"] == 8
     assert job["spec"]["backoffLimit"] == 0
+    (mistakes,) = job["spec"]["podFailurePolicy"]["rules"]
+    assert mistakes["action"] == "FailJob"
+    assert mistakes["onExitCodes"]["values"] == [1, 2]
     pod = job["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
