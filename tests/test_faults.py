@@ -6,16 +6,29 @@ import re
 import shutil
 import subprocess
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import encoder_checkpoint
-from test_loop import STEPS, Average, assert_same_training, config_file, run_python, train
+from test_loop import (
+    STEPS,
+    Average,
+    assert_same_training,
+    config_file,
+    job_of,
+    run_python,
+    train,
+)
 
 from simclr_jax import assemble, load_encoder, main
 from simclr_jax.config import set_options
 from simclr_jax.errors import UserError
+from simclr_jax.mesh import make_mesh
 from simclr_jax.modes.pretrain import pretrain
+from simclr_jax.training import saved
 from simclr_jax.training import workdir as workdirs
+from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.saved import saved_steps
 
 
@@ -159,6 +172,56 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_older_one_taken(whole, tmp_pa
     assert "resumed from step 4" in said
     assert_same_training(tmp_path / "w", whole)
     assert (tmp_path / "w/broken_checkpoints/8").is_dir()
+
+
+def test_a_flipped_bit_is_never_restored(whole, tmp_path):
+    """In each file, at the start, in the middle and at the end: the state is right, or an older one's."""
+    workdir = shutil.copytree(whole, tmp_path / "w")
+    folder, abstract = workdir / "checkpoints/8", job_of().abstract_state
+    with Checkpoints(str(workdir), Saving(1)) as checkpoints:
+        right, _ = checkpoints._restore(8, abstract)
+        files = [file for file in folder.rglob("*") if file.is_file() and file.stat().st_size]
+        refused = 0
+        for file in files:
+            content = file.read_bytes()
+            for place in (0, len(content) // 2, len(content) - 1):
+                damaged = bytearray(content)
+                damaged[place] ^= 1
+                file.write_bytes(damaged)
+                try:
+                    found, _ = checkpoints._restore(8, abstract)
+                except Exception:  # whatever the storage says
+                    refused += 1
+                else:
+                    jax.tree.map(np.testing.assert_array_equal, found, right)
+            file.write_bytes(content)
+    assert refused > 10
+
+
+def test_arrays_that_are_not_those_that_were_saved_are_refused():
+    tree = {
+        "a": jnp.arange(6, dtype=jnp.float32),
+        "b": jnp.ones(6, jnp.bfloat16),
+        "c": jnp.int32(7),
+    }
+    options = {"checksums": {"encoder": saved.checksum(tree)}}
+    saved.verify("encoder", jax.tree.map(jnp.copy, tree), options)
+    saved.verify("encoder", tree, {})  # saved by an earlier version
+    for name in tree:
+        for bit in (0, 15):
+            x = np.array(tree[name]).reshape(-1)
+            x.view(f"uint{8 * x.itemsize}")[-1] ^= 1 << bit
+            other = tree | {name: jnp.asarray(x.reshape(tree[name].shape))}
+            with pytest.raises(ValueError, match="damaged on disk"):
+                saved.verify("encoder", other, options)
+    swapped = tree | {"a": tree["a"][::-1].at[:].set(1.0), "b": tree["b"] * 2}
+    with pytest.raises(ValueError, match="damaged on disk"):
+        saved.verify("encoder", swapped, options)
+    for devices in (2, 8):
+        mesh = make_mesh(jax.devices()[:devices])
+        x = np.random.default_rng(0).standard_normal((16, 8), np.float32)
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
+        assert saved.checksum(jax.device_put(x, rows)) == saved.checksum(jnp.asarray(x))
 
 
 def test_when_no_checkpoint_can_be_read_nothing_is_begun_over(whole, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Self
 
@@ -11,17 +12,23 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from simclr_jax.console import say
-from simclr_jax.errors import UserError
+from simclr_jax.errors import Unavailable, UserError, one_line
+from simclr_jax.files import storage_error
 from simclr_jax.training.saved import (
     ENCODER,
     HANDLERS,
     OPTIONS,
     TRAINER,
     checkpoint_folder,
+    checksum,
     saved_steps,
     short_reason,
+    verify,
 )
 from simclr_jax.training.state import TrainState
+
+# What a save raises where another process is gone: they wait for each other in barriers.
+_OF_ANOTHER_PROCESS = r"(?i)barrier|coordination|heartbeat|unhealthy|connection reset|gloo"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +87,14 @@ class Checkpoints:
         except Exception as error:  # whatever a storage may raise
             raise self._failure(step, error) from error
 
-    def _failure(self, step: int | None, error: Exception) -> UserError:
+    def _failure(self, step: int | None, error: Exception) -> Exception:
+        if jax.process_count() > 1 and re.search(_OF_ANOTHER_PROCESS, str(error)):
+            return jax.errors.JaxRuntimeError(one_line(error))  # and not the storage's
+        kind = Unavailable if isinstance(storage_error(error), Unavailable) else UserError
         whole = saved_steps(self._workdir)
         newest = f"the newest whole one is of step {whole[-1]}" if whole else "there is none yet"
         when = f"step {step}: " if step is not None else ""
-        return UserError(
+        return kind(
             f"{when}a checkpoint could not be written to {self._workdir} ({short_reason(error)}); {newest}. "
             "Mend this, then the same command goes on from there"
         )
@@ -100,12 +110,13 @@ class Checkpoints:
           UserError: this checkpoint or the last one cannot be written.
         """
         encoder, trainer = _split(state)
+        sums = {ENCODER: checksum(encoder), TRAINER: checksum(trainer)}
         arguments = ocp.args.Composite(
             **{
                 ENCODER: ocp.args.StandardSave(encoder),
                 TRAINER: ocp.args.StandardSave(trainer),
                 # A thread writes it while the caller goes on, and may change what it gave.
-                OPTIONS: ocp.args.JsonSave(copy.deepcopy(options)),
+                OPTIONS: ocp.args.JsonSave(copy.deepcopy(options) | {"checksums": sums}),
             }
         )
         self._guard(step, lambda: self._manager.save(step, args=arguments, force=True))
@@ -177,6 +188,8 @@ class Checkpoints:
                 }
             ),
         )
+        for item in (ENCODER, TRAINER):
+            verify(item, restored[item], restored[OPTIONS])
         return _join(restored[ENCODER], restored[TRAINER]), restored[OPTIONS]
 
 

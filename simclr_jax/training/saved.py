@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -48,7 +49,7 @@ def saved_steps(path: epath.PathLike) -> list[int]:
 
 def _is_whole(checkpoint: epath.Path) -> bool:
     # A local folder gets its number when it is whole; in a bucket, which cannot rename, orbax marks it.
-    return "://" not in str(checkpoint) or ocp.utils.is_checkpoint_finalized(checkpoint)
+    return not in_bucket(checkpoint) or ocp.utils.is_checkpoint_finalized(checkpoint)
 
 
 def _folder(path: epath.PathLike) -> epath.Path:
@@ -93,7 +94,12 @@ def read_options(checkpoint: epath.Path) -> dict:
 
 def read_encoder_arrays(checkpoint: epath.Path, abstract: dict) -> dict:
     """Reads {"params", "batch_stats"} of the encoder alone, laid out as the abstract tree says."""
-    return _read(checkpoint, ENCODER, ocp.args.StandardRestore(abstract))
+    found = _read(checkpoint, ENCODER, ocp.args.StandardRestore(abstract))
+    try:
+        verify(ENCODER, found, read_options(checkpoint))
+    except ValueError as error:
+        raise _unreadable(checkpoint, error) from error
+    return found
 
 
 def read_head_arrays(checkpoint: epath.Path, abstract: dict) -> dict:
@@ -152,10 +158,14 @@ def _read(checkpoint: epath.Path, item: str, args: Any, handler: Any = None) -> 
         with ocp.Checkpointer(handlers) as checkpointer:
             return checkpointer.restore(checkpoint, args=ocp.args.Composite(**{item: args}))[item]
     except Exception as error:  # whatever a damaged file may lead to
-        raise UserError(
-            f"{checkpoint} cannot be read ({short_reason(error)}): use an older checkpoint, or run the "
-            "training command again, which sets it aside"
-        ) from error
+        raise _unreadable(checkpoint, error) from error
+
+
+def _unreadable(checkpoint: epath.Path, error: Exception) -> UserError:
+    return UserError(
+        f"{checkpoint} cannot be read ({short_reason(error)}): use an older checkpoint, or run the "
+        "training command again, which sets it aside"
+    )
 
 
 def short_reason(error: Exception) -> str:
@@ -163,6 +173,31 @@ def short_reason(error: Exception) -> str:
     text = one_line(error)
     known = re.search(r"No space left on device|Disk quota exceeded|Read-only file system", text)
     return known[0] if known else text[:200]
+
+
+def checksum(tree: Any) -> int:
+    """Sums the bits of all arrays, as unsigned numbers modulo 2**32: any one bit that differs gives another
+    number, and how the arrays are divided over devices does not. The storage has no checksum of its own for the
+    content of arrays.
+    """
+    return int(_checksum(tree))
+
+
+@jax.jit
+def _checksum(tree: Any) -> jax.Array:
+    total = jnp.uint32(0)
+    for number, x in enumerate(jax.tree.leaves(tree)):
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        # An odd factor of its own for each array, so that two that change places are seen.
+        total += jnp.uint32(2 * number + 1) * jnp.sum(bits, dtype=jnp.uint32)
+    return total
+
+
+def verify(item: str, tree: Any, options: dict) -> None:
+    """Raises a ValueError if an item of a checkpoint is not what was saved, by its options."""
+    expected = options.get("checksums", {}).get(item)  # not of versions before
+    if expected is not None and checksum(tree) != expected:
+        raise ValueError(f"the arrays of {item} differ from those that were saved: damaged on disk")
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
