@@ -87,3 +87,21 @@ def test_the_process_that_is_least_in_the_step_is_the_slowest(turn):
         turn(10.0)
     assert clock.report(8)["slowest_process"] == 0
     assert "slowest_process" not in Clock().report(8)  # alone
+
+
+def test_what_saving_costs_is_said_once_where_it_is_much(turn):
+    def lines(step_seconds):
+        clock, found = Clock(), []
+        for _ in range(8):
+            turn(step_seconds)
+            clock.step()
+            with clock.spending("saving"):
+                turn(0.5)
+            found.append(clock.costly_saving())
+        return [line for line in found if line]
+
+    (line,) = lines(1.0)
+    assert line.startswith(
+        "saving     takes 38 % of the time, 0.5 s each"
+    )  # 5 x 0.5 of 4 + 5 x 0.5
+    assert lines(10.0) == []

@@ -8,6 +8,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+_SAVES_THAT_TELL = 5
+_COSTLY = 0.1  # share of the time
+
 
 def of_all_processes(seconds: float) -> list[float]:
     """Returns the number of each process; all call it together."""
@@ -36,6 +39,9 @@ class Clock:
         self._reported = time.monotonic()
         self._since: float | None = None  # the last step; None: nothing is timed until the next
         self._saved = 0.0  # seconds of saving since the last step
+        self._saves: list[float] = []  # seconds of each
+        self._first: float | None = None  # when the first step had ended
+        self._warned = False
         self._spent: dict[str, float] = {}
         self._forget()
 
@@ -58,6 +64,7 @@ class Clock:
         self._spent[on] = self._spent.get(on, 0.0) + seconds
         if on == "saving":
             self._saved += seconds
+            self._saves.append(seconds)
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
@@ -69,6 +76,7 @@ class Clock:
     def step(self) -> None:
         """Says that a step has ended."""
         now = time.monotonic()
+        self._first = now if self._first is None else self._first
         if self._since is not None:
             self._steps += 1
             self._seconds += now - self._since
@@ -79,6 +87,20 @@ class Clock:
         """Leaves the time since the last step out."""
         if self._since is not None:
             self._since, self._saved = time.monotonic(), 0.0
+
+    def costly_saving(self) -> str | None:
+        """Returns, once, a line that says what saves cost, if five or more took over a tenth of the time."""
+        if self._warned or len(self._saves) < _SAVES_THAT_TELL or self._first is None:
+            return None
+        share = sum(self._saves) / max(time.monotonic() - self._first, 1e-9)
+        if share < _COSTLY:
+            return None
+        self._warned = True
+        each = sum(self._saves) / len(self._saves)
+        return (
+            f"saving     takes {100 * share:.0f} % of the time, {each:.2g} s each: a larger "
+            "checkpoint.every_steps costs less, and a stop that cannot save loses up to as many steps"
+        )
 
     def report(self, batch_size: int) -> dict[str, float]:
         """Returns metrics of the time since the last report; all processes call it after the same step.

@@ -191,6 +191,8 @@ def fit(
                 }
                 with clock.spending("saving"), watch.doing("saving"):
                     checkpoints.save(step, state, run.record | then)
+                if costly := clock.costly_saving():
+                    say(costly)
             if stopping or last:
                 with watch.doing("saving"):
                     checkpoints.wait(step)  # here, where a signal does not cut it off
