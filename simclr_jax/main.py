@@ -218,7 +218,15 @@ def _out_of_memory(error: Exception) -> str:
 def run() -> None:
     """Runs `main` for the shell; the console script simclr_jax."""
     _hide_tracebacks_of_threads()
-    shell(main, sys.argv[1:])
+    status: object = 1  # of any other exception
+    try:
+        shell(main, sys.argv[1:])
+        status = 0
+    except SystemExit as ended:
+        status = ended.code
+        raise
+    finally:
+        processes.exit_within(status)
 
 
 def _hide_tracebacks_of_threads() -> None:

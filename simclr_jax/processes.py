@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import NoReturn
@@ -26,6 +27,9 @@ HEARTBEAT_SECONDS = 30
 
 # Seconds a process that is done waits for the others before it gives them up.
 _SHUTDOWN_SECONDS = 120
+
+# Seconds after which a process that is done no longer waits for threads of libraries.
+_EXIT_SECONDS = 15.0
 
 
 def keep_freed_memory(environment: Mapping[str, str]) -> None:
@@ -148,6 +152,23 @@ def end(error: Exception) -> NoReturn:
         )
     time.sleep(seconds)
     os._exit(status)  # an orderly exit would wait for the others, who wait for this one
+
+
+def exit_within(status: object, seconds: float = _EXIT_SECONDS) -> None:
+    """Ends the process if its orderly exit, which has begun, takes too long: threads of a library may be waited for.
+
+    Args:
+      status: of SystemExit; a text counts as 1.
+      seconds: that the exit may take, beside the time in which several processes wait for each other.
+    """
+    several = _SHUTDOWN_SECONDS if jax.distributed.is_initialized() else 0
+    code = status if isinstance(status, int) else int(status is not None)
+
+    def end_late():
+        time.sleep(seconds + several)
+        os._exit(code)
+
+    threading.Thread(target=end_late, daemon=True, name="exit").start()
 
 
 @contextlib.contextmanager

@@ -314,6 +314,39 @@ def test_local_sh_says_how_it_is_used(arguments):
     assert process.stderr.startswith("usage: launch/local.sh N -- ARGS")
 
 
+STUCK_AT_EXIT = """
+import sys, threading, time
+from simclr_jax import main, processes
+
+processes.exit_within.__defaults__ = (1.0,)
+
+def end(_):
+    {ends}
+
+main.main = end
+threading.Thread(target=time.sleep, args=(1000,)).start()
+main.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected", "says"),
+    [
+        ("sys.exit(75)", 75, ""),
+        ("sys.exit('error: no')", 1, "error: no"),
+        ("return", 0, ""),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_an_exit_that_waits_for_a_thread_is_bounded(ends, expected, says):
+    program = STUCK_AT_EXIT.format(ends=ends)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == expected, done.stderr
+    assert done.stderr.decode().strip().endswith(says)
+
+
 FREED = """
 import os, resource
 from simclr_jax import processes
