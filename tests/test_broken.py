@@ -19,7 +19,7 @@ from simclr_jax.data.order import Order, Share
 from simclr_jax.data.split import BROKEN
 from simclr_jax.errors import UserError
 from simclr_jax.modes.pretrain import pretrain
-from simclr_jax.views import make_distortion
+from simclr_jax.views import make_distortion, pipeline
 from simclr_jax.views.pipeline import (
     EvaluationView,
     HostWork,
@@ -269,3 +269,21 @@ def test_a_run_on_such_a_folder(photos, tiny, tmp_path, capsys):
     assert "skipped    5 images that cannot be read, see" in capsys.readouterr().out
     found = lines_of(tmp_path / "w/broken_images.jsonl")
     assert {line["image"].rpartition("/")[2] for line in found} == names
+
+
+def test_the_end_of_an_input_waits_for_no_thread_of_tf_datas(monkeypatch):
+    """With autotuning an iterator's end waits up to a minute for a thread that sleeps: now and then, after half a
+    minute of use, so that what is asked for is looked at here.
+    """
+    asked = []
+    with_options = tf.data.Dataset.with_options
+
+    def noted(self, options):
+        asked.append(options)
+        return with_options(self, options)
+
+    monkeypatch.setattr(tf.data.Dataset, "with_options", noted)
+    assert list(pipeline._run(None, tf.data.Dataset.range, None, 3)) == [0, 1, 2]
+    (options,) = asked
+    assert options.autotune.enabled is False
+    assert options.deterministic is True

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from simclr_jax.data.order import Order, Share, batch_positions, next_whole, split_validation
-from simclr_jax.data.source import Source
+from simclr_jax.data.source import CORES, Source
 from simclr_jax.data.split import BROKEN, NONE
 
 
@@ -56,12 +56,11 @@ class IndexedSplit:
         )
 
     def _examples(self, positions: Any) -> Any:
-        import tensorflow as tf
 
         lookup = self._lookup()
         return positions.map(
             lambda epoch, index: lookup(index) | {"index": index, "epoch": epoch},
-            num_parallel_calls=tf.data.AUTOTUNE,
+            num_parallel_calls=CORES,
         )
 
     def _lookup(self) -> Any:
@@ -101,7 +100,7 @@ class IndexedSplit:
             found = lookup(index)
             return found | {"label": tf.where(is_broken, BROKEN, found["label"])}
 
-        return entries.map(example, num_parallel_calls=tf.data.AUTOTUNE)
+        return entries.map(example, num_parallel_calls=CORES)
 
     def all_labels(self) -> np.ndarray:
         return self.source.labels

@@ -8,6 +8,7 @@ import abc
 import functools
 import hashlib
 import io
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,10 @@ from simclr_jax.errors import UserError
 Classes = tuple[str, ...] | None
 
 _LABELS_AT_ONCE = 8192
+
+# Calls of a tf.data map at a time: one a core. tf.data's own choice, AUTOTUNE, has a thread that sleeps up to a
+# minute, and the end of an iterator waits for it (TensorFlow 2.21: 16 to 37 s, seen at the end of trainings).
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def codes_of(occurring: Sequence[str], classes: Classes, where: str) -> dict[str | None, int]:
@@ -287,7 +292,7 @@ class ShardedSource(abc.ABC):
 
         # Numbered, as a record that is a tuple would become several arguments.
         records = tf.data.Dataset.from_tensor_slices(shards).flat_map(self.records).enumerate()
-        found = records.map(lambda _, record: self.parse(record)["label"], tf.data.AUTOTUNE)
+        found = records.map(lambda _, record: self.parse(record)["label"], CORES)
         return np.concatenate(list(found.batch(_LABELS_AT_ONCE).as_numpy_iterator()))
 
     @abc.abstractmethod

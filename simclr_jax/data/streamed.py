@@ -12,7 +12,7 @@ import numpy as np
 
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Lane, Order, Share, lanes, next_whole, split_validation, windows
-from simclr_jax.data.source import Encoded, ShardedSource
+from simclr_jax.data.source import CORES, Encoded, ShardedSource
 from simclr_jax.data.split import BROKEN, NONE
 from simclr_jax.errors import UserError
 
@@ -72,13 +72,12 @@ class StreamedSplit:
         return self.source.image_shape
 
     def training(self, order: Order, start_step: int, broken: Set[int] = NONE) -> Any:
-        import tensorflow as tf
 
         def example(record, index, epoch):
             return self._example(index, record, broken) | {"index": index, "epoch": epoch}
 
         examples = self._shuffled(self.source.records, order, start_step, broken)
-        return examples.map(example, num_parallel_calls=tf.data.AUTOTUNE)
+        return examples.map(example, num_parallel_calls=CORES)
 
     def batch_indices(self, order: Order, step: int, broken: Set[int] = NONE) -> np.ndarray:
         import tensorflow as tf
@@ -136,7 +135,7 @@ class StreamedSplit:
         def window(shards, first_indices, positions, epoch):
             files = tf.data.Dataset.from_tensor_slices((shards, first_indices))
             whole = files.interleave(
-                numbered, _FILES_AT_ONCE, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+                numbered, _FILES_AT_ONCE, num_parallel_calls=CORES, deterministic=True
             ).batch(tf.cast(lengths.sum(), tf.int64))
 
             def in_order(index, record):
@@ -195,13 +194,12 @@ class StreamedSplit:
         return shards.flat_map(self.source.records).enumerate(index - passed).skip(passed)
 
     def once(self, share: Share, start: int = 0, broken: Set[int] = NONE) -> Any:
-        import tensorflow as tf
 
         # The first of the rest is this process's own.
         mine = self._from(share.index + start * share.count).shard(share.count, 0)
         return mine.map(
             lambda index, record: self._example(index, record, broken),
-            num_parallel_calls=tf.data.AUTOTUNE,
+            num_parallel_calls=CORES,
         )
 
     def all_labels(self) -> np.ndarray:

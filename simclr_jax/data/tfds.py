@@ -12,7 +12,7 @@ import numpy as np
 from simclr_jax.data.arrays import in_memory
 from simclr_jax.data.label_sets import MOST_LABELS, LabelSets, mask_of, names_of
 from simclr_jax.data.order import Share
-from simclr_jax.data.source import Classes, ShardedSource
+from simclr_jax.data.source import CORES, Classes, ShardedSource
 from simclr_jax.data.split import DataSet, Split
 from simclr_jax.data.streamed import StreamedSplit
 from simclr_jax.errors import UserError, one_line
@@ -80,7 +80,7 @@ class RecordFiles(ShardedSource):
         shards = tf.data.Dataset.range(len(self.lengths))
         # Numbered, as a record that is a tuple would become several arguments.
         records = shards.flat_map(self.records).enumerate()
-        found = records.map(lambda _, r: mask_of(self._without_pixels(r), labels), tf.data.AUTOTUNE)
+        found = records.map(lambda _, r: mask_of(self._without_pixels(r), labels), CORES)
         return np.unique(list(found.as_numpy_iterator())).astype(np.int64)
 
     def decode(self, image: Any, upright: bool = True) -> Any:

@@ -10,6 +10,7 @@ from simclr_jax.data.broken import Images
 from simclr_jax.data.decode import reason_of
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Order, Share
+from simclr_jax.data.source import CORES
 from simclr_jax.errors import UserError
 from simclr_jax.views.distortion import Distortion
 from simclr_jax.views.host import SMALL, center_crop, draw, make_crops, make_views, of_each
@@ -66,10 +67,10 @@ def training_batches(
     def dataset(passed):
         if isinstance(split, IndexedSplit) and _are_small(split):
             batches = split.whole_batches(order, start_step + passed, broken.indices)
-            return batches.map(views_of_each, tf.data.AUTOTUNE)
+            return batches.map(views_of_each, CORES)
         return (
             split.training(order, start_step + passed, broken.indices)
-            .map(views_of, num_parallel_calls=tf.data.AUTOTUNE)
+            .map(views_of, num_parallel_calls=CORES)
             .batch(order.batch_size // order.share.count, drop_remainder=True)
         )
 
@@ -141,7 +142,7 @@ def evaluation_batches(
     def dataset(passed):
         return (
             split.once(share, passed * batch_size, broken.indices)
-            .map(image_of, num_parallel_calls=tf.data.AUTOTUNE)
+            .map(image_of, num_parallel_calls=CORES)
             .batch(batch_size)
         )
 
@@ -178,6 +179,7 @@ def _run(
     """
     options = tf.data.Options()
     options.deterministic = True
+    options.autotune.enabled = False  # see CORES
     # Local names: the generator may be closed when the interpreter has already cleared `tf`.
     unreadable = (
         tf.errors.InvalidArgumentError,
