@@ -189,11 +189,11 @@ def test_test_images_are_held_out_of_one_folder(tiny, tmp_path):
     options |= {"data.folder_labels": True, "data.test_fraction": 0.25, "data.placement": "host"}
     config.set_options(tiny, options)
     data = assemble.data_set(tiny)
-    train, test = (set(split.source.paths.tolist()) for split in (data.train, data.test))
+    train, test = (set(split.source.names.to_pylist()) for split in (data.train, data.test))
     assert (len(train), len(test), len(train | test)) == (30, 10, 40)
     assert data.test.classes == data.train.classes == ("cat", "dog")
     tiny.seed = 1
-    assert set(assemble.data_set(tiny).test.source.paths.tolist()) == test
+    assert set(assemble.data_set(tiny).test.source.names.to_pylist()) == test
     workdir = str(encoder_checkpoint(tiny, tmp_path / "w"))
     assert evaluate_features("knn", tiny, workdir)["test_images"] == 10
     tiny.data.test_path = f"{tmp_path}/photos"

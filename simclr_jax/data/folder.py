@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from simclr_jax.data.index import SUFFIXES, index
 from simclr_jax.data.indexed import IndexedSplit
@@ -18,54 +20,66 @@ from simclr_jax.files import check_local, expanded
 
 
 class Files(Source):
-    """Image files.
+    """Image files. Of a million the names take some 50 MB.
 
     Attributes:
-      paths: [N], text.
+      root: the folder.
+      names: pyarrow text [N], paths below it.
     """
 
     def __init__(
-        self, paths: np.ndarray, labels: np.ndarray, classes: Classes, sizes: np.ndarray | None
+        self,
+        root: str,
+        names: Any,
+        labels: np.ndarray,
+        classes: Classes,
+        sizes: np.ndarray | None = None,
     ):
-        """Holds the paths of N files.
+        """Holds the names of N files.
 
         Args:
-          paths: text [N].
+          root: the folder.
+          names: text [N], UTF-8.
           labels: int32 [N], -1 where there is none.
           classes: their names.
           sizes: int64 [N], bytes, for the fingerprint; None: not known.
         """
-        self.paths, self.labels, self.classes, self._sizes = paths, labels, classes, sizes
+        self.root, self.names = root, pa.array(names, pa.large_string())
+        self.labels, self.classes, self._sizes = labels, classes, sizes
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> Example:
-        return Example(pathlib.Path(self.paths[index]).read_bytes(), int(self.labels[index]))
+        return Example(pathlib.Path(self.name_of(index)).read_bytes(), int(self.labels[index]))
 
     def take(self, indices: np.ndarray) -> "Files":
         sizes = None if self._sizes is None else self._sizes[indices]
-        return Files(self.paths[indices], self.labels[indices], self.classes, sizes)
+        names = self.names.take(pa.array(indices, pa.int64()))
+        return Files(self.root, names, self.labels[indices], self.classes, sizes)
 
     def lookup(self) -> Any:
         import tensorflow as tf
 
         with tf.device("cpu"):
-            paths = tf.constant(self.paths)
-        return lambda index: tf.io.read_file(tf.gather(paths, index))
+            names = tf.constant(self.names.to_numpy(zero_copy_only=False))
+        root = os.path.join(self.root, "")
+        return lambda index: tf.io.read_file(tf.strings.join((root, tf.gather(names, index))))
 
     def name_of(self, index: int) -> str:
-        return str(self.paths[index])
+        return os.path.join(self.root, self.names[int(index)].as_py())
 
     def fingerprint(self) -> str:
         """Returns a digest of the labels, of the paths below their common folder and of the sizes, where
         they are known. Contents are not read: that would take too long.
         """
         digest = hashlib.blake2b(self.labels.tobytes(), digest_size=16)
-        root = os.path.commonpath([os.path.dirname(path) for path in self.paths])
+        ends = pc.min_max(self.names).as_py().values()  # what these share all share
+        root = os.path.commonpath([os.path.dirname(os.path.join(self.root, x)) for x in ends])
         sizes = [-1] * len(self) if self._sizes is None else self._sizes.tolist()
-        for path, size in zip(self.paths.tolist(), sizes, strict=True):
-            digest.update(os.fsencode(path[len(root) :]) + f" {size}\n".encode())
+        for name, size in zip(self.names.to_pylist(), sizes, strict=True):
+            below = os.path.join(self.root, name)[len(root) :]
+            digest.update(os.fsencode(below) + f" {size}\n".encode())
         return digest.hexdigest()
 
 
@@ -136,19 +150,18 @@ def open_split(
     if not root.is_dir():
         raise UserError(f"no folder {path!r}: expected a folder of images (data.path)")
     found = index(root)
-    paths = np.asarray([os.path.join(root, path) for path in found.paths], str)
-    if not len(paths):
+    names, where = found.paths, str(root)
+    if not names:
         raise UserError(f"no image below {path!r}: looked for {', '.join(SUFFIXES)}")
-    odd = [path for path in found.paths.tolist() if not _is_utf8(path)]
+    odd = [name for name in names if not _is_utf8(name)]
     if odd:
         raise UserError(
             f"{len(odd)} files below {path!r} have names that are not UTF-8, such as "
             f"{os.fsencode(odd[0])!r}: rename them"
         )
     if labels is False:
-        nothing = np.full(len(paths), -1, np.int32)
-        return IndexedSplit(Files(paths, nothing, None, found.sizes))
-    names = found.paths.tolist()
+        nothing = np.full(len(names), -1, np.int32)
+        return IndexedSplit(Files(where, names, nothing, None, found.sizes))
     if labels is True:
         owners = _first_folders(path, names)
     else:
@@ -159,7 +172,7 @@ def open_split(
     occurring = sorted({owner for owner in owners if owner is not None})
     code = codes_of(occurring, classes, repr(path))
     codes = np.asarray([code[owner] for owner in owners], np.int32)
-    return IndexedSplit(Files(paths, codes, classes or tuple(occurring), found.sizes))
+    return IndexedSplit(Files(where, names, codes, classes or tuple(occurring), found.sizes))
 
 
 def _first_folders(path: str, names: list[str]) -> list[str | None]:

@@ -54,12 +54,12 @@ class Index(NamedTuple):
     """The files below a folder.
 
     Attributes:
-      paths: [N] relative to it, sorted.
+      paths: N, relative to it, sorted.
       sizes: int64 [N], bytes.
       passed_over: suffix ("" for none) to how many files that are no images have it.
     """
 
-    paths: np.ndarray
+    paths: list[str]
     sizes: np.ndarray
     passed_over: dict[str, int]
 
@@ -88,7 +88,7 @@ def index(root: pathlib.Path) -> Index:
     for content in folders.values():
         passed.update(content["others"])
     return Index(
-        np.asarray([path for path, _ in entries], str),
+        [path for path, _ in entries],
         np.asarray([size for _, size in entries], np.int64),
         dict(passed.most_common()),
     )
@@ -230,7 +230,7 @@ def look(root: pathlib.Path) -> Look:
         int((found.sizes == 0).sum()),
         len(some),
         {
-            str(found.paths[i]): header
+            found.paths[i]: header
             for i, header in zip(some, headers, strict=True)
             if isinstance(header, str)
         },
