@@ -136,13 +136,19 @@ def in_bucket(path: epath.PathLike) -> bool:
 
 
 def check_bucket(address: str) -> None:
-    """Raises a UserError unless a Google bucket's address can be written to, as far as can be seen at once; does
-    nothing for other paths. TensorFlow would try for ever to make a bucket that is not there, and orbax fail
+    """Raises a UserError unless a bucket's address can be written to, as far as can be seen at once; does
+    nothing for local paths. TensorFlow would try for ever to make a bucket that is not there, and orbax fail
     in the middle of the first save without Google's package.
     """
-    if not address.startswith("gs://"):
+    if not in_bucket(address):
         return
-    bucket = address.split("/")[2]
+    scheme, _, rest = address.partition("://")
+    if scheme != "gs":
+        raise UserError(
+            f"{address}: expected a local path or gs://BUCKET/FOLDER, as TensorFlow has no file system for "
+            f"{scheme}://; mount the bucket, with mount-s3 or rclone, and name the folder"
+        )
+    bucket = rest.split("/")[0]
     try:
         if not epath.Path(f"gs://{bucket}").exists():
             raise UserError(f"no bucket gs://{bucket}: expected one that is there, in {address}")

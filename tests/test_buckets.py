@@ -37,8 +37,11 @@ def test_a_mistyped_bucket_is_one_line(storage):
         files.check_bucket("gs://their/runs/1")
     with pytest.raises(UserError, match="no bucket gs://their"):
         main.main(["--config=configs/digits.py", "--workdir=gs://their/w"])
-    for good in ("gs://there", "gs://there/a b", "gs://secret/w", "/local/w", "w", "s3://x/w"):
+    for good in ("gs://there", "gs://there/a b", "gs://secret/w", "/local/w", "w"):
         files.check_bucket(good)
+    for other in ("s3://x/w", "az://x/w"):
+        with pytest.raises(UserError, match=r"no file system for (s3|az)://; mount the bucket"):
+            files.check_bucket(other)
 
 
 def test_without_googles_package_it_is_one_line(storage, monkeypatch):
