@@ -137,7 +137,11 @@ def cluster(cache, tmp_path_factory):  # noqa: F811
     folder.chmod(0o755)
     slurm = Cluster(folder, environment(1, cache))
     try:
-        slurm.start()
+        try:
+            socket.gethostbyname(slurm.host)  # JAX looks for process 0 there
+            slurm.start()
+        except (AssertionError, OSError) as error:  # nothing of ours has run yet
+            pytest.skip(f"SLURM does not start on this machine: {error}")
         yield slurm
     finally:
         slurm.stop()
