@@ -6,6 +6,7 @@ The mesh has two axes. The batch is divided over both; "fsdp" also divides the p
 optimizer's state, and "data" repeats them.
 """
 
+import collections
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -22,19 +23,29 @@ AXES = DATA, FSDP = "data", "fsdp"
 def make_mesh(devices=None, fsdp: int = 1) -> Mesh:
     """Makes a mesh of shape (devices / fsdp, fsdp) of all devices of all processes.
 
+    Of several TPU slices, which the data-centre network joins, each is a run of rows: the groups of "fsdp", which
+    gather parameters in every step, lie within a slice, and only the batch is divided over slices.
+
     Raises:
-      UserError: the devices do not divide into groups of `fsdp`.
+      UserError: the devices, of each slice, do not divide into groups of `fsdp`.
     """
     if devices is None:
         # A process's devices side by side: on some slices the ids of the hosts interleave, and
         # the rows of a global array are said to come process after process.
-        devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
-    if len(devices) % fsdp:
+        devices = sorted(jax.devices(), key=lambda d: (_slice_of(d), d.process_index, d.id))
+    slices = collections.Counter(map(_slice_of, devices))
+    least = min(slices.values())
+    if any(count % fsdp for count in slices.values()):
+        where = f"{least} devices of a slice" if len(slices) > 1 else f"{least} devices"
         raise UserError(
-            f"mesh.fsdp={fsdp} does not divide {len(devices)} devices: use one of "
-            f"{', '.join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)}"
+            f"mesh.fsdp={fsdp} does not divide {where}: use one of "
+            f"{', '.join(str(n) for n in range(1, least + 1) if least % n == 0)}"
         )
     return Mesh(np.asarray(devices).reshape(-1, fsdp), AXES)
+
+
+def _slice_of(device: Any) -> int:
+    return getattr(device, "slice_index", None) or 0
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

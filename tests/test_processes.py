@@ -1,5 +1,6 @@
 """Several processes are one run: the same numbers, one set of files, and an end when one dies."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from simclr_jax import load_encoder, main, processes
+from simclr_jax import load_encoder, main, mesh, processes
 from simclr_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -370,3 +371,27 @@ def test_a_process_on_cpus_keeps_the_memory_it_frees():
     assert kept < 2 * 16_384  # of two blocks at most, as the next may not fit where the last was
     if platform.libc_ver()[0] == "glibc" and (processes._has_gpu() or processes._has_tpu()):
         assert faults("cuda") > 5 * kept  # not beside an accelerator
+
+
+def test_groups_that_share_parameters_lie_within_a_slice(monkeypatch):
+    """Two slices of four devices; the ids of hosts interleave."""
+
+    @dataclasses.dataclass(eq=False)
+    class Device:
+        slice_index: int
+        process_index: int
+        id: int
+
+    devices = [Device(n % 2, n % 4, n) for n in range(8)]
+    monkeypatch.setattr(mesh.jax, "devices", lambda: devices)
+    monkeypatch.setattr(mesh, "Mesh", lambda array, axes: array)
+    rows = mesh.make_mesh(fsdp=4)
+    assert [[device.slice_index for device in row] for row in rows] == [[0] * 4, [1] * 4]
+    assert [[device.process_index for device in row] for row in rows] == [
+        [0, 0, 2, 2],
+        [1, 1, 3, 3],
+    ]
+    with pytest.raises(
+        UserError, match=r"mesh\.fsdp=8 does not divide 4 devices of a slice: .* 1, 2, 4"
+    ):
+        mesh.make_mesh(fsdp=8)
