@@ -12,7 +12,8 @@
 #                         `python` must be that of the environment simclr_jax is installed in
 #     --container...=...  SLURM's or pyxis's: the processes run in the container, this script beside it
 #     --signal=TERM@S     S seconds before the time limit the run saves, and is queued again      (default: 120)
-#     --restarts=N        how often it may have been queued again when a process dies or hangs      (default: 100)
+#     --restarts=N        how often it may have been queued again, for whatever reason, when a process dies
+#                         or hangs                                                                (default: 100)
 #     --array=1-N         of a study: N jobs, each of which makes a part
 #     --dry_run           print the command
 #
@@ -21,22 +22,26 @@
 # user has to mend, is not.
 set -euo pipefail
 
+from=$PWD
 # Inside a job SLURM runs a copy of this script: the repository is where the job was told to be.
 [[ -n ${SLURM_JOB_ID:-} && -e launch/do_it.sh ]] || cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/do_it.sh
 
-# What python ends with: 0 done, 1 and 2 a mistake of the user's, 75 and 143 stopped by a signal.
+# What srun ends with, the highest status of the processes: 0 done; 1, 2, 126 and 127 a mistake of the user's; 75
+# stopped by a signal, and saved. Where only one process has made a mistake, it says so in a file, as the
+# others end in other ways.
 run_again() {
+  [[ ! -e $SIMCLR_MISTAKE ]] || return 1
   case $1 in
-    0 | 1 | 2) return 1 ;;
-    75 | 143) said="stopped before the end" ;;
+    0 | 1 | 2 | 126 | 127) return 1 ;;
+    75) said="stopped before the end" ;;
     *)
       said="ended with status $1"
       ((${SLURM_RESTART_COUNT:-0} < restarts)) || return 1
       ;;
   esac
   # SLURM says COMPLETING of a job that was cancelled, and itself queues one again that it preempted.
-  [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]
+  [[ $(squeue --noheader --jobs="$job" --format=%T) == RUNNING ]]
 }
 
 nodes='' gpus='' gpus_per_node='' prelude='' restarts=100 signal=--signal=TERM@120 dry_run=''
@@ -53,7 +58,7 @@ while (($#)) && [[ $1 != -- ]]; do
     --nodes=*) nodes=${1#*=} ;;
     --gpus=*) gpus=${1#*=} ;;
     --gpus-per-node=*) gpus_per_node=${1#*=} ;;
-    --prelude=*) prelude=$(realpath -e -- "${1#*=}") || fail "$1: expected a file that is there" ;;
+    --prelude=*) prelude=$(cd "$from" && realpath -e -- "${1#*=}") || fail "$1: expected a file that is there" ;;
     --container*) of_srun+=("$1") ;;
     --signal=*) signal=$1 ;;
     --restarts=*) restarts=${1#*=} ;;
@@ -94,14 +99,24 @@ fi
 # shellcheck source=launch/xla_flags.sh
 source launch/xla_flags.sh gpu
 run=(python -m simclr_jax.main "$@")
+# Without arguments, as conda's activate would take them for its own.
 # shellcheck disable=SC2016
-[[ -z $prelude ]] || run=(bash -c 'source "$0" && exec "$@"' "$prelude" "${run[@]}")
+[[ -z $prelude ]] || run=(bash -c 'file=$0 run=("$@"); set --; source "$file" || { echo "error: $file failed" >&2; exit 2; }; exec "${run[@]}"' "$prelude" "${run[@]}")
+# A job of an array; of its numbers SLURM_JOB_ID may be that of the whole array.
+job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID:-}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+export SIMCLR_MISTAKE=$PWD/.mistake_in_job_$job
+rm -f "$SIMCLR_MISTAKE"
 status=0
-# --kill-on-bad-exit: SLURM, too, ends all processes when one fails.
+# When a process fails the others end by themselves within a minute (simclr_jax/processes.py).
 do_it srun "${place[@]}" ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-  --kill-on-bad-exit=1 ${of_srun[@]+"${of_srun[@]}"} "${run[@]}" || status=$?
+  ${of_srun[@]+"${of_srun[@]}"} "${run[@]}" || status=$?
 if run_again "$status"; then
-  echo "$said: queued again, to go on from the newest checkpoint"
-  scontrol requeue "$SLURM_JOB_ID"
+  if scontrol requeue "$job"; then
+    echo "$said: queued again, to go on from the newest checkpoint"
+  else
+    echo "$said: cannot be queued again; the same command goes on from the newest checkpoint" >&2
+  fi
 fi
+rm -f "$SIMCLR_MISTAKE"
 exit "$status"

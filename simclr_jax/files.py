@@ -162,6 +162,16 @@ def check_bucket(address: str) -> None:
         )
 
 
+# Of what TensorFlow, TensorStore and google-cloud-storage say.
+_AWAY = (
+    r"UNAVAILABLE|Unavailable|DEADLINE|Deadline|retry attempts failed|RetryError|libcurl|CURL|"
+    r"Connection|timed? ?out|Timeout|\b429\b|\b5\d\d\b"
+)
+_NOT_ALLOWED = (
+    r"\b40[134]\b|PERMISSION_DENIED|PermissionDenied|Forbidden|UNAUTHENTICATED|NOT_FOUND|NotFound"
+)
+
+
 def storage_error(error: Exception) -> UserError | None:
     """Returns in one line what a bucket's library raised; None if the error is of something else.
 
@@ -170,18 +180,19 @@ def storage_error(error: Exception) -> UserError | None:
     """
     if isinstance(error, UserError):
         return None
-    said = one_line(error)
-    of_google = type(error).__module__.split(".")[0] in ("google", "requests", "urllib3")
-    if not of_google and not re.search(r"gs://|s3://|storage/v1/b|storage\.googleapis", said):
+    said = f"{type(error).__name__}: {one_line(error)}"
+    of_google = type(error).__module__.split(".")[0] == "google"
+    if not of_google and not re.search(r"gs://|storage/v1/b|googleapis", said):
         return None
-    said = f"{type(error).__name__}: {said[:300]}"
-    if re.search(
-        r"\b40[134]\b|PERMISSION_DENIED|PermissionDenied|UNAUTHENTICATED|NOT_FOUND|NotFound", said
-    ):
-        return UserError(f"the bucket does not allow or have it: {said}")
-    return Unavailable(
-        f"the bucket does not answer: {said}. Training goes on from the newest checkpoint by the same command"
-    )
+    words = re.sub(r"\S*/\S*", "", said)  # without addresses, which may hold any number
+    if re.search(_AWAY, words):
+        return Unavailable(
+            f"the bucket does not answer: {said[:300]}. Training goes on from the newest checkpoint by the same "
+            "command"
+        )
+    if re.search(_NOT_ALLOWED, words):
+        return UserError(f"the bucket does not allow or have it: {said[:300]}")
+    return None
 
 
 def _has_google_storage() -> bool:

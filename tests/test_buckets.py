@@ -1,15 +1,19 @@
 """Addresses of buckets: refused in one line before anything is computed where they cannot work."""
 
+import orbax.checkpoint as ocp
 import pytest
+from conftest import encoder_checkpoint
 from etils import epath
+from test_loop import job_of
 
-from simclr_jax import files, main
+from simclr_jax import files, load_encoder, main
 from simclr_jax.config import default
 from simclr_jax.data import folder
-from simclr_jax.errors import LOST, UserError
+from simclr_jax.errors import LOST, Unavailable, UserError
 from simclr_jax.modes import export
 from simclr_jax.modes.embed import embed, open_input
 from simclr_jax.modes.neighbours import neighbours
+from simclr_jax.training.checkpoint import Checkpoints, Saving
 
 
 class Storage:
@@ -107,3 +111,23 @@ def test_what_a_bucket_s_library_raises_is_one_line(error, status, capsys):
 def test_errors_of_other_things_are_left_as_they_are():
     assert files.storage_error(ValueError("HTTP response code 403")) is None
     assert files.storage_error(UserError("gs://bucket")) is None
+    # A fault of ours, or of the files, that happens to name the address.
+    assert files.storage_error(KeyError("gs://bucket/w: expected a tree of 3, got 4")) is None
+    gone = ValueError("UNAVAILABLE: Error reading gs://bucket/checkpoints/404/d/403")
+    assert isinstance(files.storage_error(gone), Unavailable)
+
+
+def test_a_bucket_that_is_away_is_no_broken_checkpoint(tiny, tmp_path, monkeypatch):
+    workdir = encoder_checkpoint(tiny, tmp_path / "w")
+
+    def restore(*_, **__):
+        raise ValueError("UNAVAILABLE: Error reading gs://bucket/w/checkpoints/1: CURL error")
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", restore)
+    with pytest.raises(Unavailable, match="does not answer"):
+        load_encoder(workdir)
+    with Checkpoints(str(workdir), Saving(1)) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", restore)
+        with pytest.raises(Unavailable, match="does not answer"):
+            checkpoints.restore_newest(job_of().abstract_state)
+    assert not (workdir / "broken_checkpoints").exists()

@@ -419,7 +419,7 @@ def test_slurm_submits_itself_and_then_starts_a_process_a_gpu(cloud):
     assert process.returncode == 0, process.stderr
     assert started == [
         *("srun", "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8"),
-        *("--kill-on-bad-exit=1", "python", "-m", "simclr_jax.main", *ARGS),
+        *("python", "-m", "simclr_jax.main", *ARGS),
     ]
 
 
@@ -481,6 +481,7 @@ def test_a_prelude_and_a_container_are_of_the_processes(cloud, tmp_path):
     assert set(options[1:]) <= set(started)
     command = started[started.index("bash") :]
     assert command[-len(ARGS) - 3 :] == ["python", "-m", "simclr_jax.main", *ARGS]
+    assert command[:2] == ["bash", "-c"]
     said = subprocess.run(
         [*command[:4], "bash", "-c", "echo $SAID $0 $1", "a", "b c"],
         capture_output=True,
@@ -514,6 +515,10 @@ def test_each_job_of_an_array_makes_a_part_of_a_study(cloud):
     process, (started,) = cloud(*job, SLURM_JOB_ID="7", **array)
     assert process.returncode == 0, process.stderr
     assert started[-len(study) - 1 :] == [*study, "--part=2/4"]
+    stopped = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "STUB_STATUS_OF_SRUN": "75"}
+    _, calls = cloud(*job, states=["RUNNING"], **array, **stopped)
+    assert calls[1][:3] == ["squeue", "--noheader", "--jobs=7_4"]  # 7 is also the whole array
+    assert calls[2] == ["scontrol", "requeue", "7_4"]
     process, calls = cloud(*SLURM, "--", *ARGS, SLURM_JOB_ID="7", **array)
     assert (process.returncode, calls) == (2, [])
     assert "--array is for --mode=study" in process.stderr

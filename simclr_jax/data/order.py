@@ -5,14 +5,19 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-# A stream of shards is shuffled by windows: as many whole shards as hold this many raw examples, over all lanes,
-# in the epoch's order of the shards, and within them any order. 8k JPEGs of ImageNet are 0.9 GB, of which
-# two windows are held. To start anywhere, no more than one window of each lane is read in vain.
+# A stream of shards is shuffled by windows: over all lanes, as many whole shards as hold this many raw examples,
+# in the epoch's order of the shards, and within them any order. A window has a shard at least, and two of
+# each lane are held: of ImageNet's, 1,251 JPEGs of 0.11 MB, 1.1 GB with the 4 lanes of a batch of 256, and 18 GB
+# with the 64 of one of 4096 if one process has all lanes. To start anywhere, no more than one window of each lane
+# is read in vain.
 WINDOW = 8 * 1024
 
-# Examples that each lane gives to a batch, at least. A batch of 4096 has 64 lanes then: more would not be read
-# by fewer processes each, and each holds a shard or more in memory.
+# Examples that each lane gives to a batch, at least.
 LEAST_OF_A_LANE = 64
+
+# Shards for each lane, at least: where lanes have some more or fewer examples, they part a little at the ends of
+# epochs, and a batch there may hold an image twice.
+SHARDS_OF_A_LANE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +170,7 @@ def _order_of_indices(order: Order, epoch: int, count: int) -> np.ndarray:
 @dataclasses.dataclass(frozen=True)
 class Lane:
     """An endless sequence of a stream's examples, of which every batch takes the next few: lane i of n has every
-    n-th of an epoch's shards, and the rows from i * B / n on.
+    n-th window of an epoch, and the rows from i * B / n on.
 
     Lanes depend on the batch and the data alone, so that the content of a batch does not depend on the number of
     processes. A process reads the lanes that its rows are of.
@@ -184,7 +189,7 @@ class Lane:
 
 def lanes(order: Order, shards: int) -> list[Lane]:
     """Returns the lanes of this process's rows, in the rows' order, of a stream of so many shards."""
-    most = max(1, min(order.batch_size // LEAST_OF_A_LANE, shards))
+    most = max(1, min(order.batch_size // LEAST_OF_A_LANE, shards // SHARDS_OF_A_LANE))
     count = max(n for n in range(1, most + 1) if order.batch_size % n == 0)
     size, rows = order.batch_size // count, order.share.rows(order.batch_size)
     found = []
@@ -209,17 +214,23 @@ def windows(
       lane: one of `lanes`.
       start_step: the first batch.
     """
-    size, full = order.batch_size // lane.count, max(1, WINDOW // lane.count)
+    size, total = order.batch_size // lane.count, int(lengths.sum())
+    each = max(
+        1, min(round(total / WINDOW), len(lengths) // lane.count)
+    )  # windows of a lane in an epoch
+    count = each * lane.count
     first, before, epoch = start_step * size, 0, 0  # examples of the lane
     while True:
-        shards = epoch_order(order.seed, epoch, len(lengths))[lane.index :: lane.count]
-        # The window of a shard: how many full windows lie before it.
-        number = (np.cumsum(lengths[shards]) - lengths[shards]) // full
-        for i in np.unique(number):
+        shards = epoch_order(order.seed, epoch, len(lengths))
+        # Windows of equal length, to within a shard's: lanes come to the ends of epochs together.
+        middle = np.cumsum(lengths[shards]) - lengths[shards] / 2
+        number = (middle * count / total).astype(int)
+        # Another lane's turn in each epoch: where windows differ, none falls behind for ever.
+        for i in range((lane.index - epoch) % lane.count, count, lane.count):
             members = shards[number == i]
             n = int(lengths[members].sum())
             if before + n > first:
-                rng = np.random.default_rng([order.seed, epoch, int(i), lane.index])
+                rng = np.random.default_rng([order.seed, epoch, i])
                 places = np.arange(before, before + n)
                 row = places % size
                 own = (places >= first) & (lane.start <= row) & (row < lane.stop)

@@ -21,6 +21,7 @@ from simclr_jax.training.saved import (
     TRAINER,
     checkpoint_folder,
     checksum,
+    is_of_a_disk,
     saved_steps,
     short_reason,
     verify,
@@ -28,7 +29,7 @@ from simclr_jax.training.saved import (
 from simclr_jax.training.state import TrainState
 
 # What a save raises where another process is gone: they wait for each other in barriers.
-_OF_ANOTHER_PROCESS = r"(?i)barrier|coordination|heartbeat|unhealthy|connection reset|gloo"
+_OF_ANOTHER_PROCESS = r"(?i)barrier|coordination|heartbeat|unhealthy|connection reset|\bgloo\b"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Checkpoints:
             raise self._failure(step, error) from error
 
     def _failure(self, step: int | None, error: Exception) -> Exception:
-        if jax.process_count() > 1 and re.search(_OF_ANOTHER_PROCESS, str(error)):
+        of_a_process = re.search(_OF_ANOTHER_PROCESS, str(error)) and not is_of_a_disk(error)
+        if jax.process_count() > 1 and of_a_process:
             return jax.errors.JaxRuntimeError(one_line(error))  # and not the storage's
         kind = Unavailable if isinstance(storage_error(error), Unavailable) else UserError
         whole = saved_steps(self._workdir)
@@ -145,6 +147,8 @@ class Checkpoints:
             try:
                 state, options = self._restore(step, abstract)
             except Exception as error:  # whatever a damaged file may lead to
+                if isinstance(away := storage_error(error), Unavailable):
+                    raise away from error
                 reason = short_reason(error)
             # A step is taken by all processes or by none.
             if not np.all(multihost_utils.process_allgather(np.array(state is not None))):

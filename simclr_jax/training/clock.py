@@ -13,7 +13,7 @@ _COSTLY = 0.1  # share of the time
 
 
 def of_all_processes(seconds: float) -> list[float]:
-    """Returns the number of each process; all call it together."""
+    """Returns the number of each process; all call it together. With several it waits for the steps under way."""
     if jax.process_count() == 1:
         return [seconds]
     return multihost_utils.process_allgather(np.float32(seconds)).tolist()

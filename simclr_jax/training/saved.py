@@ -16,8 +16,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from simclr_jax.errors import UserError, one_line
-from simclr_jax.files import in_bucket
+from simclr_jax.errors import Unavailable, UserError, one_line
+from simclr_jax.files import in_bucket, storage_error
 
 ENCODER, TRAINER, OPTIONS = "encoder", "trainer", "config"  # items of a checkpoint
 HANDLERS = {
@@ -26,6 +26,7 @@ HANDLERS = {
     OPTIONS: ocp.JsonCheckpointHandler,
 }
 _T = TypeVar("_T")
+_OF_A_DISK = r"No space left on device|Disk quota exceeded|Read-only file system"
 
 
 def checkpoint_folder(workdir: epath.PathLike) -> epath.Path:
@@ -158,6 +159,8 @@ def _read(checkpoint: epath.Path, item: str, args: Any, handler: Any = None) -> 
         with ocp.Checkpointer(handlers) as checkpointer:
             return checkpointer.restore(checkpoint, args=ocp.args.Composite(**{item: args}))[item]
     except Exception as error:  # whatever a damaged file may lead to
+        if isinstance(away := storage_error(error), Unavailable):
+            raise away from error
         raise _unreadable(checkpoint, error) from error
 
 
@@ -171,8 +174,13 @@ def _unreadable(checkpoint: epath.Path, error: Exception) -> UserError:
 def short_reason(error: Exception) -> str:
     """Shortens a storage library's error, which may have pages, to a few words."""
     text = one_line(error)
-    known = re.search(r"No space left on device|Disk quota exceeded|Read-only file system", text)
+    known = re.search(_OF_A_DISK, text)
     return known[0] if known else text[:200]
+
+
+def is_of_a_disk(error: Exception) -> bool:
+    """Returns whether an error says that a disk is full or cannot be written."""
+    return re.search(_OF_A_DISK, str(error)) is not None
 
 
 def checksum(tree: Any) -> int:
