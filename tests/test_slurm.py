@@ -108,7 +108,7 @@ class Cluster:
         return said.split()[-1]
 
     def show(self, job):
-        """What SLURM says of a job, {"JobState": "RUNNING", "Restarts": "0", ...}."""
+        """SLURM's account of a job, {"JobState": "RUNNING", "Restarts": "0", ...}."""
         return dict(re.findall(r"(\w+)=(\S+)", self.call("scontrol", "show", "job", job)))
 
     def wait(self, condition, seconds=200):

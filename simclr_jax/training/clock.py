@@ -105,7 +105,7 @@ class Clock:
     def report(self, batch_size: int) -> dict[str, float]:
         """Returns metrics of the time since the last report; all processes call it after the same step.
 
-        images_per_second: of the global batch, B = batch_size images, while steps were timed.
+        images_per_second: while steps were timed; a step has B = batch_size images.
         share_of_time_input, _saving, _evaluating: in [0, 1], of this process.
         goodput: the share of the time since the run began, over all restarts, that was spent on steps which
             were kept; compiling, restoring, saving, evaluating, standing still and steps lost count against it.
