@@ -120,7 +120,8 @@ def test_metrics_in_a_bucket_are_copied_whole_now_and_then(tmp_path, monkeypatch
 def test_the_end_of_a_run_that_a_bucket_ended_asks_it_no_more(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(MetricWriter, "store", lambda self: asked.append(1))
-    for error in (UserError("not finite"), Unavailable("the bucket"), OSError("gs://bucket: lost")):
+    away = ValueError("UNAVAILABLE: Error writing gs://bucket/w")
+    for error in (UserError("not finite"), Unavailable("the bucket"), away):
         with contextlib.suppress(Exception), MetricWriter(str(tmp_path)):
             raise error
     assert len(asked) == 1
