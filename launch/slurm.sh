@@ -27,7 +27,7 @@ from=$PWD
 [[ -n ${SLURM_JOB_ID:-} && -e launch/do_it.sh ]] || cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/do_it.sh
 
-# What srun ends with, the highest status of the processes: 0 done; 1, 2, 126 and 127 a mistake of the user's; 75
+# run_again STATUS: whether to queue the job again. srun ends with the highest status of the processes: 0 done; 1, 2, 126 and 127 a mistake of the user's; 75
 # stopped by a signal, and saved. Where only one process has made a mistake, it says so in a file, as the
 # others end in other ways.
 run_again() {

@@ -6,7 +6,9 @@ class UserError(Exception):
 
 
 class Unavailable(UserError):
-    """What a command needs did not answer: the same command may go on later, and a launcher may give it."""
+    """Says that a storage or another process did not answer: the same command may go on later, and a launcher may
+    give it.
+    """
 
 
 # The status of a process that ends because another one, or a storage, is gone or stuck: a launcher may start all

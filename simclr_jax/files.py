@@ -162,7 +162,7 @@ def check_bucket(address: str) -> None:
         )
 
 
-# Of what TensorFlow, TensorStore and google-cloud-storage say.
+# Words in the messages of TensorFlow, TensorStore and google-cloud-storage.
 _AWAY = (
     r"UNAVAILABLE|Unavailable|DEADLINE|Deadline|retry attempts failed|RetryError|libcurl|CURL|"
     r"Connection|timed? ?out|Timeout|\b429\b|\b5\d\d\b"
@@ -193,6 +193,12 @@ def storage_error(error: Exception) -> UserError | None:
     if re.search(_NOT_ALLOWED, words):
         return UserError(f"the bucket does not allow or have it: {said[:300]}")
     return None
+
+
+def raise_if_away(error: Exception) -> None:
+    """Raises an `Unavailable` if `error` says that a bucket does not answer: its content may be whole."""
+    if isinstance(away := storage_error(error), Unavailable):
+        raise away from error
 
 
 def _has_google_storage() -> bool:

@@ -162,7 +162,7 @@ def exit_within(status: object, seconds: float = _EXIT_SECONDS) -> None:
     """Ends the process if its orderly exit, which has begun, takes too long: threads of a library may be waited for.
 
     Args:
-      status: of SystemExit; a text counts as 1.
+      status: the code of the SystemExit; a text counts as 1.
       seconds: that the exit may take, beside the time in which several processes wait for each other.
     """
     several = _SHUTDOWN_SECONDS if jax.distributed.is_initialized() else 0

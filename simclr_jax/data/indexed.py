@@ -56,7 +56,6 @@ class IndexedSplit:
         )
 
     def _examples(self, positions: Any) -> Any:
-
         lookup = self._lookup()
         return positions.map(
             lambda epoch, index: lookup(index) | {"index": index, "epoch": epoch},

@@ -177,7 +177,7 @@ class Lane:
 
     Attributes:
       index: which lane.
-      count: of lanes, a divisor of B.
+      count: how many lanes there are, a divisor of B.
       start, stop: which of the B / count examples of each batch are this process's.
     """
 

@@ -21,9 +21,22 @@ Classes = tuple[str, ...] | None
 
 _LABELS_AT_ONCE = 8192
 
-# Calls of a tf.data map at a time: one a core. tf.data's own choice, AUTOTUNE, has a thread that sleeps up to a
-# minute, and the end of an iterator waits for it (TensorFlow 2.21: 16 to 37 s, seen at the end of trainings).
+# Calls of a tf.data map at a time: one a core. AUTOTUNE makes at most 16 where autotuning is off, see `in_order`.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_order(dataset: Any) -> Any:
+    """Returns a tf.data.Dataset whose elements come in order, and whose end is not waited for.
+
+    tf.data's autotuning has a thread that sleeps up to a minute, and the end of an iterator waits for it
+    (TensorFlow 2.21: 16 to 37 s, seen at the end of trainings).
+    """
+    import tensorflow as tf
+
+    options = tf.data.Options()
+    options.deterministic = True
+    options.autotune.enabled = False
+    return dataset.with_options(options)
 
 
 def codes_of(occurring: Sequence[str], classes: Classes, where: str) -> dict[str | None, int]:
@@ -293,7 +306,7 @@ class ShardedSource(abc.ABC):
         # Numbered, as a record that is a tuple would become several arguments.
         records = tf.data.Dataset.from_tensor_slices(shards).flat_map(self.records).enumerate()
         found = records.map(lambda _, record: self.parse(record)["label"], CORES)
-        return np.concatenate(list(found.batch(_LABELS_AT_ONCE).as_numpy_iterator()))
+        return np.concatenate(list(in_order(found.batch(_LABELS_AT_ONCE)).as_numpy_iterator()))
 
     @abc.abstractmethod
     def fingerprint(self, shards: np.ndarray) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Lane, Order, Share, lanes, next_whole, split_validation, windows
-from simclr_jax.data.source import CORES, Encoded, ShardedSource
+from simclr_jax.data.source import CORES, Encoded, ShardedSource, in_order
 from simclr_jax.data.split import BROKEN, NONE
 from simclr_jax.errors import UserError
 
@@ -72,7 +72,6 @@ class StreamedSplit:
         return self.source.image_shape
 
     def training(self, order: Order, start_step: int, broken: Set[int] = NONE) -> Any:
-
         def example(record, index, epoch):
             return self._example(index, record, broken) | {"index": index, "epoch": epoch}
 
@@ -89,7 +88,7 @@ class StreamedSplit:
 
         own = order.batch_size // order.share.count
         indices = self._shuffled(numbers, order, step, broken).map(lambda _, index, epoch: index)
-        return next(indices.batch(own).take(1).as_numpy_iterator())
+        return next(in_order(indices.batch(own).take(1)).as_numpy_iterator())
 
     def _shuffled(self, records: Any, order: Order, start_step: int, broken: Set[int]) -> Any:
         """Returns an endless tf.data.Dataset of (record, index, epoch), in the order of training.
@@ -194,7 +193,6 @@ class StreamedSplit:
         return shards.flat_map(self.source.records).enumerate(index - passed).skip(passed)
 
     def once(self, share: Share, start: int = 0, broken: Set[int] = NONE) -> Any:
-
         # The first of the rest is this process's own.
         mine = self._from(share.index + start * share.count).shard(share.count, 0)
         return mine.map(
@@ -208,7 +206,7 @@ class StreamedSplit:
     def subset(self, indices: np.ndarray) -> IndexedSplit:
         self.check_subset(len(indices))
         wanted, images, labels = set(map(int, indices)), [], []
-        for i, example in enumerate(self.once(Share()).as_numpy_iterator()):
+        for i, example in enumerate(in_order(self.once(Share())).as_numpy_iterator()):
             if i in wanted:
                 images.append(example["image"])
                 labels.append(example["label"])
@@ -254,7 +252,7 @@ class StreamedSplit:
         wanted = set(indices)
         places = sorted({self._place(index)[0] for index in wanted})
         shards = tf.data.Dataset.from_tensor_slices(self._shards[places])
-        records = shards.flat_map(self.source.records).as_numpy_iterator()
+        records = in_order(shards.flat_map(self.source.records)).as_numpy_iterator()
         ends = np.cumsum(self._lengths)
         numbers = [i for p in places for i in range(ends[p] - self._lengths[p], ends[p])]
         found: dict[int, str] = {}

@@ -12,7 +12,7 @@ import numpy as np
 from simclr_jax.data.arrays import in_memory
 from simclr_jax.data.label_sets import MOST_LABELS, LabelSets, mask_of, names_of
 from simclr_jax.data.order import Share
-from simclr_jax.data.source import CORES, Classes, ShardedSource
+from simclr_jax.data.source import CORES, Classes, ShardedSource, in_order
 from simclr_jax.data.split import DataSet, Split
 from simclr_jax.data.streamed import StreamedSplit
 from simclr_jax.errors import UserError, one_line
@@ -81,7 +81,7 @@ class RecordFiles(ShardedSource):
         # Numbered, as a record that is a tuple would become several arguments.
         records = shards.flat_map(self.records).enumerate()
         found = records.map(lambda _, r: mask_of(self._without_pixels(r), labels), CORES)
-        return np.unique(list(found.as_numpy_iterator())).astype(np.int64)
+        return np.unique(list(in_order(found).as_numpy_iterator())).astype(np.int64)
 
     def decode(self, image: Any, upright: bool = True) -> Any:
         """Decodes as TFDS does, which turns no image: numbers that others publish hold for that."""
@@ -242,4 +242,4 @@ def _all_examples(builder: Any, split: str) -> Mapping[str, np.ndarray]:
 def _has_labels(split: StreamedSplit) -> bool:
     """Reads records until one has a label."""
     examples = split.once(Share()).map(lambda example: example["label"])
-    return any(label >= 0 for label in examples.as_numpy_iterator())
+    return any(label >= 0 for label in in_order(examples).as_numpy_iterator())

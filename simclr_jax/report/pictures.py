@@ -9,7 +9,7 @@ import numpy as np
 from simclr_jax.data import pixels
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Share, evenly
-from simclr_jax.data.source import Source
+from simclr_jax.data.source import Source, in_order
 from simclr_jax.data.split import Split
 
 _AT_ONCE = (
@@ -69,7 +69,7 @@ def _read(source: Source, places: list[int], upright: bool, made: Callable) -> I
 
 
 def _streamed(split: Split, count: int, upright: bool, made: Callable) -> Iterator[Any]:
-    examples = split.once(Share()).take(count).as_numpy_iterator()
+    examples = in_order(split.once(Share()).take(count)).as_numpy_iterator()
     for place, example in enumerate(examples):
         image = example["image"]
         if isinstance(image, bytes):

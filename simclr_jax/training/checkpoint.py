@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from simclr_jax.console import say
 from simclr_jax.errors import Unavailable, UserError, one_line
-from simclr_jax.files import storage_error
+from simclr_jax.files import raise_if_away, storage_error
 from simclr_jax.training.saved import (
     ENCODER,
     HANDLERS,
@@ -147,8 +147,7 @@ class Checkpoints:
             try:
                 state, options = self._restore(step, abstract)
             except Exception as error:  # whatever a damaged file may lead to
-                if isinstance(away := storage_error(error), Unavailable):
-                    raise away from error
+                raise_if_away(error)
                 reason = short_reason(error)
             # A step is taken by all processes or by none.
             if not np.all(multihost_utils.process_allgather(np.array(state is not None))):

@@ -1,4 +1,4 @@
-"""What the time of a training goes into: since the last report, and since the run began."""
+"""Counts what a training spends its time on, since the last report and since the run began."""
 
 import contextlib
 import time

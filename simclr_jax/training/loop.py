@@ -136,18 +136,8 @@ def fit(
     """
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(run.workdir, run.saving))
-        state, saved = checkpoints.restore_newest(job.abstract_state)
+        state, saved = _restore_or_begin(checkpoints, job, run.workdir, hooks)
         start = saved["step"]
-        if state is None:
-            state = job.init()
-        else:
-            say(f"resumed from step {start}")
-        if start > job.steps:
-            raise UserError(
-                f"{run.workdir} is at step {start} already, of {job.steps} now asked for"
-            )
-        for hook in hooks:
-            hook.memory = saved.get("hooks", {}).get(hook.name, hook.memory)
         stream = stack.enter_context(contextlib.closing(batches(start)))
         writer = None
         if jax.process_index() == 0:
@@ -201,6 +191,28 @@ def fit(
                 return state, False
     stop.pass_on()
     return state, True
+
+
+def _restore_or_begin(
+    checkpoints: Checkpoints, job: Job, workdir: str, hooks: Sequence[Hook]
+) -> tuple[TrainState, dict]:
+    """Returns the newest state, or that of the start, and what was saved beside it; gives the hooks their memories.
+
+    Raises:
+      UserError: the checkpoints are of a longer training, or none can be read.
+    """
+    state, saved = checkpoints.restore_newest(job.abstract_state)
+    if state is None:
+        state = job.init()
+    else:
+        say(f"resumed from step {saved['step']}")
+    if saved["step"] > job.steps:
+        raise UserError(
+            f"{workdir} is at step {saved['step']} already, of {job.steps} now asked for"
+        )
+    for hook in hooks:
+        hook.memory = saved.get("hooks", {}).get(hook.name, hook.memory)
+    return state, saved
 
 
 def check_state(step: int, state: TrainState, advice: str) -> None:

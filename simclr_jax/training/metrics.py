@@ -55,7 +55,7 @@ class MetricWriter:
         self._add_event(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes the values of this step; but in a bucket they are stored before it returns.
+        """Writes the values of this step, and stores them before it returns; in a bucket `store` does that.
 
         Raises:
           UserError: they cannot be written.

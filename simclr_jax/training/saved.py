@@ -16,8 +16,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from simclr_jax.errors import Unavailable, UserError, one_line
-from simclr_jax.files import in_bucket, storage_error
+from simclr_jax.errors import UserError, one_line
+from simclr_jax.files import in_bucket, raise_if_away
 
 ENCODER, TRAINER, OPTIONS = "encoder", "trainer", "config"  # items of a checkpoint
 HANDLERS = {
@@ -159,8 +159,7 @@ def _read(checkpoint: epath.Path, item: str, args: Any, handler: Any = None) -> 
         with ocp.Checkpointer(handlers) as checkpointer:
             return checkpointer.restore(checkpoint, args=ocp.args.Composite(**{item: args}))[item]
     except Exception as error:  # whatever a damaged file may lead to
-        if isinstance(away := storage_error(error), Unavailable):
-            raise away from error
+        raise_if_away(error)
         raise _unreadable(checkpoint, error) from error
 
 

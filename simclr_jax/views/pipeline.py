@@ -10,7 +10,7 @@ from simclr_jax.data.broken import Images
 from simclr_jax.data.decode import reason_of
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Order, Share
-from simclr_jax.data.source import CORES
+from simclr_jax.data.source import CORES, in_order
 from simclr_jax.errors import UserError
 from simclr_jax.views.distortion import Distortion
 from simclr_jax.views.host import SMALL, center_crop, draw, make_crops, make_views, of_each
@@ -177,9 +177,6 @@ def _run(
     Raises:
       UserError: too many images cannot be read, or something else than an image.
     """
-    options = tf.data.Options()
-    options.deterministic = True
-    options.autotune.enabled = False  # see CORES
     # Local names: the generator may be closed when the interpreter has already cleared `tf`.
     unreadable = (
         tf.errors.InvalidArgumentError,
@@ -190,7 +187,7 @@ def _run(
     )
     in_python = tf.errors.UnknownError
     while True:
-        batches = dataset(passed).with_options(options).prefetch(_PREFETCH_BATCHES)
+        batches = in_order(dataset(passed)).prefetch(_PREFETCH_BATCHES)
         try:
             for batch in batches.as_numpy_iterator():
                 yield batch
