@@ -229,7 +229,8 @@ def test_of_two_processes_the_stuck_one_is_named_and_both_end(kind, says, two_st
     assert (tmp_path / "hung/process_0.txt").exists()
     if kind == "loop":
         second.communicate(timeout=60)
-        assert second.returncode == LOST
+        # By its own watch, or by JAX, which may see first that process 0 has ended.
+        assert second.returncode in (LOST, -signal.SIGABRT)
         assert "in stuck" in (tmp_path / "hung/process_1.txt").read_text()
 
 
