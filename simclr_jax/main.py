@@ -180,6 +180,8 @@ def shell(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     # No start-up chatter of TensorFlow, and its plain kernels: the same numbers on every CPU.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    # TensorFlow remembers for 5 s that an object of a bucket exists: a folder renamed is still there to it.
+    os.environ.setdefault("GCS_STAT_CACHE_MAX_AGE", "0")
     processes.keep_freed_memory(os.environ)
     try:
         command(arguments)

@@ -168,3 +168,26 @@ def test_the_bucket_is_a_folder_here(bucket):
     said, status, _ = bucket("-c", code, program=())
     assert status == 0, said
     assert pathlib.Path(bucket.folder, "x").read_text() == "y"
+
+
+RENAMED = """
+from etils import epath
+from simclr_jax import main
+
+def rename(_):
+    folder = epath.Path("gs://bucket/renamed/1")
+    folder.mkdir(parents=True)
+    (folder / "object").write_text("x")
+    assert folder.exists()
+    folder.rename("gs://bucket/renamed/2")
+    print("there" if folder.exists() else "gone")
+
+main.shell(rename, [])
+"""
+
+
+def test_a_folder_that_was_renamed_is_gone_at_once(bucket):
+    # TensorFlow would say for 5 s that it is there, and a checkpoint saved again within them would fail.
+    said, status, _ = bucket(program=("-c", RENAMED))
+    assert status == 0, said
+    assert "gone" in said
