@@ -59,6 +59,15 @@ def get_study():
 """
 
 
+EXTREMES = """
+from simclr_jax.studies import Factor, Level, Study
+
+def get_study():
+    rates = {r: Level({"optimizer.learning_rate": float(r)}) for r in ("0.1", "0.2", "0.3", "0.4", "0.5")}
+    return Study("Rates", (Factor("rate", rates, numbers=True),), extremes=1)
+"""
+
+
 @pytest.fixture
 def file(tmp_path):
     """A study of three runs a seed, two seeds."""
@@ -136,6 +145,42 @@ def test_parts_make_the_table_of_the_whole_and_say_what_is_missing(
         run_study(short, folder, file)
     # The validation part preferred the margin that is worse on the test split.
     assert {tuple(r["key"]): r["setting"] for r in whole["rows"]}[("margin",)] == 0
+
+
+def test_only_the_best_and_the_worst_get_further_seeds(short, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "rates.py"
+    file.write_text(EXTREMES)
+    trained = []
+
+    def pretrain(own, workdir):
+        trained.append(pathlib.Path(workdir).name)
+        return True
+
+    def evaluate(name, own, workdir):  # the seeds after the first turn the order around
+        accuracy = own.optimizer.learning_rate * (1 if own.seed == 0 else -1) + own.seed / 100
+        row = {"features": "encoder", "labels_per_class": None, "accuracy": accuracy}
+        return {"rows": [row | {"validation_accuracy": accuracy}]}
+
+    monkeypatch.setattr(mode, "pretrain", pretrain)
+    monkeypatch.setattr(mode, "evaluate_features", evaluate)
+    monkeypatch.setattr(mode, "draw", lambda *_: [])
+    folder = str(tmp_path / "S")
+    run_study(short, folder, str(file), part="1/2")
+    assert trained == ["0.1_seed-0", "0.3_seed-0", "0.5_seed-0"]  # those of part 2 may be extremes
+    assert (
+        "missing     2 runs, and further seeds of the best and worst 1" in capsys.readouterr().out
+    )
+    missing = run_study(short, folder, str(file), part="2/2")["missing"]
+    assert missing == ["0.1_seed-2", "0.5_seed-2"]
+    assert trained[3:] == ["0.2_seed-0", "0.4_seed-0", "0.1_seed-1", "0.5_seed-1"]
+    assert "missing     2 runs:" in capsys.readouterr().out
+    whole = run_study(short, folder, str(file), part="1/2")
+    assert trained[7:] == ["0.1_seed-2", "0.5_seed-2"]
+    assert whole["missing"] == []
+    seeds = {row["key"][0]: len(row["accuracies"]) for row in whole["rows"]}
+    assert seeds == {"0.1": 3, "0.2": 1, "0.3": 1, "0.4": 1, "0.5": 3}
+    alone = run_study(short, str(tmp_path / "T"), str(file))
+    assert alone == whole
 
 
 @pytest.mark.whole

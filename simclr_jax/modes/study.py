@@ -22,7 +22,7 @@ from simclr_jax.files import write_json, write_text
 from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.studies.contract import BY_NAME, Study, Verdict
 from simclr_jax.studies.figure import draw, need_matplotlib
-from simclr_jax.studies.outcomes import OUTCOME, Outcomes, outcomes_of, table_of
+from simclr_jax.studies.outcomes import OUTCOME, Outcomes, outcomes_of, runs_wanted, table_of
 from simclr_jax.studies.runs import StudyRun, config_of, part_of, read_study, reading_of, runs_of
 
 _MEASURED_SECONDS = 5.0  # for each kind of step in a dry run
@@ -62,28 +62,24 @@ def run_study(
     _check_readings(config, found)
     every = runs_of(found)
     configs = {run.name: config_of(config, found, run) for run in every}
-    runs = part_of(every, part)
+    mine = {run.name for run in part_of(every, part)}
     if not subjects.is_labelled(assemble.data_set(config)):
         raise UserError(
             "a study needs one label an image and a labelled test split, and the data have not both; see "
             "data.folder_labels, data.test_fraction and data.test_path"
         )
     folder = epath.Path(workdir)
-    waiting = [run for run in runs if not _is_finished(folder, run, configs[run.name], found)]
-    say(f"study       {found.title}: {len(runs)} runs, {len(runs) - len(waiting)} finished")
-    if dry_run:
-        _estimate({run.name: configs[run.name] for run in waiting})
-        return {}
-    began = time.monotonic()
-    for number, run in enumerate(waiting):
-        left = ""
-        if number:
-            seconds = (time.monotonic() - began) / number * (len(waiting) - number)
-            left = f", left {duration(seconds)}"
-        say(f"run         {number + 1} of {len(waiting)}{left}: {run.name}")
-        if not _finish(configs[run.name], found, str(folder / run.name)):
+    while True:
+        runs = [run for run in runs_wanted(found, folder) if run.name in mine]
+        waiting = [run for run in runs if not _is_finished(folder, run, configs[run.name], found)]
+        say(f"study       {found.title}: {len(runs)} runs, {len(runs) - len(waiting)} finished")
+        if dry_run:
+            _estimate({run.name: configs[run.name] for run in waiting})
+            return {}
+        if not waiting:  # and the outcomes ask for no further run
+            return _show(config, found, folder)
+        if not _finish_all({run.name: configs[run.name] for run in waiting}, found, folder):
             return None
-    return _show(config, found, folder)
 
 
 def _is_finished(folder: epath.Path, run: StudyRun, config: ConfigDict, study: Study) -> bool:
@@ -104,6 +100,20 @@ def _about(config: ConfigDict, study: Study) -> str:
     readings = {name: dict(overrides) for name, overrides in study.readings.items()}
     content = config_lib.flatten(config), study.evaluation, study.labels_per_class, readings
     return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
+
+
+def _finish_all(configs: dict[str, ConfigDict], study: Study, folder: epath.Path) -> bool:
+    """Trains and evaluates runs, {name: configuration}. Returns False if a signal stopped one."""
+    began = time.monotonic()
+    for number, (name, config) in enumerate(configs.items()):
+        left = ""
+        if number:
+            seconds = (time.monotonic() - began) / number * (len(configs) - number)
+            left = f", left {duration(seconds)}"
+        say(f"run         {number + 1} of {len(configs)}{left}: {name}")
+        if not _finish(config, study, str(folder / name)):
+            return False
+    return True
 
 
 def _finish(config: ConfigDict, study: Study, workdir: str) -> bool:
@@ -208,8 +218,11 @@ def _show(config: ConfigDict, study: Study, folder: epath.Path) -> dict:
             held = {True: "holds", False: "does not hold", None: "open"}[verdict.held]
             say(f"{held:<14}{verdict.claim}: {verdict.because}")
         if outcomes.missing:
+            further = ""
+            if study.extremes and any(run.seed == 0 for run in outcomes.missing):
+                further = f", and further seeds of the best and worst {study.extremes}"
             say(
-                f"missing     {len(outcomes.missing)} runs: the same command, or other parts, make them"
+                f"missing     {len(outcomes.missing)} runs{further}: the same command, or other parts, make them"
             )
         say(f"written     {', '.join(str(f) for f in [folder / 'table.md', *files])}")
     return result

@@ -84,6 +84,7 @@ class Study(NamedTuple):
         and "TASK, h" and "TASK, z" of `evals.transformations.TASKS`.
       labels_per_class: which row of the evaluation; None: all labels.
       seeds: runs of each key, with the seeds 0, 1, ...
+      extremes: N: only the N best and the N worst keys of seed 0 get the further seeds; None: every key.
       matrix: draw two factors as a matrix, the first one downwards, with the means of rows beside it.
     """
 
@@ -95,4 +96,5 @@ class Study(NamedTuple):
     readings: Mapping[str, Overrides] = {"h": {}}
     labels_per_class: int | None = None
     seeds: int = 3
+    extremes: int | None = None
     matrix: bool = False

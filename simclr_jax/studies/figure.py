@@ -55,8 +55,7 @@ def draw(study: Study, outcomes: Outcomes, data: str, folder: epath.Path) -> lis
         size = (4.6, 4.6) if study.matrix else (4.2, 3.6)
         figure = Figure(figsize=(size[0] * panels, size[1]), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
-        seeds = max(len(x) for x in outcomes.scores.values())
-        axes[0].set_title(f"{data}, {seeds} seed{'s' if seeds > 1 else ''}", fontsize=9)
+        axes[0].set_title(f"{data}, {_seeds(outcomes.scores)}", fontsize=9)
         if study.published:
             axes[1].set_title(study.published.source, fontsize=9)
         if study.matrix:
@@ -71,6 +70,12 @@ def draw(study: Study, outcomes: Outcomes, data: str, folder: epath.Path) -> lis
             with writing(file), replacing(file) as scratch, scratch.open("wb") as opened:
                 figure.savefig(opened, format=kind, dpi=150)
     return files
+
+
+def _seeds(scores: Scores) -> str:
+    counts = {len(of_key) for of_key in scores.values()}
+    fewest, most = min(counts), max(counts)
+    return f"{most if fewest == most else f'{fewest} to {most}'} seed{'s' if most > 1 else ''}"
 
 
 def _panels(figure: Any, axes: Any, study: Study, scores: Scores) -> None:

@@ -21,7 +21,7 @@ class Outcomes(NamedTuple):
     Attributes:
       scores: every key's accuracies; the key ends with the reading where there are several.
       settings: key -> the setting that was chosen, from 0, where there were several.
-      missing: runs that are not finished.
+      missing: runs of `runs_wanted` that are not finished.
     """
 
     scores: Scores
@@ -29,15 +29,44 @@ class Outcomes(NamedTuple):
     missing: list[StudyRun]
 
 
+def runs_wanted(study: Study, folder: epath.Path) -> list[StudyRun]:
+    """Lists the runs that a study wants, given those that are finished below `folder`.
+
+    All, but for a study of `extremes`: before every run of seed 0 is finished only these, and then the further
+    seeds of its best and worst keys too.
+    """
+    runs = runs_of(study)
+    if study.extremes is None:
+        return runs
+    first = [run for run in runs if run.seed == 0]
+    if not all((folder / run.name / OUTCOME).exists() for run in first):
+        return first
+    scores = _outcomes_among(first, study, folder).scores
+    reading = next(iter(study.readings))
+    # Where there are several readings, the first one decides.
+    means = {
+        key[: len(study.factors)]: mean(scores, key)
+        for key in scores
+        if len(study.readings) == 1 or key[-1] == reading
+    }
+    order = sorted(means, key=lambda key: means[key])
+    chosen = {*order[: study.extremes], *order[-study.extremes :]}
+    return [run for run in runs if run.seed == 0 or run.key in chosen]
+
+
 def outcomes_of(study: Study, folder: epath.Path) -> Outcomes:
-    """Reads the outcomes of all runs that are finished below `folder`.
+    """Reads the outcomes of the runs of `runs_wanted` that are finished below `folder`.
 
     Where a key has several settings, takes the one with the best mean validation accuracy over its
     finished seeds, for each reading separately.
     """
+    return _outcomes_among(runs_wanted(study, folder), study, folder)
+
+
+def _outcomes_among(runs: list[StudyRun], study: Study, folder: epath.Path) -> Outcomes:
     found: dict[tuple[Key, int], dict[int, dict]] = {}
     missing = []
-    for run in runs_of(study):
+    for run in runs:
         file = folder / run.name / OUTCOME
         if not file.exists():
             missing.append(run)

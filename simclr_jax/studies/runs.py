@@ -74,6 +74,8 @@ def _check(path: str, study: Study) -> None:
         raise UserError(
             f"{path}: readings of {study.evaluation} are its own: expected no overrides"
         )
+    if study.extremes is not None and study.extremes < 1:
+        raise UserError(f"{path}: extremes={study.extremes}: expected None, or 1 and more")
     names = [run.name for run in runs_of(study)]
     if len(set(names)) < len(names) or any(name.startswith("_") for name in names):
         raise UserError(f"{path}: levels need names that differ in their letters and digits")
