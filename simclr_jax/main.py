@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--topology",
         metavar="KIND:SHAPE",
-        help="for --mode=compile and explain: the slice, such as v5e:16x16",
+        help="for --mode=compile and explain: the slice, such as v5e:16x16, or several: 2xv5e:16x16",
     )
     parser.add_argument(
         "--format",

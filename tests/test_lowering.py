@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from simclr_jax import config, main
+from simclr_jax import assemble, config, main
 from simclr_jax.config.overrides import read_file
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import make_mesh
 from simclr_jax.modes import compile as compiling
-from simclr_jax.modes.collectives import collectives
+from simclr_jax.modes.collectives import between_slices, collectives
 from simclr_jax.views import placement
 
 needs_libtpu = pytest.mark.skipif(
@@ -162,7 +162,14 @@ def test_the_report_is_a_table_and_json(small, tmp_path, capsys, monkeypatch):
 @needs_libtpu
 @pytest.mark.parametrize(
     ("topology", "devices"),
-    [("v3:4x4", 32), ("v4:2x2x4", 16), ("v5e:16x16", 256), ("v5p:2x2x2", 8), ("v6e:2x4", 8)],
+    [
+        ("v3:4x4", 32),
+        ("v4:2x2x4", 16),
+        ("2xv5e:2x2", 8),
+        ("v5e:16x16", 256),
+        ("v5p:2x2x2", 8),
+        ("v6e:2x4", 8),
+    ],
 )
 def test_slices_have_the_devices_that_jax_sees_there(topology, devices):
     assert len(compiling.slice_of(topology)[1]) == devices
@@ -173,6 +180,8 @@ def test_slices_have_the_devices_that_jax_sees_there(topology, devices):
     [
         (("--topology=v9:2x2",), "of a kind out of v3, v4, v5e, v5p, v6e"),
         (("--topology=v5e",), "expected KIND:SHAPE"),
+        (("--topology=0xv5e:2x2",), "or several slices such as 2xv5e:4x4"),
+        (("--topology=2xv5e:2x2", "--config.mesh.fsdp=8"), "does not divide 4 devices of a slice"),
         (("--topology=v5e:3x5",), "not divisible"),
         (("--topology=v5e:4x4", "--config.mesh.fsdp=3"), "mesh.fsdp=3 does not divide 16 devices"),
         (("--topology=v5e:4x4", "--config.data.batch_size=100"), "does not divide over 16 devices"),
@@ -225,6 +234,40 @@ def test_collectives_are_counted_by_channel_and_weighed():
         "all-reduce": {"count": 1, "bytes": reduced, "sent": reduced * 1.5},
         "collective-permute": {"count": 1, "bytes": 24, "sent": 24},
     }
+
+
+ACROSS = """
+  %send = (f32[64,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%b, %t), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[64,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%t), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %done = token[] send-done(%send), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %send.2 = (bf16[16,128]{1,0}, u32[]{:S(2)}, token[]) send(%c, %t), channel_id=5, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-gather.2_0",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
+"""
+
+
+def test_what_goes_from_slice_to_slice_is_counted():
+    reduced, gathered = 64 * 8 * 128 * 4, 16 * 128 * 2
+    assert between_slices(ACROSS, 4) == {
+        "all-gather": {"count": 1, "bytes": gathered, "sent": gathered * 3 / 4},
+        "all-reduce": {"count": 1, "bytes": reduced, "sent": reduced * 6 / 4},
+    }
+    assert between_slices(PROGRAM, 1) == {}
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_between_two_slices_each_device_hands_over_its_part_of_what_is_reduced(small):
+    topology = f"2x{TOPOLOGY}"
+    small.model.dtype = "float32"
+    result = compiling.compile_for(small, None, topology)
+    assert result["devices"] == 8
+    found = result["between_slices"]
+    assert found.keys() == {"all-gather", "all-reduce"}
+    # The projections of the other slice, once, a quarter by each of its chips.
+    assert found["all-gather"]["count"] == 1
+    # Gradients are first reduced within the slice: a chip hands a quarter of them over, and BatchNorm's sums.
+    job = assemble.pretraining_job(small, assemble.plan_of(small, 1000), 1000, make_mesh())
+    sizes = [x.size for x in jax.tree.leaves(job.abstract_state.params)]
+    assert sum(sizes) <= found["all-reduce"]["bytes"] < 2 * sum(sizes)
 
 
 @needs_libtpu

@@ -41,11 +41,46 @@ def collectives(program: str, devices: int) -> dict[str, dict]:
             # Operands, results, and scalars that the runtime keeps.
             arrays = [(dtype, dims) for dtype, dims in arrays if (dtype, dims) != ("u32", "")]
             arrays = arrays[len(arrays) // 2 :]
-        size = sum(
-            _ITEM_BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
-            for dtype, dims in arrays
-        )
+        size = _bytes_of(arrays)
         found[kind][channel] = size, size * _SENT[kind](_group_size(groups, devices))
+    return _summed(found)
+
+
+def between_slices(program: str, slices: int) -> dict[str, dict]:
+    """Counts what a compiled program sends from slice to slice, over the data-centre network.
+
+    The compiler reduces within each slice first, so that a device holds a part of the result, then writes the
+    part's way to its peers in the other slices as a pair of a send and a receive.
+
+    Args:
+      program: text of the optimised HLO.
+      slices: how many the program runs on.
+
+    Returns:
+      kind -> {"count", "bytes" that a device hands over, "sent": bytes a device sends at least}.
+    """
+    pattern = re.compile(
+        r"= \((.*?), u32\[\].*? send\(.*?channel_id=(\d+).*?_xla_host_transfer_rendezvous=\"(.*?)\""
+        r".*?_xla_megascale_transfer_type=\"(\w+)\""
+    )
+    found: dict[str, dict[str, tuple[int, float]]] = collections.defaultdict(dict)
+    for match in pattern.finditer(program):
+        shapes, channel, rendezvous, kind = match.groups()
+        kind = kind.lower().replace("_", "-")
+        size = _bytes_of(re.findall(r"(\w+)\[([\d,]*)\]", shapes))
+        found[kind][f"{channel} {rendezvous}"] = size, size * _SENT[kind](slices)
+    return _summed(found)
+
+
+def _bytes_of(arrays: list[tuple[str, str]]) -> int:
+    """Adds up the bytes of arrays given as (dtype, "2,3")."""
+    return sum(
+        _ITEM_BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
+        for dtype, dims in arrays
+    )
+
+
+def _summed(found: dict[str, dict[str, tuple[int, float]]]) -> dict[str, dict]:
     return {
         kind: {
             "count": len(by_channel),

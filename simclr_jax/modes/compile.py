@@ -25,7 +25,7 @@ from simclr_jax.errors import UserError
 from simclr_jax.files import write_text
 from simclr_jax.mesh import FSDP, check_divides, make_mesh
 from simclr_jax.modes.chips import CHIPS, Chip
-from simclr_jax.modes.collectives import collectives
+from simclr_jax.modes.collectives import between_slices, collectives
 
 # The classes of the online classifier, as the data are not opened: ImageNet's.
 _CLASSES = 1000
@@ -44,7 +44,8 @@ def compile_for(config: ConfigDict, workdir: str | None, topology: str) -> dict:
     Args:
       config: the run's configuration; `data.batch_size` is the global batch.
       workdir: where to write; None: nowhere.
-      topology: "KIND:SHAPE", such as "v5e:16x16"; the shape counts chips.
+      topology: "KIND:SHAPE", such as "v5e:16x16"; the shape counts chips. Or "NxKIND:SHAPE": N such slices,
+        joined by the data-centre network.
 
     Raises:
       UserError: the slice is not known, or the step does not fit its chips.
@@ -54,7 +55,10 @@ def compile_for(config: ConfigDict, workdir: str | None, topology: str) -> dict:
     check_divides(config.data.batch_size, mesh, config.train.microbatches)
     say(f"compiling for {topology}, which takes a minute to some ten")
     compiled = compile_step(config, mesh, topology)
+    slices = len({device.slice_index for device in devices})
     result = account(config, mesh, compiled, chip, topology)
+    if slices > 1:
+        result["between_slices"] = between_slices(compiled.as_text(), slices)
     _show(result)
     text = json.dumps(result)
     say(text)
@@ -64,17 +68,18 @@ def compile_for(config: ConfigDict, workdir: str | None, topology: str) -> dict:
 
 
 def slice_of(topology: str) -> tuple[Chip, list]:
-    """Returns the chip of a slice by name, and its devices, none of which exists here.
+    """Returns the chip of a slice by name, or of several, and the devices, none of which exists here.
 
     Raises:
       UserError: there is no such slice, or no compiler for it.
     """
-    kind, _, shape = topology.partition(":")
-    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    match = re.fullmatch(r"(?:(\d+)x)?(\w+):(\d+(?:x\d+){1,2})", topology)
+    if match is None or match[2] not in CHIPS or match[1] == "0":
         raise UserError(
-            f"--topology={topology}: expected KIND:SHAPE such as v5e:4x4 or v4:2x2x4, of a kind "
-            f"out of {', '.join(CHIPS)}"
+            f"--topology={topology}: expected KIND:SHAPE such as v5e:4x4 or v4:2x2x4, or several slices such as "
+            f"2xv5e:4x4, of a kind out of {', '.join(CHIPS)}"
         )
+    count, kind, shape = match.groups()
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for TPUs needs libtpu: pip install -e '.[tpu]'")
     jax.config.update("jax_platforms", "cpu")
@@ -95,7 +100,12 @@ def slice_of(topology: str) -> tuple[Chip, list]:
 
     chip = CHIPS[kind]
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **chip.options)
+        found = topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=f"{kind}:{shape}",
+            num_slices=int(count or 1),
+            **chip.options,
+        )
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--topology={topology}: {str(error).partition(': ')[2]}") from error
     return chip, found.devices
@@ -104,7 +114,7 @@ def slice_of(topology: str) -> tuple[Chip, list]:
 def compile_step(config: ConfigDict, mesh: Mesh, topology: str) -> Any:
     """Compiles the step of pretraining over the devices of the mesh."""
     unlimited = resource.getrlimit(resource.RLIMIT_STACK)[0] == resource.RLIM_INFINITY
-    if topology.startswith("v6e") and not unlimited:
+    if "v6e:" in topology and not unlimited:
         # Of libtpu 0.0.42.1, for ResNet-50: it recurses until the process dies.
         raise UserError("the compiler for v6e needs a large stack: run `ulimit -s unlimited` first")
     count = 1000 * config.data.batch_size  # sets the schedule's constants, no shape
@@ -190,6 +200,11 @@ def account(config: ConfigDict, mesh: Mesh, compiled: Any, chip: Chip, topology:
     }
 
 
+def _show_collectives(title: str, unit: str, found: dict[str, dict]) -> None:
+    lines = [[kind, str(c["count"]), f"{c['bytes'] / 1e6:.2f}"] for kind, c in found.items()]
+    show_table(title, ["", "count", unit], lines)
+
+
 def _show(result: dict) -> None:
     gib, devices = 2**30, result["devices"]
     say()
@@ -203,14 +218,10 @@ def _show(result: dict) -> None:
     rows.append(["all", f"{result['memory_total'] / gib:.2f}"])
     rows.append(["limit", f"{result['memory_limit'] / gib:.2f}"])
     show_table("Memory of a device", ["", "GiB"], rows)
-    show_table(
-        "Collectives of a step",
-        ["", "count", "MB on a device"],
-        [
-            [kind, str(c["count"]), f"{c['bytes'] / 1e6:.1f}"]
-            for kind, c in result["collectives"].items()
-        ],
-    )
+    _show_collectives("Collectives of a step", "MB on a device", result["collectives"])
+    if "between_slices" in result:
+        title = "Between slices, over the data-centre network (in no bound)"
+        _show_collectives(title, "MB a device hands over", result["between_slices"])
     if "bounds" not in result:
         say("no bounds: of a loop over microbatches the compiler counts one pass")
         return
