@@ -1,0 +1,178 @@
+"""Faults of one of two processes whose training has everything: microbatches, divided parameters, a loss in tiles,
+and a number of images that does not divide.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from test_processes import ROOT, cache, environment, quick  # noqa: F401 (two are fixtures)
+
+from simclr_jax import load_encoder
+from simclr_jax.errors import LOST
+from simclr_jax.main import STOPPED
+from simclr_jax.training.saved import saved_steps
+
+pytestmark = pytest.mark.whole
+
+STEPS, EVERY = 12, 3
+
+# The second process does what its first argument says, at step 4 or in the save of step 6.
+FAULTS = """
+import os, signal, sys, time
+import jax
+from simclr_jax import main
+from simclr_jax.training import checkpoint, loop
+
+kind = sys.argv.pop(1)
+
+def mine():
+    return jax.process_index() == 1
+
+def fault():
+    if kind.startswith("killed"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind.startswith("told"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    if kind.startswith("stuck"):
+        time.sleep(1000)
+
+check = checkpoint.Checkpoints.check
+def check_or_fault(self, step):
+    if step == 4 and mine() and kind in ("killed", "told"):
+        fault()
+    check(self, step)
+checkpoint.Checkpoints.check = check_or_fault
+
+split = checkpoint._split
+def split_or_fault(state):
+    if mine() and kind.endswith("in a save") and int(state.step) == 6:
+        fault()
+    return split(state)
+checkpoint._split = split_or_fault
+
+fit = loop.fit
+def fit_on(job, batches, run, hooks=()):
+    def some(start):
+        for step, batch in enumerate(batches(start), start + 1):
+            if step == 5 and mine() and kind == "stuck in the data":
+                fault()
+            yield batch
+    return fit(job, some, run, hooks)
+from simclr_jax.modes import pretrain
+pretrain.fit = fit_on
+
+def compiled(event, seconds, **about):
+    # The lowering of the step is over, its compilation begins.
+    if kind == "told while compiling" and mine() and "jaxpr_to_mlir" in event and about["fun_name"] == "jit(step)":
+        fault()
+jax.monitoring.register_event_duration_secs_listener(compiled)
+
+main.run()
+"""
+
+
+@pytest.fixture(scope="module")
+def two(cache, quick):  # noqa: F811
+    """(kind, workdir) -> what the two processes said and their exit statuses, once both have ended."""
+
+    def run(kind, workdir):
+        options = [
+            f"--workdir={workdir}",
+            f"--coordinator=127.0.0.1:{20000 + os.getpid() % 20000}",
+            "--processes=2",
+            f"--config.train.steps={STEPS}",
+            "--config.train.microbatches=2",
+            "--config.train.log_every_steps=1",
+            "--config.train.hang_seconds=5",
+            "--config.mesh.fsdp=2",
+            "--config.loss.implementation=chunked",
+            f"--config.checkpoint.every_steps={EVERY}",
+            "--config.checkpoint.keep_last=10",
+            "--config.eval.after_training=none",
+        ]
+        how = {"cwd": ROOT, "env": environment(2, cache), "text": True}
+        out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", FAULTS, kind, *quick, *options, f"--process={i}"], **how, **out
+            )
+            for i in range(2)
+        ]
+        try:
+            said = [process.communicate(timeout=240)[0] for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        return said, [process.returncode for process in started]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(two, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    said, statuses = two("none", workdir)
+    assert statuses == [0, 0], said
+    return workdir
+
+
+def losses(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
+
+
+def assert_goes_on(two, workdir, undisturbed, step):
+    """The same command resumes from `step`, and ends with the parameters of the run without faults, bit for bit."""
+    said, statuses = two("none", workdir)
+    assert statuses == [0, 0], said
+    assert f"resumed from step {step}" in said[0]
+    assert losses(workdir) == losses(undisturbed)
+    found, expected = (load_encoder(w, step=STEPS).variables for w in (workdir, undisturbed))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize(("kind", "saved"), [("killed", 3), ("killed in a save", 3)])
+def test_when_one_is_killed_the_other_names_it_and_ends(kind, saved, two, undisturbed, tmp_path):
+    said, statuses = two(kind, tmp_path)
+    assert statuses[1] == -signal.SIGKILL
+    assert statuses[0] in (LOST, -signal.SIGABRT), said[0]
+    # Of JAX itself, or where the survivor saw it first, of ours.
+    names = r"stopped sending heartbeats\):\n1\n|error: .*process 1"
+    assert re.search(names, said[0]), said[0]
+    assert "Mend this" not in said[0], said[0]
+    assert saved_steps(tmp_path)[-1] == saved
+    assert_goes_on(two, tmp_path, undisturbed, saved)
+
+
+@pytest.mark.parametrize("kind", ["told", "told in a save", "told while compiling"])
+def test_when_one_is_told_to_stop_both_save_one_step_and_end(kind, two, undisturbed, tmp_path):
+    said, statuses = two(kind, tmp_path)
+    assert statuses == [STOPPED, STOPPED], said
+    step = saved_steps(tmp_path)[-1]
+    assert f"stopped after step {step}, which is saved" in said[0]
+    assert step < STEPS
+    assert_goes_on(two, tmp_path, undisturbed, step)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("stuck in the data", "the others wait for process 1 (input after step 4)"),
+        # Orbax has each wait for the other there.
+        ("stuck in a save", "no progress for 50 s (saving, after step 6"),
+    ],
+)
+def test_when_one_is_stuck_both_end_and_the_other_names_it(kind, says, two, undisturbed, tmp_path):
+    said, statuses = two(kind, tmp_path)
+    assert statuses[0] == LOST, said
+    assert statuses[1] in (LOST, -signal.SIGABRT), said
+    assert says in said[0], said[0]
+    assert "in fault" in (tmp_path / "hung/process_1.txt").read_text()
+    assert_goes_on(two, tmp_path, undisturbed, 3)
