@@ -101,7 +101,9 @@ def two(cache, quick):  # noqa: F811
         out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         started = [
             subprocess.Popen(
-                [sys.executable, "-c", FAULTS, kind, *quick, *options, f"--process={i}"], **how, **out
+                [sys.executable, "-c", FAULTS, kind, *quick, *options, f"--process={i}"],
+                **how,
+                **out,
             )
             for i in range(2)
         ]
