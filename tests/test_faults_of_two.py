@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -80,7 +81,9 @@ main.run()
 
 @pytest.fixture(scope="module")
 def two(cache, quick):  # noqa: F811
-    """(kind, workdir) -> what the two processes said and their exit statuses, once both have ended."""
+    """(kind, workdir) -> what the two processes said, their exit statuses, and the seconds by which the second, which
+    has the fault, ended before the first.
+    """
 
     def run(kind, workdir):
         options = [
@@ -97,22 +100,29 @@ def two(cache, quick):  # noqa: F811
             "--config.checkpoint.keep_last=10",
             "--config.eval.after_training=none",
         ]
-        how = {"cwd": ROOT, "env": environment(2, cache), "text": True}
-        out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        said = [workdir.parent / f"{workdir.name}.{i}.log" for i in range(2)]
+        how = {"cwd": ROOT, "env": environment(2, cache), "stderr": subprocess.STDOUT}
         started = [
             subprocess.Popen(
                 [sys.executable, "-c", FAULTS, kind, *quick, *options, f"--process={i}"],
+                stdout=file.open("w"),
                 **how,
-                **out,
             )
-            for i in range(2)
+            for i, file in enumerate(said)
         ]
         try:
-            said = [process.communicate(timeout=240)[0] for process in started]
+            ended = []
+            for process in sorted(
+                started, key=lambda p: p is started[0]
+            ):  # the one with the fault first
+                process.wait(timeout=240)
+                ended.append(time.monotonic())
         finally:
             for process in started:
                 process.kill()
-        return said, [process.returncode for process in started]
+        after = ended[1] - ended[0]
+        print(f"{kind}: process 0 ended {after:.0f} s after process 1")
+        return [file.read_text() for file in said], [p.returncode for p in started], after
 
     return run
 
@@ -120,7 +130,7 @@ def two(cache, quick):  # noqa: F811
 @pytest.fixture(scope="module")
 def undisturbed(two, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    said, statuses = two("none", workdir)
+    said, statuses, _ = two("none", workdir)
     assert statuses == [0, 0], said
     return workdir
 
@@ -132,7 +142,7 @@ def losses(workdir):
 
 def assert_goes_on(two, workdir, undisturbed, step):
     """The same command resumes from `step`, and ends with the parameters of the run without faults, bit for bit."""
-    said, statuses = two("none", workdir)
+    said, statuses, _ = two("none", workdir)
     assert statuses == [0, 0], said
     assert f"resumed from step {step}" in said[0]
     assert losses(workdir) == losses(undisturbed)
@@ -142,8 +152,9 @@ def assert_goes_on(two, workdir, undisturbed, step):
 
 @pytest.mark.parametrize(("kind", "saved"), [("killed", 3), ("killed in a save", 3)])
 def test_when_one_is_killed_the_other_names_it_and_ends(kind, saved, two, undisturbed, tmp_path):
-    said, statuses = two(kind, tmp_path)
+    said, statuses, seconds = two(kind, tmp_path)
     assert statuses[1] == -signal.SIGKILL
+    assert seconds < 60
     assert statuses[0] in (LOST, -signal.SIGABRT), said[0]
     # Of JAX itself, or where the survivor saw it first, of ours.
     names = r"stopped sending heartbeats\):\n1\n|error: .*process 1"
@@ -155,7 +166,7 @@ def test_when_one_is_killed_the_other_names_it_and_ends(kind, saved, two, undist
 
 @pytest.mark.parametrize("kind", ["told", "told in a save", "told while compiling"])
 def test_when_one_is_told_to_stop_both_save_one_step_and_end(kind, two, undisturbed, tmp_path):
-    said, statuses = two(kind, tmp_path)
+    said, statuses, _ = two(kind, tmp_path)
     assert statuses == [STOPPED, STOPPED], said
     step = saved_steps(tmp_path)[-1]
     assert f"stopped after step {step}, which is saved" in said[0]
@@ -172,7 +183,7 @@ def test_when_one_is_told_to_stop_both_save_one_step_and_end(kind, two, undistur
     ],
 )
 def test_when_one_is_stuck_both_end_and_the_other_names_it(kind, says, two, undisturbed, tmp_path):
-    said, statuses = two(kind, tmp_path)
+    said, statuses, _ = two(kind, tmp_path)
     assert statuses[0] == LOST, said
     assert statuses[1] in (LOST, -signal.SIGABRT), said
     assert says in said[0], said[0]
