@@ -121,7 +121,7 @@ def two(cache, quick):  # noqa: F811
             for process in started:
                 process.kill()
         after = ended[1] - ended[0]
-        print(f"{kind}: process 0 ended {after:.0f} s after process 1")
+        print(f"measured: {kind}, process 0 ended {after:.0f} s after process 1")
         return [file.read_text() for file in said], [p.returncode for p in started], after
 
     return run

@@ -51,7 +51,11 @@ def bucket(cache, tmp_path_factory):  # noqa: F811
             timeout=200,
             check=False,
         )
-        return done.stdout + done.stderr, done.returncode, time.monotonic() - began
+        seconds = time.monotonic() - began
+        print(
+            f"measured: bucket, {fault or arguments[-1]}, status {done.returncode} after {seconds:.0f} s"
+        )
+        return done.stdout + done.stderr, done.returncode, seconds
 
     run.folder = folder / "bucket"
     return run

@@ -118,8 +118,10 @@ class Cluster:
             time.sleep(0.2)
 
     def wait_for(self, job, *states, log):
+        began = time.monotonic()
         self.wait(lambda: self.show(job)["JobState"] in (*states, "FAILED", "COMPLETED"))
         assert self.show(job)["JobState"] in states, log.read_text()
+        print(f"measured: SLURM, {', '.join(states)} after {time.monotonic() - began:.0f} s")
 
     def go_on(self, job, log):
         """Lets a job that is queued again start at once, in place of two minutes later; to its end."""
