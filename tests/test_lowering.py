@@ -68,6 +68,17 @@ def compiled(config):
     return program, collectives(program.as_text(), mesh.size)
 
 
+def stack_views(monkeypatch):
+    """What the reshape in the step avoids: the first views of all images, then the second ones."""
+    original = placement.to_float
+
+    def stacked(x):
+        x = original(x)
+        return jnp.concatenate([x[0::2], x[1::2]])
+
+    monkeypatch.setattr(placement, "to_float", stacked)
+
+
 def all_reduced(program):
     """The shapes that each all-reduce of arrays of two and more axes sums: gradients, not the
     vectors of BatchNorm.
@@ -88,6 +99,29 @@ def test_the_dense_step_gathers_the_projections_once_and_moves_nothing_else(smal
     assert f"[{2 * BATCH},{2 * BATCH}]" not in text
     # The gradients of 14 kernels and the classifier in two sums, that of the projections in one.
     assert len(all_reduced(program)) <= 3
+
+
+def on_eight_cpus(config):
+    """The collectives of the step on 8 CPU devices, for which no TPU's compiler is needed."""
+    config.model.dtype = "float32"
+    config.model.width = 0.125
+    program = compiling.compile_step(config, make_mesh(), "")
+    return collectives(program.as_text(), 8)
+
+
+def test_a_tiny_step_has_the_collectives_that_it_had(small):
+    found = on_eight_cpus(small)
+    assert found.keys() == {"all-gather", "all-reduce"}
+    assert found["all-gather"]["count"] == 1
+    assert found["all-gather"]["bytes"] == 2 * BATCH * small.model.head_width * 4
+    # 13 BatchNorms, of which 12 in float32 need three sums, one after the other: mean, variance, backward.
+    assert found["all-reduce"]["count"] <= 40
+
+
+def test_a_tiny_step_that_stacks_view_on_view_is_told_by_its_collectives(small, monkeypatch):
+    stack_views(monkeypatch)
+    small.data.batch_size = 80  # JAX would take the step that it traced before
+    assert {"all-to-all", "collective-permute"} & on_eight_cpus(small).keys()
 
 
 @pytest.mark.slow
@@ -132,10 +166,7 @@ def test_microbatches_are_found_on_their_own_devices(small):
 @pytest.mark.slow
 @needs_libtpu
 def test_a_step_that_stacks_view_on_view_is_told_by_its_collectives(small, monkeypatch):
-    """What the reshape in the step avoids."""
-    views_stacked = lambda x: jnp.concatenate([x[0::2], x[1::2]])  # noqa: E731
-    original = placement.to_float
-    monkeypatch.setattr(placement, "to_float", lambda x: views_stacked(original(x)))
+    stack_views(monkeypatch)
     _, found = compiled(small)
     assert {"all-to-all", "collective-permute"} & found.keys()
 
