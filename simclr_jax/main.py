@@ -172,7 +172,7 @@ def keep_compiled_programs() -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # JAX keeps what took a second; a start has some ten programs of 0.2 to 0.9 s, 3 s in all.
+        # JAX keeps what took a second; a run has some ten programs of 0.2 to 0.9 s, 2 to 3 s in all.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
