@@ -1,7 +1,13 @@
 """SimCLR on tinted Fashion-MNIST: garments in colours that tell pictures apart and not classes, for studies.
 
 3,000 pictures to train on and 2,000 to test on, of 28 px, made by `python benchmarks/tinted.py tinted.npz`. The
-options are those that configs/folder.py chooses for as many images on a CPU, but for the length.
+options are those that configs/folder.py chooses for as many images on a CPU, but for the length: 8 epochs, half a
+minute on 2 CPU cores (seed 0, 2026-11-27; mean and sample deviation over 5 draws of the labels):
+    labels a class          10            all
+    raw pixels         22.4 +- 0.9 %    23.0 %
+    untrained encoder  15.7 +- 1.7 %    30.2 %
+    encoder            32.8 +- 1.5 %    60.0 %
+What single distortions do: docs/findings.md.
 
     python -m simclr_jax.main --config=configs/tinted.py:tinted.npz --workdir=/tmp/simclr_tinted
 """
