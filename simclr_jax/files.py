@@ -14,6 +14,10 @@ from etils import epath
 
 from simclr_jax.errors import Unavailable, UserError, one_line
 
+# TensorFlow remembers for 5 s that an object of a bucket exists: a folder renamed is still there to it. It reads
+# this when it first meets a bucket.
+os.environ.setdefault("GCS_STAT_CACHE_MAX_AGE", "0")
+
 
 @contextlib.contextmanager
 def writing(path: epath.PathLike, advice: str = "") -> Iterator[None]:

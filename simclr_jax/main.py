@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode", choices=MODES, default="pretrain", help=modes)
     parser.add_argument(
         "--topology",
-        metavar="KIND:SHAPE",
+        metavar="[Nx]KIND:SHAPE",
         help="for --mode=compile and explain: the slice, such as v5e:16x16, or several: 2xv5e:16x16",
     )
     parser.add_argument(
@@ -183,8 +183,6 @@ def shell(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     # No start-up chatter of TensorFlow, and its plain kernels: the same numbers on every CPU.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    # TensorFlow remembers for 5 s that an object of a bucket exists: a folder renamed is still there to it.
-    os.environ.setdefault("GCS_STAT_CACHE_MAX_AGE", "0")
     processes.keep_freed_memory(os.environ)
     try:
         command(arguments)

@@ -109,7 +109,7 @@ def on_eight_cpus(config):
     return collectives(program.as_text(), 8)
 
 
-def test_a_tiny_step_has_the_collectives_that_it_had(small):
+def test_a_tiny_step_has_no_more_collectives_than_it_had(small):
     found = on_eight_cpus(small)
     assert found.keys() == {"all-gather", "all-reduce"}
     assert found["all-gather"]["count"] == 1
@@ -272,14 +272,16 @@ ACROSS = """
   %recv = (f32[64,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%t), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="ALL_REDUCE"}
   %done = token[] send-done(%send), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
   %send.2 = (bf16[16,128]{1,0}, u32[]{:S(2)}, token[]) send(%c, %t), channel_id=5, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-gather.2_0",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_GATHER"}
+  %send.3 = (f32[16]{0}, u32[]{:S(2)}, token[]) send(%d, %t), channel_id=7, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="collective-permute.2_0",_xla_megascale_transfer_type="ONE_TO_ONE"}
 """
 
 
 def test_what_goes_from_slice_to_slice_is_counted():
     reduced, gathered = 64 * 8 * 128 * 4, 16 * 128 * 2
     assert between_slices(ACROSS, 4) == {
-        "all-gather": {"count": 1, "bytes": gathered, "sent": gathered * 3 / 4},
+        "all-gather": {"count": 1, "bytes": gathered, "sent": gathered * 3},
         "all-reduce": {"count": 1, "bytes": reduced, "sent": reduced * 6 / 4},
+        "one-to-one": {"count": 1, "bytes": 64, "sent": 64},
     }
     assert between_slices(PROGRAM, 1) == {}
 

@@ -53,7 +53,7 @@ def bucket(cache, tmp_path_factory):  # noqa: F811
         )
         seconds = time.monotonic() - began
         print(
-            f"measured: bucket, {fault or arguments[-1]}, status {done.returncode} after {seconds:.0f} s"
+            f"measured: bucket, {fault or arguments[-1:]}, status {done.returncode} after {seconds:.0f} s"
         )
         return done.stdout + done.stderr, done.returncode, seconds
 
@@ -176,17 +176,14 @@ def test_the_bucket_is_a_folder_here(bucket):
 
 RENAMED = """
 from etils import epath
-from simclr_jax import main
+import simclr_jax
 
-def rename(_):
-    folder = epath.Path("gs://bucket/renamed/1")
-    folder.mkdir(parents=True)
-    (folder / "object").write_text("x")
-    assert folder.exists()
-    folder.rename("gs://bucket/renamed/2")
-    print("there" if folder.exists() else "gone")
-
-main.shell(rename, [])
+folder = epath.Path("gs://bucket/renamed/1")
+folder.mkdir(parents=True)
+(folder / "object").write_text("x")
+assert folder.exists()
+folder.rename("gs://bucket/renamed/2")
+print("there" if folder.exists() else "gone")
 """
 
 

@@ -16,6 +16,15 @@ _SENT = {
 }
 
 
+# The same, of the bytes that it puts in: those of a send.
+_SENT_OF_OPERAND = {
+    "all-reduce": _SENT["all-reduce"],
+    "all-gather": lambda n: n - 1,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+}
+
+
 def collectives(program: str, devices: int) -> dict[str, dict]:
     """Counts the collectives of a compiled program. A loop's body counts once.
 
@@ -49,8 +58,8 @@ def collectives(program: str, devices: int) -> dict[str, dict]:
 def between_slices(program: str, slices: int) -> dict[str, dict]:
     """Counts what a compiled program sends from slice to slice, over the data-centre network.
 
-    The compiler reduces within each slice first, so that a device holds a part of the result, then writes the
-    part's way to its peers in the other slices as a pair of a send and a receive.
+    The compiler reduces within each slice first, so that a device holds a part of the result, and exchanges that
+    part with its peers in the other slices by a send and a receive.
 
     Args:
       program: text of the optimised HLO.
@@ -68,7 +77,8 @@ def between_slices(program: str, slices: int) -> dict[str, dict]:
         shapes, channel, rendezvous, kind = match.groups()
         kind = kind.lower().replace("_", "-")
         size = _bytes_of(re.findall(r"(\w+)\[([\d,]*)\]", shapes))
-        found[kind][f"{channel} {rendezvous}"] = size, size * _SENT[kind](slices)
+        sent = size * _SENT_OF_OPERAND.get(kind, lambda _: 1.0)(slices)
+        found[kind][f"{channel} {rendezvous}"] = size, sent
     return _summed(found)
 
 

@@ -6,6 +6,7 @@ import time
 
 import jax
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble
@@ -74,7 +75,9 @@ def run_study(
         waiting = [run for run in runs if not _is_finished(folder, run, configs[run.name], found)]
         say(f"study       {found.title}: {len(runs)} runs, {len(runs) - len(waiting)} finished")
         if dry_run:
-            _estimate({run.name: configs[run.name] for run in waiting})
+            _estimate(
+                {run.name: configs[run.name] for run in waiting}, _further_seeds(found, waiting)
+            )
             return {}
         if not waiting:  # and the outcomes ask for no further run
             return _show(config, found, folder)
@@ -126,6 +129,7 @@ def _finish(config: ConfigDict, study: Study, workdir: str) -> bool:
     if jax.process_index() == 0:
         content = {"about": _about(config, study), "readings": outcome}
         write_json(epath.Path(workdir) / OUTCOME, content)
+    multihost_utils.sync_global_devices("the outcome of a run is written")  # and read by all
     return True
 
 
@@ -182,8 +186,8 @@ def _check_readings(config: ConfigDict, study: Study) -> None:
         )
 
 
-def _estimate(configs: dict[str, ConfigDict]) -> None:
-    """Says how long each run will take, by a short measurement of each kind of step."""
+def _estimate(configs: dict[str, ConfigDict], further: str) -> None:
+    """Says how long each run will take, by a short measurement of each kind of step; `further`: what else comes."""
     measured: dict[str, tuple[float, float]] = {}
     total = 0.0
     for name, own in configs.items():
@@ -198,7 +202,14 @@ def _estimate(configs: dict[str, ConfigDict]) -> None:
         seconds = first + steps * own.data.batch_size / rate
         total += seconds
         say(f"{duration(seconds)}  {name}  {steps} steps, {rate:.0f} images/s")
-    say(f"{duration(total)}  in all, training alone; evaluations come on top")
+    say(f"{duration(total)}  in all, training alone; evaluations come on top{further}")
+
+
+def _further_seeds(study: Study, waiting: list[StudyRun]) -> str:
+    """Says that runs will follow which are not among those `waiting`; "" where none will."""
+    if study.extremes and any(run.seed == 0 for run in waiting):
+        return f", and further seeds of the best and worst {study.extremes}"
+    return ""
 
 
 def _show(config: ConfigDict, study: Study, folder: epath.Path) -> dict:
@@ -218,11 +229,9 @@ def _show(config: ConfigDict, study: Study, folder: epath.Path) -> dict:
             held = {True: "holds", False: "does not hold", None: "open"}[verdict.held]
             say(f"{held:<14}{verdict.claim}: {verdict.because}")
         if outcomes.missing:
-            further = ""
-            if study.extremes and any(run.seed == 0 for run in outcomes.missing):
-                further = f", and further seeds of the best and worst {study.extremes}"
             say(
-                f"missing     {len(outcomes.missing)} runs{further}: the same command, or other parts, make them"
+                f"missing     {len(outcomes.missing)} runs{_further_seeds(study, outcomes.missing)}: the same "
+                "command, or other parts, make them"
             )
         say(f"written     {', '.join(str(f) for f in [folder / 'table.md', *files])}")
     return result
