@@ -6,7 +6,8 @@ Linear evaluation on the test split (not reproduced here; each figure with its s
 Appendix B.9 searched learning rates 0.5, 1.0 and 1.5 and temperatures 0.1, 0.5 and 1.0; for its
 best batch, 1024, it names no pair: these are the README's, 1.0 and 0.5. With `resnet18` the rest is as
 the README's command has it too: weight decay 1e-4, a head of three layers, multiplicative brightness.
-Hardware: one GPU. TFDS downloads the data (170 MB).
+Hardware: one GPU, or a TPU, both in bfloat16, which on TPUs the published code's products are rounded to as well.
+TFDS downloads the data (170 MB).
 
     python -m simclr_jax.main --config=configs/cifar10.py --workdir=/tmp/simclr_cifar10
     python -m simclr_jax.main --config=configs/cifar10.py:resnet18 --workdir=/tmp/simclr_cifar10
@@ -28,6 +29,7 @@ def get_config(argument: str = ""):
     c.views.blur_probability = 0.0
     c.model.depth = 18 if argument else 50
     c.model.stem = "cifar"
+    c.model.dtype = "bfloat16"
     c.loss.temperature = 0.5
     c.optimizer.learning_rate = 1.0
     c.train.epochs = 1000.0
