@@ -44,6 +44,11 @@ def make_mesh(devices=None, fsdp: int = 1) -> Mesh:
     return Mesh(np.asarray(devices).reshape(-1, fsdp), AXES)
 
 
+def slices_in(mesh: Mesh) -> int:
+    """Returns how many TPU slices the devices of a mesh belong to; 1 of other devices."""
+    return len({_slice_of(device) for device in mesh.devices.flat})
+
+
 def _slice_of(device: Any) -> int:
     return getattr(device, "slice_index", None) or 0
 

@@ -174,7 +174,8 @@ def test_a_step_that_stacks_view_on_view_is_told_by_its_collectives(small, monke
 @pytest.mark.slow
 @needs_libtpu
 def test_the_report_is_a_table_and_json(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(compiling, "compile_step", lambda *_: compiled_as(())[0])
+    program, _ = compiled_as(())
+    monkeypatch.setattr(compiling, "compile_step", lambda *_: program)
     result = compiling.compile_for(small, str(tmp_path / "w"), TOPOLOGY)
     said = capsys.readouterr().out
     assert "compiled for 4 devices of v5e:2x2 (TPU v5 lite)" in said

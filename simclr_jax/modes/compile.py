@@ -23,7 +23,7 @@ from simclr_jax import assemble
 from simclr_jax.console import say, show_table
 from simclr_jax.errors import UserError
 from simclr_jax.files import write_text
-from simclr_jax.mesh import FSDP, check_divides, make_mesh
+from simclr_jax.mesh import FSDP, check_divides, make_mesh, slices_in
 from simclr_jax.modes.chips import CHIPS, Chip
 from simclr_jax.modes.collectives import between_slices, collectives
 
@@ -55,9 +55,8 @@ def compile_for(config: ConfigDict, workdir: str | None, topology: str) -> dict:
     check_divides(config.data.batch_size, mesh, config.train.microbatches)
     say(f"compiling for {topology}, which takes a minute to some ten")
     compiled = compile_step(config, mesh, topology)
-    slices = len({device.slice_index for device in devices})
     result = account(config, mesh, compiled, chip, topology)
-    if slices > 1:
+    if (slices := slices_in(mesh)) > 1:
         result["between_slices"] = between_slices(compiled.as_text(), slices)
     _show(result)
     text = json.dumps(result)
