@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -18,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_processes import ROOT, cache, environment, quick  # noqa: F401 (two are fixtures)
+
+from simclr_jax.errors import LOST
 
 pytestmark = [
     pytest.mark.whole,
@@ -39,7 +42,7 @@ def bucket(cache, tmp_path_factory):  # noqa: F811
         pytest.skip(f"this machine allows no network of its own: {may.stderr.decode().strip()}")
     folder = tmp_path_factory.mktemp("bucket")
 
-    def run(*arguments, fault="", program=("-m", "simclr_jax.main")):
+    def run(*arguments, fault="", program=("-m", "simclr_jax.main"), timeout=200):
         (folder / "fault").write_text(fault)
         began = time.monotonic()
         done = subprocess.run(
@@ -48,7 +51,7 @@ def bucket(cache, tmp_path_factory):  # noqa: F811
             env=environment(1, cache),
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=timeout,
             check=False,
         )
         seconds = time.monotonic() - began
@@ -185,6 +188,26 @@ assert folder.exists()
 folder.rename("gs://bucket/renamed/2")
 print("there" if folder.exists() else "gone")
 """
+
+
+@pytest.mark.slow
+def test_a_connection_that_is_lost_ends_in_one_line(bucket, quick):  # noqa: F811
+    """The libraries try for ten minutes before they give up."""
+
+    def lose():
+        while not (bucket.folder / "lost/checkpoints/3").is_dir():
+            time.sleep(0.1)
+        (bucket.folder.parent / "fault").write_text("lost")
+
+    losing = threading.Thread(target=lose, daemon=True)
+    losing.start()
+    begin = (*quick, *SHORT, "--workdir=gs://bucket/lost", "--config.train.steps=100000")
+    said, status, seconds = bucket(*begin, timeout=1500)
+    assert not losing.is_alive()
+    assert status == LOST, said
+    assert said.count("error: ") == 1
+    assert "Traceback" not in said
+    assert seconds > 60
 
 
 def test_a_folder_that_was_renamed_is_gone_at_once(bucket):
