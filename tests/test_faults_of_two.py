@@ -102,7 +102,7 @@ def two(cache, quick):  # noqa: F811
             "--config.checkpoint.keep_last=10",
             "--config.eval.after_training=none",
         ]
-        # Of "compiling": none is kept, so that there is something to compile.
+        # Keeps no program where the fault comes while one is compiled.
         kept = workdir.parent / f"{workdir.name} cache" if "compiling" in kind else cache
         said = [workdir.parent / f"{workdir.name}.{i}.log" for i in range(2)]
         how = {"cwd": ROOT, "env": environment(2, kept), "stderr": subprocess.STDOUT}
@@ -163,7 +163,7 @@ def test_when_one_is_killed_the_other_names_it_and_ends(kind, two, undisturbed, 
     assert statuses[1] == -signal.SIGKILL
     assert 1 < seconds < 60
     assert statuses[0] in (LOST, -signal.SIGABRT), said[0]
-    # Of JAX itself, or where the survivor saw it first, of ours.
+    # JAX says it, or we do where the survivor saw it first.
     names = r"stopped sending heartbeats\):\n1\n|error: .*process 1"
     assert re.search(names, said[0]), said[0]
     assert "Mend this" not in said[0], said[0]

@@ -69,7 +69,7 @@ def compiled(config):
 
 
 def stack_views(monkeypatch):
-    """What the reshape in the step avoids: the first views of all images, then the second ones."""
+    """Puts the first views of all images before the second ones, as the reshape in the step avoids."""
     original = placement.to_float
 
     def stacked(x):
