@@ -29,9 +29,7 @@ def get_config(argument: str = ""):
     c.data.source = "folder"
     c.data.path, c.data.test_path = str(folder / "train"), str(folder / "test")
     c.data.folder_labels = True
-    chosen = suggest.suggest_settings(IMAGES, SHORT_SIDE, accelerator=False)
-    chosen += suggest.suggest_evaluation(IMAGES, accelerator=False)
-    config.set_options(c, {option: value for option, value, _ in chosen})
+    config.set_options(c, suggest.suggest_options(IMAGES, SHORT_SIDE, accelerator=False))
     c.train.epochs = 8.0
     c.eval.labels_per_class = (10,)
     c.eval.label_fraction = 0.0

@@ -29,8 +29,6 @@ def get_config(argument: str = ""):
     found = look(expanded(argument))
     accelerator = jax.default_backend() != "cpu"
     count = max(1, found.images)
-    chosen = suggest.suggest_settings(count, found.short_side, accelerator)
-    chosen += suggest.suggest_evaluation(count, accelerator)
-    config.set_options(c, {option: value for option, value, _ in chosen})
+    config.set_options(c, suggest.suggest_options(count, found.short_side, accelerator))
     c.train.report = True
     return c

@@ -22,9 +22,7 @@ def get_config(argument: str = ""):
     """`argument`: the file; "": tinted.npz."""
     c = config.default()
     c.data.source, c.data.path = "arrays", argument or "tinted.npz"
-    chosen = suggest.suggest_settings(IMAGES, SHORT_SIDE, accelerator=False)
-    chosen += suggest.suggest_evaluation(IMAGES, accelerator=False)
-    config.set_options(c, {option: value for option, value, _ in chosen})
+    config.set_options(c, suggest.suggest_options(IMAGES, SHORT_SIDE, accelerator=False))
     c.train.epochs = 8.0
     c.eval.labels_per_class = (10,)
     c.eval.label_fraction = 0.0

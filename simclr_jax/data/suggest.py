@@ -14,6 +14,13 @@ class Choice(NamedTuple):
     reason: str
 
 
+def suggest_options(count: int, short_side: int, accelerator: bool) -> dict[str, Any]:
+    """Chooses the options of `suggest_settings` and `suggest_evaluation`, {option: value}."""
+    chosen = suggest_settings(count, short_side, accelerator)
+    chosen += suggest_evaluation(count, accelerator)
+    return {choice.option: choice.value for choice in chosen}
+
+
 def suggest_settings(count: int, short_side: int, accelerator: bool) -> list[Choice]:
     """Chooses options for training on `count` images.
 

@@ -56,8 +56,6 @@ def compile_for(config: ConfigDict, workdir: str | None, topology: str) -> dict:
     say(f"compiling for {topology}, which takes a minute to some ten")
     compiled = compile_step(config, mesh, topology)
     result = account(config, mesh, compiled, chip, topology)
-    if (slices := slices_in(mesh)) > 1:
-        result["between_slices"] = between_slices(compiled.as_text(), slices)
     _show(result)
     text = json.dumps(result)
     say(text)
@@ -163,7 +161,8 @@ def account(config: ConfigDict, mesh: Mesh, compiled: Any, chip: Chip, topology:
         "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "program": memory.generated_code_size_in_bytes,
     }
-    found = collectives(compiled.as_text(), devices)
+    program, slices = compiled.as_text(), slices_in(mesh)
+    found = collectives(program, devices)
     result = {
         "topology": topology,
         "device": mesh.devices.flat[0].device_kind,
@@ -181,6 +180,8 @@ def account(config: ConfigDict, mesh: Mesh, compiled: Any, chip: Chip, topology:
         "chip": dataclasses.asdict(chip),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
     }
+    if slices > 1:
+        result["between_slices"] = between_slices(program, slices)
     if config.train.microbatches > 1:
         return result
     bounds = {
