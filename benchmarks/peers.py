@@ -1,6 +1,8 @@
-"""What others do, each as they document it: batches of views, NT-Xent, a train step."""
+"""The peers, each as its documentation uses it: batches of views, NT-Xent, a train step."""
 
 import io
+import os
+import sys
 
 import numpy as np
 
@@ -40,74 +42,48 @@ def lightly_batches(jpegs: list[bytes], blur: float, batch_size: int):
         yield len(first)
 
 
-def tf_image_batches(images, size: int, blur: float, strength: float, batch_size: int):
-    """Views by tf.image's operations, one after the other, as the published SimCLR code makes them:
-    a crop decoded alone or cut out, bicubic resize, random order of the jitter by branches, blur as
-    a depthwise convolution.
+def published_batches(images, size: int, blur: float, strength: float, batch_size: int):
+    """Views by the functions of the published TF2 code, run by tf.data as it runs them, without end.
 
-    `images` are JPEGs, or uint8 arrays of one shape. Without end.
+    The code is not in a package: the environment variable SIMCLR names a clone of google-research/simclr.
+    It blurs on the accelerator, image by image in a batch; here its blur is part of the map, for half of the
+    views.
+
+    Args:
+      images: JPEGs, or uint8 arrays of one shape.
+      size: height and width of a view, pixels.
+      blur: probability of a blur.
+      strength: of the colour distortion.
+      batch_size: images.
     """
     import tensorflow as tf
+    from absl import flags
 
-    def cropped(image):
-        encoded = image.dtype == tf.string
-        shape = tf.io.extract_jpeg_shape(image) if encoded else tf.shape(image)
-        begin, extent, _ = tf.image.sample_distorted_bounding_box(
-            shape,
-            tf.constant([[[0.0, 0.0, 1.0, 1.0]]]),
-            min_object_covered=0.1,
-            aspect_ratio_range=(3 / 4, 4 / 3),
-            area_range=(0.08, 1.0),
-            max_attempts=100,
-            use_image_if_no_bounding_boxes=True,
-        )
-        top, left, _ = tf.unstack(begin)
-        height, width, _ = tf.unstack(extent)
-        if encoded:
-            cut = tf.image.decode_and_crop_jpeg(
-                image, tf.stack([top, left, height, width]), channels=3
-            )
-        else:
-            cut = tf.image.crop_to_bounding_box(image, top, left, height, width)
-        return tf.image.resize([cut], [size, size], "bicubic")[0] / 255.0
+    if "SIMCLR" not in os.environ:
+        raise SystemExit("SIMCLR=CLONE is needed, a clone of github.com/google-research/simclr")
+    sys.path.insert(0, os.path.join(os.environ["SIMCLR"], "tf2"))
+    import data_util
 
-    def sometimes(probability, function, x):
-        return tf.cond(tf.random.uniform([]) < probability, lambda: function(x), lambda: x)
-
-    def jitter(x):
-        spread = 0.8 * strength
-        operations = [
-            lambda x: tf.image.random_brightness(x, spread),
-            lambda x: tf.image.random_contrast(x, max(0, 1 - spread), 1 + spread),
-            lambda x: tf.image.random_saturation(x, max(0, 1 - spread), 1 + spread),
-            lambda x: tf.image.random_hue(x, 0.2 * strength),
-        ]
-        order = tf.random.shuffle(tf.range(4))
-        for place in range(4):
-            x = tf.switch_case(order[place], [lambda f=f, x=x: f(x) for f in operations])
-            x = tf.clip_by_value(x, 0.0, 1.0)
-        return x
-
-    def blurred(x):
-        radius = size // 10 // 2
-        sigma = tf.random.uniform([], 0.1, 2.0)
-        taps = tf.exp(-(tf.range(-radius, radius + 1.0) ** 2) / (2 * sigma**2))
-        taps = tf.repeat(tf.reshape(taps / tf.reduce_sum(taps), [-1, 1, 1, 1]), 3, axis=2)
-        x = tf.nn.depthwise_conv2d([x], taps, [1, 1, 1, 1], "SAME")
-        return tf.nn.depthwise_conv2d(x, tf.transpose(taps, [1, 0, 2, 3]), [1, 1, 1, 1], "SAME")[0]
+    flags.DEFINE_float("color_jitter_strength", strength, "")
+    flags.FLAGS(["benchmark"])
 
     def view(image):
-        x = tf.image.random_flip_left_right(cropped(image))
-        x = sometimes(0.8, jitter, x)
-        x = sometimes(0.2, lambda x: tf.image.grayscale_to_rgb(tf.image.rgb_to_grayscale(x)), x)
-        if blur > 0:
-            x = sometimes(blur, blurred, x)
-        return tf.clip_by_value(tf.reshape(x, [size, size, 3]), 0.0, 1.0)
+        x = data_util.preprocess_image(image, size, size, is_training=True)
+        return data_util.random_blur(x, size, size, p=blur) if blur else x
 
+    def views(image):
+        if image.dtype == tf.string:
+            image = tf.io.decode_jpeg(image, channels=3)
+        return tf.concat([view(image), view(image)], -1)
+
+    options = tf.data.Options()
+    options.deterministic = False
+    options.experimental_slack = True
     dataset = (
         tf.data.Dataset.from_tensor_slices(images)
+        .with_options(options)
         .repeat()
-        .map(lambda image: tf.concat([view(image), view(image)], -1), tf.data.AUTOTUNE)
+        .map(views, tf.data.AUTOTUNE)
         .batch(batch_size)
         .prefetch(tf.data.AUTOTUNE)
     )
@@ -139,8 +115,8 @@ def torch_losses(name: str, pairs: int, width: int):
     return run
 
 
-def torch_step(batch_size: int):
-    """A SimCLR step of ResNet-18 on 32 px, compiled, channels last, float32, SGD."""
+def torch_step(batch_size: int, dtype: str):
+    """A SimCLR step of ResNet-18 on 32 px, compiled, channels last, SGD; bfloat16 by autocast."""
     t = torch()
     import torchvision
     from torch import nn
@@ -169,9 +145,13 @@ def torch_step(batch_size: int):
     views = rng.random((2 * batch_size, 3, 32, 32), np.float32)
     x = t.from_numpy(views).to(memory_format=t.channels_last)
 
+    narrow = t.autocast("cpu", t.bfloat16, enabled=dtype == "bfloat16")
+
     def run():
         optimizer.zero_grad(set_to_none=True)
-        compiled(x).backward()
+        with narrow:
+            loss = compiled(x)
+        loss.backward()
         optimizer.step()
 
     return run

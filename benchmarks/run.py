@@ -1,7 +1,7 @@
-"""Ours beside others, in turns: `python benchmarks/run.py input|loss|step`.
+"""Measures simclr_jax beside its peers, in turns: `python benchmarks/run.py input|loss|step`.
 
-Each turn is a process of its own, so that no library's threads are in another's way. The median of
-the turns, and the ratio of the medians, go to a table and to benchmarks/results/.
+Each turn is a process of its own, so that no library's threads are in another's way. Every turn goes to
+benchmarks/results/; `python benchmarks/table.py` makes the table of docs/performance.md of it.
 """
 
 import argparse
@@ -32,6 +32,8 @@ _PACKAGES = (
 )
 LOSS_PAIRS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 LOSS_WIDTH = 128
+OUR_LOSSES = ("simclr_jax in tiles", "simclr_jax dense", "the formula jitted")
+STEP_IMAGES = 128
 
 
 def jpegs(count: int = 128) -> list[bytes]:
@@ -99,36 +101,54 @@ def decoded(images: list[bytes]):
 def _inputs() -> dict:
     import peers
 
+    found = {}
+    for case, blur in (("with blur", 0.5), ("without blur", 0.0)):
+        case = f"two views of a 500 x 375 JPEG, 224 px, {case}"
+        found |= {
+            f"{case}, simclr_jax": lambda blur=blur: our_batches(
+                jpegs(), 224, {"blur_probability": blur}, True, _BATCH
+            ),
+            f"{case}, lightly": lambda blur=blur: peers.lightly_batches(jpegs(), blur, _BATCH),
+            f"{case}, published": lambda blur=blur: peers.published_batches(
+                jpegs(), 224, blur, 1.0, _BATCH
+            ),
+        }
     weak = {"color_strength": 0.5, "blur_probability": 0.0}
-    return {
-        "224 px, JPEG decoding alone": lambda: decoded(jpegs()),
-        "224 px with blur, simclr_jax": lambda: our_batches(jpegs(), 224, {}, True, _BATCH),
-        "224 px with blur, lightly": lambda: peers.lightly_batches(jpegs(), 0.5, _BATCH),
-        "224 px with blur, tf.image": lambda: peers.tf_image_batches(
-            jpegs(), 224, 0.5, 1.0, _BATCH
+    left = "the same, flip, colour and blur left to the device"
+    return found | {
+        f"{left}, simclr_jax": lambda: our_batches(jpegs(), 224, {}, False, _BATCH),
+        f"{left}, decoding alone": lambda: decoded(jpegs()),
+        "two views of 32 px, from memory, simclr_jax": lambda: our_batches(
+            small_images(), 32, weak, True, 512
         ),
-        "224 px without blur, simclr_jax": lambda: our_batches(
-            jpegs(), 224, {"blur_probability": 0.0}, True, _BATCH
+        "two views of 32 px, from memory, published": lambda: peers.published_batches(
+            small_images(), 32, 0.0, 0.5, 512
         ),
-        "224 px without blur, lightly": lambda: peers.lightly_batches(jpegs(), 0.0, _BATCH),
-        "224 px without blur, tf.image": lambda: peers.tf_image_batches(
-            jpegs(), 224, 0.0, 1.0, _BATCH
-        ),
-        "224 px, color on the device, simclr_jax": lambda: our_batches(
-            jpegs(), 224, {}, False, _BATCH
-        ),
-        "32 px, simclr_jax": lambda: our_batches(small_images(), 32, weak, True, 512),
-        "32 px, tf.image": lambda: peers.tf_image_batches(small_images(), 32, 0.0, 0.5, 512),
     }
 
 
-def images_per_second(batches, seconds: float = 8.0) -> float:
+def images_rate(batches, seconds: float = 8.0) -> dict:
+    """Images by second, and by second of CPU time of this process and its workers."""
     for _ in range(6):  # compiling, filling buffers
         next(batches)
-    count, began = 0, time.perf_counter()
+    count, began, used = 0, time.perf_counter(), cpu_seconds()
     while (elapsed := time.perf_counter() - began) < seconds:
         count += next(batches)
-    return count / elapsed
+    return {
+        "images_per_second": count / elapsed,
+        "images_per_cpu_second": count / (cpu_seconds() - used),
+    }
+
+
+def cpu_seconds() -> float:
+    """CPU time so far of this process and of those that it has started, s."""
+    own = pathlib.Path("/proc/self/task")
+    children = " ".join((task / "children").read_text() for task in own.iterdir()).split()
+    ticks = 0
+    for child in children:
+        fields = pathlib.Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # utime, stime: proc(5)
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _our_loss(name: str, pairs: int):
@@ -144,7 +164,7 @@ def _our_loss(name: str, pairs: int):
         log_p = jax.nn.log_softmax(similarities)
         return -jnp.mean(jnp.take_along_axis(log_p, partner[:, None], 1)), None
 
-    loss = {"dense": nt_xent, "chunked": nt_xent_chunked, "plain matrix": plain}[name]
+    loss = dict(zip(OUR_LOSSES, (nt_xent_chunked, nt_xent, plain), strict=True))[name]
     gradient = jax.jit(jax.value_and_grad(lambda z: loss(z, 0.1), has_aux=True))
     z = jax.random.normal(jax.random.key(0), (2 * pairs, LOSS_WIDTH))
     return lambda: jax.block_until_ready(gradient(z))
@@ -155,29 +175,32 @@ def _losses() -> dict:
 
     found = {}
     for pairs in LOSS_PAIRS:
-        for name in ("chunked", "dense", "plain matrix"):
-            found[
-                f"{pairs} pairs, simclr_jax {name}".replace("simclr_jax plain", "jitted plain")
-            ] = lambda name=name, pairs=pairs: _our_loss(name, pairs)
+        case = f"NT-Xent of {pairs:,} pairs, forward and backward"
+        for name in OUR_LOSSES:
+            found[f"{case}, {name}"] = lambda name=name, pairs=pairs: _our_loss(name, pairs)
         for name in ("lightly", "pytorch-metric-learning"):
-            found[f"{pairs} pairs, {name}"] = lambda name=name, pairs=pairs: peers.torch_losses(
+            found[f"{case}, {name}"] = lambda name=name, pairs=pairs: peers.torch_losses(
                 name, pairs, LOSS_WIDTH
             )
     return found
 
 
-def seconds_each(run, seconds: float = 4.0) -> float:
+def seconds_each(run, seconds: float = 4.0) -> dict:
+    """Seconds of one call, the median, and of its CPU time, the mean."""
     run()
     times: list[float] = []
-    began = time.perf_counter()
+    began, used = time.perf_counter(), cpu_seconds()
     while not times or time.perf_counter() - began < seconds:
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return {
+        "seconds": statistics.median(times),
+        "cpu_seconds": (cpu_seconds() - used) / len(times),
+    }
 
 
-def _our_step():
+def _our_step(dtype: str):
     import jax
 
     from simclr_jax.bench.step import _simclr
@@ -186,7 +209,8 @@ def _our_step():
 
     c = load(
         str(HERE.parent / "configs/cifar10.py"),
-        ["--config.model.depth=18", "--config.data.batch_size=128"],
+        [f"--config.model.{x}" for x in ("depth=18", f"dtype={dtype}")]
+        + [f"--config.data.batch_size={STEP_IMAGES}"],
     )
     job, batch = _simclr(c, make_mesh())
     held = [job.init()]
@@ -201,10 +225,14 @@ def _our_step():
 def _steps() -> dict:
     import peers
 
-    return {
-        "ResNet-18, 32 px, batch 128, float32, simclr_jax": _our_step,
-        "ResNet-18, 32 px, batch 128, float32, PyTorch compiled": lambda: peers.torch_step(128),
-    }
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        case = f"a step of ResNet-18, 32 px, batch {STEP_IMAGES}, {dtype}"
+        found[f"{case}, simclr_jax"] = lambda dtype=dtype: _our_step(dtype)
+        found[f"{case}, PyTorch compiled"] = lambda dtype=dtype: peers.torch_step(
+            STEP_IMAGES, dtype
+        )
+    return found
 
 
 KINDS = {"input": _inputs, "loss": _losses, "step": _steps}
@@ -222,8 +250,8 @@ def one_turn(kind: str, name: str) -> dict:
         resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
     thing = KINDS[kind]()[name]()
     if kind == "input":
-        return {"images_per_second": images_per_second(thing)}
-    return {"seconds": seconds_each(thing), "peak_memory_bytes": _peak_memory()}
+        return images_rate(thing)
+    return seconds_each(thing) | {"peak_memory_bytes": _peak_memory()}
 
 
 def main() -> None:
@@ -262,7 +290,7 @@ def main() -> None:
             print(f"turn {turn + 1}, {name}: {turns[name][-1]}", flush=True)
     rows = [
         {"name": name}
-        | {key: statistics.median(turn[key] for turn in done) for key in (done[0] if done else ())}
+        | {key: [turn[key] for turn in done] for key in (done[0] if done else ())}
         | ({"failed": failed[name]} if name in failed else {})
         for name, done in turns.items()
     ]
@@ -277,7 +305,6 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores, {_cpu()}",
         "versions": versions,
-        "turns": args.turns,
         "rows": rows,
     }
     path = HERE / "results" / f"{args.kind}-{result['date']}.json"
