@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import resource
@@ -79,6 +80,12 @@ def stack_views(monkeypatch):
     monkeypatch.setattr(placement, "to_float", stacked)
 
 
+def kernels_of(program):
+    """The parameters with two and more axes that a compiled step takes."""
+    state = program.args_info[0][0]
+    return [x for x in jax.tree.leaves(state.params) if len(x.shape) > 1]
+
+
 def all_reduced(program):
     """The shapes that each all-reduce of arrays of two and more axes sums: gradients, not the
     vectors of BatchNorm.
@@ -142,9 +149,12 @@ def test_sharded_parameters_are_gathered_and_need_less_memory(small):
     whole, _ = compiled_as(())
     small.mesh.fsdp = 4
     program, found = compiled(small)
-    # Kernels are gathered, one by one, in bfloat16.
+    # Kernels are gathered, one by one, in bfloat16: 2 bytes a number, of the head and the rest no more than 4.
     assert found.keys() == {"all-gather", "all-reduce"}
     assert found["all-gather"]["count"] > 10
+    projections = 2 * BATCH * small.model.head_width * 4
+    kernels = sum(math.prod(x.shape) for x in kernels_of(program))
+    assert 2 * kernels <= found["all-gather"]["bytes"] - projections < 3 * kernels
     ratio = (
         program.memory_analysis().argument_size_in_bytes
         / whole.memory_analysis().argument_size_in_bytes
