@@ -14,6 +14,7 @@ part of the training images. A finished run is not run again: its line is in --r
 """
 
 import argparse
+import ast
 import json
 import os
 import pathlib
@@ -33,12 +34,12 @@ KINDS = ("ours", "lightly", "ours, time")
 
 
 class Run(NamedTuple):
-    """One run: of which data and kind, with which seed, how long, and whether views are flipped."""
+    """One run: of which data and kind, with which seed and options, and whether views are flipped."""
 
     path: pathlib.Path
     kind: str
     seed: int
-    epochs: float | None
+    options: dict
     flip: bool
 
     def named(self) -> dict:
@@ -78,13 +79,12 @@ def read_folder(root: pathlib.Path) -> Part:
     return Part([pixels.read(source[i].image) for i in range(len(source))], source.labels)
 
 
-def settings(images: list[np.ndarray], epochs: float | None) -> dict:
+def settings(images: list[np.ndarray]) -> dict:
     """Returns the options that `configs/folder.py` chooses for these images on a CPU."""
     from simclr_jax.data.suggest import suggest_settings
 
     short_side = int(np.median([min(x.shape[:2]) for x in images]))
-    chosen = {c.option: c.value for c in suggest_settings(len(images), short_side, False)}
-    return chosen | ({"train.epochs": epochs} if epochs else {})
+    return {c.option: c.value for c in suggest_settings(len(images), short_side, False)}
 
 
 def ours(data: dict[str, Part], options: dict, run: Run) -> dict:
@@ -264,7 +264,7 @@ def one(run: Run) -> dict:
 
         keep_freed_memory(os.environ)  # as the command does
     data = load(run.path)
-    options = settings(data["train"].images, run.epochs)
+    options = settings(data["train"].images) | run.options
     if run.kind == "raw pixels":
         size = options["data.image_size"]
         flat = {
@@ -285,12 +285,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=float, help="default: what the automatic settings choose")
     parser.add_argument("--no_flip", action="store_true", help="digits and letters have a left")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="in place of the automatic one, such as loss.temperature=0.2; lightly's parts take what they have",
+    )
+    parser.add_argument("--only_ours", action="store_true", help="at equal epochs, without peer")
     parser.add_argument("--one", nargs=2, metavar=("KIND", "SEED"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         kind, seed = arguments.one
+        options = {k: ast.literal_eval(v) for k, v in (x.split("=", 1) for x in arguments.set)}
+        if arguments.epochs:
+            options["train.epochs"] = arguments.epochs
         path = pathlib.Path(arguments.data)
-        result = one(Run(path, kind, int(seed), arguments.epochs, not arguments.no_flip))
+        result = one(Run(path, kind, int(seed), options, not arguments.no_flip))
         print("RESULT " + json.dumps(result))
         return
     runs = pathlib.Path(arguments.runs or f"{arguments.data}.runs.jsonl")
@@ -303,6 +314,7 @@ def main() -> None:
         command = [sys.executable, __file__, arguments.data, "--one", kind, str(seed)]
         command += [f"--epochs={epochs}"] if epochs else []
         command += ["--no_flip"] if arguments.no_flip else []
+        command += [f"--set={option}" for option in arguments.set]
         print(f"{kind}, seed {seed} ...", flush=True)
         process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         line = process.stdout.rpartition("RESULT ")[2]
@@ -314,6 +326,8 @@ def main() -> None:
     run("raw pixels", 0, None)
     for seed in range(arguments.seeds):
         mine = run("ours", seed, arguments.epochs)
+        if arguments.only_ours:
+            continue
         theirs = run("lightly", seed, arguments.epochs)
         run("ours, time", seed, mine["epochs"] * theirs["seconds"] / mine["seconds"])
     show(done)

@@ -153,7 +153,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_flags_of_studies(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--study", metavar="FILE.py", help="for --mode=study: such as configs/studies/loss.py"
+        "--study",
+        metavar="FILE.py[:paper]",
+        help="for --mode=study: such as configs/studies/loss.py; some have the paper's levels, too",
     )
     parser.add_argument(
         "--part",

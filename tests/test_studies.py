@@ -236,10 +236,15 @@ def test_the_probe_of_z_is_that_of_the_projections(tiny, tmp_path):
     assert evaluate_features("probe", tiny, str(plain))["rows"] == of_z["rows"]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_studies_that_come_with_the_package_are_sound(path, monkeypatch):
+OF_TWO_SCALES = ("batch_epochs", "head", "lr_scaling", "model_size", "semi_supervised")
+
+
+@pytest.mark.parametrize(
+    "name", [*(path.stem for path in FILES), *(f"{name}:paper" for name in OF_TWO_SCALES)]
+)
+def test_the_studies_that_come_with_the_package_are_sound(name, monkeypatch):
     monkeypatch.setattr("simclr_jax.data.tfds.is_prepared", lambda name: True)
-    study = read_study(str(path))
+    study = read_study(name)
     runs = runs_of(study)
     assert len({run.name for run in runs}) == len(runs)
     for run in runs[:: 1 + len(runs) // 50]:
@@ -301,6 +306,42 @@ def test_a_study_that_comes_with_the_package_is_known_by_name():
         UserError, match=r"no study 'losses': expected .*batch_epochs, cifar, color_strength"
     ):
         read_study("losses")
+
+
+@pytest.mark.parametrize("name", OF_TWO_SCALES)
+def test_the_papers_levels_have_the_papers_numbers(name):
+    small, paper = read_study(name), read_study(f"{name}:paper")
+    assert paper.title == small.title
+    assert paper.seeds == 1
+    assert set(paper.published.values) <= set(keys_of(paper))
+
+
+def test_numbers_of_the_papers_figures():
+    def value(name, *key):
+        return read_study(f"{name}:paper").published.values[key]
+
+    assert value("batch_epochs", "256", "100 epochs") == 57.5
+    assert value("batch_epochs", "8192", "1000 epochs") == 68.9
+    assert value("lr_scaling", "8192", "sqrt, 100 epochs") == 64.7
+    assert value("model_size", "4", "ResNet-50") == 72.8
+    assert value("head", "2048", "nonlinear", "h") == 64.8
+    assert value("semi_supervised", "4", "SimCLR", "10 %") == 74.4
+    assert value("semi_supervised", "1", "none", "1 %") == 25.4
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (
+            "batch_epochs:large",
+            r"batch_epochs\.py:large: expected no argument, or 'paper'.*'large'",
+        ),
+        ("loss:paper", r"loss\.py:paper: get_study takes no argument"),
+    ],
+)
+def test_a_wrong_argument_of_a_study_is_one_line(name, says):
+    with pytest.raises(UserError, match=says):
+        read_study(name)
 
 
 def test_claims():

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import inspect
 import pathlib
 import traceback
 from collections.abc import Sequence
@@ -51,13 +52,13 @@ def read_file(spec: str) -> ConfigDict:
     return config
 
 
-def run_file(path: str, function: str, *arguments: str) -> Any:
+def run_file(path: str, function: str, argument: str = "") -> Any:
     """Returns what a function of a Python file returns.
 
     Args:
       path: the file.
       function: its name.
-      arguments: for the function.
+      argument: for the function, if it takes one.
 
     Raises:
       UserError: the file or the function fails; with the line. A ValueError is how it refuses an argument: its
@@ -69,13 +70,18 @@ def run_file(path: str, function: str, *arguments: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return getattr(module, function)(*arguments)
+        found = getattr(module, function)
+        if inspect.signature(found).parameters:
+            return found(argument)
+        if argument:
+            raise ValueError(f"{function} takes no argument")
+        return found()
     except UserError:
         raise
     except Exception as error:  # whatever a file may do wrong
         message = " ".join(str(error.args[0] if error.args else error).split())
         if isinstance(error, ValueError):
-            raise UserError(f"{':'.join([path, *arguments])}: {message}") from error
+            raise UserError(f"{path}{argument and ':'}{argument}: {message}") from error
         where = _line_of(error, path)
         raise UserError(f"{path}{where}: {type(error).__name__}: {message}") from error
 

@@ -1,7 +1,7 @@
 """The contract of a study: which runs it is made of, what is measured, what the paper found."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 # Evaluations with several numbers of their own, which a study names: "1 %", "10 %" of finetune, "rotation, h" of
 # transformations.
@@ -54,6 +54,22 @@ class Published(NamedTuple):
 
     source: str
     values: Mapping[Key, float]
+
+
+Levels = TypeVar("Levels")
+
+
+def of_scale(argument: str, small: Levels, paper: Levels) -> Levels:
+    """Returns a study's levels for the argument after its file: `small` for "", `paper` for "paper".
+
+    Raises:
+      ValueError: it is something else.
+    """
+    if argument not in ("", "paper"):
+        raise ValueError(
+            f"expected no argument, or 'paper' for the paper's levels, got {argument!r}"
+        )
+    return paper if argument else small
 
 
 class Verdict(NamedTuple):

@@ -37,18 +37,19 @@ class StudyRun(NamedTuple):
 
 
 def read_study(path: str) -> Study:
-    """Runs `get_study()` of a file, or of the study of that name that comes with the package.
+    """Runs `get_study(ARGUMENT)` of a study "FILE.py[:ARGUMENT]", or of one that comes with the package, "NAME[:ARGUMENT]".
 
     Raises:
       UserError: there is no such file, it fails, or it returns something else than a sound `Study`.
     """
-    path = packaged("studies").get(path, path)
+    name, _, argument = path.partition(":")
+    path = packaged("studies").get(name, name)
     if not pathlib.Path(path).is_file() or not path.endswith(".py"):
         raise UserError(
             f"no study {path!r}: expected a file such as configs/studies/loss.py, or one of "
             f"{', '.join(sorted(packaged('studies')))}"
         )
-    study = run_file(path, "get_study")
+    study = run_file(path, "get_study", argument)
     if not isinstance(study, Study):
         raise UserError(
             f"{path}: get_study returned {study!r}: expected a simclr_jax.studies.Study"
