@@ -23,7 +23,7 @@ def get_study(argument: str = "") -> Study:
     batches, epochs = of_scale(argument, small=_SMALL, paper=_PAPER)
     sizes = {b: Level({"data.batch_size": int(b)}) for b in batches}
     lengths = {f"{e} epochs": Level({"train.epochs": float(e)}) for e in epochs}
-    published = {
+    published: dict[tuple[str, ...], float] = {
         (batch, f"{length} epochs"): value
         for batch, values in _FIGURE_9.items()
         for length, value in zip(_PAPER[1], values, strict=True)

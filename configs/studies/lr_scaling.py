@@ -38,7 +38,7 @@ def get_study(argument: str = "") -> Study:
         for scaling, rate in _RATES.items()
         for length in epochs
     }
-    published = {
+    published: dict[tuple[str, ...], float] = {
         (batch, name): value
         for name, values in _PUBLISHED.items()
         for batch, value in zip(_PAPER[0], values, strict=True)

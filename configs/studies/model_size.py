@@ -28,7 +28,7 @@ def get_study(argument: str = "") -> Study:
         for suffix, options in (("", {}), (", supervised", {"train.objective": "supervised"}))
         for d in depths
     }
-    published = {
+    published: dict[tuple[str, ...], float] = {
         (width, name): value
         for name, values in _FIGURE_7.items()
         for width, value in zip(_PAPER[0], values, strict=True)

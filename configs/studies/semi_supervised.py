@@ -26,7 +26,7 @@ def get_study(argument: str = "") -> Study:
         "SimCLR": Level({}),
         "none": Level({"train.steps": 1, "optimizer.warmup_epochs": 0.0}),
     }
-    published = {
+    published: dict[tuple[str, ...], float] = {
         (width, kind, share): value
         for kind, rows in _TABLE_B4.items()
         for width, values in zip(_PAPER, rows, strict=False)
