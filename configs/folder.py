@@ -1,4 +1,4 @@
-"""SimCLR on a folder of your own images, without labels: every image below it, at any depth.
+"""SimCLR on your own images, without labels: all images below a folder, in Parquet files, or in an .npz file.
 
 Nobody can say what it reaches on your images. Resolution, stem, batch, epochs and the like are chosen
 from how many images there are, how large they are, and whether there is a GPU or TPU or only a CPU; the
@@ -6,29 +6,31 @@ run says which and why before it starts, and any option given on the command lin
 
     python -m simclr_jax.main --config=configs/folder.py:PATH --workdir=/tmp/simclr_folder
 
+PATH is a folder, whose images count at any depth; Parquet files, such as 'DATA/*.parquet'; or FILE.npz with an
+array train_images, uint8 [N, H, W, 1 or 3].
+
 If the folders below PATH are classes, --config.data.folder_labels=True trains a classifier alongside
 to watch, and with --config.data.test_path=OTHER_PATH the run ends with a probe on the images below
-OTHER_PATH.
+OTHER_PATH. Labels of Parquet and .npz files are used where there are any.
 """
 
 import jax
 
 from simclr_jax import config
-from simclr_jax.data import suggest
-from simclr_jax.data.index import look
-from simclr_jax.files import expanded
+from simclr_jax.data import count_and_size, suggest
+
+SOURCES = {".npz": "arrays", ".parquet": "parquet"}  # by how PATH ends
 
 
 def get_config(argument: str = ""):
-    """`argument`: the folder."""
+    """`argument`: the folder or files."""
     if not argument:
-        raise ValueError("which folder? expected --config=configs/folder.py:PATH")
+        raise ValueError("which images? expected --config=configs/folder.py:PATH")
     c = config.default()
-    c.data.source = "folder"
+    c.data.source = next((s for end, s in SOURCES.items() if argument.endswith(end)), "folder")
     c.data.path = argument
-    found = look(expanded(argument))
+    count, short_side = count_and_size(c.data.to_dict() | {"seed": c.seed})
     accelerator = jax.default_backend() != "cpu"
-    count = max(1, found.images)
-    config.set_options(c, suggest.suggest_options(count, found.short_side, accelerator))
+    config.set_options(c, suggest.suggest_options(max(1, count), short_side, accelerator))
     c.train.report = True
     return c

@@ -80,7 +80,7 @@ def test_the_imagenet_configuration_is_the_papers():
         ("imagenet.py:dept=3", "depth"),
         ("imagenet.py:depth=x", "invalid literal"),
         ("cifar10.py:resnet9", "resnet18"),
-        ("folder.py", "which folder"),
+        ("folder.py", "which images"),
         ("digits.py:x", "unknown argument"),
     ],
 )

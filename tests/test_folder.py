@@ -1,18 +1,22 @@
 """The index of a folder, what is said about it, and the settings that follow."""
 
+import io
 import os
 import pathlib
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from simclr_jax import config
 from simclr_jax.config.overrides import load
-from simclr_jax.data import index, suggest
+from simclr_jax.data import count_and_size, index, suggest
 from simclr_jax.data.folder import open_split
 from simclr_jax.errors import UserError
+from simclr_jax.modes.pretrain import describe_choices
 
 
 @pytest.fixture
@@ -238,9 +242,31 @@ def test_large_photographs_on_an_accelerator_get_the_papers_settings():
     assert chosen == {"eval.knn_k": 200, "linear.batch_size": 4096, "finetune.batch_size": 4096}
 
 
+def test_the_configuration_chooses_from_parquet_and_arrays(tmp_path, capsys):
+    """40 images of 300 x 200 px in each."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 200, 300, 3)).astype(np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(images[0]).save(content, "PNG")
+    pq.write_table(pa.table({"image": [content.getvalue()] * 40}), tmp_path / "a.parquet")
+    np.savez(tmp_path / "a.npz", train_images=images)
+    file = f"{pathlib.Path(__file__).parent.parent}/configs/folder.py"
+    for source, path in (("parquet", "*.parquet"), ("arrays", "a.npz")):
+        c = load(f"{file}:{tmp_path}/{path}", [])
+        assert (c.data.source, c.data.path) == (source, f"{tmp_path}/{path}")
+        data = c.data.to_dict() | {"seed": 0}
+        assert count_and_size(data) == (40, 200)
+        assert c.data.batch_size == suggest.suggest_options(40, 200, False)["data.batch_size"]
+        describe_choices(c, labelled=False)
+        said = capsys.readouterr().out
+        assert "data.image_size=32  (the median image's shorter side has 200 px" in said
+        assert "given" not in said
+    with pytest.raises(UserError, match=r"a\.npz"):
+        load(f"{file}:{tmp_path}/b/a.npz", [])
+
+
 def test_the_configuration_chooses_from_the_folder(photos):
     spec = f"{pathlib.Path(__file__).parent.parent}/configs/folder.py:{photos}"
     c = load(spec, ["--config.data.batch_size=16"])
     assert (c.data.image_size, c.data.batch_size, c.model.depth) == (32, 16, 10)
-    with pytest.raises(UserError, match="which folder"):
+    with pytest.raises(UserError, match="which images"):
         load(spec.partition(":")[0], [])

@@ -15,6 +15,7 @@ from PIL import Image
 
 from simclr_jax import assemble, config
 from simclr_jax.data.arrays import in_memory
+from simclr_jax.data.pictures import pictures_of
 from simclr_jax.errors import UserError
 from simclr_jax.evals import results
 from simclr_jax.main import main
@@ -23,7 +24,6 @@ from simclr_jax.modes.pretrain import pretrain, pretrain_and_evaluate
 from simclr_jax.modes.report import report, views
 from simclr_jax.report import learned
 from simclr_jax.report.curves import PANELS
-from simclr_jax.report.pictures import pictures_of
 from simclr_jax.report.record import read_record
 from simclr_jax.report.thumbnails import data_url, tile
 from simclr_jax.views import host, make_distortion

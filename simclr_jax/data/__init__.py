@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from simclr_jax.data import arrays, folder, parquet, synthetic, tfds
+from simclr_jax.data import arrays, folder, index, parquet, pictures, synthetic, tfds
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.split import DataSet, Split
 from simclr_jax.errors import UserError
+from simclr_jax.files import expanded
 from simclr_jax.options import Option, flag, number, one_of, text
 
 # name: ({option of the group "data", without the group: value}, and "seed") -> DataSet
@@ -86,6 +87,25 @@ def open_source(data: Mapping[str, Any]) -> DataSet:
       UserError: the data set is not there or not usable.
     """
     return cached(json.dumps(data, sort_keys=True))
+
+
+def count_and_size(data: Mapping[str, Any]) -> tuple[int, int]:
+    """Measures the training images, from which `suggest` chooses settings.
+
+    Args:
+      data: see `open_source`.
+
+    Returns:
+      (how many they are, the median image's shorter side in pixels)
+
+    Raises:
+      UserError: see `open_source`.
+    """
+    if data["source"] == "folder":  # from file headers alone
+        found = index.look(expanded(data["path"]))
+        return found.images, found.short_side
+    train = open_source(data).train
+    return train.count, pictures.short_side(train, data["upright"])
 
 
 @functools.lru_cache(maxsize=1)

@@ -12,7 +12,7 @@ from simclr_jax import assemble
 from simclr_jax import config as config_lib
 from simclr_jax.assemble import Pretraining
 from simclr_jax.console import say
-from simclr_jax.data import index, suggest
+from simclr_jax.data import count_and_size, index, suggest
 from simclr_jax.errors import one_line
 from simclr_jax.evals.evaluate import can_evaluate, evaluate_features
 from simclr_jax.evals.on_the_way import watch
@@ -180,8 +180,8 @@ def describe_run(config: ConfigDict, made: Pretraining) -> None:
     devices = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
     labels = f"{made.classes} classes" if made.classes else "no labels"
     norm = "the batch" if made.norm_images == batch else f"groups of {made.norm_images} images"
-    if config.data.source == "folder":
-        describe_folder(config)
+    if config.data.source in ("folder", "parquet", "arrays"):
+        describe_choices(config, labelled=bool(made.classes))
     say(f"data        {train.count} images, {labels}; views of {config.data.image_size} px")
     say(f"model       {made.encoder.describe()}, {f:.2f} M parameters; head {g:.2f} M")
     say(f"batch       {batch} images, {2 * batch} views, {2 * batch - 2} negatives an anchor")
@@ -201,16 +201,20 @@ def describe_run(config: ConfigDict, made: Pretraining) -> None:
     )
 
 
-def describe_folder(config: ConfigDict) -> None:
-    """Says what a folder holds, and which options follow from it."""
-    found = index.look(expanded(config.data.path))
-    for i, line in enumerate(index.summary_lines(found)):
-        say(f"{'' if i else 'folder':<12}{line}")
+def describe_choices(config: ConfigDict, labelled: bool) -> None:
+    """Says what a folder holds, and which options follow from the images."""
+    if config.data.source == "folder":
+        found = index.look(expanded(config.data.path))
+        count, short_side = found.images, found.short_side
+        for i, line in enumerate(index.summary_lines(found)):
+            say(f"{'' if i else 'folder':<12}{line}")
+    else:
+        count, short_side = count_and_size(config.data.to_dict() | {"seed": config.seed})
     values = config_lib.flatten(config)
     accelerator = jax.default_backend() != "cpu"
-    choices = suggest.suggest_settings(found.images, found.short_side, accelerator)
-    if config.data.folder_labels or config.data.labels_file:
-        choices += suggest.suggest_evaluation(found.images, accelerator)
+    choices = suggest.suggest_settings(count, short_side, accelerator)
+    if labelled:
+        choices += suggest.suggest_evaluation(count, accelerator)
     for i, choice in enumerate(choices):
         option, suggested, reason = choice
         given = values[option]

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from simclr_jax.data.pictures import Picture, pictures_of
 from simclr_jax.data.split import Split
 from simclr_jax.pretrained import Encoder
-from simclr_jax.report.pictures import Picture, pictures_of
 
 _THUMBNAIL = 72  # pixels
 _BATCH = 256

@@ -7,9 +7,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble
+from simclr_jax.data.pictures import pictures_of
 from simclr_jax.data.split import Split
 from simclr_jax.mesh import make_mesh
-from simclr_jax.report.pictures import pictures_of
 from simclr_jax.report.thumbnails import tile
 from simclr_jax.views.sample import sample_views
 

@@ -1,6 +1,7 @@
 """Reads a sample of a split's images, whatever its source, a few at a time."""
 
 import concurrent.futures
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -31,11 +32,17 @@ class Picture(NamedTuple):
     label: int
 
 
+def short_side(split: Split, upright: bool) -> int:
+    """Returns the median image's shorter side, pixels, of up to 64 images; 224 where none can be read."""
+    sides = list(pictures_of(split, 64, upright, lambda picture: min(picture.image.shape[:2])))
+    return int(statistics.median(sides)) if sides else 224
+
+
 def pictures_of(
     split: Split, count: int, upright: bool, made: Callable[[Picture], Any] | None = None
 ) -> Iterator[Any]:
-    """Yields a `Picture`, or `made(picture)`, of `count` images, evenly spaced over the split, or the first ones of a stream;
-    fewer where some cannot be read.
+    """Yields `count` images, evenly spaced over the split, or the first ones of a stream, each as a `Picture` or as
+    `made(picture)`; fewer where some cannot be read.
 
     Args:
       split: the images.
