@@ -7,7 +7,7 @@ Linear evaluation, top-1, on the validation split (not reproduced here; each fig
     imagenet.py:epochs=1000,width=4           1000 epochs   76.5 %   paper, table 6
 Hardware in the paper: 32 to 128 TPU v3 cores; 32 train ResNet-50 for 100 epochs in some 6 hours.
 Compiled for those 32 (--mode=compile --topology=v3:4x4) it takes 9.0 of 15.5 GiB a core.
-Everything else is the defaults of simclr_jax/config.py: batch 4096, LARS, learning rate 4.8,
+Everything else is the defaults of simclr_jax/config/: batch 4096, LARS, learning rate 4.8,
 tau 0.1, views of appendix A.
 
 TFDS cannot download ImageNet: put its archives where the TFDS catalogue says (imagenet2012).
