@@ -11,6 +11,10 @@ class Unavailable(UserError):
     """
 
 
+class NotFinite(UserError):
+    """Says that a training cannot go on, as its loss or gradient is not finite: the same command ends there again."""
+
+
 # The status of a process that ends because another one, or a storage, is gone or stuck: a launcher may start all
 # of them again, as it may not after a mistake of the user's. EX_UNAVAILABLE of sysexits.h.
 LOST = 69

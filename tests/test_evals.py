@@ -14,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 import simclr_jax
 from simclr_jax import assemble, config
+from simclr_jax.data import name_of
 from simclr_jax.data.order import few_labels, split_validation
 from simclr_jax.data.split import DataSet
 from simclr_jax.errors import UserError
@@ -76,6 +77,13 @@ def test_the_fit_is_scikit_learns_optimum(digits, l2):
     assert accuracy(weights, x_test, y_test) == pytest.approx(
         theirs.score(x_test, y_test), abs=2.5 / len(y_test)
     )
+
+
+def test_of_equally_good_regularisations_the_strongest_is_chosen(digits, monkeypatch):
+    monkeypatch.setattr(probe, "accuracy", lambda weights, x, y: jnp.float32(0.5))
+    options = {"validation_fraction": 0.1, "seed": 0, "seeds": 1, "max_iterations": 3}
+    options["l2"] = (1e-6, 1e-3, 1e-1, 1e-4)
+    assert probe_all_labels(digits, options)[1] == 1e-1
 
 
 def test_the_regularisation_is_chosen_without_the_test_split(digits):
@@ -589,6 +597,32 @@ def test_the_untrained_encoder_depends_on_no_devices_and_no_batch(tiny_resnet):
         jax.tree.map(np.testing.assert_array_equal, other, found[0])
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"source": "tfds", "name": "cifar10", "path": "/tfds"}, "cifar10"),
+        ({"source": "folder", "name": "imagenet2012", "path": "/home/me/birds"}, "birds"),
+        ({"source": "folder", "name": "", "path": "/data/emoji/train"}, "emoji"),
+        ({"source": "arrays", "name": "", "path": "tinted.npz"}, "tinted"),
+        ({"source": "parquet", "name": "", "path": "cats/*.parquet"}, "cats"),
+        ({"source": "synthetic", "name": "", "path": ""}, "synthetic"),
+    ],
+)
+def test_data_are_called_what_a_person_calls_them(options, expected):
+    assert name_of(options) == expected
+
+
+def test_two_shares_of_as_many_labels_a_class_have_a_column_each():
+    """100 images of 10 classes: 1 % and 10 % are one label a class."""
+    rows = [
+        results.row("encoder", per_class, [accuracy]) | {"label_fraction": share}
+        for per_class, share, accuracy in ((1, 0.01, 0.1), (1, 0.1, 0.2), (None, 1.0, 0.3))
+    ]
+    header, lines = results.labels_table(rows)
+    assert header == ["labels a class", "1", "1", "all"]
+    assert lines == [["encoder", "10.0%", "20.0%", "30.0%"]]
+
+
 def test_results_of_other_data_have_files_of_their_own(tiny, tmp_path, capsys):
     """Two folders called train, two test splits, and a name with a slash."""
     saved = {"data_fingerprint": "run", "test_fingerprint": "test"}
@@ -606,7 +640,7 @@ def test_results_of_other_data_have_files_of_their_own(tiny, tmp_path, capsys):
     assert "other" not in capsys.readouterr().out
     names = {name("a", "b"), name("c", "b", path="y/train"), name("a", "d"), name("run", "d")}
     assert len(names) == 4
-    assert all(some.startswith("knn_train_") for some in names)
+    assert all(some.startswith(("knn_x_", "knn_y_")) for some in names)
     assert "other test images than the run's" in capsys.readouterr().out
     assert "/" not in name("a", "b", **{"data.name": "set/config"})
     del saved["test_fingerprint"]  # of an earlier version

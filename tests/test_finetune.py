@@ -21,6 +21,7 @@ from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.errors import UserError
 from simclr_jax.evals import classifier_training, finetune
+from simclr_jax.files import locked
 from simclr_jax.mesh import make_mesh, to_global
 from simclr_jax.training.loop import job_of
 from simclr_jax.training.objectives import no_loss, supervised
@@ -244,7 +245,7 @@ def test_fine_tuning_with_few_labels_and_all(run, capsys, one_device):
     assert "encoder, 9 labels, draw 2, 2 epochs, learning rate 0.05 x 16 / 256\n" in said
     assert "step 4/4  loss " in said
     assert "training acc" in said
-    folders = {path.name for path in (workdir / "finetune").iterdir()}
+    folders = {path.name for path in (workdir / "finetune").iterdir() if path.is_dir()}
     assert len(folders) == 6  # two starts, each with two draws of the few labels and with all
     assert "untrained_0.2_of_labels_draw_1_2_epochs_rate_0.05_decay_0" in folders
     # What remains of a training is small.
@@ -489,6 +490,23 @@ def test_what_was_trained_is_not_trained_again_unless_something_else_is_asked(be
     np.savez(config.data.path, **(arrays | {"test_images": arrays["test_images"][::-1]}))
     assert trains() == 1
     assert names[0].startswith("linear/")
+
+
+def test_two_programs_do_not_train_in_one_folder(begun):
+    config, workdir, names = begun
+    (workdir / "linear").mkdir()
+    with locked(workdir / "linear", ""), pytest.raises(UserError, match="another program"):
+        finetune.linear(config, str(workdir))
+    assert not names
+    assert finetune.linear(config, str(workdir)) is not None
+
+
+def test_images_that_are_not_turned_upright_are_trained_on_anew(begun):
+    config, workdir, names = begun
+    finetune.linear(config, str(workdir))
+    config.data.upright = False
+    finetune.linear(config, str(workdir))
+    assert len(names) == 2
 
 
 def test_a_loss_that_is_not_finite_ends_in_one_line(run):

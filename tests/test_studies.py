@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 
 from simclr_jax import config
 from simclr_jax.data.split import BROKEN
-from simclr_jax.errors import UserError
+from simclr_jax.errors import NotFinite, UserError
 from simclr_jax.evals import transformations
 from simclr_jax.evals.evaluate import evaluate_features
 from simclr_jax.evals.transformations import TASKS
@@ -141,10 +141,131 @@ def test_parts_make_the_table_of_the_whole_and_say_what_is_missing(
     alone = run_study(short, str(tmp_path / "T"), file)
     assert alone == whole
     short.loss.temperature = 0.3
-    with pytest.raises(UserError, match="was made with other options or another study"):
+    with pytest.raises(UserError, match="was made with other options"):
         run_study(short, folder, file)
     # The validation part preferred the margin that is worse on the test split.
     assert {tuple(r["key"]): r["setting"] for r in whole["rows"]}[("margin",)] == 0
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """A study whose runs are not trained: their names, and "fails", those whose loss is not finite."""
+    told: dict = {"trained": [], "fails": set()}
+
+    def pretrain(own, workdir):
+        told["trained"].append(pathlib.Path(workdir).name)
+        if pathlib.Path(workdir).name in told["fails"]:
+            raise NotFinite("step 1: loss nan not finite.")
+        return True
+
+    def evaluate(name, own, workdir):
+        row = {"features": "encoder", "labels_per_class": None, "accuracy": 0.5}
+        return {"rows": [row | {"validation_accuracy": own.loss.margin}]}
+
+    monkeypatch.setattr(mode, "pretrain", pretrain)
+    monkeypatch.setattr(mode, "evaluate_features", evaluate)
+    monkeypatch.setattr(mode, "draw", lambda *_: [])
+    return told
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "kept"),
+    [
+        ("train.steps", 3, False),
+        ("eval.l2", (1e-2,), False),
+        ("checkpoint.every_steps", 7, True),
+        ("train.report", True, True),
+        ("eval.batch_size", 3, True),
+        ("finetune.momentum", 0.5, True),  # the probe does not read it
+    ],
+)
+def test_finished_runs_are_kept_where_what_differs_decides_nothing(
+    short, file, tmp_path, pretended, option, value, kept
+):
+    folder = str(tmp_path / "S")
+    run_study(short, folder, file, part="1/2")
+    trained = len(pretended["trained"])
+    config.set_options(short, {option: value})
+    if kept:
+        run_study(short, folder, file, part="1/2")
+        assert len(pretended["trained"]) == trained
+        return
+    for part in ("1/2", "2/2"):  # the runs of another part, too
+        with pytest.raises(UserError, match="other options, other data or another study"):
+            run_study(short, folder, file, part=part)
+
+
+def test_runs_on_other_images_are_not_mixed(short, file, tmp_path, pretended):
+    folder, other = str(tmp_path / "S"), str(tmp_path / "other.npz")
+    run_study(short, folder, file, part="1/2")
+    with np.load(short.data.path) as arrays:
+        content = dict(arrays)
+    np.savez(other, **content)
+    short.data.path = other  # a copy elsewhere
+    run_study(short, folder, file, part="1/2")
+    content["train_images"] = content["train_images"][::-1].copy()
+    np.savez(tmp_path / "third.npz", **content)
+    short.data.path = str(tmp_path / "third.npz")
+    with pytest.raises(UserError, match="other options, other data"):
+        run_study(short, folder, file, part="2/2")
+
+
+def test_a_run_that_does_not_stay_finite_does_not_hold_up_the_others(
+    short, file, tmp_path, pretended, capsys
+):
+    pretended["fails"] = {"margin_setting-1_seed-0", "tau-0.5_seed-1"}
+    result = run_study(short, str(tmp_path / "S"), file)
+    assert len(pretended["trained"]) == 6
+    assert set(result["failed"]) == pretended["fails"]
+    assert "step 1: loss nan not finite" in capsys.readouterr().out
+    seeds = {row["key"][0]: set(row["accuracies"]) for row in result["rows"]}
+    assert seeds == {"tau 0.5": {0}, "margin": {0, 1}}
+    assert result["missing"] == []
+    run_study(short, str(tmp_path / "S"), file)
+    assert len(pretended["trained"]) == 6  # they would fail again
+
+
+def test_a_setting_is_chosen_by_the_seeds_that_all_have(tmp_path):
+    levels = {"x": Level({}, ({"loss.margin": 0.1}, {"loss.margin": 0.2}))}
+    study = Study("t", (Factor("a", levels),))
+    for setting, validations in ((0, (0.60, 0.50, 0.50)), (1, (0.59,))):
+        for seed, validation in enumerate(validations):
+            folder = tmp_path / (f"x_seed-{seed}" if setting == 0 else f"x_setting-1_seed-{seed}")
+            folder.mkdir()
+            outcome = {"readings": {"h": {"accuracy": 0.1 * setting, "validation": validation}}}
+            (folder / OUTCOME).write_text(json.dumps(outcome))
+    assert outcomes_of(study, epath.Path(tmp_path)).settings == {("x",): 0}
+    for seed in range(3):
+        (tmp_path / f"x_seed-{seed}" / OUTCOME).unlink()
+    assert outcomes_of(study, epath.Path(tmp_path)).settings == {("x",): 1}  # the only one there
+
+
+def test_a_level_of_epochs_counts_whatever_steps_are_given(short, tmp_path):
+    study = Study("t", (Factor("a", {"4": Level({"train.epochs": 4.0})}),))
+    (run, *_) = runs_of(study)
+    assert short.train.steps == 2
+    assert config_of(short, study, run).train.steps == 0
+
+
+def test_a_probe_without_a_validation_part_is_refused_before_any_training(
+    short, file, tmp_path, pretended
+):
+    short.eval.validation_fraction = 0.0
+    with pytest.raises(UserError, match=r"eval\.validation_fraction=0: the probe chooses"):
+        run_study(short, str(tmp_path / "S"), file)
+    assert not pretended["trained"]
+
+
+def test_gains_are_compared_seed_by_seed():
+    study = read_study("model_size")
+    claim = study.claims[-2]
+    names = ("ResNet-10", "ResNet-10, supervised")
+    wide = ({0: 0.4, 1: 0.0, 2: 0.1}, {1: 0.1, 2: 0.2})
+    scores = {("0.5", name): found for name, found in zip(names, wide, strict=True)}
+    scores |= {("0.125", name): {0: 0.0, 1: 0.0, 2: 0.0} for name in names}
+    verdict = claim(scores)
+    assert verdict.held is False
+    assert "-10.0 points" in verdict.because
 
 
 def test_only_the_best_and_the_worst_get_further_seeds(short, tmp_path, monkeypatch, capsys):
@@ -288,7 +409,7 @@ def test_a_study_of_two_factors_can_be_drawn_as_a_matrix(tmp_path):
     study = read_study("augment_pairs")
     keys = keys_of(study)
     scores = {key: {0: 0.1 + i / 100} for i, key in enumerate(keys[:10])}
-    files = draw(study, Outcomes(scores, {}, []), "digits", epath.Path(tmp_path))
+    files = draw(study, Outcomes(scores, {}, [], {}), "digits", epath.Path(tmp_path))
     text = files[1].read_text()
     for shown in (
         ">10.0<",
@@ -298,6 +419,15 @@ def test_a_study_of_two_factors_can_be_drawn_as_a_matrix(tmp_path):
         ">56.3<",
     ):  # 10 to 16, 17 to 19, the paper's
         assert shown in text
+
+
+def test_a_study_in_a_folder_with_a_colon_is_read(tmp_path):
+    folder = tmp_path / "run:1"
+    folder.mkdir()
+    (folder / "mine.py").write_text(TEXT)
+    assert read_study(f"{folder}/mine.py").title == "Losses"
+    (folder / "mine.py").write_text(TEXT.replace("get_study()", "get_study(seeds=2)"))
+    assert read_study(f"{folder}/mine.py").seeds == 2
 
 
 def test_a_study_that_comes_with_the_package_is_known_by_name():
@@ -419,6 +549,8 @@ def test_a_table_says_what_is_missing(tmp_path):
             "readings of finetune are its own: expected no overrides",
         ),
         (TEXT.replace('"margin": L', '"tau-0.5": L'), "levels need names that differ"),
+        (TEXT.replace("seeds=2", "seeds=0"), "1 readings, 0 seeds: expected one or more of both"),
+        (TEXT.replace("seeds=2", "matrix=True"), "a matrix of 1 factors and 1 readings"),
         (TEXT.replace("levels),)", "levels, numbers=True),)"), "levels that are not numbers above"),
     ],
 )
@@ -538,7 +670,7 @@ def test_what_a_probe_is_told_it_finds():
 def test_readings_of_one_level_are_drawn_side_by_side(tmp_path):
     study = read_study("head_knows")
     scores = {key: {0: 0.5 + i / 100} for i, key in enumerate(keys_of(study))}
-    text = draw(study, Outcomes(scores, {}, []), "digits", epath.Path(tmp_path))[1].read_text()
+    text = draw(study, Outcomes(scores, {}, [], {}), "digits", epath.Path(tmp_path))[1].read_text()
     for shown in (">rotation<", ">original or Sobel<", ">h<", ">z<"):
         assert shown in text
     assert ">rotation, h<" not in text

@@ -6,7 +6,7 @@
 """
 
 from simclr_jax.studies import Factor, Level, Published, Study, of_scale, rises
-from simclr_jax.studies.claims import Claim, compared, paired
+from simclr_jax.studies.claims import Claim, compared
 from simclr_jax.studies.contract import Scores, Verdict
 
 _SMALL = ("0.125", "0.25", "0.5"), ("10", "18")
@@ -58,11 +58,12 @@ def gains_more(encoder: str, narrow: str, wide: str) -> Claim:
     text = f"{encoder} gains more from width without labels than with them"
 
     def verdict(scores: Scores) -> Verdict:
-        gains = [
-            paired(scores, (wide, name), (narrow, name))
-            for name in (encoder, f"{encoder}, supervised")
+        keys = [(w, name) for name in (encoder, f"{encoder}, supervised") for w in (wide, narrow)]
+        runs = [scores.get(key, {}) for key in keys]
+        differences = [
+            runs[0][seed] - runs[1][seed] - (runs[2][seed] - runs[3][seed])
+            for seed in sorted(set.intersection(*map(set, runs)))
         ]
-        differences = [a - b for a, b in zip(*gains, strict=False)]
         if not differences:
             return Verdict(text, None, "the ends of both are needed")
         return Verdict(text, sum(differences) > 0, compared(differences))

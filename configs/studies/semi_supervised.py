@@ -24,7 +24,9 @@ def get_study(argument: str = "") -> Study:
     widths = {width: Level({"model.width": float(width)}) for width in names}
     pretraining = {
         "SimCLR": Level({}),
-        "none": Level({"train.steps": 1, "optimizer.warmup_epochs": 0.0}),
+        "none": Level(
+            {"train.steps": 1, "optimizer.warmup_epochs": 0.0, "optimizer.learning_rate": 0.0}
+        ),
     }
     published: dict[tuple[str, ...], float] = {
         (width, kind, share): value

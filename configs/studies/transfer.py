@@ -27,7 +27,7 @@ DATA_SETS = {
 
 
 def get_study() -> Study:
-    """2 runs a seed: pretrained, and the encoder after one step."""
+    """2 runs a seed: pretrained, and the encoder as it was initialised."""
     there = {name: row for name, row in DATA_SETS.items() if is_prepared(row[0])}
     if not there:
         raise UserError(
@@ -36,7 +36,16 @@ def get_study() -> Study:
         )
     starts = {
         "SimCLR": Level({}),
-        "untrained": Level({"train.steps": 1, "optimizer.warmup_epochs": 0.0}),
+        # Steps at rate 0 give BatchNorm its running statistics; with the last scale of a block at zero the network
+        # would be its shortcuts alone, and too weak to compare with.
+        "untrained": Level(
+            {
+                "train.steps": 100,
+                "optimizer.warmup_epochs": 0.0,
+                "optimizer.learning_rate": 0.0,
+                "model.zero_init_residual": False,
+            }
+        ),
     }
     own: dict[str, Any] = {"data.source": "tfds", "data.path": "", "data.test_path": ""}
     own |= {"data.labels_file": "", "data.folder_labels": False, "data.test_fraction": 0.0}

@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import inspect
 import pathlib
+import re
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -39,7 +40,7 @@ def read_file(spec: str) -> ConfigDict:
     Raises:
       UserError: there is no such file, or it fails; with the file and line of the failure.
     """
-    name, _, argument = spec.partition(":")
+    name, argument = split_argument(spec)
     path = packaged().get(name, name)
     if not pathlib.Path(path).is_file() or not path.endswith(".py"):
         raise UserError(
@@ -50,6 +51,12 @@ def read_file(spec: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: get_config returned {config!r}: expected a ConfigDict")
     return config
+
+
+def split_argument(spec: str) -> tuple[str, str]:
+    """Splits "FILE.py[:ARGUMENT]" or "NAME[:ARGUMENT]" into the file or name, and the argument or ""."""
+    match = re.fullmatch(r"(.+?\.py|[^:]*)(?::(.*))?", spec, re.DOTALL)
+    return (match[1], match[2] or "") if match else (spec, "")
 
 
 def run_file(path: str, function: str, argument: str = "") -> Any:
@@ -71,11 +78,11 @@ def run_file(path: str, function: str, argument: str = "") -> Any:
     try:
         spec.loader.exec_module(module)
         found = getattr(module, function)
-        if inspect.signature(found).parameters:
-            return found(argument)
-        if argument:
+        parameters = inspect.signature(found).parameters.values()
+        if argument and not parameters:
             raise ValueError(f"{function} takes no argument")
-        return found()
+        needed = any(p.default is p.empty for p in parameters)
+        return found(argument) if argument or needed else found()
     except UserError:
         raise
     except Exception as error:  # whatever a file may do wrong

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -121,6 +122,18 @@ def cached(data: str) -> DataSet:
             "data.test_path and data.test_split"
         )
     return found
+
+
+def name_of(data: Mapping[str, Any]) -> str:
+    """Returns what a person calls a data set: its name in TFDS, or that of its folder or file, which of
+    .../emoji/train is emoji.
+    """
+    if data["source"] == "tfds" or not data["path"]:
+        return data["name"] or data["source"]
+    path = pathlib.PurePath(data["path"])
+    if path.name in ("train", "training") or "*" in path.name:
+        path = path.parent
+    return path.stem or data["source"]
 
 
 def _held_out(data: DataSet, fraction: float) -> DataSet:

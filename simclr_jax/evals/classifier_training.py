@@ -116,6 +116,11 @@ class Setup:
         assert self.whole.classes
         return max(1, round(fraction * self.whole.count / len(self.whole.classes)))
 
+    @property
+    def folder(self) -> epath.Path:
+        """Returns where the trainings lie, each in a folder of its own."""
+        return self.path.with_name(self.path.stem)
+
     def check_memory(self) -> None:
         """Raises a UserError, before hours of training, if a fraction will not fit into memory."""
         assert self.whole.classes
@@ -203,7 +208,7 @@ class Setup:
         rate = scaling_in_words(setting.learning_rate, self._scaling, batch_size)
         say(which + setting.describe(images.split.count, rate))
         steps = setting.length.steps(images.split.count, batch_size)
-        folder = self.path.with_name(self.path.stem) / setting.folder
+        folder = self.folder / setting.folder
         finished = folder / "outcome.json"
         self._begin(folder, setting, images)
         if finished.exists():
@@ -267,6 +272,8 @@ class Setup:
         }
         if self.metric != "accuracy":
             about["metric"] = self.metric
+        if not config.data.upright:  # not named else, so that older folders resume
+            about["upright"] = False
         digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
         file = folder / "about.json"
         same = file.exists() and json.loads(file.read_text())["digest"] == digest

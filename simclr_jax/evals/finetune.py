@@ -13,6 +13,7 @@ import itertools
 
 from ml_collections import ConfigDict
 
+from simclr_jax import processes
 from simclr_jax.console import say
 from simclr_jax.evals import results
 from simclr_jax.evals.classifier_training import Setup, Stopped
@@ -93,10 +94,17 @@ def _candidates(options: ConfigDict, prefix: str = "") -> list[tuple[float, floa
 def _run(config: ConfigDict, workdir: str, protocol: Protocol) -> dict | None:
     """Trains with each fraction of the labels from each start, and returns the result.
 
-    It is saved as it comes: on many images each row takes hours.
+    Raises:
+      UserError: another program does so in this workdir, the data do not fit, or a training cannot go on.
     """
     setup = Setup(config, workdir, protocol)
     setup.check_memory()
+    with processes.alone(setup.folder, "wait for it, or stop it"):
+        return _rows(config, setup, protocol)
+
+
+def _rows(config: ConfigDict, setup: Setup, protocol: Protocol) -> dict | None:
+    """Does the work of `_run`. The result is saved as it comes: on many images each row takes hours."""
     rows: list[dict] = []
     result = {
         "step": setup.saved["step"],

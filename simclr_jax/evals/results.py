@@ -1,7 +1,6 @@
 """Results of evaluations: WORKDIR/NAME.json, and a table at the terminal."""
 
 import hashlib
-import pathlib
 import re
 
 import jax
@@ -10,6 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from simclr_jax.console import say, show_table
+from simclr_jax.data import name_of
 from simclr_jax.data.split import DataSet
 from simclr_jax.evals.contract import Table
 from simclr_jax.files import write_json
@@ -41,12 +41,16 @@ def cell(of: dict, which: str = "") -> str:
 
 def labels_table(rows: list[dict]) -> Table:
     """Makes a table of rows: kinds of features down, labels a class across."""
-    columns = sorted({r["labels_per_class"] or np.inf for r in rows})
-    cells: dict[str, dict[float, str]] = {}
+    columns: dict[tuple, str] = {}
+    cells: dict[str, dict[tuple, str]] = {}
     for r in rows:
-        cells.setdefault(r["features"], {})[r["labels_per_class"] or np.inf] = cell(r)
-    header = ["labels a class"] + ["all" if c == np.inf else str(c) for c in columns]
-    return header, [[kind, *(by.get(c, "") for c in columns)] for kind, by in cells.items()]
+        labels, share = r["labels_per_class"] or np.inf, r.get("label_fraction", 1.0)
+        # Of few images two shares of the labels may be as many a class.
+        columns[labels, share] = "all" if labels == np.inf else str(labels)
+        cells.setdefault(r["features"], {})[labels, share] = cell(r)
+    order = sorted(columns)
+    header = ["labels a class", *(columns[c] for c in order)]
+    return header, [[kind, *(by.get(c, "") for c in order)] for kind, by in cells.items()]
 
 
 def path_of(config: ConfigDict, saved: dict, data: DataSet, workdir: str, mode: str) -> epath.Path:
@@ -63,10 +67,9 @@ def path_of(config: ConfigDict, saved: dict, data: DataSet, workdir: str, mode: 
     then = saved["data_fingerprint"], saved.get("test_fingerprint", test)
     if (train, test) == then:
         return epath.Path(workdir) / f"{mode}.json"
-    options = config.data
-    name = options.name if options.source == "tfds" else pathlib.PurePath(options.path).stem
-    name = name or options.source
-    name = re.sub(r"[^\w.-]+", "-", name)  # TFDS has names such as SET/CONFIG
+    name = re.sub(
+        r"[^\w.-]+", "-", name_of(config.data.to_dict())
+    )  # TFDS has names such as SET/CONFIG
     digest = hashlib.blake2b(f"{train} {test}".encode(), digest_size=3).hexdigest()
     path = epath.Path(workdir) / f"{mode}_{name}_{digest}.json"
     which = "training" if train != then[0] else "test"

@@ -79,6 +79,12 @@ def is_labelled(data: DataSet) -> bool:
     return data.members is None and _has_classes(data)
 
 
+def fingerprint(data: DataSet) -> str:
+    """Returns a digest of the images and labels of both splits."""
+    test = data.test.fingerprint() if data.test else ""
+    return f"{data.train.fingerprint()} {test}"
+
+
 def _has_classes(data: DataSet) -> bool:
     return bool(data.train.classes and data.test is not None and data.test.classes)
 

@@ -8,13 +8,14 @@ from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax.console import say
+from simclr_jax.data import name_of
 from simclr_jax.files import absolute, write_text
 from simclr_jax.report.curves import need_bokeh
 from simclr_jax.report.page import render
 from simclr_jax.report.record import read_record
 from simclr_jax.report.run_page import page_of_run
 from simclr_jax.report.runs_page import page_of_runs
-from simclr_jax.report.sheet import SHEET_EPOCHS, name_of_data, sheet_of
+from simclr_jax.report.sheet import SHEET_EPOCHS, sheet_of
 
 
 def report(config: ConfigDict | None, workdir: str, runs: str = "", output: str = "") -> epath.Path:
@@ -62,7 +63,7 @@ def views(config: ConfigDict, workdir: str, output: str = "") -> None:
     page = render(
         "views.html",
         {},
-        title=f"Views: {name_of_data(config)}",
+        title=f"Views: {name_of(config.data.to_dict())}",
         views=rows,
         epochs=SHEET_EPOCHS,
         size=config.data.image_size,

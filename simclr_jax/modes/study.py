@@ -13,7 +13,8 @@ from simclr_jax import assemble
 from simclr_jax import config as config_lib
 from simclr_jax.bench.e2e import measure_e2e
 from simclr_jax.console import duration, say, show_table
-from simclr_jax.errors import UserError
+from simclr_jax.data import name_of
+from simclr_jax.errors import NotFinite, UserError
 from simclr_jax.evals import subjects
 from simclr_jax.evals.evaluate import evaluate_features
 from simclr_jax.evals.finetune import finetune, transfer_finetune
@@ -36,6 +37,24 @@ _NOT_OF_THE_STEP = (
     "eval.",
     "loss.temperature",
 )
+
+
+# Options that decide nothing about an outcome: a finished run is kept where they differ. What the data are is told by
+# their fingerprint.
+_DECIDES_NOTHING = (
+    "checkpoint.",
+    "health.",
+    "eval.batch_size",
+    "eval.every_",
+    "eval.on_the_way",
+    "data.path",
+    "data.test_path",
+    "train.hang_seconds",
+    "train.log_every_steps",
+    "train.report",
+    "train.sinks",
+)
+_OF_ONE_EVALUATION = ("finetune.", "linear.", "transfer_finetune.", "distill.")
 
 
 def run_study(
@@ -64,15 +83,18 @@ def run_study(
     every = runs_of(found)
     configs = {run.name: config_of(config, found, run) for run in every}
     mine = {run.name for run in part_of(every, part)}
-    if not subjects.is_labelled(assemble.data_set(config)):
+    data = assemble.data_set(config)
+    if not subjects.is_labelled(data):
         raise UserError(
             "a study needs one label an image and a labelled test split, and the data have not both; see "
             "data.folder_labels, data.test_fraction and data.test_path"
         )
-    folder = epath.Path(workdir)
+    folder, images = epath.Path(workdir), subjects.fingerprint(data)
+    about = {name: about_run(own, found, images) for name, own in configs.items()}
+    check_finished(folder, about)
     while True:
         runs = [run for run in runs_wanted(found, folder) if run.name in mine]
-        waiting = [run for run in runs if not _is_finished(folder, run, configs[run.name], found)]
+        waiting = [run for run in runs if not (folder / run.name / OUTCOME).exists()]
         say(f"study       {found.title}: {len(runs)} runs, {len(runs) - len(waiting)} finished")
         if dry_run:
             _estimate(
@@ -81,31 +103,37 @@ def run_study(
             return {}
         if not waiting:  # and the outcomes ask for no further run
             return _show(config, found, folder)
-        if not _finish_all({run.name: configs[run.name] for run in waiting}, found, folder):
+        if not _finish_all({run.name: configs[run.name] for run in waiting}, found, folder, about):
             return None
 
 
-def _is_finished(folder: epath.Path, run: StudyRun, config: ConfigDict, study: Study) -> bool:
-    """Returns whether a run is finished. Raises a UserError if that was with other options."""
-    file = folder / run.name / OUTCOME
-    if not file.exists():
-        return False
-    if json.loads(file.read_text())["about"] != _about(config, study):
-        raise UserError(
-            f"{file} was made with other options or another study: use another --workdir, or remove "
-            f"{file.parent}"
-        )
-    return True
+def check_finished(folder: epath.Path, about: dict[str, str]) -> None:
+    """Raises a UserError if a run of a study was finished with other options or data, whosever part it was.
+
+    `about`: {run: what `about_run` says of it}.
+    """
+    for name, expected in about.items():
+        file = folder / name / OUTCOME
+        if file.exists() and json.loads(file.read_text())["about"] != expected:
+            raise UserError(
+                f"{file} was made with other options, other data or another study: use another --workdir, or "
+                f"remove {file.parent}"
+            )
 
 
-def _about(config: ConfigDict, study: Study) -> str:
-    """Returns a digest of everything that decides the outcome of a run."""
+def about_run(config: ConfigDict, study: Study, images: str) -> str:
+    """Returns a digest of everything that decides the outcome of a run; `images`: a digest of the data."""
     readings = {name: dict(overrides) for name, overrides in study.readings.items()}
-    content = config_lib.flatten(config), study.evaluation, study.labels_per_class, readings
+    mine = {f"{study.evaluation}."} & set(_OF_ONE_EVALUATION)
+    without = (*_DECIDES_NOTHING, *(set(_OF_ONE_EVALUATION) - mine))
+    options = {k: v for k, v in config_lib.flatten(config).items() if not k.startswith(without)}
+    content = options, study.evaluation, study.labels_per_class, readings, images
     return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
 
 
-def _finish_all(configs: dict[str, ConfigDict], study: Study, folder: epath.Path) -> bool:
+def _finish_all(
+    configs: dict[str, ConfigDict], study: Study, folder: epath.Path, about: dict[str, str]
+) -> bool:
     """Trains and evaluates runs, {name: configuration}. Returns False if a signal stopped one."""
     began = time.monotonic()
     for number, (name, config) in enumerate(configs.items()):
@@ -114,23 +142,26 @@ def _finish_all(configs: dict[str, ConfigDict], study: Study, folder: epath.Path
             seconds = (time.monotonic() - began) / number * (len(configs) - number)
             left = f", left {duration(seconds)}"
         say(f"run         {number + 1} of {len(configs)}{left}: {name}")
-        if not _finish(config, study, str(folder / name)):
+        outcome = _outcome(config, study, str(folder / name))
+        if outcome is None:
             return False
+        if jax.process_index() == 0:
+            write_json(folder / name / OUTCOME, {"about": about[name]} | outcome)
+        multihost_utils.sync_global_devices("the outcome of a run is written")  # and read by all
     return True
 
 
-def _finish(config: ConfigDict, study: Study, workdir: str) -> bool:
-    """Trains and evaluates one run. Returns False if a signal stopped it."""
-    if not pretrain(config, workdir):
-        return False
-    outcome = _read(config, study, workdir)
-    if outcome is None:
-        return False
-    if jax.process_index() == 0:
-        content = {"about": _about(config, study), "readings": outcome}
-        write_json(epath.Path(workdir) / OUTCOME, content)
-    multihost_utils.sync_global_devices("the outcome of a run is written")  # and read by all
-    return True
+def _outcome(config: ConfigDict, study: Study, workdir: str) -> dict | None:
+    """Trains and evaluates one run. Returns {"readings"}, or {"failed": why} where its loss did not stay finite, which
+    it would not the next time either; None if a signal stopped it.
+    """
+    try:
+        finished = pretrain(config, workdir)
+    except NotFinite as error:
+        say(f"failed      {error}")
+        return {"failed": str(error)}
+    readings = _read(config, study, workdir) if finished else None
+    return None if readings is None else {"readings": readings}
 
 
 def _read(config: ConfigDict, study: Study, workdir: str) -> dict[str, dict] | None:
@@ -217,7 +248,7 @@ def _show(config: ConfigDict, study: Study, folder: epath.Path) -> dict:
     outcomes = outcomes_of(study, folder)
     verdicts = [claim(outcomes.scores) for claim in study.claims]
     header, lines = table_of(study, outcomes)
-    data = _name_of_data(config)
+    data = name_of(config.data.to_dict())
     title = f"{study.title}; {data}; {study.evaluation}, test accuracy"
     result = _record(study, outcomes, verdicts)
     if jax.process_index() == 0:
@@ -228,6 +259,8 @@ def _show(config: ConfigDict, study: Study, folder: epath.Path) -> dict:
         for verdict in verdicts:
             held = {True: "holds", False: "does not hold", None: "open"}[verdict.held]
             say(f"{held:<14}{verdict.claim}: {verdict.because}")
+        for name, why in outcomes.failed.items():
+            say(f"failed      {name}: {why}")
         if outcomes.missing:
             say(
                 f"missing     {len(outcomes.missing)} runs{_further_seeds(study, outcomes.missing)}: the same "
@@ -235,13 +268,6 @@ def _show(config: ConfigDict, study: Study, folder: epath.Path) -> dict:
             )
         say(f"written     {', '.join(str(f) for f in [folder / 'table.md', *files])}")
     return result
-
-
-def _name_of_data(config: ConfigDict) -> str:
-    """Returns what a person calls the data: of .../emoji/train that is emoji."""
-    path = epath.Path(config.data.path)
-    of_path = path.parent.name if path.name in ("train", "training") else path.stem
-    return config.data.name or of_path
 
 
 def _record(study: Study, outcomes: Outcomes, verdicts: list[Verdict]) -> dict:
@@ -253,6 +279,7 @@ def _record(study: Study, outcomes: Outcomes, verdicts: list[Verdict]) -> dict:
         ],
         "verdicts": [verdict._asdict() for verdict in verdicts],
         "missing": [run.name for run in outcomes.missing],
+        "failed": outcomes.failed,
     }
 
 

@@ -140,7 +140,7 @@ def _figure(records: list[Record], panel: Panel, references: dict[str, dict[str,
     marks: list[Any] = []
     # Several runs have one metric here, and one run several: the number is that of the colour.
     for number, (record, name) in enumerate(itertools.product(records, panel.metrics)):
-        steps, values = _thinned(*record.series(name), _MOST_POINTS // len(records))
+        steps, values = _thinned(*record.series(name), max(2, _MOST_POINTS // len(records)))
         if not steps:
             continue
         label = record.name if len(records) > 1 else panel.metrics[name]

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax import config as config_lib
+from simclr_jax.data import name_of
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import evenly
 from simclr_jax.data.split import Split
@@ -21,7 +22,7 @@ from simclr_jax.report.curves import COLOURS, draw_curves
 from simclr_jax.report.map import colours_of, draw_map
 from simclr_jax.report.page import render
 from simclr_jax.report.record import Record
-from simclr_jax.report.sheet import SHEET_EPOCHS, name_of_data, name_of_image, sheet_of
+from simclr_jax.report.sheet import SHEET_EPOCHS, name_of_image, sheet_of
 from simclr_jax.report.thumbnails import tile
 
 _EMBEDDED = 5000  # training images that the pictures are chosen from, at most
@@ -62,7 +63,7 @@ def page_of_run(config: ConfigDict, record: Record) -> str:
         "report.html",
         figures,
         title=record.name,
-        subtitle=f"{name_of_data(config)}, {about['training_images']} training images, last started {about.get('time', 'at an unknown time')}",
+        subtitle=f"{name_of(config.data.to_dict())}, {about['training_images']} training images, last started {about.get('time', 'at an unknown time')}",
         verdict=record.verdict(),
         cards=_cards(record, planned),
         problems=problems,

@@ -1,7 +1,6 @@
 """Makes the sheet of views: some images, and what training sees of each."""
 
 import os
-import pathlib
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -42,9 +41,3 @@ def name_of_image(config: ConfigDict, split: Split, index: int) -> str:
     name, root = split.name_of(index), config.data.path
     inside = config.data.source == "folder" and name.startswith(root)
     return os.path.relpath(name, root) if inside else name
-
-
-def name_of_data(config: ConfigDict) -> str:
-    """Returns what a person calls the data of a run."""
-    options = config.data
-    return options.name or "/".join(pathlib.PurePath(options.path).parts[-2:]) or options.source

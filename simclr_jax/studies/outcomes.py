@@ -11,7 +11,8 @@ from simclr_jax.studies.claims import deviation, mean
 from simclr_jax.studies.contract import Key, Scores, Study
 from simclr_jax.studies.runs import StudyRun, runs_of
 
-# In a run's workdir: {"about": digest, "readings": {reading: {"accuracy", "validation"}}}.
+# In a run's workdir: {"about": digest, "readings": {reading: {"accuracy", "validation"}}}, or in place of the readings
+# "failed": why the training could not go on.
 OUTCOME = "study_outcome.json"
 
 
@@ -22,11 +23,13 @@ class Outcomes(NamedTuple):
       scores: every key's accuracies; the key ends with the reading where there are several.
       settings: key -> the setting that was chosen, from 0, where there were several.
       missing: runs of `runs_wanted` that are not finished.
+      failed: {run: why its training could not go on}. They have no score.
     """
 
     scores: Scores
     settings: dict[Key, int]
     missing: list[StudyRun]
+    failed: dict[str, str]
 
 
 def runs_wanted(study: Study, folder: epath.Path) -> list[StudyRun]:
@@ -49,7 +52,7 @@ def runs_wanted(study: Study, folder: epath.Path) -> list[StudyRun]:
         for key in scores
         if len(study.readings) == 1 or key[-1] == reading
     }
-    order = sorted(means, key=lambda key: means[key])
+    order = sorted(means, key=means.__getitem__)
     chosen = {*order[: study.extremes], *order[-study.extremes :]}
     return [run for run in runs if run.seed == 0 or run.key in chosen]
 
@@ -57,42 +60,56 @@ def runs_wanted(study: Study, folder: epath.Path) -> list[StudyRun]:
 def outcomes_of(study: Study, folder: epath.Path) -> Outcomes:
     """Reads the outcomes of the runs of `runs_wanted` that are finished below `folder`.
 
-    Where a key has several settings, takes the one with the best mean validation accuracy over its
-    finished seeds, for each reading separately.
+    Where a key has several settings, takes the one with the best mean validation accuracy over the seeds that
+    all of them have, for each reading separately; one with a run that failed only if all have one.
     """
     return _outcomes_among(runs_wanted(study, folder), study, folder)
 
 
 def _outcomes_among(runs: list[StudyRun], study: Study, folder: epath.Path) -> Outcomes:
     found: dict[tuple[Key, int], dict[int, dict]] = {}
-    missing = []
+    missing: list[StudyRun] = []
+    failed: dict[str, str] = {}
+    unstable = set()
     for run in runs:
         file = folder / run.name / OUTCOME
-        if not file.exists():
+        outcome = json.loads(file.read_text()) if file.exists() else None
+        if outcome is None:
             missing.append(run)
-            continue
-        found.setdefault((run.key, run.setting), {})[run.seed] = json.loads(file.read_text())[
-            "readings"
-        ]
+        elif "failed" in outcome:
+            failed[run.name] = outcome["failed"]
+            unstable.add((run.key, run.setting))
+        else:
+            found.setdefault((run.key, run.setting), {})[run.seed] = outcome["readings"]
+    several = {run.key for run in runs if run.setting}
     scores: dict[Key, dict[int, float]] = {}
     settings = {}
     for reading in study.readings:
         for key in {key: None for key, _ in found}:
             of_key = {s: x for (k, s), x in found.items() if k == key}
+            of_key = {s: x for s, x in of_key.items() if (key, s) not in unstable} or of_key
             chosen = _best(of_key, reading)
             name = (*key, reading) if len(study.readings) > 1 else key
             by_seed = of_key[chosen]
             scores[name] = {seed: x[reading]["accuracy"] for seed, x in by_seed.items()}
-            if len(of_key) > 1:
+            if key in several:
                 settings[name] = chosen
-    return Outcomes(scores, settings, missing)
+    return Outcomes(scores, settings, missing, failed)
 
 
 def _best(of_key: dict[int, dict[int, dict]], reading: str) -> int:
-    def on_validation(setting: int) -> float:
-        return statistics.mean(x[reading]["validation"] for x in of_key[setting].values())
+    """Returns the setting that is best on validation, by the seeds that all settings have; where there are none, of
+    those with the most seeds.
+    """
+    common = set.intersection(*map(set, of_key.values()))
+    most = max(map(len, of_key.values()))
+    compared = {s: x for s, x in of_key.items() if common or len(x) == most}
 
-    return max(of_key, key=on_validation) if len(of_key) > 1 else next(iter(of_key))
+    def on_validation(setting: int) -> float:
+        seeds = common or set(compared[setting])
+        return statistics.mean(compared[setting][seed][reading]["validation"] for seed in seeds)
+
+    return max(compared, key=on_validation) if len(compared) > 1 else next(iter(compared))
 
 
 def table_of(study: Study, outcomes: Outcomes) -> tuple[list[str], list[list[str]]]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from simclr_jax import config as config_lib
-from simclr_jax.config.overrides import packaged, run_file
+from simclr_jax.config.overrides import packaged, run_file, split_argument
 from simclr_jax.errors import UserError
 from simclr_jax.studies.contract import BY_NAME, CHOOSING, EVALUATIONS, Key, Overrides, Study
 
@@ -36,13 +36,13 @@ class StudyRun(NamedTuple):
         return f"{'_'.join(words)}{setting}_seed-{self.seed}"
 
 
-def read_study(path: str) -> Study:
-    """Runs `get_study(ARGUMENT)` of a study "FILE.py[:ARGUMENT]", or of one that comes with the package, "NAME[:ARGUMENT]".
+def read_study(spec: str) -> Study:
+    """Runs `get_study(ARGUMENT)` of a study "FILE.py[:ARGUMENT]", or "NAME[:ARGUMENT]" of one in the package.
 
     Raises:
       UserError: there is no such file, it fails, or it returns something else than a sound `Study`.
     """
-    name, _, argument = path.partition(":")
+    name, argument = split_argument(spec)
     path = packaged("studies").get(name, name)
     if not pathlib.Path(path).is_file() or not path.endswith(".py"):
         raise UserError(
@@ -74,6 +74,15 @@ def _check(path: str, study: Study) -> None:
     if study.evaluation in BY_NAME and any(study.readings.values()):
         raise UserError(
             f"{path}: readings of {study.evaluation} are its own: expected no overrides"
+        )
+    if not study.readings or study.seeds < 1:
+        raise UserError(
+            f"{path}: {len(study.readings)} readings, {study.seeds} seeds: expected one or more of both"
+        )
+    if study.matrix and (len(study.factors) != 2 or len(study.readings) != 1):
+        raise UserError(
+            f"{path}: a matrix of {len(study.factors)} factors and {len(study.readings)} readings: expected "
+            "two factors and one reading, or matrix=False"
         )
     if study.extremes is not None and study.extremes < 1:
         raise UserError(f"{path}: extremes={study.extremes}: expected None, or 1 and more")
@@ -138,10 +147,17 @@ def config_of(base: ConfigDict, study: Study, run: StudyRun) -> ConfigDict:
     """
     config = base.copy_and_resolve_references()
     fixed = {"eval.after_training": "none", "eval.baselines": False}
+    if "train.epochs" in run.overrides:
+        fixed["train.steps"] = 0  # which would count in place of the epochs
     if study.labels_per_class is not None:
         fixed |= {"eval.labels_per_class": (study.labels_per_class,)}
     config_lib.set_options(config, fixed | run.overrides)
     config_lib.validate(config)
+    if study.evaluation == "probe" and config.eval.validation_fraction == 0:
+        raise UserError(
+            "eval.validation_fraction=0: the probe chooses its regularisation on a validation part: expected "
+            "a number above 0, such as 0.1"
+        )
     for overrides in study.readings.values():
         reading_of(config, overrides)  # refused here, and not after the training
     return config

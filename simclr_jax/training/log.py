@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from simclr_jax.console import Progress, say
-from simclr_jax.errors import UserError
+from simclr_jax.errors import NotFinite
 from simclr_jax.files import write_text
 from simclr_jax.training.clock import Clock
 from simclr_jax.training.metrics import MetricWriter
@@ -187,8 +187,8 @@ def write_offender(
     return path
 
 
-def not_finite(step: int, what: str, advice: str, more: str = "") -> UserError:
+def not_finite(step: int, what: str, advice: str, more: str = "") -> NotFinite:
     """Makes the error of a training that cannot go on: what is not finite, and what to do about it."""
-    return UserError(
+    return NotFinite(
         f"step {step}: {what} not finite.{more} The last checkpoint is from before it; {advice}"
     )
