@@ -81,7 +81,7 @@ def test_the_fit_is_scikit_learns_optimum(digits, l2):
 
 def test_of_equally_good_regularisations_the_strongest_is_chosen(digits, monkeypatch):
     monkeypatch.setattr(probe, "accuracy", lambda weights, x, y: jnp.float32(0.5))
-    options = {"validation_fraction": 0.1, "seed": 0, "seeds": 1, "max_iterations": 3}
+    options: dict = {"validation_fraction": 0.1, "seed": 0, "seeds": 1, "max_iterations": 3}
     options["l2"] = (1e-6, 1e-3, 1e-1, 1e-4)
     assert probe_all_labels(digits, options)[1] == 1e-1
 
