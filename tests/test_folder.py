@@ -89,18 +89,20 @@ def test_a_workdir_below_the_data_is_none_of_them(photos):
         settle(photos)
 
 
-def test_a_folder_that_may_not_be_read_is_an_error(photos, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")]
+)
+def test_a_folder_that_cannot_be_read_is_an_error(photos, monkeypatch, error):
     scan = os.scandir
 
     def guarded(path):
         if pathlib.Path(path).name == "deep":
-            raise PermissionError(13, "Permission denied")
+            raise error
         return scan(path)
 
     monkeypatch.setattr(index.os, "scandir", guarded)
-    with pytest.raises(
-        UserError, match=r"cannot read the folder .*b/deep: Permission denied; allow"
-    ):
+    says = rf"cannot read the folder .*b/deep: {error.strerror}; allow"
+    with pytest.raises(UserError, match=says):
         index.index(photos)
 
 
@@ -180,6 +182,16 @@ def test_folders_that_are_gone_and_links_in_circles(photos):
         path.unlink()
     (photos / "b" / "deep").rmdir()
     assert len(index.index(photos).paths) == 4
+
+
+def test_a_link_that_cannot_be_followed_costs_nothing_but_itself(photos):
+    """In a circle: a name without a suffix is counted, one of an image is an image that cannot be read."""
+    (photos / "a" / "loop").symlink_to("loop")
+    (photos / "x.png").symlink_to("x.png")
+    found = index.look(photos)
+    assert found.images == 7
+    assert found.passed_over == {".txt": 1, ".png": 1, "": 1}
+    assert found.unreadable.keys() == {"x.png"}
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"": {"changed": 1}}'])

@@ -71,7 +71,7 @@ def index(root: pathlib.Path) -> Index:
     out. Of several ways to a folder the one without a link counts.
 
     Raises:
-      UserError: a folder may not be read.
+      UserError: a folder cannot be read.
     """
     cache = _cache_file(root)
     known = _read_cache(cache)
@@ -110,12 +110,12 @@ def _walk(root: pathlib.Path, known: dict[str, dict], folders: dict[str, dict]) 
             if content is None or content["state"] != state or not content["settled"]:
                 content = _read_folder(path, state)
                 changed = True
-        except PermissionError as error:
+        except (FileNotFoundError, NotADirectoryError):  # gone meanwhile, or a dead link
+            continue
+        except OSError as error:
             raise UserError(
                 f"cannot read the folder {path}: {error.strerror}; allow it, or move the folder away"
             ) from error
-        except OSError:  # gone meanwhile, or a dead link
-            continue
         seen.add((status.st_dev, status.st_ino))
         if where and content["is_workdir"]:
             content = content | {"files": {}, "folders": [], "links": [], "others": {}}
@@ -137,7 +137,7 @@ def _read_folder(path: pathlib.Path, state: list[int]) -> dict:
             suffix = os.path.splitext(entry.name)[1].lower()
             names.add(entry.name)
             hidden = entry.name.startswith(".")  # also macOS's shadows, ._NAME
-            if entry.is_dir():
+            if _is_folder(entry):
                 if not hidden and entry.name not in _SERVICE:
                     (links if entry.is_symlink() else folders).append(entry.name)
             elif suffix in SUFFIXES and not hidden:
@@ -160,6 +160,16 @@ def _read_folder(path: pathlib.Path, state: list[int]) -> dict:
         "is_workdir": {"config.json", "checkpoints"} <= names,
         "others": dict(others),
     }
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Returns whether an entry is a folder or a link to one. A link that leads nobody anywhere is none: one in
+    a circle, or into a folder that may not be entered.
+    """
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _cache_file(root: pathlib.Path) -> pathlib.Path:
