@@ -164,6 +164,14 @@ def test_each_set_of_labels_that_occurs_is_a_class(several):
     assert "[owl]" in " ".join(data.train.classes)
 
 
+def test_they_keep_their_labels_where_test_images_are_held_out(several):
+    members = assemble.data_set(several).members
+    several.data.test_split, several.data.test_fraction = "", 0.25
+    data = assemble.data_set(several)
+    assert 0 < data.test.count < data.train.count < 48
+    np.testing.assert_array_equal(data.members[:1], members[:1])
+
+
 @pytest.mark.whole
 def test_transfer_evaluates_them_and_other_evaluations_refuse(several, tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "LAMBDAS", transfer.LAMBDAS[::11])

@@ -1,5 +1,6 @@
 """Where images come from. To add a source, write its file and a row in `SOURCES`."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -143,7 +144,8 @@ def _held_out(data: DataSet, fraction: float) -> DataSet:
             f"data.test_fraction={fraction:g} holds out test images, and there is a test split: set "
             "data.test_fraction=0, or data.test_path='' and data.test_split=''"
         )
-    return DataSet(*data.train.divided(fraction, seed=0))
+    train, test = data.train.divided(fraction, seed=0)
+    return dataclasses.replace(data, train=train, test=test)
 
 
 def _are_the_same(train: Split, test: Split) -> bool:
