@@ -102,8 +102,8 @@ def _check_enough(batch_size: int, images: int) -> None:
     """Raises a UserError if a batch would hold an image twice, or an image would have no negatives."""
     if images < 2:
         raise UserError(
-            "there is 1 training image: expected two or more, as an image learns from its difference to "
-            "others"
+            f"{images} training image{'s' * (images != 1)}: expected two or more, as an image learns from its "
+            "difference to others"
         )
     if batch_size > images:
         raise UserError(

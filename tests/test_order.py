@@ -5,7 +5,15 @@ import itertools
 import numpy as np
 import pytest
 
-from simclr_jax.data.order import Order, Share, batch_positions, epoch_order, next_whole
+from simclr_jax.data.order import (
+    Order,
+    Share,
+    batch_positions,
+    epoch_order,
+    next_whole,
+    split_validation,
+)
+from simclr_jax.errors import UserError
 
 
 def batches(count, batch_size, steps, start=0, share=Share(), seed=3):
@@ -68,3 +76,9 @@ def test_the_stand_in_of_a_broken_image_is_the_next_whole_one(broken):
 
     found = next_whole(np.isin(np.arange(4), broken))
     assert found.tolist() == [stand_in(place) for place in range(4)]
+
+
+@pytest.mark.parametrize(("count", "fraction"), [(1, 0.1), (2, 0.9), (4, 0.9)])
+def test_what_leaves_nothing_to_train_on_is_not_held_out(count, fraction):
+    with pytest.raises(UserError, match=rf"^{count} images?, of which a share of {fraction} "):
+        split_validation(np.zeros(count), fraction, seed=0)

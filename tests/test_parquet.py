@@ -289,6 +289,36 @@ def test_a_label_column_that_is_named_and_not_there_is_refused(tmp_path):
         RowGroups(path, Columns("image", "lable"))
 
 
+@pytest.mark.parametrize(
+    ("rows_of_a_group", "says"),
+    [
+        (
+            20,
+            "sorted by class: of its 10 row groups.* the 9 to train on .* 1 of 10 classes, such as '4': shuffle",
+        ),
+        (10, "the 2 held out hold no image of 8 of 10 classes, such as '0': shuffle"),
+        (1, None),
+    ],
+)
+def test_rows_sorted_by_class_are_not_held_out_by_row_groups(tmp_path, rows_of_a_group, says):
+    labels = [i // 20 for i in range(200)]
+    write(tmp_path / "a.parquet", labels, [PNG] * 200, rows_of_a_group=rows_of_a_group)
+    if says is None:
+        data = train_on(tmp_path, test_fraction=0.1)
+        assert (data.train.count, data.test.count) == (180, 20)
+        return
+    with pytest.raises(UserError, match=says) as caught:
+        train_on(tmp_path, test_fraction=0.1)
+    assert "\n" not in str(caught.value)
+
+
+def test_labelled_rows_that_lie_together_are_not_held_out_all(tmp_path):
+    labels = [i % 2 if i < 50 else -1 for i in range(100)]
+    path = write(tmp_path / "a.parquet", labels, [PNG] * 100, rows_of_a_group=50)
+    with pytest.raises(UserError, match="hold no image of 2 of 2 classes"):
+        train_on(path, test_fraction=0.5)
+
+
 def test_a_row_group_that_memory_cannot_hold_is_refused(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet", [0] * 9)
     monkeypatch.setattr(parquet_files, "memory", lambda: 1000)

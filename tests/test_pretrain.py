@@ -275,7 +275,7 @@ def test_a_batch_that_does_not_divide_is_refused(tiny, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("images", "says"),
     [
-        (1, "there is 1 training image"),
+        (1, "^1 training image: expected two or more"),
         (8, "data.batch_size=16 is more than the 8 training images"),
     ],
 )

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from simclr_jax.errors import UserError
+
 # A stream of shards is shuffled by windows: over all lanes, as many whole shards as hold this many raw examples,
 # in the epoch's order of the shards, and within them any order. A window has a shard at least, and two of
 # each lane are held: of ImageNet's, 1,251 JPEGs of 0.11 MB, 1.1 GB with the 4 lanes of a batch of 256, and 18 GB
@@ -58,19 +60,30 @@ def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def split_validation(y: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_validation(
+    y: np.ndarray, fraction: float, seed: int, name: str = "image"
+) -> tuple[np.ndarray, np.ndarray]:
     """Divides n images by a shuffle that depends on the seed only.
 
     Args:
       y: labels [n], or anything of that length.
       fraction: share of the images that is put into the validation part, at least one image.
       seed: decides the shuffle.
+      name: what a person calls one of the n.
 
     Returns:
       indices of the training part and of the validation part, ascending.
+
+    Raises:
+      UserError: the training part would be empty.
     """
     order = np.random.default_rng([seed, 0]).permutation(len(y))
     held = max(1, round(fraction * len(y)))
+    if held >= len(y):
+        raise UserError(
+            f"{len(y)} {name}{'s' * (len(y) != 1)}, of which a share of {fraction:g} held out leaves none to "
+            f"train on: expected more {name}s, or a smaller data.test_fraction or eval.validation_fraction"
+        )
     return np.sort(order[held:]), np.sort(order[:held])
 
 

@@ -274,6 +274,7 @@ class ShardedSource(abc.ABC):
       total_bytes: size of all encoded images.
       image_shape: (height, width, channels), None where it varies.
       shard_name: what a person calls a shard.
+      is_shuffled: the examples were shuffled before they were divided into shards.
     """
 
     classes: Classes
@@ -282,6 +283,7 @@ class ShardedSource(abc.ABC):
     total_bytes: int
     image_shape: tuple[int | None, int | None, int] = (None, None, 3)
     shard_name: str = "shard"
+    is_shuffled: bool = False
 
     @abc.abstractmethod
     def records(self, shard: Any) -> Any:

@@ -4,6 +4,7 @@ TensorFlow is imported where it is used.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Iterator, Set
 from typing import Any
@@ -22,6 +23,10 @@ _MEMORY_FOR_SUBSETS = 0.25
 
 _FILES_AT_ONCE = 16  # shards that are read in turns
 
+# A part of a stream may lack classes by chance; if random choices of images lacked as many less often than this,
+# the stream is sorted.
+_BY_CHANCE = 1e-3
+
 # A white pixel: stands for a broken image where images are streamed and only labels tell them apart.
 _PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c494441"
@@ -32,6 +37,15 @@ _PIXEL = bytes.fromhex(
 def memory() -> int:
     """Returns the size of this machine's memory, bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _log_chance_of(count: int, expected: float) -> float:
+    """Returns an upper bound of the log of the chance that `count` or more of some events happen, of which
+    `expected` do in the mean (Chernoff): 0 where that is no surprise.
+    """
+    if count <= expected:
+        return 0.0
+    return count - expected + count * math.log(max(expected, 1e-300) / count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,19 +237,43 @@ class StreamedSplit:
             )
 
     def divided(self, fraction: float, seed: int) -> tuple["StreamedSplit", "StreamedSplit"]:
-        # Whole shards, so that neither part reads the other's. TFDS shuffles a data set before it
-        # divides it into files; row groups are many and small.
+        # Whole shards, so that neither part reads the other's.
         shards, name = self._shards, self.source.shard_name
         if len(shards) < 2:
             raise UserError(
                 f"{self.source.title} has one {name}, so none can be held out for validation: "
                 f"prepare it with more {name}s"
             )
-        part, rest = split_validation(shards, fraction, seed)
-        return (
-            dataclasses.replace(self, shards=tuple(shards[part].tolist())),
-            dataclasses.replace(self, shards=tuple(shards[rest].tolist())),
+        part, rest = (
+            dataclasses.replace(self, shards=tuple(shards[places].tolist()))
+            for places in split_validation(shards, fraction, seed, name)
         )
+        if self.classes and not self.source.is_shuffled:
+            self._check_mixed({"to train on": part, "held out": rest})
+        return part, rest
+
+    def _check_mixed(self, parts: dict[str, "StreamedSplit"]) -> None:
+        """Raises a UserError if a part, of {what it is for: part}, lacks classes as no random choice of images would:
+        the examples are sorted by class, or the labelled ones lie together.
+        """
+        assert self.classes
+        counts = {}
+        for use, part in parts.items():
+            labels = part.all_labels()
+            counts[use] = np.bincount(labels[labels >= 0], minlength=len(self.classes))
+        whole = sum(counts.values())
+        for use, part in parts.items():
+            lacking = np.flatnonzero((counts[use] == 0) & (whole > 0))
+            # A random choice of images would have none of a class this often.
+            chances = (1 - part.count / self.count) ** whole[whole > 0]
+            if _log_chance_of(len(lacking), float(chances.sum())) < math.log(_BY_CHANCE):
+                name = self.source.shard_name
+                raise UserError(
+                    f"{self.source.title} seems to be sorted by class: of its {len(self._shards)} {name}s, which are "
+                    f"held out whole, the {len(part._shards)} {use} hold no image of {len(lacking)} of {len(whole)} classes, such as "
+                    f"{self.classes[lacking[0]]!r}: shuffle the images, or write smaller {name}s; or name test "
+                    "images (data.test_path) and set eval.validation_fraction=0"
+                )
 
     def decode(self, image: Any, upright: bool = True) -> Any:
         return self.source.decode(image, upright)

@@ -42,6 +42,7 @@ class RecordFiles(ShardedSource):
         self.title = f"{builder.name}/{split}"
         self.total_bytes = info.num_bytes
         self.image_shape = builder.info.features["image"].shape
+        self.is_shuffled = not builder.info.disable_shuffling
 
     def records(self, shard: Any) -> Any:
         import tensorflow as tf
