@@ -147,6 +147,18 @@ def test_a_folder_a_file_a_glob_and_an_address(three, where, rows, address):
         assert labels_once(split) == [0] * 4 + [1] * 3 + [2] * 2
 
 
+@pytest.mark.parametrize("where", ["", "**/*.parquet"])
+def test_links_show_no_file_twice(three, tmp_path, where):
+    write(tmp_path / "elsewhere/c.parquet", [3])
+    (three / "deep/up").symlink_to("..")
+    (three / "deep/loop").symlink_to("loop")
+    (three / "again.parquet").symlink_to("a-0.parquet")
+    (three / "drive").symlink_to(tmp_path / "elsewhere")
+    _, paths = parquet_files.list_files(f"{three}/{where}")
+    names = ("a-0.parquet", "a-1.parquet", "deep/b.parquet", "drive/c.parquet")
+    assert paths == [f"{three}/{name}" for name in names]
+
+
 def test_the_index_is_kept_and_only_what_changed_is_looked_at_again(three, monkeypatch):
     looked, look = [], parquet_files._look
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import fnmatch
 import glob
 import hashlib
 import json
@@ -52,14 +53,31 @@ def list_files(path: str) -> tuple[Any, list[str]]:
         system, paths = _list_remote(path)
     else:
         system, inner = None, absolute(path)
-        below = glob.glob(os.path.join(glob.escape(inner), "**", "*.parquet"), recursive=True)
-        found = below or glob.glob(inner, recursive=True) or [inner]
-        paths = [path for path in found if os.path.isfile(path)]
+        found = _below(inner) or glob.glob(inner, recursive=True) or [inner]
+        # Once each, however many links lead to it: by its shortest path.
+        longest_first = sorted(found, key=lambda x: (len(x), x), reverse=True)
+        files = {os.path.realpath(x): x for x in longest_first}
+        paths = [path for path in files.values() if os.path.isfile(path)]
     if not paths:
         raise UserError(
             f"no Parquet file {path!r}: expected a file, a folder with *.parquet files, or a glob"
         )
     return system, sorted(paths)
+
+
+def _below(folder: str) -> list[str]:
+    """Lists the files *.parquet below a folder, each folder once: links may lead in circles. What begins with a
+    dot is hidden.
+    """
+    seen, found = set(), []
+    for where, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        names = [] if real in seen else [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(names)
+        if real not in seen:
+            found += [os.path.join(where, name) for name in fnmatch.filter(files, "[!.]*.parquet")]
+        seen.add(real)
+    return found
 
 
 def _list_remote(path: str) -> tuple[Any, list[str]]:
