@@ -76,7 +76,7 @@ def test_images_are_bytes_or_structs_of_bytes_and_path(tmp_path, kind):
         (["cat", "ant", "cat", "bee"], None, ("ant", "bee", "cat"), [2, 0, 2, 1]),
         ([1, None, -1, 0], None, ("0", "1"), [1, -1, -1, 0]),
         ([1, None, -1, 0], ["cat", "ant"], ("cat", "ant"), [1, -1, -1, 0]),
-        (["b", None, None, "a"], None, ("a", "b"), [1, -1, -1, 0]),
+        (["b", None, "", "a"], None, ("a", "b"), [1, -1, -1, 0]),
         (pa.array(["b", "a", None, "a"]).dictionary_encode(), None, ("a", "b"), [1, 0, -1, 0]),
         ([None] * 4, ["cat", "ant"], None, [-1] * 4),
         ([-1] * 4, ["cat", "ant"], None, [-1] * 4),  # how Hugging Face writes a test split

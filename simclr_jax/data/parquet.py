@@ -34,7 +34,8 @@ OPTIONS = (
         "data.parquet.label_column",
         "label",
         text(),
-        "column of whole numbers or texts; empty: no labels, as where there is no column 'label'",
+        "column of whole numbers or texts, of which -1 and empty texts mean no label; empty: no labels, as "
+        "where there is no column 'label'",
     ),
 )
 

@@ -17,6 +17,7 @@ from simclr_jax.files import absolute, cache_folder, in_bucket, write_text
 
 # A row group is read at once, in up to this share of the machine's memory.
 _MEMORY_FOR_A_ROW_GROUP = 0.1
+_INDEX_VERSION = 2  # 1 took an empty text for a class
 THREADS = 16  # files that are looked at, or read for their labels, at once
 
 
@@ -138,7 +139,7 @@ def index_files(system: Any, where: str, paths: list[str], columns: Columns) -> 
       paths: the files.
       columns: which to look at.
     """
-    key = json.dumps([absolute(where), columns])
+    key = json.dumps([absolute(where), columns, _INDEX_VERSION])
     name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
     cache = cache_folder() / "parquet" / f"{name}.json"
     known: dict[str, ParquetFile] = {}
@@ -235,8 +236,8 @@ def _names_of(schema: Any, label: str) -> list[str]:
 
 
 def class_of(label: int | str | None, names: list[str]) -> str | None:
-    """Returns the name of a label's class; None for no label, which may be written as -1."""
-    if label is None or label == -1:
+    """Returns the name of a label's class; None for no label, which may be written as -1 or as an empty text."""
+    if label in (None, -1, ""):
         return None
     if isinstance(label, int) and 0 <= label < len(names):
         return names[label]
