@@ -14,6 +14,7 @@ from simclr_jax.data.order import few_labels, share_of_labels
 from simclr_jax.errors import UserError
 from simclr_jax.evals import finetune
 from simclr_jax.evals.evaluate import evaluate_features
+from simclr_jax.evals.subjects import is_labelled
 
 TRAIN, TEST = 60, 30
 NAMES = {0: 500, 1: 10_985, 2: 7}
@@ -234,3 +235,13 @@ def test_a_file_of_labels_that_does_not_fit_is_one_line(tmp_path, text, says):
     with pytest.raises(UserError, match=says) as caught:
         labelled_by(tmp_path, text)
     assert "\n" not in str(caught.value)
+
+
+def test_held_out_images_without_a_label_are_no_labelled_test_split(tmp_path):
+    """One image of five has a label."""
+    both = [
+        labelled_by(tmp_path, f"image,label\n{i // 3}/{i}.png,cat\n", test_fraction=0.4)
+        for i in range(5)
+    ]
+    assert [data.test.classes for data in both] == [("cat",)] * 5
+    assert not any(is_labelled(data) for data in both)

@@ -223,6 +223,7 @@ def test_a_test_split_has_the_classes_of_training(tmp_path):
         train_on(train, test_path=more)
     bare = write(tmp_path / "bare.parquet", images=[PNG])
     assert train_on(bare, test_path=same).test.classes is None
+    assert train_on(train, test_path=bare).test.classes is None
 
 
 def lists(path):

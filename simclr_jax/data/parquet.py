@@ -66,7 +66,8 @@ class RowGroups(ShardedSource):
         self.total_bytes = sum(file.sizes[g] for file, g in self._groups)
         check_sizes(self._groups)
         occurring = classes_of(files)
-        self.classes = occurring if classes is None else classes or None
+        known = occurring if classes is None else classes or None
+        self.classes = known if occurring else None  # images without any label have no classes
         self._code = codes_of(occurring or (), self.classes, repr(path)) if self.classes else {}
 
     def records(self, shard: Any) -> Any:

@@ -86,7 +86,16 @@ def fingerprint(data: DataSet) -> str:
 
 
 def _has_classes(data: DataSet) -> bool:
-    return bool(data.train.classes and data.test is not None and data.test.classes)
+    return data.test is not None and _has_labels(data.train) and _has_labels(data.test)
+
+
+def _has_labels(split: Split) -> bool:
+    """Returns whether an image has a label; a part of a split has the classes of all, and perhaps no labels. Of a
+    stream whether it has classes: to look would be to read it.
+    """
+    if not isinstance(split, IndexedSplit):
+        return bool(split.classes)
+    return bool(split.classes) and bool(np.any(split.all_labels() >= 0))
 
 
 def labelled(config: ConfigDict, sets: bool = False) -> DataSet:
@@ -101,7 +110,7 @@ def labelled(config: ConfigDict, sets: bool = False) -> DataSet:
     """
     data = assemble.data_set(config)
     if not _has_classes(data):
-        lacking = "labelled test split" if data.train.classes else "labels"
+        lacking = "labelled test split" if _has_labels(data.train) else "labels"
         raise UserError(
             f"the data have no {lacking}, so there is nothing to evaluate on; see "
             "data.folder_labels, data.test_path and data.test_split"
