@@ -222,6 +222,28 @@ def test_labels_of_a_folder_come_from_a_csv_file(tmp_path):
     assert split.all_labels().tolist() == [0, -1, 1, 1, -1]
 
 
+def test_images_that_a_csv_file_names_and_are_not_there_are_counted(tmp_path, capsys):
+    labelled_by(tmp_path, "image,label\n0/0.png,cat\n0/9.png,dog\n8.png,cat\n")
+    assert "2 of 3 images in " in (said := capsys.readouterr().out)
+    assert "labels.csv are not there, such as 0/9.png" in said
+
+
+def test_a_csv_file_labels_test_images_as_test_images(tmp_path, capsys):
+    """The folders photos and test have images of equal names."""
+    for i, image in enumerate(random_images(7, 12, 12)):
+        path = tmp_path / "test" / f"{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    options = {"test_path": f"{tmp_path}/test"}
+    with pytest.raises(UserError, match=r"names 2 images .*'0/0\.png': name .* as photos/0/0\.png"):
+        labelled_by(tmp_path, "image,label\n0/0.png,cat\n0/1.png,dog\n0/2.png,dog\n", **options)
+    text = "image,label\nphotos/0/0.png,cat\n0/1.png,dog\ntest/0/0.png,dog\n1/5.png,cat\n"
+    data = labelled_by(tmp_path, text, **options)
+    assert data.train.all_labels().tolist() == [0, 1, -1, -1, -1]
+    assert data.test.all_labels().tolist() == [1, -1, -1, -1, -1, -1, 0]
+    assert "not there" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

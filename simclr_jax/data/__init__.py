@@ -69,8 +69,8 @@ OPTIONS = (
         "data.labels_file",
         "",
         text(),
-        "CSV file with the columns image, a path below the folder of images, and label; images it does "
-        "not name have none",
+        "CSV file with the columns image, a path below the folder of images (or below the one that holds both "
+        "data.path and data.test_path), and label; images it does not name have none",
         resumable=True,
     ),
     *parquet.OPTIONS,

@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from simclr_jax.console import say
 from simclr_jax.data.index import SUFFIXES, index
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.source import Classes, Example, Source, codes_of
 from simclr_jax.data.split import DataSet
 from simclr_jax.errors import UserError
-from simclr_jax.files import check_local, expanded
+from simclr_jax.files import absolute, check_local, expanded
 
 
 class Files(Source):
@@ -86,18 +87,66 @@ class Files(Source):
 def open_data_set(data: Mapping[str, Any]) -> DataSet:
     """Opens the folder "path" to train on and, unless it is empty, "test_path" to test on.
 
-    "folder_labels", "labels_file" and the errors: see `open_split` and `read_labels`.
+    "folder_labels", "labels_file" and the errors: see `open_split`, `read_labels` and `_check_names`.
     """
     if data["folder_labels"] and data["labels_file"]:
         raise UserError("labels come from data.folder_labels or from data.labels_file: set one")
-    labels = read_labels(data["labels_file"]) if data["labels_file"] else data["folder_labels"]
-    train = open_split(data["path"], labels)
-    test = open_split(data["test_path"], labels, train.classes) if data["test_path"] else None
-    return DataSet(train, test)
+    paths = [path for path in (data["path"], data["test_path"]) if path]
+    named = read_labels(data["labels_file"]) if data["labels_file"] else None
+    splits: list[IndexedSplit] = []
+    for path in paths:
+        labels = data["folder_labels"] if named is None else _labels_below(path, paths, named)
+        splits.append(open_split(path, labels, splits[0].classes if splits else None))
+    if named is not None:
+        _check_names(data["labels_file"], named, paths, splits)
+    return DataSet(splits[0], splits[1] if len(splits) > 1 else None)
+
+
+def _labels_below(path: str, paths: list[str], named: dict[str, str]) -> dict[str, str]:
+    """Returns {path of an image below the folder `path`: label}.
+
+    Args:
+      path: a folder.
+      paths: all folders of the data set.
+      named: {path below the folder of images, or below the one that holds all `paths`: label}.
+    """
+    start = _start(path, paths)
+    further = {x.removeprefix(start): named[x] for x in named if x.startswith(start)}
+    return named | further
+
+
+def _start(path: str, paths: list[str]) -> str:
+    """Returns "FOLDER/", the path of a folder below the one that holds all `paths`."""
+    top = os.path.commonpath([absolute(x) for x in paths])
+    return os.path.join(os.path.relpath(absolute(path), top), "")
+
+
+def _check_names(
+    file: str, named: dict[str, str], paths: list[str], splits: list[IndexedSplit]
+) -> None:
+    """Says how many of the images that a file of labels names are not there.
+
+    Raises:
+      UserError: one name is that of an image in each of two folders.
+    """
+    there = [set(split.source.names.to_pylist()) for split in splits]  # type: ignore[attr-defined]
+    twice = [x for x in named if len(there) > 1 and all(x in names for names in there)]
+    if twice:
+        raise UserError(
+            f"{file!r} names {len(twice)} images that are in {' and in '.join(paths)}, such as {twice[0]!r}: name "
+            f"them by the path below the folder that holds both, such as {_start(paths[0], paths)}{twice[0]} "
+            "(data.labels_file)"
+        )
+    folders = [(_start(path, paths), names) for path, names in zip(paths, there, strict=True)]
+    lost = [x for x in named if not any({x, x.removeprefix(s)} & names for s, names in folders)]
+    if lost:
+        say(
+            f"labels      {len(lost)} of {len(named)} images in {file} are not there, such as {lost[0]}"
+        )
 
 
 def read_labels(path: str) -> dict[str, str]:
-    """Reads a CSV file: {"image", a path below the folder of images: "label"}, of the columns so called.
+    """Reads a CSV file: {"image", the path of an image: "label"}, of the columns so called.
 
     An image with an empty label is left out.
 
