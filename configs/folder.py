@@ -18,6 +18,7 @@ import jax
 
 from simclr_jax import config
 from simclr_jax.data import count_and_size, suggest
+from simclr_jax.data.parquet_files import image_column
 
 SOURCES = {".npz": "arrays", ".parquet": "parquet"}  # by how PATH ends
 
@@ -29,6 +30,8 @@ def get_config(argument: str = ""):
     c = config.default()
     c.data.source = next((s for end, s in SOURCES.items() if argument.endswith(end)), "folder")
     c.data.path = argument
+    if c.data.source == "parquet":  # which is opened here, before any option is given
+        c.data.parquet.image_column = image_column(argument)
     count, short_side = count_and_size(c.data.to_dict() | {"seed": c.seed})
     accelerator = jax.default_backend() != "cpu"
     config.set_options(c, suggest.suggest_options(max(1, count), short_side, accelerator))

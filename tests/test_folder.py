@@ -276,6 +276,20 @@ def test_the_configuration_chooses_from_parquet_and_arrays(tmp_path, capsys):
         load(f"{file}:{tmp_path}/b/a.npz", [])
 
 
+def test_the_configuration_finds_the_image_column(tmp_path):
+    """Whether it is named on the command line or not; of two columns of bytes it is not guessed."""
+    content = io.BytesIO()
+    Image.new("RGB", (3, 2)).save(content, "PNG")
+    columns = {"img": [content.getvalue()] * 8, "name": ["x"] * 8}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    spec = f"{pathlib.Path(__file__).parent.parent}/configs/folder.py:{tmp_path}/a.parquet"
+    for flags in ([], ["--config.data.parquet.image_column=img"]):
+        assert load(spec, flags).data.parquet.image_column == "img"
+    pq.write_table(pa.table(columns | {"mask": columns["img"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="has no column 'image': it has img, name, mask"):
+        load(spec, [])
+
+
 def test_the_configuration_chooses_from_the_folder(photos):
     spec = f"{pathlib.Path(__file__).parent.parent}/configs/folder.py:{photos}"
     c = load(spec, ["--config.data.batch_size=16"])

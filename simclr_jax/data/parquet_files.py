@@ -195,10 +195,7 @@ def _check_columns(path: str, schema: Any, columns: Columns) -> None:
                 f"data.parquet.{option}"
             )
     kind = schema.field(columns.image).type
-    content = kind
-    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        content = kind.field("bytes").type
-    if not (types.is_binary(content) or types.is_large_binary(content)):
+    if not _holds_images(kind):
         raise UserError(
             f"column {columns.image!r} of {path} is {kind}: expected bytes, or {{bytes, path}}"
         )
@@ -212,6 +209,30 @@ def _check_columns(path: str, schema: Any, columns: Columns) -> None:
             f"column {columns.label!r} of {path} is {kind}: expected whole numbers or texts; "
             "data.parquet.label_column='' reads no labels"
         )
+
+
+def _holds_images(kind: Any) -> bool:
+    """Returns whether a column of this type holds bytes, or {bytes, ...}."""
+    import pyarrow.types as types
+
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def image_column(path: str, usual: str = "image") -> str:
+    """Returns the name of the image column of the Parquet files of a path: the only one that holds bytes, or
+    {bytes, ...}; `usual` where it is there, and where there is no or more than one such column.
+
+    Raises:
+      UserError: there is no such file, or the first cannot be read.
+    """
+    system, paths = list_files(path)
+    with open_parquet(system, paths[0]) as file:
+        fields = list(file.schema_arrow)
+    found = [field.name for field in fields if _holds_images(field.type)]
+    there = usual in [field.name for field in fields]
+    return usual if there or len(found) != 1 else found[0]
 
 
 def check_sizes(groups: list[tuple[ParquetFile, int]]) -> None:
