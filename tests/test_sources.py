@@ -294,6 +294,20 @@ def test_array_record_without_its_package_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_a_data_set_that_another_process_prepares_meanwhile_is_taken(tmp_path, monkeypatch):
+    prepare = Digits.download_and_prepare
+
+    def late(builder):
+        prepare(builder)
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(Digits, "download_and_prepare", late)
+    assert opened(name="digits", path=str(tmp_path)).train.count == 1437
+    monkeypatch.setattr(Digits, "download_and_prepare", lambda builder: 1 / 0)
+    with pytest.raises(UserError, match="could not prepare the TFDS data set 'digits'"):
+        opened(name="digits", path=f"{tmp_path}/other")
+
+
 @pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
 def test_digits_are_scikit_learns(tmp_path, file_format):
     from sklearn.datasets import load_digits

@@ -172,6 +172,10 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
         try:
             builder.download_and_prepare()
         except Exception as error:  # any of many network, checksum and disk errors
+            if is_prepared(
+                name, data_dir
+            ):  # another process was faster: one folder cannot replace another
+                return tfds.builder(name, data_dir=data_dir or None)
             raise UserError(
                 f"could not prepare the TFDS data set {name!r} in {where}: "
                 f"{type(error).__name__}: {' '.join(str(error).split())[:300]}. Set data.path to a folder "
