@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import shutil
 
 import numpy as np
@@ -209,6 +210,21 @@ def test_a_mended_image_is_taken_again(own, tmp_path):
     again = Broken(split, 0.2, tmp_path / "broken.jsonl")
     assert len(again.indices) == 4
     assert index not in again.indices
+
+
+@pytest.mark.parametrize("kind", ["a link in a circle", "a folder"])
+def test_what_the_system_cannot_read_is_broken_too(own, kind):
+    """TensorFlow has an error of its own for each."""
+    split, _ = own
+    part = split.subset(np.asarray(indices_of(split, {"x00.png", "x01.png", "x02.png"})))
+    os.remove(path := part.name_of(1))
+    if kind == "a folder":
+        os.mkdir(path)
+    else:
+        os.symlink("x01.png", path)
+    images = Images(part, Broken(part, 0.5))
+    list(evaluation_batches(images, 50, Share(), EvaluationView(8, 1.0)))
+    assert images.broken.indices == {1}
 
 
 @pytest.mark.parametrize("share", [Share(), Share(0, 2), Share(1, 2)])

@@ -177,15 +177,21 @@ def _run(
     Raises:
       UserError: too many images cannot be read, or something else than an image.
     """
-    # Local names: the generator may be closed when the interpreter has already cleared `tf`.
+    unknown = tf.errors.UnknownError
+    # Local names: the generator may be closed when the interpreter has already cleared `tf`. What errno becomes
+    # in TensorFlow (tsl/platform/errno.cc), beside the errors of decoding.
     unreadable = (
         tf.errors.InvalidArgumentError,
         tf.errors.NotFoundError,
         tf.errors.PermissionDeniedError,
         tf.errors.DataLossError,
         tf.errors.ResourceExhaustedError,
+        tf.errors.FailedPreconditionError,  # ENOTDIR, EISDIR
+        tf.errors.AbortedError,  # ESTALE
+        tf.errors.UnavailableError,
+        tf.errors.DeadlineExceededError,
+        unknown,  # ELOOP, EIO
     )
-    in_python = tf.errors.UnknownError
     while True:
         batches = in_order(dataset(passed)).prefetch(_PREFETCH_BATCHES)
         try:
@@ -194,8 +200,9 @@ def _run(
                 passed += 1
             return
         except unreadable as error:
-            if not images.broken.find(indices(passed)):
-                raise UserError(f"the images cannot be read: {reason_of(error)}") from error
-        except in_python as error:  # "NAME: message", then a traceback
-            first = str(error.message).partition("\n")[0].partition(": ")[2]
-            raise UserError(f"the images cannot be read: {first}") from error
+            reason, in_python = reason_of(error), False
+            if isinstance(error, unknown) and "Traceback" in str(error.message):
+                # "NAME: message", then the traceback: Python code failed, and no image is to blame.
+                reason, in_python = str(error.message).partition("\n")[0].partition(": ")[2], True
+            if in_python or not images.broken.find(indices(passed)):
+                raise UserError(f"the images cannot be read: {reason}") from error
