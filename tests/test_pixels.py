@@ -2,6 +2,7 @@
 
 import io
 import re
+import struct
 
 import numpy as np
 import pillow_heif
@@ -152,6 +153,63 @@ def test_files_of_16_bits_are_scaled_by_the_bits_that_they_use(bits, kind, capsy
     assert (f"a 16-bit image uses {bits} bits" in said) == (bits < 16)
 
 
+def tiff(samples, bits=16, kind=1):
+    """A TIFF of integers [H, W, C] as they are; `kind` 1: unsigned, 2: signed (TIFF 6.0, SampleFormat)."""
+    height, width, channels = samples.shape
+    data = samples.astype(f"<u{bits // 8}").tobytes()
+    short, long = 3, 4
+    lists = 8 + 2 + 10 * 12 + 4  # behind the header and ten entries
+    entries = [
+        (256, short, 1, width),
+        (257, short, 1, height),
+        (258, short, channels, bits if channels == 1 else lists),
+        (259, short, 1, 1),
+        (262, short, 1, 1 if channels == 1 else 2),
+        (273, long, 1, lists + 4 * channels),
+        (277, short, 1, channels),
+        (278, short, 1, height),
+        (279, long, 1, len(data)),
+        (339, short, channels, kind if channels == 1 else lists + 2 * channels),
+    ]
+    packed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    formats = struct.pack(f"<{2 * channels}H", *[bits] * channels, *[kind] * channels)
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    return head + packed + bytes(4) + formats + data
+
+
+def pnm(samples, most):
+    """A binary PGM or PPM of integers [H, W, C] from 0 to `most`."""
+    height, width, channels = samples.shape
+    head = f"P{5 if channels == 1 else 6} {width} {height} {most}\n".encode()
+    return head + samples.astype(">u2").tobytes()
+
+
+def channels_of(x, count):
+    return np.repeat(x[..., np.newaxis], count, axis=-1)
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_grey_files_whose_16_bits_pillow_calls_32_are_read(bits):
+    grey = channels_of(samples(bits), 1)
+    expected = channels_of(samples(bits) >> (bits - 8), 3)
+    np.testing.assert_array_equal(decoded(pnm(grey, 65535)), expected)
+    np.testing.assert_allclose(decoded(pnm(grey, 2**bits - 1)), expected.astype(int), atol=1)
+    np.testing.assert_array_equal(decoded(tiff(grey // 2, kind=2)), decoded(tiff(grey // 2)))
+
+
+@pytest.mark.parametrize("write", [tiff, lambda x: pnm(x, 65535)])
+def test_colours_of_16_bits_are_read_where_pillow_loses_none_that_are_used(write):
+    x = channels_of(samples(16), 3)
+    np.testing.assert_allclose(decoded(write(x)), (x >> 8).astype(int), atol=1)
+    for bits in (10, 12, 14):
+        with pytest.raises(ValueError, match=r"use at most 14, of which Pillow .*: save it as PNG"):
+            pixels.read(write(channels_of(samples(bits), 3)))
+    # Of 8 bits no bit is lost, and a declared range is used.
+    dark = channels_of(samples(12) >> 8, 3)
+    np.testing.assert_array_equal(decoded(tiff(dark, bits=8)), dark)
+    assert decoded(pnm(channels_of(samples(12), 3), 4095)).max() == 255
+
+
 def test_transparent_parts_of_files_of_16_bits_are_white():
     x = np.stack([samples(16)] * 3 + [np.full((HEIGHT, WIDTH), 2**15, np.uint16)], axis=-1)
     expected = np.repeat((samples(16) >> 8)[..., np.newaxis], 3, axis=-1) * (128 / 255) + 127
@@ -198,6 +256,8 @@ def test_a_photograph_has_the_pixels_that_pillow_gives():
         (b"", "the file is empty"),
         (b"not an image", "not an image of a known format"),
         (saved(Image.new("F", (9, 9)), "tiff"), "32 bits a sample .*: expected 8 or 16"),
+        (saved(Image.fromarray(np.full((3, 3), 9, np.int32)), "tiff"), "32 bits a sample"),
+        (tiff(np.full((3, 3, 1), -9), kind=2), "samples below 0, .*: expected 0 to 65535"),
         (saved(Image.new("1", (20000, 20000)), "png"), "more than 268435456 pixels"),
         (saved(colours(), "png")[:60], "truncated"),
         (saved(colours(), "jpeg")[:300], "damaged|truncated"),

@@ -88,15 +88,42 @@ def pixels(image: Image.Image, upright: bool = True) -> np.ndarray:
       upright: turn it as the orientation in its EXIF data says.
 
     Raises:
-      ValueError: a sample has more than 16 bits, whose range nobody can know.
+      ValueError: a sample has more than 16 bits or is below 0, whose range nobody can know, or Pillow loses bits
+        that the picture needs.
     """
-    if image.mode in ("I", "F"):
+    samples_of_16_bits = _has_16_bits(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and samples_of_16_bits):
+        samples = np.asarray(image)
+        if samples.min() < 0:
+            raise ValueError(
+                "samples below 0, of which nobody can know what is black: expected 0 to 65535"
+            )
+        grey = _upper_8_bits(samples.astype(np.uint16)[..., np.newaxis])  # Pillow would clip at 255
+        x = np.repeat(grey, 3, axis=-1)
+    elif image.mode in ("I", "F"):
         raise ValueError(f"32 bits a sample (mode {image.mode}): expected 8 or 16")
-    if image.mode.startswith("I;16"):  # Pillow would clip at 255
-        x = np.repeat(_upper_8_bits(np.asarray(image)[..., np.newaxis]), 3, axis=-1)
     else:
+        if samples_of_16_bits and image.mode in ("RGB", "RGBA"):
+            _check_upper_8_bits(np.asarray(image)[..., :3])
         x = np.asarray(on_white(image))
     return turned(x, orientation(image)) if upright else x
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    """Returns whether a TIFF or PNM that is not yet read has 16 bits a sample, which its mode does not say."""
+    if image.format == "TIFF":
+        return 16 in image.tag_v2.get(258, ())  # type: ignore[attr-defined]
+    grey = image.format == "PPM" and image.mode == "I"
+    return grey or (image.format == "PPM" and any(tile[3][-1:] == (65535,) for tile in image.tile))
+
+
+def _check_upper_8_bits(x: np.ndarray) -> None:
+    """Raises a ValueError if the upper 8 of 16 bits are not those that `_upper_8_bits` would take."""
+    if int(x.max()) <= 64:  # 2**14 - 1, rounded
+        raise ValueError(
+            "colours of 16 bits a sample that use at most 14, of which Pillow reads the upper 8: save it as PNG, "
+            "or scaled to 16 bits"
+        )
 
 
 def on_white(image: Image.Image) -> Image.Image:
