@@ -250,6 +250,15 @@ def test_a_photograph_has_the_pixels_that_pillow_gives():
             np.testing.assert_array_equal(decoded(content), pixels.read(content))
 
 
+def test_a_jpeg_in_cmyk_has_the_pixels_that_pillow_gives():
+    """With Adobe's marker and without it, on which decoders do not agree what is black."""
+    content = saved(colours().convert("CMYK"), "jpeg", quality=95)
+    start = content.index(b"\xff\xee")
+    length = int.from_bytes(content[start + 2 : start + 4], "big")
+    for x in (content, content[:start] + content[start + 2 + length :]):
+        np.testing.assert_array_equal(decoded(x), pixels.read(x))
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

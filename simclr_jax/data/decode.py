@@ -1,6 +1,6 @@
 """From the content of an image file to pixels, in the tf.data graph.
 
-TensorFlow decodes JPEG, without a lock between threads. `pixels.py` decodes every other format: of PNG,
+TensorFlow decodes JPEG, but for CMYK, without a lock between threads. `pixels.py` decodes all else: of PNG,
 GIF, BMP and WebP TensorFlow reads some kinds only, and shows what transparent pixels hide.
 """
 
@@ -77,7 +77,17 @@ def reason_of(error: Any) -> str:
 
 
 def _jpeg(data, upright):
-    size = tf.reduce_prod(tf.cast(tf.io.extract_jpeg_shape(data)[:2], tf.int64))
+    shape = tf.io.extract_jpeg_shape(data)
+    return tf.cond(
+        tf.equal(shape[2], 4),  # CMYK, which Pillow inverts whatever program wrote it
+        lambda: _by_pillow(data, upright),
+        lambda: _by_tensorflow(data, shape, upright),
+    )
+
+
+def _by_tensorflow(data, shape, upright):
+    """Decodes a JPEG of `shape` [3], as its header says: height, width, channels."""
+    size = tf.reduce_prod(tf.cast(shape[:2], tf.int64))
     most = tf.constant(pixels.MOST_PIXELS, tf.int64)
     message = f"the image has more than {pixels.MOST_PIXELS} pixels"
     with tf.control_dependencies([tf.debugging.assert_less_equal(size, most, message)]):
