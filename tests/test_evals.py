@@ -641,7 +641,7 @@ def test_results_of_other_data_have_files_of_their_own(tiny, tmp_path, capsys):
     names = {name("a", "b"), name("c", "b", path="y/train"), name("a", "d"), name("run", "d")}
     assert len(names) == 4
     assert all(some.startswith(("knn_x_", "knn_y_")) for some in names)
-    assert "other test images than the run's" in capsys.readouterr().out
+    assert "other test images or labels than the run's" in capsys.readouterr().out
     assert "/" not in name("a", "b", **{"data.name": "set/config"})
     del saved["test_fingerprint"]  # of an earlier version
     assert name("run", "d", **{"data.name": ""}) == "knn.json"

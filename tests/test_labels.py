@@ -15,6 +15,7 @@ from simclr_jax.errors import UserError
 from simclr_jax.evals import finetune
 from simclr_jax.evals.evaluate import evaluate_features
 from simclr_jax.evals.subjects import is_labelled
+from simclr_jax.training.workdir import check_data
 
 TRAIN, TEST = 60, 30
 NAMES = {0: 500, 1: 10_985, 2: 7}
@@ -267,3 +268,16 @@ def test_held_out_images_without_a_label_are_no_labelled_test_split(tmp_path):
     ]
     assert [data.test.classes for data in both] == [("cat",)] * 5
     assert not any(is_labelled(data) for data in both)
+
+
+def test_a_run_does_not_go_on_with_other_labels_and_says_so(tmp_path):
+    """It may find the same labels in another file."""
+    before = labelled_by(tmp_path, "image,label\n0/0.png,cat\n0/1.png,dog\n").train
+    saved = {"data_fingerprint": before.fingerprint(), "training_images": 5}
+    same = labelled_by(tmp_path, "label,image\ndog,0/1.png\ncat,0/0.png\n", seed=1).train
+    check_data(same, same.fingerprint(), saved, "w")
+    after = labelled_by(tmp_path, "image,label\n0/0.png,cat\n0/1.png,cat\n", seed=2).train
+    with pytest.raises(
+        UserError, match="w holds a run on other images, or on other labels of them"
+    ):
+        check_data(after, after.fingerprint(), saved, "w")

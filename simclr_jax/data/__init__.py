@@ -70,7 +70,8 @@ OPTIONS = (
         "",
         text(),
         "CSV file with the columns image, a path below the folder of images (or below the one that holds both "
-        "data.path and data.test_path), and label; images it does not name have none",
+        "data.path and data.test_path), and label; images it does not name have none. A run that is resumed must find the same "
+        "labels; evaluations may use others",
         resumable=True,
     ),
     *parquet.OPTIONS,

@@ -73,7 +73,9 @@ def path_of(config: ConfigDict, saved: dict, data: DataSet, workdir: str, mode: 
     digest = hashlib.blake2b(f"{train} {test}".encode(), digest_size=3).hexdigest()
     path = epath.Path(workdir) / f"{mode}_{name}_{digest}.json"
     which = "training" if train != then[0] else "test"
-    say(f"data       other {which} images than the run's, so the result goes to {path.name}")
+    say(
+        f"data       other {which} images or labels than the run's, so the result goes to {path.name}"
+    )
     return path
 
 

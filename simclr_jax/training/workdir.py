@@ -153,7 +153,8 @@ def _newest_options(workdir: str) -> dict | None:
 
 
 def check_data(train: Split, fingerprint: str, saved: dict | None, workdir: str) -> None:
-    """Raises a UserError if the saved run began on other training images.
+    """Raises a UserError if the saved run began on other training images, or on other labels of them, by which its
+    online classifier learns.
 
     Args:
       train: the training images now.
@@ -164,10 +165,12 @@ def check_data(train: Split, fingerprint: str, saved: dict | None, workdir: str)
     if saved is None or saved["data_fingerprint"] == fingerprint:
         return
     then, now = saved["training_images"], train.count
-    what = f"{then} training images and there are {now} now" if then != now else "other images"
+    what = f"{then} training images and there are {now} now"
+    if then == now:
+        what = "other images, or on other labels of them"
     raise UserError(
         f"{workdir} holds a run on {what}, so it cannot go on: restore the old data, or use "
-        "another --workdir"
+        "another --workdir; evaluations, such as --mode=probe, may take other labels"
     )
 
 
