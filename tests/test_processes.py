@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 
 from simclr_jax import load_encoder, main, mesh, processes
 from simclr_jax.errors import UserError
+from simclr_jax.training.workdir import check_data
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -371,6 +372,22 @@ def test_a_process_on_cpus_keeps_the_memory_it_frees():
     assert kept < 2 * 16_384  # of two blocks at most, as the next may not fit where the last was
     if platform.libc_ver()[0] == "glibc" and (processes._has_gpu() or processes._has_tpu()):
         assert faults("cuda") > 5 * kept  # not beside an accelerator
+
+
+def test_processes_that_find_other_images_end_with_one_line(monkeypatch, small_split):
+    """What process 1 of three finds, where the others find the first text."""
+    given = []
+
+    def gathered(digest):
+        given.append(digest)
+        return np.stack([given[0], digest, given[0]])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gathered)
+    for _ in range(2):
+        check_data(small_split, "one fingerprint", None, "w")
+    with pytest.raises(UserError, match=r"processes 1 than on process 0 \(here 37\): give"):
+        check_data(small_split, "another", None, "w")
 
 
 def test_groups_that_share_parameters_lie_within_a_slice(monkeypatch):

@@ -153,8 +153,8 @@ def _newest_options(workdir: str) -> dict | None:
 
 
 def check_data(train: Split, fingerprint: str, saved: dict | None, workdir: str) -> None:
-    """Raises a UserError if the saved run began on other training images, or on other labels of them, by which its
-    online classifier learns.
+    """Raises a UserError if the processes find unlike training images, on all of them, or if the saved run began on
+    other training images, or on other labels of them, by which its online classifier learns.
 
     Args:
       train: the training images now.
@@ -162,6 +162,11 @@ def check_data(train: Split, fingerprint: str, saved: dict | None, workdir: str)
       saved: what `check_workdir` returned.
       workdir: for the message.
     """
+    if differ := processes.that_differ(fingerprint):
+        raise UserError(
+            f"other training images on processes {', '.join(map(str, differ))} than on process 0 (here "
+            f"{train.count}): give all of them the same files, or one folder that they share (data.path)"
+        )
     if saved is None or saved["data_fingerprint"] == fingerprint:
         return
     then, now = saved["training_images"], train.count
