@@ -210,6 +210,11 @@ def test_colours_of_16_bits_are_read_where_pillow_loses_none_that_are_used(write
     assert decoded(pnm(channels_of(samples(12), 3), 4095)).max() == 255
 
 
+def test_pictures_in_memory_have_the_pixels_of_their_files():
+    for image in (colours(), Image.fromarray(samples(12))):
+        np.testing.assert_array_equal(pixels.pixels(image), decoded(saved(image, "tiff")))
+
+
 def test_transparent_parts_of_files_of_16_bits_are_white():
     x = np.stack([samples(16)] * 3 + [np.full((HEIGHT, WIDTH), 2**15, np.uint16)], axis=-1)
     expected = np.repeat((samples(16) >> 8)[..., np.newaxis], 3, axis=-1) * (128 / 255) + 127

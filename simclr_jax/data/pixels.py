@@ -8,6 +8,7 @@ import contextlib
 import functools
 import io
 import warnings
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -109,12 +110,13 @@ def pixels(image: Image.Image, upright: bool = True) -> np.ndarray:
     return turned(x, orientation(image)) if upright else x
 
 
-def _has_16_bits(image: Image.Image) -> bool:
+def _has_16_bits(image: Any) -> bool:
     """Returns whether a TIFF or PNM that is not yet read has 16 bits a sample, which its mode does not say."""
     if image.format == "TIFF":
-        return 16 in image.tag_v2.get(258, ())  # type: ignore[attr-defined]
-    grey = image.format == "PPM" and image.mode == "I"
-    return grey or (image.format == "PPM" and any(tile[3][-1:] == (65535,) for tile in image.tile))
+        return 16 in image.tag_v2.get(258, ())  # BitsPerSample
+    if image.format != "PPM":  # nor made in memory
+        return False
+    return image.mode == "I" or any(tile[3][-1:] == (65535,) for tile in image.tile)
 
 
 def _check_upper_8_bits(x: np.ndarray) -> None:

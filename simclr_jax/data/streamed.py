@@ -261,7 +261,7 @@ class StreamedSplit:
         for use, part in parts.items():
             labels = part.all_labels()
             counts[use] = np.bincount(labels[labels >= 0], minlength=len(self.classes))
-        whole = sum(counts.values())
+        whole = np.sum(list(counts.values()), axis=0)
         for use, part in parts.items():
             lacking = np.flatnonzero((counts[use] == 0) & (whole > 0))
             # A random choice of images would have none of a class this often.
