@@ -217,6 +217,14 @@ def test_a_step_is_equal_on_any_mesh_and_leaves_the_teacher(tiny, teacher):
     assert max(jax.tree.leaves(moved)) > 0
 
 
+def test_a_step_in_microbatches_is_the_whole_batchs(tiny, teacher):
+    """The student has no BatchNorm, through which an image's logits would depend on its microbatch."""
+    set_options(tiny, {"model.head": "none", "optimizer.warmup_epochs": 0.0, "distill.alpha": 0.7})
+    _, whole = one_step(tiny, teacher, 1)
+    tiny.train.microbatches = 2
+    check(one_step(tiny, teacher, 1)[1], whole, 2e-5)
+
+
 def test_alpha_weighs_the_teacher_and_the_labels(tiny, teacher):
     c = tiny
     c.model.head = "none"

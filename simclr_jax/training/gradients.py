@@ -88,17 +88,19 @@ def cached_gradient(
     """
     parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
     z = lax.map(lambda part: objective(params, batch_stats, part).z, parts)  # [k, r b, D]
-    images = len(batch["label"])
+    images, width = len(batch["label"]), z.shape[-1]
     rows = z.shape[0] * z.shape[1] // images  # r
-    together = z.reshape(microbatches, -1, rows, z.shape[-1]).swapaxes(0, 1)  # [b, k, r, D]
+    # Every size is named, as none can be inferred where z is empty, with D = 0.
+    together = z.reshape(microbatches, images // microbatches, rows, width)
+    together = together.swapaxes(0, 1)  # [b, k, r, D]
 
     def whole(z):
         return loss(z, batch["label"])
 
     (value, metrics), dz = jax.value_and_grad(whole, has_aux=True)(
-        together.reshape(-1, z.shape[-1])
+        together.reshape(images * rows, width)
     )
-    dz = _split(dz.reshape(images, rows, -1), microbatches).reshape(z.shape)
+    dz = _split(dz.reshape(images, rows, width), microbatches).reshape(z.shape)
 
     def add(total, part_and_dz):
         part, dz = part_and_dz
@@ -129,4 +131,4 @@ def in_microbatches(function: Callable[[Any], jax.Array], batch, microbatches: i
 
 def _split(x, microbatches: int):
     """Reshapes [k b, ...] to [k, b, ...], row i going to part i mod k."""
-    return x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
+    return x.reshape(len(x) // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
