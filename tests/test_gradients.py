@@ -5,9 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_images
+from flax import linen as nn
 
+from simclr_jax.encoders.heads import LinearClassifier, ProjectionHead
 from simclr_jax.losses import nt_xent
 from simclr_jax.training.gradients import Embedding, cached_gradient, whole_gradient
+from simclr_jax.training.objectives import contrastive, distilled, no_loss
+from simclr_jax.training.state import Networks
 
 
 def setup(images=12):
@@ -36,11 +40,11 @@ def loss(z, labels):
     return value, metrics | {"labels": jnp.mean(labels, dtype=jnp.float32)}
 
 
-def gradient(objective, params, batch, microbatches=1):
+def gradient(objective, params, batch, microbatches=1, loss=loss, batch_stats=1.0):
     def compute(params, batch):
         if microbatches == 1:
-            return whole_gradient(objective, loss, params, 1.0, batch)
-        return cached_gradient(objective, loss, params, 1.0, batch, microbatches)
+            return whole_gradient(objective, loss, params, batch_stats, batch)
+        return cached_gradient(objective, loss, params, batch_stats, batch, microbatches)
 
     return jax.jit(compute)(params, batch)
 
@@ -60,6 +64,59 @@ def test_the_gradient_is_the_whole_batchs(microbatches):
     assert worst(found.grads, expected.grads) < 1e-5
     # The loss, its metrics, those of the embeddings, and the statistics.
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found[1:], expected[1:])
+
+
+class Flat(nn.Module):
+    """An encoder of one layer."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        return jnp.tanh(nn.Dense(8)(x.reshape(len(x), -1)))
+
+
+def objective_with_labels(name):
+    """(objective, loss over z, params, batch_stats) of the package's own objectives, on a network of two layers."""
+    encoder, classifier, key = Flat(), LinearClassifier(3), jax.random.key(0)
+    params = {
+        "encoder": encoder.init(key, jnp.zeros((1, 6, 6, 3)), False)["params"],
+        "classifier": classifier.init(key, jnp.zeros((1, 8)))["params"],
+    }
+
+    def views(batch):
+        return batch["views"]
+
+    def classify(params, x):
+        h = encoder.apply({"params": params["encoder"]}, x, False)
+        return classifier.apply({"params": params["classifier"]}, h)
+
+    if name == "distilled":
+        params |= {"teacher": jax.tree.map(lambda x: 2 * x, params)}
+
+        def student(params, batch_stats, x):
+            return classify(params, x), {}
+
+        def teacher(variables, x):
+            return classify(variables["params"], x)
+
+        return distilled(student, teacher, views, 0.5, 0.3), no_loss, params, {"teacher": {}}
+    params["head"] = {}
+    networks = Networks(encoder, ProjectionHead("none"), classifier)
+    made = contrastive(networks, views, by_labels=name == "supervised")
+    return made, loss, params, {"encoder": {}, "head": {}}
+
+
+@pytest.mark.parametrize("name", ["contrastive", "supervised", "distilled"])
+@pytest.mark.parametrize("microbatches", [2, 3])
+@pytest.mark.parametrize("labelled", [[0, 6], [0, 1, 3, 4, 7], []])
+def test_the_gradient_is_the_whole_batchs_wherever_the_labels_are(name, microbatches, labelled):
+    """Images 0 and 6 are in the first microbatch of 2 and of 3, so that the others have no label."""
+    _, _, batch = setup()
+    batch["label"] = np.where(np.isin(np.arange(12), labelled), batch["label"], -1)
+    objective, of_z, params, batch_stats = objective_with_labels(name)
+    whole, parts = (
+        gradient(objective, params, batch, count, of_z, batch_stats) for count in (1, microbatches)
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), parts, whole)
 
 
 def test_a_mean_over_the_losses_of_microbatches_is_rejected():

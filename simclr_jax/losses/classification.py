@@ -7,19 +7,34 @@ import jax
 import jax.numpy as jnp
 
 
-def cross_entropy(logits, labels):
+def label_weights(labels):
+    """Returns the weight of each row in a mean over the rows that have a label, float32 [N]: N divided by the
+    number of labelled rows, or 0 for a row without a label, so that a mean over all rows of weighted
+    numbers is the mean over the labelled ones.
+
+    Args:
+      labels: int [N], below 0: none.
+    """
+    known = labels >= 0
+    return jnp.where(known, len(labels) / jnp.maximum(jnp.sum(known), 1), 0)
+
+
+def cross_entropy(logits, labels, weights=None):
     """Computes the mean cross-entropy and the accuracy over the rows that have a label, float32 scalars.
 
     Args:
       logits: [N, C].
       labels: int [N], each from 0 to C - 1, or below 0: none. Where no row has one, both results are 0.
+      weights: `label_weights` of the batch that these rows are a part of, [N]: the mean of the results over
+        equal parts of the batch is then the result of the batch, wherever its labels are. None: the
+        rows are the whole batch.
     """
+    weights = label_weights(labels) if weights is None else weights
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    known = labels >= 0
-    count = jnp.maximum(jnp.sum(known), 1)
     of_label = jnp.take_along_axis(log_p, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
-    right = known & (jnp.argmax(logits, axis=-1) == labels)
-    return -jnp.sum(jnp.where(known, of_label, 0)) / count, jnp.sum(right) / count
+    losses = jnp.where(labels >= 0, -of_label, 0)
+    right = jnp.argmax(logits, axis=-1) == labels  # false where there is no label
+    return jnp.mean(weights * losses), jnp.mean(weights * right)
 
 
 def cross_entropy_of_sets(logits, labels, members):

@@ -14,13 +14,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from simclr_jax.losses.classification import label_weights
+
 
 class Embedding(NamedTuple):
     """The result of an objective for b images.
 
     Attributes:
       z: [r b, D], the input of the loss over the whole batch; the r rows of an image are adjacent.
-      loss: a scalar, mean over the b images, that is added to the loss over the whole batch.
+      loss: a scalar, mean over the b images, that is added to the loss over the whole batch. The mean of the
+        losses of equal parts of a batch is that of the batch.
       metrics: {name: scalar}, each a mean over the b images.
       batch_stats: {network: its new running BatchNorm statistics}.
     """
@@ -31,7 +34,8 @@ class Embedding(NamedTuple):
     batch_stats: Any
 
 
-# (params, batch_stats, batch) -> Embedding. The batch is a tree of arrays [b, ...].
+# (params, batch_stats, batch) -> Embedding. The batch is a tree of arrays [b, ...]: what the step's `fetch`
+# returns, and "label_weight", the `label_weights` of the whole batch.
 Objective = Callable[[Any, Any, Any], Embedding]
 
 # (z [r B, D], labels int [B]) -> (scalar, {name: scalar}), see `losses.Loss`.
@@ -64,6 +68,7 @@ def whole_gradient(objective: Objective, loss: BatchLoss, params, batch_stats, b
       batch_stats: running statistics before the step.
       batch: tree of arrays [B, ...], "label" among them.
     """
+    batch = _with_label_weights(batch)
 
     def total(params):
         embedding = objective(params, batch_stats, batch)
@@ -81,11 +86,13 @@ def cached_gradient(
 
     Equal up to rounding wherever an image's embedding does not depend on the rest of its batch.
     BatchNorm in training makes it depend: its statistics then are those of a microbatch, and the
-    running statistics follow the mean over the microbatches.
+    running statistics follow the mean over the microbatches. The objective must take means over
+    labelled images by "label_weight", as a microbatch may have any share of the batch's labels.
 
     Microbatch m holds the images m, m + k, m + 2k, ... of k microbatches: where the batch is
     divided over devices, every device finds its part of each microbatch among its own images.
     """
+    batch = _with_label_weights(batch)
     parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
     z = lax.map(lambda part: objective(params, batch_stats, part).z, parts)  # [k, r b, D]
     images, width = len(batch["label"]), z.shape[-1]
@@ -127,6 +134,10 @@ def in_microbatches(function: Callable[[Any], jax.Array], batch, microbatches: i
     parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
     found = lax.map(function, parts).swapaxes(0, 1)
     return found.reshape(-1, *found.shape[2:])
+
+
+def _with_label_weights(batch):
+    return batch | {"label_weight": label_weights(batch["label"])}
 
 
 def _split(x, microbatches: int):

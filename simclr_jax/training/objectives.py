@@ -38,7 +38,7 @@ def contrastive(
         else:  # a probe that trains along: no gradient of it reaches the encoder
             h = jax.lax.stop_gradient(h)
         logits = networks.classifier.apply({"params": params["classifier"]}, h)
-        loss, accuracy = cross_entropy(logits, jnp.repeat(batch["label"], 2))
+        loss, accuracy = _of_labels(logits, batch)
         metrics = {"classifier_loss": loss, "classifier_accuracy": accuracy}
         return Embedding(z, loss, metrics, seen)
 
@@ -77,7 +77,8 @@ def supervised(
     """Returns the objective of training with labels: the cross-entropy of the logits of all views.
 
     Every image has as many views as `views` makes, one for the classifiers of the paper. The metrics
-    hold loss and classifier_accuracy; z is empty, so use it with `no_loss`.
+    hold loss and classifier_accuracy; z is empty, so use it with `no_loss`. Not for microbatches of
+    images of which some have no label: `loss_of` takes its mean over the labels that it is given.
 
     Args:
       classify: (params, batch_stats, images [n, H, W, 3]) -> (logits [n, C], new batch_stats).
@@ -129,7 +130,7 @@ def distilled(
         agree = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(taught, -1))
         metrics = {"teacher_agreement": agree}
         if "label" in batch:
-            of_labels, accuracy = cross_entropy(logits, jnp.repeat(batch["label"], count))
+            of_labels, accuracy = _of_labels(logits, batch)
             loss += (1 - alpha) * of_labels
             metrics["classifier_accuracy"] = accuracy
         metrics["loss"] = loss
@@ -143,6 +144,15 @@ def no_loss(z, labels) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns a zero loss and no metrics: for objectives that already hold their whole loss."""
     del z, labels
     return jnp.zeros(()), {}
+
+
+def _of_labels(logits: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns cross-entropy and accuracy of logits [V b, C], V adjacent rows an image, as `cross_entropy` does
+    for a part of a batch.
+    """
+    views = len(logits) // len(batch["label"])
+    labels, weights = (jnp.repeat(batch[name], views) for name in ("label", "label_weight"))
+    return cross_entropy(logits, labels, weights)
 
 
 def _of(params: Any, batch_stats: Any, name: str) -> dict:
