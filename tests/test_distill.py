@@ -20,6 +20,7 @@ from simclr_jax.mesh import make_mesh, to_global
 from simclr_jax.modes.distill import distill, distillation_job, student_of
 from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.training.checkpoint import save_once
+from simclr_jax.training.objectives import distilled
 from simclr_jax.training.state import TrainState, init_head
 from simclr_jax.training.workdir import about_classifier
 from simclr_jax.views.placement import HostViews
@@ -223,6 +224,27 @@ def test_a_step_in_microbatches_is_the_whole_batchs(tiny, teacher):
     _, whole = one_step(tiny, teacher, 1)
     tiny.train.microbatches = 2
     check(one_step(tiny, teacher, 1)[1], whole, 2e-5)
+
+
+def test_with_alpha_1_no_label_counts():
+    """Labels of more classes than the teacher has would index beyond its logits."""
+    x = jnp.asarray(np.random.default_rng(0).random((4, 1, 2, 2, 3)), jnp.float32)
+
+    def logits(x):
+        return x.reshape(len(x), -1)[:, :CLASSES]
+
+    objective = distilled(
+        lambda params, batch_stats, x: (logits(x), {}),
+        lambda variables, x: 2 * logits(x),
+        lambda batch: batch["views"],
+        temperature=1.0,
+        alpha=1.0,
+    )
+    nothing = {"teacher": {}}
+    found = objective(nothing, nothing, {"views": x, "label": jnp.asarray([0, 1, 2, 7])})
+    wanted, _ = loops(np.float64(logits(x[:, 0])), np.float64(2 * logits(x[:, 0])), 1.0)
+    np.testing.assert_allclose(found.loss, wanted, rtol=2e-5)
+    assert found.metrics.keys() == {"loss", "teacher_agreement"}
 
 
 def test_alpha_weighs_the_teacher_and_the_labels(tiny, teacher):

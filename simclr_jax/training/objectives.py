@@ -107,8 +107,8 @@ def distilled(
     """Returns the objective of distillation: alpha times `losses.classification.distillation` of all views, plus
     1 - alpha times the cross-entropy of those with a label (SimCLR v2, arXiv 2006.10029, section 2).
 
-    The metrics hold loss, teacher_agreement, the share of views that both put into one class, and, where
-    the batch has labels, classifier_accuracy. z is empty, so use it with `no_loss`.
+    The metrics hold loss, teacher_agreement, the share of views that both put into one class, and, with alpha
+    below 1, classifier_accuracy. z is empty, so use it with `no_loss`.
 
     Args:
       student: (params, batch_stats, images [n, H, W, 3]) -> (logits [n, C], new batch_stats).
@@ -116,7 +116,8 @@ def distilled(
         batch_stats["teacher"]; they pass no gradient.
       views: a batch -> float views [b, V, H, W, 3] in [0, 1].
       temperature: divides the logits of both.
-      alpha: weight of the teacher, in [0, 1].
+      alpha: weight of the teacher, in [0, 1]. With 1 no label is looked at, so that they may be of other
+        classes than the teacher's.
     """
 
     def embed(params, batch_stats, batch) -> Embedding:
@@ -129,7 +130,7 @@ def distilled(
         loss = alpha * distillation(logits, taught, temperature)
         agree = jnp.mean(jnp.argmax(logits, -1) == jnp.argmax(taught, -1))
         metrics = {"teacher_agreement": agree}
-        if "label" in batch:
+        if alpha < 1:
             of_labels, accuracy = _of_labels(logits, batch)
             loss += (1 - alpha) * of_labels
             metrics["classifier_accuracy"] = accuracy
