@@ -12,7 +12,7 @@ from conftest import RESNET
 from invariance import batch, check
 
 from simclr_jax import assemble, load_classifier
-from simclr_jax.config import set_options
+from simclr_jax.config import from_dict, set_options, validate
 from simclr_jax.encoders import init_encoder
 from simclr_jax.errors import UserError
 from simclr_jax.losses.classification import cross_entropy, distillation
@@ -22,7 +22,7 @@ from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.training.checkpoint import save_once
 from simclr_jax.training.objectives import distilled
 from simclr_jax.training.state import TrainState, init_head
-from simclr_jax.training.workdir import about_classifier
+from simclr_jax.training.workdir import about_classifier, saved_config
 from simclr_jax.views.placement import HostViews
 
 CLASSES = 3
@@ -143,8 +143,9 @@ def test_a_student_learns_from_its_teacher_and_goes_on_bit_for_bit(
 
 
 def test_a_run_keeps_its_teacher(tiny, teacher, tmp_path, one_device):
-    set_options(tiny, {"distill.teacher": teacher, "train.steps": 2})
+    set_options(tiny, {"distill.teacher": teacher, "train.steps": 2, "finetune.from_layer": 1})
     run(tiny, tmp_path / "w", stop_in=1)
+    validate(from_dict(saved_config(str(tmp_path / "w"))))  # of a student without a head
     shutil.rmtree(teacher)
     classifier_at(tiny, teacher, seed=4)
     with pytest.raises(UserError, match="holds a run with another teacher"):

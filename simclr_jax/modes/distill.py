@@ -70,7 +70,8 @@ def _distill(config: ConfigDict, workdir: str) -> bool:
             "--mode=finetune names at its end"
         )
     config = config.copy_and_resolve_references()
-    config.model.head = "none"  # a student has no projection
+    # A student has no projection head, and so no layer of one that fine-tuning could begin from.
+    config.model.head, config.finetune.from_layer = "none", 0
     saved = check_workdir(config, workdir, mode="distill")
     teacher = load_classifier(config.distill.teacher)
     data = assemble.data_set(config)
