@@ -69,7 +69,7 @@ def test_broken_losses_differ_from_the_loops():
         assert abs(broken - wanted) > 0.05 * wanted
 
 
-def classifier_at(c, folder, layer=1, seed=3, classes=CLASSES):
+def classifier_at(c, folder, layer=1, seed=3, classes=CLASSES, names=None):
     """Saves an untrained classifier on a layer of the head. Returns its folder."""
     encoder, head = assemble.encoder(c), assemble.head(c)
     key = jax.random.key(seed)
@@ -80,7 +80,7 @@ def classifier_at(c, folder, layer=1, seed=3, classes=CLASSES):
     # Logits that differ from class to class.
     params["classifier"] = jax.tree.map(lambda x: 3000 * x, params["classifier"])
     state = TrainState(jnp.zeros((), jnp.int32), params, batch_stats, ())
-    names = [f"class {i}" for i in range(classes)]
+    names = [str(i) for i in range(classes)] if names is None else names
     record = {"config": c.to_dict(), "classifier": about_classifier(layer, classes, names)}
     save_once(str(folder), 5, state, record)
     return str(folder)
@@ -128,7 +128,7 @@ def test_a_student_learns_from_its_teacher_and_goes_on_bit_for_bit(
     assert run(tiny, tmp_path / "parts")
     a, b = (load_classifier(tmp_path / name) for name in ("whole", "parts"))
     jax.tree.map(np.testing.assert_array_equal, a.variables, b.variables)
-    assert a.classes == ["class 0", "class 1", "class 2"]
+    assert a.classes == ["0", "1", "2"]
     result = json.loads((tmp_path / "whole" / "distill.json").read_text())
     with np.load(tiny.data.path) as file:
         images, labels = file["test_images"], file["test_labels"]
@@ -159,6 +159,19 @@ def test_what_cannot_be_distilled_is_refused(tiny, teacher, tmp_path, one_device
     set_options(tiny, {"distill.teacher": other, "distill.alpha": 0.5})
     with pytest.raises(UserError, match="3 classes, and the teacher has 5"):
         run(tiny, tmp_path / "w")
+    swapped = classifier_at(tiny, tmp_path / "swapped", names=["0", "2", "1"])
+    tiny.distill.teacher = swapped
+    with pytest.raises(UserError, match="class 1 of the data is '1', and the teacher's is '2'"):
+        run(tiny, tmp_path / "w")
+
+
+def test_a_teacher_of_other_classes_is_not_compared(tiny, tmp_path, one_device, capsys):
+    """distill.alpha is 1: no label counts."""
+    other = classifier_at(tiny, tmp_path / "other", names=["0", "2", "1"])
+    set_options(tiny, {"distill.teacher": other, "train.steps": 1})
+    assert run(tiny, tmp_path / "w")
+    assert "compared    none: class 1 of the data is '1', and the" in capsys.readouterr().out
+    assert not (tmp_path / "w/distill.json").exists()
 
 
 def one_step(c, teacher, devices, fsdp=1):

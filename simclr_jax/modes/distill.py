@@ -95,7 +95,10 @@ def _distill(config: ConfigDict, workdir: str) -> bool:
     run = Run(workdir, record, saving, reporting, hang_seconds=hang)
     state, finished = fit(job, stream(views, images), run)
     if finished and subjects.is_labelled(data):
-        _compare(config, workdir, student, teacher, state, views, data)
+        if other := _other_classes(data, teacher):
+            say(f"compared    none: {other}, so its classes are not the labels of the test images")
+        else:
+            _compare(config, workdir, student, teacher, state, views, data)
     return finished
 
 
@@ -160,11 +163,11 @@ def _about(config: ConfigDict, teacher: Classifier, data: DataSet) -> dict[str, 
     Raises:
       UserError: the data have other classes than the teacher, and they matter.
     """
-    own = data.train.classes
-    if own and len(own) != teacher.width and config.distill.alpha < 1:
+    alpha, other = config.distill.alpha, _other_classes(data, teacher)
+    if alpha < 1 and other:
         raise UserError(
-            f"distill.alpha={config.distill.alpha} uses labels of {len(own)} classes, and the teacher has "
-            f"{teacher.width}: expected as many, or distill.alpha=1"
+            f"distill.alpha={alpha} uses the labels, and {other}: expected the teacher's classes in its order, "
+            "or distill.alpha=1"
         )
     return {
         "mode": "distill",
@@ -175,6 +178,19 @@ def _about(config: ConfigDict, teacher: Classifier, data: DataSet) -> dict[str, 
             "digest": digest_of(teacher.variables),
         },
     }
+
+
+def _other_classes(data: DataSet, teacher: Classifier) -> str:
+    """Returns in words how the classes of the data differ from the teacher's; "" if they do not, or the data have
+    none. Where the teacher's names are not known, their number counts.
+    """
+    own, taught = data.train.classes, teacher.classes
+    if own and len(own) != teacher.width:
+        return f"the data have {len(own)} classes, and the teacher has {teacher.width}"
+    for i, (name, other) in enumerate(zip(own or (), taught or (), strict=False)):
+        if name != other:
+            return f"class {i} of the data is {name!r}, and the teacher's is {other!r}"
+    return ""
 
 
 def _check_teacher(teacher: dict, saved: dict | None, workdir: str) -> None:
