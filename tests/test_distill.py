@@ -142,10 +142,13 @@ def test_a_student_learns_from_its_teacher_and_goes_on_bit_for_bit(
         pretrain(tiny, str(tmp_path / "whole"))
 
 
-def test_a_run_keeps_its_teacher(tiny, teacher, tmp_path, one_device):
-    set_options(tiny, {"distill.teacher": teacher, "train.steps": 2, "finetune.from_layer": 1})
+def test_a_run_keeps_its_teacher(tiny, teacher, tmp_path, one_device, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    set_options(tiny, {"distill.teacher": "teacher", "train.steps": 2, "finetune.from_layer": 1})
     run(tiny, tmp_path / "w", stop_in=1)
-    validate(from_dict(saved_config(str(tmp_path / "w"))))  # of a student without a head
+    saved = from_dict(saved_config(str(tmp_path / "w")))
+    validate(saved)  # of a student without a head
+    assert saved.distill.teacher == teacher  # from any current folder
     shutil.rmtree(teacher)
     classifier_at(tiny, teacher, seed=4)
     with pytest.raises(UserError, match="holds a run with another teacher"):

@@ -31,6 +31,7 @@ _PATHS = (
     ("data", "test_path"),
     ("data", "labels_file"),
     ("model", "init_from"),
+    ("distill", "teacher"),
 )
 
 # What --extend lets differ.
