@@ -253,7 +253,7 @@ def test_a_labelled_run_ends_with_its_page(tiny, tmp_path, capsys):
     assert re.search(r"train\.steps</b></td><td class=\"text\">8</td>", page)
 
 
-def write_run(folder, lines, steps=4, **files):
+def write_run(folder, lines, steps=4, about=None, **files):
     folder.mkdir(parents=True)
     record = {
         "config": config.default().to_dict(),
@@ -267,7 +267,7 @@ def write_run(folder, lines, steps=4, **files):
         "time": "2026-01-01T00:00:00+00:00",
         "devices": ["cpu:0"],
         "processes": 1,
-    }
+    } | (about or {})
     (folder / "config.json").write_text(json.dumps(record))
     (folder / "metrics.jsonl").write_text(lines)
     for name, content in files.items():
@@ -291,6 +291,22 @@ def test_a_record_says_how_far_its_run_is(tmp_path):
     assert read_record(str(sick)).verdict()["is_bad"]
     with pytest.raises(UserError, match="no run in"):
         read_record(str(tmp_path))
+
+
+def test_a_distillation_is_not_held_against_the_bounds_of_another_loss(tiny, tmp_path):
+    tiny.data.path = str(tmp_path / "moved.npz")
+    rows = [results.row("teacher", None, [0.75]), results.row("student", None, [0.625])]
+    line = '{"step": 4, "loss": 0.5, "teacher_agreement": 0.9}\n'
+    about, distill = {"mode": "distill"}, {"step": 4, "rows": rows, "test_images": 8}
+    student = write_run(tmp_path / "runs/student", line, about=about, distill=distill)
+    page = report(tiny, str(student)).read_text()
+    assert "by chance" not in page
+    assert re.search(r"student</td>\s*<td[^>]*>62.5%", page)
+    assert "finished" in page
+    assert "nothing is reported yet" not in page
+    contrastive = write_run(tmp_path / "runs/contrastive", '{"step": 4, "loss": 8.0}\n')
+    assert "by chance" in report(tiny, str(contrastive)).read_text()
+    assert "62.5%" in report(None, str(tmp_path), runs=f"{tmp_path}/runs/*").read_text()
 
 
 def test_several_runs_are_one_page_to_sort(tmp_path, capsys):

@@ -17,7 +17,7 @@ from simclr_jax.training.plan import Plan
 from simclr_jax.training.verdict import References, judge
 
 # Results of evaluations: WORKDIR/NAME.json, and WORKDIR/NAME_DATA_DIGEST.json on other data.
-_RESULTS = ("probe", "knn", "linear", "finetune", "transfer", "transfer_finetune")
+_RESULTS = ("probe", "knn", "linear", "finetune", "transfer", "transfer_finetune", "distill")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,11 @@ class Record:
     def name(self) -> str:
         """Returns the title, or the folder's name."""
         return self.title or os.path.basename(absolute(str(self.workdir)).rstrip("/"))
+
+    @property
+    def is_contrastive(self) -> bool:
+        """Returns whether it trained on pairs of views, with projections: not a distillation."""
+        return self.about.get("mode", "pretrain") == "pretrain"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -92,7 +97,8 @@ class Record:
         if found is None or self.steps < self.about["plan"]["steps"]:
             found = self._now()
         if found is None:
-            return {"name": self.state, "because": "nothing is reported yet", "is_bad": False}
+            said = "" if self.lines else "nothing is reported yet"
+            return {"name": self.state, "because": said, "is_bad": False}
         return found | {"is_bad": found["name"] != "sound"}
 
     def _now(self) -> dict[str, str] | None:
@@ -118,7 +124,7 @@ def read_record(workdir: str) -> Record:
     about = _json(root / "config.json")
     if about is None or "plan" not in about or "config" not in about:
         raise UserError(
-            f"no run in {workdir}: expected a workdir of --mode=pretrain, with its config.json"
+            f"no run in {workdir}: expected a workdir of --mode=pretrain or distill, with its config.json"
         )
     try:
         flatten(from_dict(about["config"]))

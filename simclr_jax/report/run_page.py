@@ -52,7 +52,8 @@ def page_of_run(config: ConfigDict, record: Record) -> str:
         data = assemble.data_set(config)
         if data.train.fingerprint() != record.about.get("data_fingerprint"):
             problems.append("The pictures are of other images than the run was trained on.")
-        content["views"] = sheet_of(config, data.train)
+        if record.is_contrastive:
+            content["views"] = sheet_of(config, data.train)
         content |= _pictures(config, record, data)
     except UserError as error:
         problems.append(f"No pictures: {error}.")
@@ -93,7 +94,11 @@ def _cards(record: Record, planned: dict) -> list[tuple[str, str]]:
 
 
 def _references(record: Record) -> dict[str, dict[str, float]]:
-    """Returns the constant lines of the curves: the bounds of NT-Xent, and an even spread of z."""
+    """Returns the constant lines of the curves: the bounds of NT-Xent, and an even spread of z. A distillation has
+    another loss, and no z.
+    """
+    if not record.is_contrastive:
+        return {}
     known = record.references
     found = {"z_std": {"evenly spread": known.width**-0.5}}
     if known.temperature is not None:

@@ -91,7 +91,7 @@ def _runs_table(records: list[Record], folder: str) -> tuple[list[str], list[lis
             best = [
                 r["accuracy"]
                 for r in record.results.get(name, {"rows": []})["rows"]
-                if r["features"] == "encoder" and r["labels_per_class"] is None
+                if r["features"] in ("encoder", "student") and r["labels_per_class"] is None
             ]
             cells.append(_cell(f"{best[0]:.1%}" if best else "", best[0] if best else ""))
         rows.append(cells)
