@@ -21,6 +21,7 @@ from simclr_jax.modes.distill import distill, distillation_job, student_of
 from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.training.checkpoint import save_once
 from simclr_jax.training.objectives import distilled
+from simclr_jax.training.sinks import SINKS
 from simclr_jax.training.state import TrainState, init_head
 from simclr_jax.training.workdir import about_classifier, saved_config
 from simclr_jax.views.placement import HostViews
@@ -173,8 +174,37 @@ def test_a_teacher_of_other_classes_is_not_compared(tiny, tmp_path, one_device, 
     other = classifier_at(tiny, tmp_path / "other", names=["0", "2", "1"])
     set_options(tiny, {"distill.teacher": other, "train.steps": 1})
     assert run(tiny, tmp_path / "w")
-    assert "compared    none: class 1 of the data is '1', and the" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "compared    none: class 1 of the data is '1', and the" in said
+    assert "no effect" not in said
     assert not (tmp_path / "w/distill.json").exists()
+
+
+def test_options_of_training_are_followed_or_said_to_have_no_effect(
+    tiny, teacher, tmp_path, one_device, capsys, monkeypatch
+):
+    sent, pages = [], []
+
+    class Kept:
+        def __init__(self, workdir, config):
+            sent.append(config["distill.teacher"])
+
+        def write(self, step, values):
+            sent.append(step)
+
+        def close(self, finished):
+            sent.append(finished)
+
+    monkeypatch.setitem(SINKS, "wandb", Kept)
+    monkeypatch.setattr("simclr_jax.modes.report.report", lambda *args: pages.append(args[1]))
+    options = {"distill.teacher": teacher, "train.steps": 1, "train.log_every_steps": 1}
+    unused = {"model.init_from": "W", "eval.every_steps": 5}
+    set_options(tiny, options | unused | {"train.report": True, "train.sinks": ("wandb",)})
+    workdir = str(tmp_path / "w")
+    assert run(tiny, workdir)
+    assert "no effect   of model.init_from=W, eval.every_steps=5: " in capsys.readouterr().out
+    assert pages == [workdir]
+    assert sent == [teacher, 1, True]
 
 
 def one_step(c, teacher, devices, fsdp=1):

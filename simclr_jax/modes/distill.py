@@ -5,6 +5,7 @@ The student is the configuration's encoder with a linear classifier on h. It is 
 the options "optimizer.*", "train.*" and "data.*", on random crops and flips.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble
+from simclr_jax import config as config_lib
 from simclr_jax.console import say, show_table
 from simclr_jax.data.broken import Images
 from simclr_jax.data.split import DataSet
@@ -25,6 +27,7 @@ from simclr_jax.evals.features import Extractor
 from simclr_jax.evals.scores import METRICS
 from simclr_jax.files import absolute
 from simclr_jax.mesh import check_divides, laid_out, make_mesh, replicated
+from simclr_jax.modes.report import report_at_end
 from simclr_jax.pretrained import Classifier, load_classifier
 from simclr_jax.training.checkpoint import Saving
 from simclr_jax.training.log import Reporting
@@ -32,6 +35,7 @@ from simclr_jax.training.loop import Job, Run, fit, job_of
 from simclr_jax.training.objectives import distilled, no_loss
 from simclr_jax.training.optimizer import of_parts
 from simclr_jax.training.plan import Plan
+from simclr_jax.training.sinks import Sinks
 from simclr_jax.training.state import TrainState, count_parameters, digest_of, start_of
 from simclr_jax.training.step import UpdateRule, make_step
 from simclr_jax.training.workdir import (
@@ -44,12 +48,16 @@ from simclr_jax.training.workdir import (
 )
 from simclr_jax.views.placement import Views, stream
 
+# Options of training that pretraining alone follows.
+_WITHOUT_EFFECT = ("model.init_from", "eval.every_steps", "eval.every_epochs", "health.every_steps")
+
 _ADVICE = "in another --workdir, try a lower optimizer.learning_rate or a longer warm-up"
 
 
 def distill(config: ConfigDict, workdir: str) -> bool:
     """Trains a student from the workdir's newest checkpoint, or from the start, to the end; then, where the
-    data have a labelled test split, writes WORKDIR/distill.json with the accuracies of teacher and student.
+    data have a labelled test split, writes WORKDIR/distill.json with the accuracies of teacher and student,
+    and the report if train.report says so.
 
     On SIGTERM or SIGINT it finishes the step, saves, and returns.
 
@@ -60,7 +68,10 @@ def distill(config: ConfigDict, workdir: str) -> bool:
       UserError: there is no teacher, the workdir holds another run, or what `pretrain` raises it for.
     """
     with alone_in(workdir):
-        return _distill(config, workdir)
+        finished = _distill(config, workdir)
+    if finished and config.train.report:
+        report_at_end(config, workdir)
+    return finished
 
 
 def _distill(config: ConfigDict, workdir: str) -> bool:
@@ -90,9 +101,9 @@ def _distill(config: ConfigDict, workdir: str) -> bool:
     _describe(config, plan, student, teacher.network, job, train.count)
     images = assemble.images_of(config, train, epath.Path(workdir) / "broken_images.jsonl")
     reporting = Reporting(config.train.log_every_steps, config.data.batch_size, plan.steps, _ADVICE)
-    hang = config.train.hang_seconds
-    saving = Saving(**config.checkpoint.to_dict())
-    run = Run(workdir, record, saving, reporting, hang_seconds=hang)
+    sinks = functools.partial(Sinks, config.train.sinks, workdir, config_lib.flatten(config))
+    hang, saving = config.train.hang_seconds, Saving(**config.checkpoint.to_dict())
+    run = Run(workdir, record, saving, reporting, sinks, hang)
     state, finished = fit(job, stream(views, images), run)
     if finished and subjects.is_labelled(data):
         if other := _other_classes(data, teacher):
@@ -218,6 +229,9 @@ def _describe(
     say(f"student     {student.encoder.describe()}, {own:.2f} M parameters, classes on h")
     say(f"loss        distillation, temperature {options.temperature:g}, alpha {options.alpha:g}")
     say(f"steps       {plan.steps}, peak learning rate {plan.learning_rate:.4g}")
+    values = config_lib.flatten(config)
+    if unused := [f"{name}={values[name]}" for name in _WITHOUT_EFFECT if values[name]]:
+        say(f"no effect   of {', '.join(unused)}: --mode=distill does not follow them")
 
 
 def _compare(

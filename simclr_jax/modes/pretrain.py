@@ -13,14 +13,13 @@ from simclr_jax import config as config_lib
 from simclr_jax.assemble import Pretraining
 from simclr_jax.console import say
 from simclr_jax.data import count_and_size, index, suggest
-from simclr_jax.errors import one_line
 from simclr_jax.evals.evaluate import can_evaluate, evaluate_features
 from simclr_jax.evals.on_the_way import watch
 from simclr_jax.evals.spread import Spread
 from simclr_jax.evals.subjects import ENCODER, UNTRAINED
 from simclr_jax.files import expanded, write_json
 from simclr_jax.mesh import FSDP
-from simclr_jax.modes.report import report
+from simclr_jax.modes.report import report_at_end
 from simclr_jax.modes.warm_start import begun_with, describe_start, find_start
 from simclr_jax.training.checkpoint import Saving
 from simclr_jax.training.log import Reporting
@@ -78,23 +77,8 @@ def pretrain_and_evaluate(config: ConfigDict, workdir: str, extend: bool = False
     if config.eval.after_training != "none":
         _evaluate(config, workdir)
     if config.train.report:
-        _report(config, workdir)
+        report_at_end(config, workdir)
     return True
-
-
-def _report(config: ConfigDict, workdir: str) -> None:
-    """Writes WORKDIR/report.html; where that needs what is not installed, says so."""
-    if jax.process_count() > 1:
-        say(
-            f"report      by one process: python -m simclr_jax.main --mode=report --workdir={workdir}"
-        )
-        return
-    try:
-        report(config, workdir)
-    except (
-        Exception
-    ) as error:  # the training is finished and saved: nothing may make it look failed
-        say(f"report      none: {one_line(error)}")
 
 
 def _evaluate(config: ConfigDict, workdir: str) -> None:

@@ -3,12 +3,14 @@
 import os
 import shlex
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax.console import say
 from simclr_jax.data import name_of
+from simclr_jax.errors import one_line
 from simclr_jax.files import absolute, write_text
 from simclr_jax.report.curves import need_bokeh
 from simclr_jax.report.page import render
@@ -44,6 +46,21 @@ def report(config: ConfigDict | None, workdir: str, runs: str = "", output: str 
     write_text(path, page)
     say(f"report      {path} ({len(page.encode()) / 1e6:.1f} MB)")
     return path
+
+
+def report_at_end(config: ConfigDict, workdir: str) -> None:
+    """Writes WORKDIR/report.html after a training; where that needs what is not installed, says so."""
+    if jax.process_count() > 1:
+        say(
+            f"report      by one process: python -m simclr_jax.main --mode=report --workdir={workdir}"
+        )
+        return
+    try:
+        report(config, workdir)
+    except (
+        Exception
+    ) as error:  # the training is finished and saved: nothing may make it look failed
+        say(f"report      none: {one_line(error)}")
 
 
 def views(config: ConfigDict, workdir: str, output: str = "") -> None:
