@@ -257,6 +257,7 @@ def test_the_runs_own_splits_and_tfds(run, tmp_path):
     rows = read(tmp_path / "f.npz")
     assert rows["image"].tolist() == [str(i) for i in range(21)]
     assert rows["label"].tolist() == [i % 3 for i in range(21)]
+    config.data.test_fraction = 0.1  # of the run's data, not of what is named
     source = open_input(config, "digits:test")
     assert source.split.count == 360
     assert source.names(5, 2).tolist() == ["5", "6"]

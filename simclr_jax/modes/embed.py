@@ -79,7 +79,7 @@ def open_input(config: ConfigDict, name: str) -> Input:
             "test for the run's own data"
         )
     data = config.data.to_dict() | {"source": "tfds", "name": data_set, "seed": config.seed}
-    data |= {"train_split": split_name, "test_split": ""}
+    data |= {"train_split": split_name, "test_split": "", "test_fraction": 0.0}  # all of the split
     data["path"] = config.data.path if config.data.source == "tfds" else ""
     return Input(open_source(data).train, None, name)
 
