@@ -13,6 +13,7 @@ from conftest import encoder_checkpoint, random_images
 from PIL import Image
 
 import simclr_jax
+from simclr_jax.config import set_options
 from simclr_jax.data import decode
 from simclr_jax.errors import UserError
 from simclr_jax.evals import subjects
@@ -261,6 +262,20 @@ def test_the_runs_own_splits_and_tfds(run, tmp_path):
     source = open_input(config, "digits:test")
     assert source.split.count == 360
     assert source.names(5, 2).tolist() == ["5", "6"]
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_test_images_are_named_below_their_own_folder(run, tmp_path, held_out):
+    """Whether they are some of data.path, or data.test_path."""
+    config, _, root = run
+    options = {"data.source": "folder", "data.path": str(root), "data.placement": "host"}
+    shutil.copytree(root, tmp_path / "other")
+    (tmp_path / "other/class0/00.png").unlink()
+    own = {"data.test_fraction": 0.25} if held_out else {"data.test_path": str(tmp_path / "other")}
+    set_options(config, options | own)
+    source = open_input(config, "test")
+    below = {f"class{i % 2}/{i:02}.png" for i in range(COUNT)}
+    assert set(source.names(0, source.split.count)) <= below
 
 
 @pytest.mark.parametrize(

@@ -64,9 +64,10 @@ def open_input(config: ConfigDict, name: str) -> Input:
         split = getattr(assemble.data_set(config), name)
         if split is None:
             raise UserError("the run's data have no test split: expected --input=FOLDER")
-        paths = isinstance(split, IndexedSplit) and isinstance(split.source, folder.Files)
-        where = config.data.path if name == "train" else config.data.test_path
-        return Input(split, expanded(where) if paths else None, name)
+        source = split.source if isinstance(split, IndexedSplit) else None
+        return Input(
+            split, pathlib.Path(source.root) if isinstance(source, folder.Files) else None, name
+        )
     check_local("--input", name)
     root = expanded(name)
     if root.is_dir():
