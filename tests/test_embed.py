@@ -217,6 +217,14 @@ def test_what_was_cut_off_goes_on(embedded, tmp_path, monkeypatch, capsys, metho
     assert not output.exists()
     with pytest.raises(UserError, match="begun with another z: remove that folder"):
         embed(config, workdir, str(root), str(output), with_z=True)
+    as_stored = config.copy_and_resolve_references()
+    as_stored.data.upright = False
+    with pytest.raises(UserError, match="begun with another upright: remove that folder"):
+        embed(as_stored, workdir, str(root), str(output))
+    about = tmp_path / "f.npz.parts/about.json"
+    said = json.loads(about.read_text())
+    assert said.pop("upright")
+    about.write_text(json.dumps(said))  # of an earlier version, which did not say
     capsys.readouterr()
     embed(config, workdir, str(root), str(output))
     assert f"goes on after {images} of 40 images" in capsys.readouterr().out

@@ -136,6 +136,7 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
                     config.data.eval_crop,
                     config.views.antialias,
                 ],
+                "upright": config.data.upright,
                 "z": with_z,
                 "batch": parts.batch_size,
                 "input": source.name,

@@ -23,6 +23,9 @@ from simclr_jax.training.saved import saved_steps
 
 _PART = 4096  # rows, about: 34 MB of h at D = 2048
 _BLOCK = 4096  # rows read at a time
+_UNSAID = {
+    "upright": True
+}  # what rows of earlier versions, which do not say, are taken to be made with
 OUTPUT_SUFFIXES = ".parquet", ".npz"
 
 
@@ -84,7 +87,7 @@ class Parts:
         """
         file, about = self.folder / "about.json", json.loads(json.dumps(about))
         if file.exists():
-            there = json.loads(file.read_text())
+            there = _UNSAID | json.loads(file.read_text())
             other = [name for name in about if there.get(name) != about[name]]
             if other:
                 raise UserError(
