@@ -102,24 +102,29 @@ def locked(folder: epath.PathLike, advice: str) -> Iterator[None]:
         yield
         return
     path = pathlib.Path(folder) / "lock"
-    made = not path.parent.exists()
+    made, unused = not path.parent.exists(), False
     with writing(folder, "It must be a folder that can be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another program is writing into {folder}: {advice}") from error
-        except OSError:  # a file system without locks
-            pass
-        try:
-            yield
-        finally:
-            if path.parent.is_dir() and list(path.parent.iterdir()) == [path]:
-                path.unlink()
-                if made:
-                    path.parent.rmdir()
+    try:
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"another program is writing into {folder}: {advice}") from error
+            except OSError:  # a file system without locks
+                pass
+            try:
+                yield
+            finally:
+                unused = path.parent.is_dir() and list(path.parent.iterdir()) == [path]
+                if unused:
+                    path.unlink()
+    finally:
+        # NFS keeps an open file in its folder, under another name: only now may the folder be empty.
+        if unused and made:
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
 
 
 def expanded(path: str | os.PathLike) -> pathlib.Path:

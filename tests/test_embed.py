@@ -1,6 +1,8 @@
 """Features to files: every image once, whatever interrupts it; and the neighbours in them."""
 
+import errno
 import json
+import os
 import pickle
 import shutil
 
@@ -246,6 +248,30 @@ def test_parts_of_a_join_that_was_cut_off_are_not_used_again(embedded, tmp_path,
     (tmp_path / "f.npz.parts" / "00000001.npz").unlink()
     embed(config, workdir, str(root), str(output))
     assert_same_rows(output, whole / "f.npz")
+
+
+def test_the_folder_of_parts_is_removed_where_open_files_stay_in_their_folder(
+    run, tmp_path, monkeypatch
+):
+    """As on NFS, which renames an open file that is removed."""
+    config, workdir, root = run
+    parts, removed = tmp_path / "f.npz.parts", os.rmdir
+
+    def rmdir(path, **options):
+        if any(os.path.realpath(f"/proc/self/fd/{n}").startswith(str(parts)) for n in range(64)):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        removed(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    embed(config, workdir, str(root), str(tmp_path / "f.npz"))
+    assert not parts.exists()
+    restore = cut_off(monkeypatch, "join", 3)
+    with pytest.raises(KeyboardInterrupt):
+        embed(config, workdir, str(root), str(tmp_path / "f.npz"))
+    assert parts.exists()
+    restore()
+    embed(config, workdir, str(root), str(tmp_path / "f.npz"))
+    assert not parts.exists()
 
 
 def test_two_programs_do_not_write_one_file(run, tmp_path):

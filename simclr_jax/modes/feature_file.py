@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import json
 import pathlib
-import shutil
 import zipfile
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -32,13 +31,16 @@ OUTPUT_SUFFIXES = ".parquet", ".npz"
 @contextlib.contextmanager
 def alone(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """Makes the folder and keeps other programs from writing into it as long as this lasts; if
-    nothing else came into it, it is removed again.
+    nothing is in it at the end, it is removed again.
 
     Raises:
       UserError: another program is writing into it, or it cannot be made.
     """
     with processes.alone(folder, "wait for it, or give another --output"):
         yield folder
+    if jax.process_index() == 0:
+        with contextlib.suppress(OSError):  # it is not empty, or gone
+            folder.rmdir()
 
 
 class Parts:
@@ -123,9 +125,11 @@ class Parts:
         advice = f"The same command goes on from the rows in {self.folder}"
         with writing(output, advice), replacing(output) as scratch:
             count = write(pathlib.Path(scratch), parts, self._about)
-        # First what says that the parts are of use: without it those that are left are not.
-        (self.folder / "about.json").unlink()
-        shutil.rmtree(self.folder)
+        with contextlib.suppress(OSError):  # the output is whole, whatever is left here
+            # First what says that the parts are of use: without it those that are left are not.
+            (self.folder / "about.json").unlink()
+            for part in self.folder.glob("*.npz*"):
+                part.unlink()
         return count
 
 
