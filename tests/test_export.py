@@ -99,6 +99,27 @@ def test_programs_are_loaded_without_this_package(format, forbidden, workdir, tm
     np.testing.assert_allclose(h, simclr_jax.load_encoder(workdir)(images), rtol=2e-5, atol=1e-5)
 
 
+def test_what_tensorflow_cannot_run_leaves_the_output_as_it_was(tmp_path, monkeypatch):
+    """TensorFlow may be older than what JAX writes."""
+    from jax.experimental import jax2tf
+    from tensorflow.compiler.tf2xla.python import xla
+
+    def convert(function, **options):
+        how = {"version": 9, "platforms": ["CPU"], "Sout": [[None, 1]], "Tout": ["float32"]}
+        later = b"ML\xefR of a later version"
+        return lambda variables, images: xla.call_module([images], module=later, **how)[0]
+
+    monkeypatch.setattr(jax2tf, "convert", convert)
+    c = small()
+    folder = encoder_checkpoint(c, tmp_path / "w")
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "mine").write_text("not of this program")
+    with pytest.raises(UserError, match="cannot run what JAX"):
+        export(c, str(folder), "savedmodel", str(output))
+    assert [path.name for path in output.iterdir()] == ["mine"]
+
+
 # What torchvision.models.resnet50().state_dict() names, less the last layer and the counters of
 # batches, in short.
 TORCHVISION_50 = {"conv1.weight"} | {

@@ -166,15 +166,14 @@ def _write_savedmodel(encoder: Encoder, path: epath.Path) -> str:
         input_signature=[specification],
         autograph=False,
     )
-    tf.saved_model.save(module, str(path), signatures=module.__call__)
-    try:
-        tf.saved_model.load(str(path))(tf.zeros([1, size, size, 3]))
+    try:  # before anything is written, as an earlier export may lie there
+        module.__call__(tf.zeros([1, size, size, 3]))
     except tf.errors.InvalidArgumentError as error:  # TensorFlow is older than what JAX writes
-        path.rmtree()
         raise UserError(
             f"TensorFlow {tf.__version__} cannot run what JAX {jax.__version__} exports: use "
             "--format=stablehlo, or a newer TensorFlow or an older JAX"
         ) from error
+    tf.saved_model.save(module, str(path), signatures=module.__call__)
     return (
         "import tensorflow as tf\n\n"
         f'encoder = tf.saved_model.load("{path}")\n'
