@@ -1,18 +1,21 @@
 """Addresses of buckets: refused in one line before anything is computed where they cannot work."""
 
+import types
+
 import orbax.checkpoint as ocp
 import pytest
 from conftest import encoder_checkpoint
 from etils import epath
 from test_loop import job_of
 
-from simclr_jax import files, load_encoder, main
+from simclr_jax import files, load_encoder, main, weights
 from simclr_jax.config import default
 from simclr_jax.data import folder
 from simclr_jax.errors import LOST, Unavailable, UserError
-from simclr_jax.modes import export
+from simclr_jax.modes import export, warm_start
 from simclr_jax.modes.embed import embed, open_input
 from simclr_jax.modes.neighbours import neighbours
+from simclr_jax.training import saved
 from simclr_jax.training.checkpoint import Checkpoints, Saving
 
 
@@ -68,6 +71,27 @@ def test_what_must_be_local_is_refused_before_anything_is_read():
         folder.open_split("gs://b/photos", labels=False)
     with pytest.raises(UserError, match=r"--input=gs://b/photos: expected a local path"):
         open_input(default(), "gs://b/photos")
+    with pytest.raises(UserError, match=r"gs://b/w\.safetensors: expected a local path of weights"):
+        weights.read("gs://b/w.safetensors")
+
+
+def test_a_run_begins_with_the_weights_of_a_bucket(tiny, tmp_path, monkeypatch):
+    """A folder stands in for the bucket."""
+
+    def path_of(path):
+        return epath.Path(str(path).replace("gs://b", str(tmp_path)))
+
+    for module in (warm_start, weights, saved):
+        monkeypatch.setattr(module, "epath", types.SimpleNamespace(Path=path_of))
+    encoder_checkpoint(tiny, tmp_path / "w")
+    for source in ("gs://b/w", "gs://b/w/checkpoints/1"):
+        tiny.model.init_from = source
+        assert warm_start.read_start(tiny).about["path"] == source
+    (tmp_path / "w.safetensors").touch()
+    for source, says in (("w.safetensors", "expected a local path"), ("none", "does not exist")):
+        tiny.model.init_from = f"gs://b/{source}"
+        with pytest.raises(UserError, match=says):
+            warm_start.read_start(tiny)
 
 
 def test_a_program_that_loads_an_export_of_a_bucket_copies_it_first():

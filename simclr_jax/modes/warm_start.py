@@ -4,17 +4,19 @@ Unlike a resumed run it begins at step 0, with its own learning rate, schedule a
 """
 
 import dataclasses
+import os
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble, encoders, weights
 from simclr_jax import config as config_lib
 from simclr_jax.errors import UserError
-from simclr_jax.files import absolute, expanded
+from simclr_jax.files import absolute
 from simclr_jax.mesh import laid_out, make_mesh, replicated
 from simclr_jax.pretrained import read_head_variables, read_variables
 from simclr_jax.training import saved
@@ -65,10 +67,10 @@ def read_start(config: ConfigDict) -> Start:
 
 def _of_checkpoint(path: str, with_head: bool) -> tuple[ConfigDict, dict[str, dict], int]:
     """Returns the configuration of a checkpoint, its parts and its step."""
-    if not expanded(path).exists():
+    if not _exists(path):
         raise UserError(
-            f"model.init_from={path!r} does not exist: expected a workdir, a checkpoint folder, a TensorFlow "
-            "checkpoint or a .safetensors file"
+            f"model.init_from={path!r} does not exist: expected a workdir, a checkpoint folder, or the local path "
+            "of a TensorFlow checkpoint or a .safetensors file"
         )
     everywhere = replicated(make_mesh())
 
@@ -82,6 +84,10 @@ def _of_checkpoint(path: str, with_head: bool) -> tuple[ConfigDict, dict[str, di
         return source, jax.tree.map(np.asarray, parts), options["step"]
 
     return saved.read_newest(path, read)
+
+
+def _exists(path: str) -> bool:
+    return epath.Path(os.path.expanduser(path)).exists()
 
 
 def _compared(path: str, source: ConfigDict, config: ConfigDict, with_head: bool) -> list[str]:
@@ -186,7 +192,7 @@ def find_start(
     if saved_run is None:
         start = read_start(config)
         return start, start.about
-    if began_with and not expanded(path).exists():
+    if began_with and not _exists(path):
         return None, began_with  # no longer needed: the run has a checkpoint of its own
     now = read_start(config).about
     if began_with is None or any(now[key] != began_with[key] for key in ("digest", "parts")):

@@ -4,13 +4,14 @@ row in `READERS`.
 Nothing of a file is executed, and no pickle is read.
 """
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 from etils import epath
 
 from simclr_jax.errors import UserError
-from simclr_jax.files import expanded
+from simclr_jax.files import in_bucket
 from simclr_jax.weights import published, tensorflow, torchvision
 from simclr_jax.weights.contents import Weights
 
@@ -38,20 +39,26 @@ READERS = {
 
 def recognised(path: str) -> str | None:
     """Returns the kind of the file at `path`, a row of READERS; None: none of them."""
-    found = (name for name, reader in READERS.items() if reader.recognises(expanded(path)))
-    return next(found, None)
+    file = epath.Path(os.path.expanduser(path))
+    return next((name for name, reader in READERS.items() if reader.recognises(file)), None)
 
 
 def read(path: str) -> Weights:
     """Reads the weights of another program.
 
     Raises:
-      UserError: there is nothing at `path`, it is of no known kind, or a weight is missing, is one too many,
-        or has another shape than expected.
+      UserError: there is nothing at `path`, it lies in a bucket, it is of no known kind, or a weight is missing,
+        is one too many, or has another shape than expected.
     """
+    if in_bucket(path):
+        raise UserError(
+            f"{path}: expected a local path of weights that other programs wrote; gcloud storage cp copies them "
+            "from a bucket"
+        )
+    file = epath.Path(os.path.expanduser(path))
     kind = recognised(path)
     if kind is None:
-        what = "is none of these" if expanded(path).exists() else "does not exist"
+        what = "is none of these" if file.exists() else "does not exist"
         hint = ""
         if path.endswith((".pth", ".pt", ".bin", ".ckpt.tar", ".pkl")):
             hint = "; a pickle can run any program when it is read: save its state_dict by "
@@ -60,4 +67,4 @@ def read(path: str) -> Weights:
             f"{path} {what}: expected a TensorFlow checkpoint (its prefix, its folder, or a SavedModel's "
             f"folder) or a .safetensors file of torchvision's or timm's ResNets{hint}"
         )
-    return READERS[kind].read(expanded(path))
+    return READERS[kind].read(file)
