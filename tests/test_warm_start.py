@@ -15,7 +15,7 @@ from simclr_jax.encoders import init_encoder
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import make_mesh
 from simclr_jax.modes.pretrain import pretrain
-from simclr_jax.modes.warm_start import begun_with, read_start
+from simclr_jax.modes.warm_start import begun_with, find_start, read_start
 from simclr_jax.training.saved import checkpoint_folder, find, read_options
 from simclr_jax.weights import torchvision
 
@@ -103,12 +103,43 @@ def test_a_run_is_not_mixed_with_one_of_another_beginning(tiny, source, tmp_path
     run(tiny, tmp_path / "warm", steps=1)
     with pytest.raises(UserError, match=f"give --config.model.init_from={source}"):
         run(cold, tmp_path / "warm")
+    other = str(tmp_path / "other")
+    shutil.copytree(find(source, 1), checkpoint_folder(other) / "2")
+    tiny.model.init_from = other  # which has no step 1
+    with pytest.raises(UserError, match=r"began with other weights .those of"):
+        run(tiny, tmp_path / "warm")
+    tiny.model.init_from = source
     shutil.rmtree(checkpoint_folder(source))
     tiny.seed = 5
     encoder_checkpoint(tiny, source)
     tiny.seed = 0
     with pytest.raises(UserError, match=r"began with other weights .those of"):
         run(tiny, tmp_path / "warm")
+
+
+def test_a_run_goes_on_whatever_becomes_of_the_workdir_that_it_began_with(
+    tiny, source, tmp_path, capsys
+):
+    tiny.model.init_from = source
+    began_with = read_start(tiny).about
+    shutil.copytree(find(source, 1), tmp_path / "first")
+    shutil.rmtree(checkpoint_folder(source))
+    tiny.seed = 5  # other weights, as if trained on
+    encoder_checkpoint(tiny, source)
+    newer = find(source, 1).rename(checkpoint_folder(source) / "3")
+    (tmp_path / "first").rename(checkpoint_folder(source) / "1")
+    record = {"init_from": began_with}
+    for is_kept in (True, False):
+        assert find_start(tiny, record, "w") == (None, began_with)
+        said = capsys.readouterr().out
+        assert said == (
+            "" if is_kept else f"begun       with step 1 of {source}, which is no longer there\n"
+        )
+        if is_kept:
+            shutil.rmtree(newer.parent / "1")
+    tiny.model.init_parts = "encoder_and_head"
+    with pytest.raises(UserError, match="began with other weights"):
+        find_start(tiny, record, "w")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from simclr_jax import assemble, encoders, weights
 from simclr_jax import config as config_lib
+from simclr_jax.console import say
 from simclr_jax.errors import UserError
 from simclr_jax.files import absolute
 from simclr_jax.mesh import laid_out, make_mesh, replicated
@@ -42,8 +43,12 @@ class Start(NamedTuple):
     notes: list[str]
 
 
-def read_start(config: ConfigDict) -> Start:
+def read_start(config: ConfigDict, step: int | None = None) -> Start:
     """Reads the weights of model.init_from: a workdir, a checkpoint folder, or what `weights.read` takes.
+
+    Args:
+      config: the run's configuration.
+      step: which checkpoint of a workdir; None: the newest.
 
     Raises:
       UserError: they cannot be read, or are of another model than the configuration's.
@@ -53,19 +58,21 @@ def read_start(config: ConfigDict) -> Start:
         found = weights.read(path)
         source = config_lib.default()
         config_lib.set_options(source, {f"model.{name}": x for name, x in found.model.items()})
-        parts, step = {"encoder": found.encoder}, 0
+        parts, found_step = {"encoder": found.encoder}, 0
         if with_head and found.head is not None:
             parts["head"] = found.head
     else:
-        source, parts, step = _of_checkpoint(path, with_head)
+        source, parts, found_step = _of_checkpoint(path, with_head, step)
     if with_head and "head" not in parts:
         raise UserError(f"model.init_parts=encoder_and_head, and {path} has no projection head")
     notes = _compared(path, source, config, with_head)
-    about = {"path": absolute(path), "step": step, "parts": config.model.init_parts}
+    about = {"path": absolute(path), "step": found_step, "parts": config.model.init_parts}
     return Start(parts, about | {"digest": digest_of(parts)}, notes)
 
 
-def _of_checkpoint(path: str, with_head: bool) -> tuple[ConfigDict, dict[str, dict], int]:
+def _of_checkpoint(
+    path: str, with_head: bool, step: int | None
+) -> tuple[ConfigDict, dict[str, dict], int]:
     """Returns the configuration of a checkpoint, its parts and its step."""
     if not _exists(path):
         raise UserError(
@@ -83,7 +90,7 @@ def _of_checkpoint(path: str, with_head: bool) -> tuple[ConfigDict, dict[str, di
             parts["head"] = read_head_variables(source, network, folder, everywhere)
         return source, jax.tree.map(np.asarray, parts), options["step"]
 
-    return saved.read_newest(path, read)
+    return saved.read_newest(path, read) if step is None else read(saved.find(path, step))
 
 
 def _exists(path: str) -> bool:
@@ -192,16 +199,33 @@ def find_start(
     if saved_run is None:
         start = read_start(config)
         return start, start.about
-    if began_with and not _exists(path):
-        return None, began_with  # no longer needed: the run has a checkpoint of its own
-    now = read_start(config).about
-    if began_with is None or any(now[key] != began_with[key] for key in ("digest", "parts")):
+    if began_with is None or not _are_those_of_then(config, began_with):
         then = f"those of {began_with['path']}" if began_with else "random ones"
         raise UserError(
             f"{workdir} holds a run that began with other weights ({then}) than {path!r} has now: use "
             "another --workdir"
         )
     return None, began_with
+
+
+def _are_those_of_then(config: ConfigDict, began_with: dict) -> bool:
+    """Returns whether model.init_from names the weights that a run began with. The run, which has a checkpoint of
+    its own, no longer needs them: they may be gone, and a workdir may have trained on, whose older steps are
+    looked at where they are kept.
+    """
+    path, step = config.model.init_from, began_with["step"]
+    if config.model.init_parts != began_with["parts"]:
+        return False
+    if not _exists(path):
+        return True
+    steps = saved.saved_steps(path)
+    if not steps or step in steps:
+        now = read_start(config, step if steps else None).about
+        return now["digest"] == began_with["digest"]
+    if absolute(path) != began_with["path"]:
+        return False
+    say(f"begun       with step {step} of {path}, which is no longer there")
+    return True
 
 
 def describe_start(start: Start) -> str:
