@@ -93,6 +93,20 @@ def test_trust_ratios_are_those_that_lars_applies():
     np.testing.assert_allclose(found["trust_ratio_median"], np.mean(ratios), rtol=1e-5)
 
 
+@pytest.mark.parametrize("zero", ["gradient", "parameter"])
+def test_a_trust_ratio_without_a_norm_is_the_1_that_lars_applies(zero):
+    """The gradient of a kernel behind a BatchNorm whose scale is 0, without weight decay."""
+    kernel, nothing = np.full((2, 2), 2.0, np.float32), np.zeros((2, 2), np.float32)
+    params = {"kernel": nothing if zero == "parameter" else kernel}
+    gradients = {"kernel": nothing if zero == "gradient" else kernel}
+    how = {"weight_decay": 0.0, "trust_coefficient": 0.01}
+    found = lars_trust_ratios(params, gradients, **how)
+    assert set(map(float, found.values())) == {1.0}
+    optimizer = make_optimizer("lars", 1.0, momentum=0.0, **how)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    np.testing.assert_array_equal(updates["kernel"], -gradients["kernel"])
+
+
 def is_shape(x):
     return isinstance(x, tuple)
 

@@ -37,6 +37,15 @@ def test_scalars_reach_tensorboard(tmp_path):
     assert seen == {("loss", 3): 0.5, ("grad_norm", 3): 2.0}
 
 
+def test_lines_are_json_that_strict_readers_take(tmp_path):
+    with MetricWriter(str(tmp_path)) as writer:
+        writer.write(3, {"loss": 0.5, "trust_ratio_max": float("inf"), "rank_h": float("nan")})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3, "loss": 0.5}\n'
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    seen = {v.tag: v.simple_value for e in events(path) for v in e.summary.value}
+    assert seen["trust_ratio_max"] == float("inf")
+
+
 def test_tensorboard_hides_the_steps_that_are_run_again(tmp_path):
     with MetricWriter(str(tmp_path), resume_step=4):
         pass

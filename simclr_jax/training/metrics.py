@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import tempfile
 import time
 from typing import Any, Self
@@ -55,12 +56,14 @@ class MetricWriter:
         self._add_event(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes the values of this step, and stores them before it returns; in a bucket `store` does that.
+        """Writes the values of this step, and stores them before it returns; in a bucket `store` does that. JSON has
+        no word for a value that is not finite: the line lacks it.
 
         Raises:
           UserError: they cannot be written.
         """
-        line = json.dumps({"step": step} | values)
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        line = json.dumps({"step": step} | finite, allow_nan=False)
         self._lines.append(line)
         with writing(self._path, _ADVICE):
             if self._scratch is None:
