@@ -9,17 +9,18 @@ import rich.console
 import rich.progress
 import rich.table
 
-_console = rich.console.Console(highlight=False, soft_wrap=True)
+# No file name may be taken for markup, such as [/b], or for an emoji, such as :100:.
+_console = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def say(text: str = "") -> None:
     """Prints a line, as it is."""
     if jax.process_index() == 0:
-        _console.print(text, markup=False)
+        _console.print(text)
 
 
 def show_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    """Prints a table: the first column to the left, the others to the right."""
+    """Prints a table, each text as it is: the first column to the left, the others to the right."""
     if jax.process_index() != 0:
         return
     table = rich.table.Table(title=title, title_justify="left")
