@@ -287,7 +287,7 @@ def test_with_alpha_1_no_label_counts():
         temperature=1.0,
         alpha=1.0,
     )
-    nothing = {"teacher": {}}
+    nothing: dict = {"teacher": {}}
     found = objective(nothing, nothing, {"views": x, "label": jnp.asarray([0, 1, 2, 7])})
     wanted, _ = loops(np.float64(logits(x[:, 0])), np.float64(2 * logits(x[:, 0])), 1.0)
     np.testing.assert_allclose(found.loss, wanted, rtol=2e-5)

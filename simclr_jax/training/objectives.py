@@ -147,7 +147,7 @@ def no_loss(z, labels) -> tuple[jax.Array, dict[str, jax.Array]]:
     return jnp.zeros(()), {}
 
 
-def _of_labels(logits: jax.Array, batch: Any) -> tuple[jax.Array, jax.Array]:
+def _of_labels(logits: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
     """Returns cross-entropy and accuracy of logits [V b, C], V adjacent rows an image, as `cross_entropy` does
     for a part of a batch.
     """
