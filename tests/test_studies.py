@@ -667,6 +667,15 @@ def test_what_a_probe_is_told_it_finds():
     assert score(silent) < 0.65
 
 
+def test_the_legend_is_inside_the_figure(tmp_path):
+    study = read_study("model_size")
+    scores = {key: {0: 0.5 + i / 100} for i, key in enumerate(keys_of(study))}
+    png, _ = draw(study, Outcomes(scores, {}, [], {}), "emoji", epath.Path(tmp_path))
+    legend = np.asarray(Image.open(png).convert("L"))[-80:]
+    assert legend.min() < 100
+    assert legend[:, :4].min() == legend[:, -4:].min() == 255
+
+
 def test_readings_of_one_level_are_drawn_side_by_side(tmp_path):
     study = read_study("head_knows")
     scores = {key: {0: 0.5 + i / 100} for i, key in enumerate(keys_of(study))}

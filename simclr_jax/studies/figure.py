@@ -88,9 +88,11 @@ def _panels(figure: Any, axes: Any, study: Study, scores: Scores) -> None:
     if len(_layout(study)[1]) > 1:
         marks, names = axes[0].get_legend_handles_labels()
         title = study.factors[1].name if len(study.factors) > 1 else None
+        # At 8 points some 16 characters fit into an inch, and a mark takes as much as 8 of them.
+        fit = int(16 * figure.get_figwidth() / (8 + max(map(len, names))))
         how: dict[str, Any] = {
             "loc": "outside lower center",
-            "ncols": min(3, len(names)),
+            "ncols": max(1, min(3, fit, len(names))),
             "frameon": False,
         }
         figure.legend(marks, names, title=title, fontsize=8, **how)
