@@ -30,7 +30,7 @@ _PACKAGES = (
     "pytorch-metric-learning",
     "numpy",
 )
-LOSS_PAIRS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+LOSS_PAIRS = (512, 2048, 8192, 32768)
 LOSS_WIDTH = 128
 OUR_LOSSES = ("simclr_jax in tiles", "simclr_jax dense", "the formula jitted")
 STEP_IMAGES = 128
