@@ -1,6 +1,8 @@
 """The benchmark command: what it reports is what it did, and it is refused what it cannot do."""
 
+import importlib.util
 import json
+import pathlib
 
 import jax
 import pytest
@@ -73,3 +75,12 @@ def test_what_cannot_be_measured_is_refused():
         bench.main(["step"])
     with pytest.raises(UserError, match="takes no configuration"):
         bench.main(["loss", "--config.seed=1"])
+
+
+def test_the_page_about_speed_has_the_table_of_the_newest_results():
+    """Made by `python benchmarks/table.py`."""
+    root = pathlib.Path(__file__).parent.parent
+    spec = importlib.util.spec_from_file_location("table", root / "benchmarks/table.py")
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    assert "\n".join(table.lines()) in (root / "docs/performance.md").read_text()
