@@ -128,3 +128,18 @@ def test_8192_images_take_less_than_half_a_gigabyte():
     # Random directions: 16383 candidates, cosines of variance 1 / 128, so logits of 100 / 128.
     np.testing.assert_allclose(result["loss"], np.log(16383) + 100 / 128 / 2, rtol=0.01)
     assert 0 < result["norm"] < 1
+
+
+@pytest.mark.parametrize("tau", [1 / 30, 1 / 31])
+def test_far_apart_normalisers_keep_the_gradient(tau):
+    """Where one exponential serves two, and where it would leave float32's range: anchors whose log-normalisers lie
+    2 / tau apart, as one pair is alone on the far side of all others.
+    """
+    rng = np.random.default_rng(0)
+    z = np.array([[1.0, 0.0, 0.0]] * 30 + [[-1.0, 0.0, 0.0]] * 2) + 0.05 * rng.normal(size=(32, 3))
+    z[31] = -z[31] + 0.3  # and its partner is on this side
+    z = jnp.asarray(z, jnp.float32)
+    ours = jax.grad(lambda z: nt_xent_chunked(z, tau, chunk=8)[0])(z)
+    dense = jax.grad(lambda z: nt_xent(z, tau)[0])(z)
+    assert np.abs(dense).max() > 0.1
+    np.testing.assert_allclose(ours, dense, atol=2e-5 * float(np.abs(dense).max()))
