@@ -284,7 +284,10 @@ def main() -> None:
                 continue
             if result.returncode:
                 last = (result.stderr.strip().splitlines() or [f"exit {result.returncode}"])[-1]
-                failed[name] = "out of memory" if result.returncode == -9 else last[:200]
+                full = (
+                    result.returncode == -9 or "llocat" in last
+                )  # "Out of memory allocating", "can't allocate"
+                failed[name] = "out of memory" if full else last[:200]
                 continue
             turns[name].append(json.loads(result.stdout.splitlines()[-1]))
             print(f"turn {turn + 1}, {name}: {turns[name][-1]}", flush=True)
