@@ -284,9 +284,8 @@ def main() -> None:
                 continue
             if result.returncode:
                 last = (result.stderr.strip().splitlines() or [f"exit {result.returncode}"])[-1]
-                full = (
-                    result.returncode == -9 or "llocat" in last
-                )  # "Out of memory allocating", "can't allocate"
+                # "Out of memory allocating ...", "you tried to allocate ..."
+                full = result.returncode == -9 or "llocat" in last
                 failed[name] = "out of memory" if full else last[:200]
                 continue
             turns[name].append(json.loads(result.stdout.splitlines()[-1]))
