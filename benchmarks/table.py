@@ -13,7 +13,7 @@ def lines() -> list[str]:
     rows: list[dict] = []
     for kind in ("input", "step", "loss"):
         rows += json.loads(max(RESULTS.glob(f"{kind}-*.json")).read_text())["rows"]
-    found = ["| | | beside | times as fast |", "| --- | --- | --- | --- |"]
+    found = ["| | simclr_jax | beside | times as fast |", "| --- | --- | --- | --- |"]
     for case, group in itertools.groupby(rows, lambda row: row["name"].rpartition(", ")[0]):
         ours, *peers = group
         beside = "; ".join(f"{_name(row)} {_measured(row)}" for row in peers)
@@ -46,7 +46,11 @@ def _ratios(ours: dict, peer: dict) -> str:
     else:
         pairs = [(ours[k], peer[k]) for k in ("images_per_second", "images_per_cpu_second")]
     clock, cpu = (statistics.median(a) / statistics.median(b) for a, b in pairs)
-    return f"{clock:.2g} ({cpu:.2g})"
+    return f"{_short(clock)} ({_short(cpu)})"
+
+
+def _short(ratio: float) -> str:
+    return f"{ratio:.2g}" if ratio < 100 else f"{ratio:,.0f}"
 
 
 if __name__ == "__main__":

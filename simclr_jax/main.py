@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         description="SimCLR pretraining and evaluation.",
         epilog="Any option of docs/options.md can be set: --config.data.batch_size=512. Where "
         "the host cannot make views as fast as the device takes them (`python -m simclr_jax.bench "
-        "e2e` says so): --config.data.color_on=device, with which a host makes 1.6 times as many, "
+        "e2e` says so): --config.data.color_on=device, with which a host makes 1.4 to 1.9 times as many, "
         "or --config.data.placement=device for images that fit into the device's memory.",
         allow_abbrev=False,
     )
