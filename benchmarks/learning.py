@@ -43,8 +43,8 @@ class Run(NamedTuple):
     flip: bool
 
     def named(self) -> dict:
-        """Returns what tells it from the runs of the same data."""
-        return {"kind": self.kind, "seed": self.seed}
+        """Returns what tells it from other runs on the same data."""
+        return {"kind": self.kind, "seed": self.seed, "options": self.options, "flip": self.flip}
 
 
 class Part(NamedTuple):
@@ -297,19 +297,18 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one:
         kind, seed = arguments.one
-        options = {k: ast.literal_eval(v) for k, v in (x.split("=", 1) for x in arguments.set)}
-        if arguments.epochs:
-            options["train.epochs"] = arguments.epochs
-        path = pathlib.Path(arguments.data)
-        result = one(Run(path, kind, int(seed), options, not arguments.no_flip))
-        print("RESULT " + json.dumps(result))
+        print("RESULT " + json.dumps(one(run_of(arguments, kind, int(seed), arguments.epochs))))
         return
     runs = pathlib.Path(arguments.runs or f"{arguments.data}.runs.jsonl")
     done = [json.loads(line) for line in runs.read_text().splitlines()] if runs.exists() else []
 
+    shown: list[dict] = []
+
     def run(kind, seed, epochs):
-        found = [r for r in done if (r["kind"], r["seed"]) == (kind, seed)]
+        named = run_of(arguments, kind, seed, epochs).named()
+        found = [r for r in done if r | named == r]
         if found:
+            shown.append(found[0])
             return found[0]
         command = [sys.executable, __file__, arguments.data, "--one", kind, str(seed)]
         command += [f"--epochs={epochs}"] if epochs else []
@@ -320,8 +319,8 @@ def main() -> None:
         line = process.stdout.rpartition("RESULT ")[2]
         with runs.open("a") as file:
             file.write(line)
-        done.append(json.loads(line))
-        return done[-1]
+        shown.append(json.loads(line))
+        return shown[-1]
 
     run("raw pixels", 0, None)
     for seed in range(arguments.seeds):
@@ -330,7 +329,14 @@ def main() -> None:
             continue
         theirs = run("lightly", seed, arguments.epochs)
         run("ours, time", seed, mine["epochs"] * theirs["seconds"] / mine["seconds"])
-    show(done)
+    show(shown)
+
+
+def run_of(arguments: argparse.Namespace, kind: str, seed: int, epochs: float | None) -> Run:
+    """Makes a run of the command's arguments."""
+    options = {k: ast.literal_eval(v) for k, v in (x.split("=", 1) for x in arguments.set)}
+    options |= {"train.epochs": epochs} if epochs else {}
+    return Run(pathlib.Path(arguments.data), kind, seed, options, not arguments.no_flip)
 
 
 def show(done: list[dict]) -> None:

@@ -17,7 +17,8 @@ def lines() -> list[str]:
     for case, group in itertools.groupby(rows, lambda row: row["name"].rpartition(", ")[0]):
         ours, *peers = group
         beside = "; ".join(f"{_name(row)} {_measured(row)}" for row in peers)
-        ratios = ", ".join(_ratios(ours, row) for row in peers if "failed" not in row)
+        timed = [row for row in peers if "failed" not in row and "failed" not in ours]
+        ratios = ", ".join(_ratios(ours, row) for row in timed)
         found.append(f"| {case} | {_measured(ours)} | {beside} | {ratios} |")
     return found
 

@@ -10,7 +10,7 @@ import pytest
 from simclr_jax import assemble, config
 from simclr_jax.config import OPTIONS
 from simclr_jax.config.__main__ import page
-from simclr_jax.config.overrides import load, override, read_file
+from simclr_jax.config.overrides import load, override, read_file, split_argument
 from simclr_jax.errors import UserError
 from simclr_jax.training.plan import Plan
 
@@ -51,6 +51,21 @@ def test_arguments_of_configuration_files():
     assert (c.model.depth, c.model.width, c.train.epochs) == (101, 2.0, 1000.0)
     assert read_file(str(CONFIGS / "cifar10.py:resnet18")).model.depth == 18
     assert read_file(str(CONFIGS / "folder.py:/a/b")).data.path == "/a/b"
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("configs/folder.py:/a/b", ("configs/folder.py", "/a/b")),
+        ("folder:/a/b.py", ("folder", "/a/b.py")),
+        ("imagenet", ("imagenet", "")),
+        ("/run:1/mine.py", ("/run:1/mine.py", "")),
+        ("/run:1/mine.py:x", ("/run:1/mine.py", "x")),
+        ("loss:paper", ("loss", "paper")),
+    ],
+)
+def test_a_file_or_name_and_its_argument(spec, expected):
+    assert split_argument(spec) == expected
 
 
 def test_the_configuration_of_v2_is_the_published_one():

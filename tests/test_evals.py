@@ -605,6 +605,9 @@ def test_the_untrained_encoder_depends_on_no_devices_and_no_batch(tiny_resnet):
         ({"source": "folder", "name": "", "path": "/data/emoji/train"}, "emoji"),
         ({"source": "arrays", "name": "", "path": "tinted.npz"}, "tinted"),
         ({"source": "parquet", "name": "", "path": "cats/*.parquet"}, "cats"),
+        ({"source": "parquet", "name": "", "path": "cats/train/*.parquet"}, "cats"),
+        ({"source": "folder", "name": "", "path": "/home/me/photos.v2"}, "photos.v2"),
+        ({"source": "synthetic", "name": "cifar10", "path": ""}, "synthetic"),
         ({"source": "synthetic", "name": "", "path": ""}, "synthetic"),
     ],
 )
@@ -619,7 +622,7 @@ def test_two_shares_of_as_many_labels_a_class_have_a_column_each():
         for per_class, share, accuracy in ((1, 0.01, 0.1), (1, 0.1, 0.2), (None, 1.0, 0.3))
     ]
     header, lines = results.labels_table(rows)
-    assert header == ["labels a class", "1", "1", "all"]
+    assert header == ["labels a class", "1 (1%)", "1 (10%)", "all"]
     assert lines == [["encoder", "10.0%", "20.0%", "30.0%"]]
 
 

@@ -90,9 +90,13 @@ def test_a_workdir_below_the_data_is_none_of_them(photos):
 
 
 @pytest.mark.parametrize(
-    "error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")]
+    ("error", "remedy"),
+    [
+        (PermissionError(13, "Permission denied"), "allow"),
+        (OSError(5, "Input/output error"), "repair"),
+    ],
 )
-def test_a_folder_that_cannot_be_read_is_an_error(photos, monkeypatch, error):
+def test_a_folder_that_cannot_be_read_is_an_error(photos, monkeypatch, error, remedy):
     scan = os.scandir
 
     def guarded(path):
@@ -101,7 +105,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(photos, monkeypatch, error):
         return scan(path)
 
     monkeypatch.setattr(index.os, "scandir", guarded)
-    says = rf"cannot read the folder .*b/deep: {error.strerror}; allow"
+    says = rf"cannot read the folder .*b/deep: {error.strerror}; {remedy} it"
     with pytest.raises(UserError, match=says):
         index.index(photos)
 

@@ -225,6 +225,16 @@ def test_a_run_that_does_not_stay_finite_does_not_hold_up_the_others(
     assert len(pretended["trained"]) == 6  # they would fail again
 
 
+def test_a_fine_tuning_that_does_not_stay_finite_does_not_hold_up_the_others(
+    short, file, tmp_path, pretended, monkeypatch
+):
+    def evaluate(name, own, workdir):
+        raise NotFinite("step 3: loss inf not finite.")
+
+    monkeypatch.setattr(mode, "evaluate_features", evaluate)
+    assert len(run_study(short, str(tmp_path / "S"), file)["failed"]) == 6
+
+
 def test_a_setting_is_chosen_by_the_seeds_that_all_have(tmp_path):
     levels = {"x": Level({}, ({"loss.margin": 0.1}, {"loss.margin": 0.2}))}
     study = Study("t", (Factor("a", levels),))

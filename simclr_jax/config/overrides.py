@@ -55,8 +55,11 @@ def read_file(spec: str) -> ConfigDict:
 
 def split_argument(spec: str) -> tuple[str, str]:
     """Splits "FILE.py[:ARGUMENT]" or "NAME[:ARGUMENT]" into the file or name, and the argument or ""."""
-    match = re.fullmatch(r"(.+?\.py|[^:]*)(?::(.*))?", spec, re.DOTALL)
-    return (match[1], match[2] or "") if match else (spec, "")
+    name, _, argument = spec.partition(":")
+    file = re.match(r"(.+?\.py)(?::|$)", spec, re.DOTALL)
+    if file and not name.isidentifier():  # the folder may have a colon
+        name, argument = file[1], spec[len(file[1]) + 1 :]
+    return name, argument
 
 
 def run_file(path: str, function: str, argument: str = "") -> Any:

@@ -130,12 +130,15 @@ def name_of(data: Mapping[str, Any]) -> str:
     """Returns what a person calls a data set: its name in TFDS, or that of its folder or file, which of
     .../emoji/train is emoji.
     """
-    if data["source"] == "tfds" or not data["path"]:
-        return data["name"] or data["source"]
+    source = data["source"]
+    if source == "tfds":
+        return data["name"] or source
     path = pathlib.PurePath(data["path"])
-    if path.name in ("train", "training") or "*" in path.name:
+    if path.suffix in (".npz", ".parquet"):
+        path = path.parent if "*" in path.name else path.with_suffix("")
+    if path.name in ("train", "training"):
         path = path.parent
-    return path.stem or data["source"]
+    return path.name or source
 
 
 def _held_out(data: DataSet, fraction: float) -> DataSet:

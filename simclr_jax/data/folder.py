@@ -92,6 +92,8 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
     if data["folder_labels"] and data["labels_file"]:
         raise UserError("labels come from data.folder_labels or from data.labels_file: set one")
     paths = [path for path in (data["path"], data["test_path"]) if path]
+    for option in ("path", "test_path"):
+        check_local(f"data.{option}", data[option])
     named = read_labels(data["labels_file"]) if data["labels_file"] else None
     splits: list[IndexedSplit] = []
     for path in paths:

@@ -113,8 +113,9 @@ def _walk(root: pathlib.Path, known: dict[str, dict], folders: dict[str, dict]) 
         except (FileNotFoundError, NotADirectoryError):  # gone meanwhile, or a dead link
             continue
         except OSError as error:
+            remedy = "allow it" if isinstance(error, PermissionError) else "repair it"
             raise UserError(
-                f"cannot read the folder {path}: {error.strerror}; allow it, or move the folder away"
+                f"cannot read the folder {path}: {error.strerror}; {remedy}, or move the folder away"
             ) from error
         seen.add((status.st_dev, status.st_ino))
         if where and content["is_workdir"]:

@@ -23,8 +23,8 @@ _MEMORY_FOR_SUBSETS = 0.25
 
 _FILES_AT_ONCE = 16  # shards that are read in turns
 
-# A part of a stream may lack classes by chance; if random choices of images lacked as many less often than this,
-# the stream is sorted.
+# A part of a stream may lack classes by chance. Where a random choice of images would lack as many with a chance below
+# this, the stream counts as sorted.
 _BY_CHANCE = 1e-3
 
 # A white pixel: stands for a broken image where images are streamed and only labels tell them apart.
@@ -40,8 +40,8 @@ def memory() -> int:
 
 
 def _log_chance_of(count: int, expected: float) -> float:
-    """Returns an upper bound of the log of the chance that `count` or more of some events happen, of which
-    `expected` do in the mean (Chernoff): 0 where that is no surprise.
+    """Returns an upper bound of the log of the chance that at least `count` events occur where `expected` occur on
+    average (Chernoff); 0 where `count` is no more than that.
     """
     if count <= expected:
         return 0.0

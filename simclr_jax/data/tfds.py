@@ -172,9 +172,8 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
         try:
             builder.download_and_prepare()
         except Exception as error:  # any of many network, checksum and disk errors
-            if is_prepared(
-                name, data_dir
-            ):  # another process was faster: one folder cannot replace another
+            # Another process has prepared it meanwhile, and one folder cannot be renamed to another.
+            if is_prepared(name, data_dir):
                 return tfds.builder(name, data_dir=data_dir or None)
             raise UserError(
                 f"could not prepare the TFDS data set {name!r} in {where}: "

@@ -272,7 +272,7 @@ class Setup:
         }
         if self.metric != "accuracy":
             about["metric"] = self.metric
-        if not config.data.upright:  # not named else, so that older folders resume
+        if not config.data.upright:  # named only then: the digest of older folders stays valid
             about["upright"] = False
         digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
         file = folder / "about.json"

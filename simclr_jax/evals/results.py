@@ -45,11 +45,14 @@ def labels_table(rows: list[dict]) -> Table:
     cells: dict[str, dict[tuple, str]] = {}
     for r in rows:
         labels, share = r["labels_per_class"] or np.inf, r.get("label_fraction", 1.0)
-        # Of few images two shares of the labels may be as many a class.
         columns[labels, share] = "all" if labels == np.inf else str(labels)
         cells.setdefault(r["features"], {})[labels, share] = cell(r)
     order = sorted(columns)
-    header = ["labels a class", *(columns[c] for c in order)]
+    names = list(columns.values())
+    # Of few images two shares of the labels may be as many a class.
+    header = ["labels a class"] + [
+        columns[c] + (f" ({c[1]:.0%})" if names.count(columns[c]) > 1 else "") for c in order
+    ]
     return header, [[kind, *(by.get(c, "") for c in order)] for kind, by in cells.items()]
 
 

@@ -22,9 +22,8 @@ from simclr_jax.training.saved import saved_steps
 
 _PART = 4096  # rows, about: 34 MB of h at D = 2048
 _BLOCK = 4096  # rows read at a time
-_UNSAID = {
-    "upright": True
-}  # what rows of earlier versions, which do not say, are taken to be made with
+# Options that about.json of earlier versions lacks, with the value that they had then.
+_UNSAID = {"upright": True}
 OUTPUT_SUFFIXES = ".parquet", ".npz"
 
 

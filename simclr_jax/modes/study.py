@@ -49,12 +49,14 @@ _DECIDES_NOTHING = (
     "eval.on_the_way",
     "data.path",
     "data.test_path",
+    "data.labels_file",
     "train.hang_seconds",
     "train.log_every_steps",
     "train.report",
     "train.sinks",
 )
-_OF_ONE_EVALUATION = ("finetune.", "linear.", "transfer_finetune.", "distill.")
+# Groups that a study reads only if its evaluation is called so.
+_OF_OTHER_MODES = ("finetune.", "linear.", "transfer_finetune.", "distill.")
 
 
 def run_study(
@@ -66,7 +68,7 @@ def run_study(
     Args:
       config: what the runs have in common.
       workdir: the study's folder.
-      study: its file.
+      study: "FILE.py[:ARGUMENT]" or "NAME[:ARGUMENT]", see `read_study`.
       part: "I/N": only every N-th run, from the I-th on.
       dry_run: list the runs that are not finished and estimate their training time; train nothing.
 
@@ -75,7 +77,7 @@ def run_study(
 
     Raises:
       UserError: the study is not sound, the data have no labels, matplotlib is not installed, or a run was
-        finished with other options.
+        finished with other options or data.
     """
     found = read_study(study)
     need_matplotlib()
@@ -124,8 +126,7 @@ def check_finished(folder: epath.Path, about: dict[str, str]) -> None:
 def about_run(config: ConfigDict, study: Study, images: str) -> str:
     """Returns a digest of everything that decides the outcome of a run; `images`: a digest of the data."""
     readings = {name: dict(overrides) for name, overrides in study.readings.items()}
-    mine = {f"{study.evaluation}."} & set(_OF_ONE_EVALUATION)
-    without = (*_DECIDES_NOTHING, *(set(_OF_ONE_EVALUATION) - mine))
+    without = (*_DECIDES_NOTHING, *(set(_OF_OTHER_MODES) - {f"{study.evaluation}."}))
     options = {k: v for k, v in config_lib.flatten(config).items() if not k.startswith(without)}
     content = options, study.evaluation, study.labels_per_class, readings, images
     return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
@@ -156,11 +157,10 @@ def _outcome(config: ConfigDict, study: Study, workdir: str) -> dict | None:
     it would not the next time either; None if a signal stopped it.
     """
     try:
-        finished = pretrain(config, workdir)
+        readings = _read(config, study, workdir) if pretrain(config, workdir) else None
     except NotFinite as error:
         say(f"failed      {error}")
         return {"failed": str(error)}
-    readings = _read(config, study, workdir) if finished else None
     return None if readings is None else {"readings": readings}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from simclr_jax import assemble, encoders, weights
+from simclr_jax import assemble, encoders, processes, weights
 from simclr_jax import config as config_lib
 from simclr_jax.console import say
 from simclr_jax.errors import UserError
@@ -219,7 +219,8 @@ def _are_those_of_then(config: ConfigDict, began_with: dict) -> bool:
     if not _exists(path):
         return True
     steps = saved.saved_steps(path)
-    if not steps or step in steps:
+    # Process 0 decides for all: a workdir that trains on may delete the step at this moment.
+    if processes.as_first_process_says(int(not steps or step in steps)):
         now = read_start(config, step if steps else None).about
         return now["digest"] == began_with["digest"]
     if absolute(path) != began_with["path"]:
