@@ -18,7 +18,7 @@ import jax
 
 from simclr_jax import config
 from simclr_jax.data import count_and_size, suggest
-from simclr_jax.data.parquet_files import image_column
+from simclr_jax.data.parquet_files import image_columns
 
 SOURCES = {".npz": "arrays", ".parquet": "parquet"}  # by how PATH ends
 
@@ -30,9 +30,14 @@ def get_config(argument: str = ""):
     c = config.default()
     c.data.source = next((s for end, s in SOURCES.items() if argument.endswith(end)), "folder")
     c.data.path = argument
-    if c.data.source == "parquet":  # which is opened here, before any option is given
-        c.data.parquet.image_column = image_column(argument)
-    count, short_side = count_and_size(c.data.to_dict() | {"seed": c.seed})
+    looked_at = c.data.to_dict() | {"seed": c.seed}
+    if c.data.source == "parquet":  # which is opened here, before options of the command line count
+        usual, found = c.data.parquet.image_column, image_columns(argument)
+        if usual not in found and len(found) == 1:
+            c.data.parquet.image_column = found[0]
+        column = usual if usual in found else (found or [usual])[0]
+        looked_at["parquet"] = {"image_column": column, "label_column": ""}
+    count, short_side = count_and_size(looked_at)
     accelerator = jax.default_backend() != "cpu"
     config.set_options(c, suggest.suggest_options(max(1, count), short_side, accelerator))
     c.train.report = True

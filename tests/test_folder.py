@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from simclr_jax import config
+from simclr_jax import assemble, config
 from simclr_jax.config.overrides import load
 from simclr_jax.data import count_and_size, index, suggest
 from simclr_jax.data.folder import open_split
@@ -290,8 +290,9 @@ def test_the_configuration_finds_the_image_column(tmp_path):
     for flags in ([], ["--config.data.parquet.image_column=img"]):
         assert load(spec, flags).data.parquet.image_column == "img"
     pq.write_table(pa.table(columns | {"mask": columns["img"]}), tmp_path / "a.parquet")
+    assert load(spec, flags).data.parquet.image_column == "img"  # of two it is given
     with pytest.raises(UserError, match="has no column 'image': it has img, name, mask"):
-        load(spec, [])
+        assemble.data_set(load(spec, []))
 
 
 def test_the_configuration_chooses_from_the_folder(photos):

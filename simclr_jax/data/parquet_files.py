@@ -220,9 +220,8 @@ def _holds_images(kind: Any) -> bool:
     return types.is_binary(kind) or types.is_large_binary(kind)
 
 
-def image_column(path: str, usual: str = "image") -> str:
-    """Returns the name of the image column of the Parquet files of a path: the only one that holds bytes, or
-    {bytes, ...}; `usual` where it is there, and where there is no or more than one such column.
+def image_columns(path: str) -> list[str]:
+    """Returns the names of the columns of the Parquet files of a path that hold bytes, or {bytes, ...}.
 
     Raises:
       UserError: there is no such file, or the first cannot be read.
@@ -230,9 +229,7 @@ def image_column(path: str, usual: str = "image") -> str:
     system, paths = list_files(path)
     with open_parquet(system, paths[0]) as file:
         fields = list(file.schema_arrow)
-    found = [field.name for field in fields if _holds_images(field.type)]
-    there = usual in [field.name for field in fields]
-    return usual if there or len(found) != 1 else found[0]
+    return [field.name for field in fields if _holds_images(field.type)]
 
 
 def check_sizes(groups: list[tuple[ParquetFile, int]]) -> None:
