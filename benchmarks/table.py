@@ -51,7 +51,7 @@ def _ratios(ours: dict, peer: dict) -> str:
 
 
 def _short(ratio: float) -> str:
-    return f"{ratio:.2g}" if ratio < 100 else f"{ratio:,.0f}"
+    return f"{ratio:.2g}" if ratio < 100 else "over 100"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ symmetric, with every anchor's normaliser known one product gives the whole grad
 where a_i and b_i are the derivatives of the loss by log_normalizer_i and by the similarity with the
 partner, 1 / 2B and -1 / 2B for the mean over the anchors. So forward and backward take three products of
 2B x 2B x D, as many as the dense loss. Both exponentials of a pair come from one, as p_ji = p_ij
-exp(log_normalizer_i - log_normalizer_j): the backward pass of 8,192 pairs takes 1.25 instead of 2.0 s of CPU time.
+exp(log_normalizer_i - log_normalizer_j): 8,192 pairs take 1.16 instead of 1.43 s on two cores.
 NT-Xent sums its normaliser over all j != i; DCL leaves the partner out, and then p_ij of the partner is 0; with
 negatives of the other view only, so is p_ij of every j of the anchor's own view.
 
