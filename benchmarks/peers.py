@@ -53,7 +53,7 @@ def published_batches(images, size: int, blur: float, strength: float, batch_siz
       images: JPEGs, or uint8 arrays of one shape.
       size: height and width of a view, pixels.
       blur: probability of a blur.
-      strength: of the colour distortion.
+      strength: how strong the colour distortion is, 1 in the paper.
       batch_size: images.
     """
     import tensorflow as tf

@@ -1,4 +1,4 @@
-"""What is said at the terminal is said as it is."""
+"""Text is printed at the terminal as it is."""
 
 from simclr_jax.console import say, show_table
 

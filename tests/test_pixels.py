@@ -204,7 +204,7 @@ def test_colours_of_16_bits_are_read_where_pillow_loses_none_that_are_used(write
     for bits in (10, 12, 14):
         with pytest.raises(ValueError, match=r"use at most 14, of which Pillow .*: save it as PNG"):
             pixels.read(write(channels_of(samples(bits), 3)))
-    # Of 8 bits no bit is lost, and a declared range is used.
+    # 8 bits lose none, and a declared range is used.
     dark = channels_of(samples(12) >> 8, 3)
     np.testing.assert_array_equal(decoded(tiff(dark, bits=8)), dark)
     assert decoded(pnm(channels_of(samples(12), 3), 4095)).max() == 255

@@ -375,7 +375,7 @@ def test_a_process_on_cpus_keeps_the_memory_it_frees():
 
 
 def test_processes_that_find_other_images_end_with_one_line(monkeypatch, small_split):
-    """What process 1 of three finds, where the others find the first text."""
+    """Returns what process 1 of three finds, where the others find the first text."""
     given = []
 
     def gathered(digest):

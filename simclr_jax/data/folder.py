@@ -131,7 +131,8 @@ def _check_names(
     Raises:
       UserError: one name is that of an image in each of two folders.
     """
-    there = [set(split.source.names.to_pylist()) for split in splits]  # type: ignore[attr-defined]
+    sources = [split.source for split in splits]
+    there = [set(source.names.to_pylist()) for source in sources if isinstance(source, Files)]
     twice = [x for x in named if len(there) > 1 and all(x in names for names in there)]
     if twice:
         raise UserError(

@@ -91,7 +91,7 @@ def _choose_l2(some: tuple, validation: tuple, options: Options, classes: int) -
     l2 = jnp.asarray(options["l2"])
     weights = to_host(_fit_each_l2(*some, l2, classes, options["max_iterations"]))
     right = np.asarray(jax.vmap(accuracy, in_axes=(0, None, None))(weights, *validation))
-    # Of equal ones the strongest: with few labels the validation part may tell none from another.
+    # The strongest of equally good ones: with few labels the validation part may tell none from another.
     best = max(range(len(right)), key=lambda i: (right[i], options["l2"][i]))
     return best, jax.tree.map(lambda w: np.asarray(w[best]), weights)
 

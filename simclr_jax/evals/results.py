@@ -49,7 +49,7 @@ def labels_table(rows: list[dict]) -> Table:
         cells.setdefault(r["features"], {})[labels, share] = cell(r)
     order = sorted(columns)
     names = list(columns.values())
-    # Of few images two shares of the labels may be as many a class.
+    # Two shares of the labels of few images may be as many a class.
     header = ["labels a class"] + [
         columns[c] + (f" ({c[1]:.0%})" if names.count(columns[c]) > 1 else "") for c in order
     ]

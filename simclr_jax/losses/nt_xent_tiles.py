@@ -7,12 +7,11 @@ symmetric, with every anchor's normaliser known one product gives the whole grad
     d loss / d z_i = 1 / tau sum over j != i of (a_i p_ij + a_j p_ji + [j is i's partner] (b_i + b_j)) z_j,
     p_ij = exp(s_ij - log_normalizer_i), s = z z^T / tau,
 
-where a_i and b_i are the derivatives of the loss by log_normalizer_i and by the similarity with the
-partner, 1 / 2B and -1 / 2B for the mean over the anchors. So forward and backward take three products of
-2B x 2B x D, as many as the dense loss. Both exponentials of a pair come from one, as p_ji = p_ij
-exp(log_normalizer_i - log_normalizer_j): 8,192 pairs take 1.16 instead of 1.43 s on two cores.
-NT-Xent sums its normaliser over all j != i; DCL leaves the partner out, and then p_ij of the partner is 0; with
-negatives of the other view only, so is p_ij of every j of the anchor's own view.
+where a_i and b_i are the derivatives of the loss by log_normalizer_i and by the similarity with the partner, 1 / 2B
+and -1 / 2B for the mean over the anchors. So forward and backward take three products of 2B x 2B x D, as many as
+the dense loss. Both exponentials of a pair come from one, as p_ji = p_ij exp(log_normalizer_i - log_normalizer_j):
+8,192 pairs take 1.16 instead of 1.43 s on two cores. NT-Xent sums its normaliser over all j != i; DCL leaves the
+partner out, and then p_ij of the partner is 0; with negatives of the other view only, so is that of the own view.
 
 Over a mesh a device keeps its own anchors as rows and streams all candidates: z is gathered once,
 and the normalisers, one number an anchor, before the backward pass.
@@ -42,9 +41,8 @@ CHUNK = 1024
 
 
 class _Tiles(NamedTuple):
-    """How the similarities are computed: tau, rows of a tile, and which candidates the normaliser counts:
-    the positive, and only those of the other view than the anchor; and whether similarities and log-normalisers
-    are so close together that no exponential of a difference leaves float32's range.
+    """Tau, rows of a tile, whether the normaliser counts the positive, whether only the other view than the anchor's,
+    and whether no exponential of a difference of similarities and log-normalisers leaves float32's range.
     """
 
     temperature: float
@@ -85,16 +83,14 @@ def terms_in_tiles(
     """Computes the terms of a softmax loss; see `nt_xent_chunked`.
 
     Args:
-      z, temperature, mesh, chunk: see `nt_xent_chunked`.
+      z, temperature, mesh, chunk, normalized, other_view: see `nt_xent_chunked` and `nt_xent`.
       positive_in_sum: the normaliser counts the positive (NT-Xent), or only the negatives (DCL).
-      normalized, other_view: see `nt_xent`.
     """
     if chunk % 2:
         raise ValueError(f"chunk={chunk}: expected an even number, as two rows are one image")
-    tau = float(temperature)
     # Similarities of normalised z lie 2 / tau apart at most, and log-normalisers of 2B < 2^24 some 17 more.
-    is_bounded = normalized and 2 / tau <= 60
-    tiles = _Tiles(tau, min(chunk, len(z)), positive_in_sum, other_view, is_bounded)
+    bounded, chunk = normalized and 2 / temperature <= 60, min(chunk, len(z))
+    tiles = _Tiles(float(temperature), chunk, positive_in_sum, other_view, bounded)
     log_normalizer, positive, told = _softmax(embedded(z, normalized), tiles, mesh)
     return SoftmaxTerms(log_normalizer, positive, metrics_of(*told))
 
@@ -338,9 +334,9 @@ def _differentiate_rows(z, every, log_normalizer, by_normalizer, by_positive, ax
             other_normalizer, other_a, other_b = about_column.T
             s = _similarities(anchors, candidates, temperature)
             p = jnp.exp(s - normalizer)
-            if tiles.is_bounded:  # exp(s - other_normalizer), without an exponential of each pair
+            if tiles.is_bounded:
                 ratio = jnp.exp(normalizer - normalizer[0])
-                p = p * (a + other_a * (ratio * jnp.exp(normalizer[0] - other_normalizer)))
+                p *= a + other_a * (ratio * jnp.exp(normalizer[0] - other_normalizer))
             else:
                 p = a * p + other_a * jnp.exp(s - other_normalizer)
             masks = _masks(row, first + jnp.arange(chunk), len(every), tiles)
