@@ -134,6 +134,11 @@ def expanded(path: str | os.PathLike) -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(path))
 
 
+def located(path: epath.PathLike) -> epath.Path:
+    """Returns a path that may be a bucket's address; a local one has "~" put in, as by `expanded`."""
+    return epath.Path(os.path.expanduser(path))
+
+
 def absolute(path: str) -> str:
     """Returns a path that means the same from every current folder; an address with "://" as it is."""
     return path if in_bucket(path) else os.path.abspath(expanded(path))

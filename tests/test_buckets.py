@@ -1,7 +1,5 @@
 """Addresses of buckets: refused in one line before anything is computed where they cannot work."""
 
-import types
-
 import orbax.checkpoint as ocp
 import pytest
 from conftest import encoder_checkpoint
@@ -82,7 +80,7 @@ def test_a_run_begins_with_the_weights_of_a_bucket(tiny, tmp_path, monkeypatch):
         return epath.Path(str(path).replace("gs://b", str(tmp_path)))
 
     for module in (warm_start, weights, saved):
-        monkeypatch.setattr(module, "epath", types.SimpleNamespace(Path=path_of))
+        monkeypatch.setattr(module, "located", path_of)
     encoder_checkpoint(tiny, tmp_path / "w")
     for source in ("gs://b/w", "gs://b/w/checkpoints/1"):
         tiny.model.init_from = source

@@ -70,9 +70,8 @@ def path_of(config: ConfigDict, saved: dict, data: DataSet, workdir: str, mode: 
     then = saved["data_fingerprint"], saved.get("test_fingerprint", test)
     if (train, test) == then:
         return epath.Path(workdir) / f"{mode}.json"
-    name = re.sub(
-        r"[^\w.-]+", "-", name_of(config.data.to_dict())
-    )  # TFDS has names such as SET/CONFIG
+    # TFDS has names such as SET/CONFIG.
+    name = re.sub(r"[^\w.-]+", "-", name_of(config.data.to_dict()))
     digest = hashlib.blake2b(f"{train} {test}".encode(), digest_size=3).hexdigest()
     path = epath.Path(workdir) / f"{mode}_{name}_{digest}.json"
     which = "training" if train != then[0] else "test"

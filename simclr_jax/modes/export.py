@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from simclr_jax.console import say
 from simclr_jax.errors import UserError
-from simclr_jax.files import replacing, writing
+from simclr_jax.files import located, replacing, writing
 from simclr_jax.modes.hub import torch_weights, write_repository, write_safetensors
 from simclr_jax.pretrained import (
     Classifier,
@@ -59,7 +59,7 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
 
     encoder, head = read_newest(workdir, read)
     encoder.image_size = config.data.image_size
-    path = epath.Path(os.path.expanduser(output or os.path.join(workdir, f"encoder.{format}")))
+    path = located(output or os.path.join(workdir, f"encoder.{format}"))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         loading = FORMATS[format](encoder, path)

@@ -4,20 +4,18 @@ Unlike a resumed run it begins at step 0, with its own learning rate, schedule a
 """
 
 import dataclasses
-import os
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble, encoders, processes, weights
 from simclr_jax import config as config_lib
 from simclr_jax.console import say
 from simclr_jax.errors import UserError
-from simclr_jax.files import absolute
+from simclr_jax.files import absolute, located
 from simclr_jax.mesh import laid_out, make_mesh, replicated
 from simclr_jax.pretrained import read_head_variables, read_variables
 from simclr_jax.training import saved
@@ -94,7 +92,7 @@ def _of_checkpoint(
 
 
 def _exists(path: str) -> bool:
-    return epath.Path(os.path.expanduser(path)).exists()
+    return located(path).exists()
 
 
 def _compared(path: str, source: ConfigDict, config: ConfigDict, with_head: bool) -> list[str]:

@@ -4,7 +4,6 @@ The encoder lies in an item of its own, so that reading it never reads the optim
 options lie beside it, so that a checkpoint folder can be copied anywhere and still be loaded.
 """
 
-import os
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -17,7 +16,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from simclr_jax.errors import UserError, one_line
-from simclr_jax.files import in_bucket, raise_if_away
+from simclr_jax.files import in_bucket, located, raise_if_away
 
 ENCODER, TRAINER, OPTIONS = "encoder", "trainer", "config"  # items of a checkpoint
 HANDLERS = {
@@ -36,7 +35,7 @@ def checkpoint_folder(workdir: epath.PathLike) -> epath.Path:
 
 def _absolute(path: epath.PathLike) -> epath.Path:
     """Makes a local path absolute; leaves a bucket's, "gs://BUCKET/FOLDER", as it is."""
-    path = epath.Path(os.path.expanduser(path))
+    path = located(path)
     return path if in_bucket(path) else path.absolute()
 
 

@@ -4,14 +4,13 @@ row in `READERS`.
 Nothing of a file is executed, and no pickle is read.
 """
 
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 from etils import epath
 
 from simclr_jax.errors import UserError
-from simclr_jax.files import in_bucket
+from simclr_jax.files import in_bucket, located
 from simclr_jax.weights import published, tensorflow, torchvision
 from simclr_jax.weights.contents import Weights
 
@@ -39,7 +38,7 @@ READERS = {
 
 def recognised(path: str) -> str | None:
     """Returns the kind of the file at `path`, a row of READERS; None: none of them."""
-    file = epath.Path(os.path.expanduser(path))
+    file = located(path)
     return next((name for name, reader in READERS.items() if reader.recognises(file)), None)
 
 
@@ -55,7 +54,7 @@ def read(path: str) -> Weights:
             f"{path}: expected a local path of weights that other programs wrote; gcloud storage cp copies them "
             "from a bucket"
         )
-    file = epath.Path(os.path.expanduser(path))
+    file = located(path)
     kind = recognised(path)
     if kind is None:
         what = "is none of these" if file.exists() else "does not exist"
