@@ -1,6 +1,7 @@
 """The convolution and its gradients against loops in float64 and against XLA's own."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -139,3 +140,31 @@ def test_inside_a_trace_the_mesh_can_be_asked_for():
     jax.eval_shape(traced_on(make_mesh(jax.devices()[:2]), ask), jnp.zeros(8))
     jax.eval_shape(ask, jnp.zeros(8))
     assert seen == [8, 2, 0]
+
+
+SQUARES = [(4, 12, 3, 5, 7, 2), (3, 8, 3, 4, 3, 2), (2, 10, 1, 4, 3, 2), (2, 14, 4, 3, 7, 2)]
+
+
+@pytest.mark.parametrize("shape", SQUARES)
+def test_a_gpus_convolution_of_squares_equals_loops(shape):
+    """The first layer as a GPU computes it, with its gradients, here on a CPU."""
+    x, kernel, strides, padding = arguments(*shape)
+    way = conv._fastest_on_gpu(x, kernel, strides, padding)
+    y, back = jax.vjp(lambda x, k: way(x, k, strides, padding), x, kernel)
+    np.testing.assert_allclose(y, reference(x, kernel, strides, padding), rtol=1e-4, atol=1e-4)
+    expected, theirs = jax.vjp(lambda x, k: native(x, k, strides, padding), x, kernel)
+    for ours, other in zip(back(expected), theirs(expected), strict=True):
+        np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-3)
+
+
+def test_a_gpu_convolves_squares_where_channels_are_few():
+    def first_filter(shape, platform):
+        x, kernel, strides, padding = arguments(*shape)
+        of = jax.jit(lambda *a: conv2d(*a, strides, padding))
+        program = jax.export.export(of, platforms=[platform])(x, kernel).mlir_module()
+        return "4x4x16x64" in program
+
+    assert first_filter((2, 8, 3, 64, 7, 2), "cuda")
+    assert not first_filter((2, 8, 3, 64, 7, 2), "tpu")
+    assert not first_filter((2, 9, 3, 64, 7, 2), "cuda")  # of an odd size
+    assert not first_filter((2, 8, 64, 64, 7, 2), "cuda")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from simclr_jax.encoders.norm import batch_norm
+from simclr_jax.encoders.norm import batch_norm, normalize
 from simclr_jax.mesh import batch_sharded, make_mesh
 
 
@@ -112,6 +112,35 @@ def test_the_gradient_is_that_of_the_formula_with_no_term_left_out(group):
         step[index] = 1e-5
         difference = (value(x + step) - value(x - step)) / 2e-5
         np.testing.assert_allclose(gradient[index], difference, rtol=1e-4, atol=1e-4)
+
+
+def of_float64(x, scale, dy, epsilon=1e-5):
+    """d loss / d (x, scale, bias) of a whole batch, by Ioffe and Szegedy 2015, section 3."""
+    x, scale, dy = (np.asarray(a, np.float64) for a in (x, scale, dy))
+    axes = tuple(range(x.ndim - 1))
+    mean, inverse = x.mean(axes), 1 / np.sqrt(x.var(axes) + epsilon)
+    dhat, hat = dy * scale, (x - mean) * inverse
+    count = x.size / x.shape[-1]
+    by_var = (dhat * (x - mean)).sum(axes) * -0.5 * inverse**3
+    by_mean = -inverse * dhat.sum(axes)
+    dx = dhat * inverse + by_var * 2 * (x - mean) / count + by_mean / count
+    return dx, (dy * hat).sum(axes), dy.sum(axes)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2**-8)])
+def test_its_gradients_are_rounded_once(dtype, tolerance):
+    """In bfloat16 too: their terms are added in float32. 2**-8 is half a step of its 8 bits."""
+    rng = np.random.default_rng(2)
+    x, dy = (jnp.asarray(a, dtype) for a in (images(mean=3.0), rng.normal(size=images().shape)))
+    scale, bias = jnp.asarray([0.5, 1.0, 2.0]), jnp.asarray([0.1, -0.1, 0.0])
+
+    def y(x, scale, bias):
+        return normalize(x[None], scale, bias, 1e-5, dtype)[0][0]
+
+    found = jax.jit(lambda *of, dy: jax.vjp(y, *of)[1](dy))(x, scale, bias, dy=dy)
+    assert [a.dtype for a in found] == [dtype, jnp.float32, jnp.float32]
+    for a, b in zip(found, of_float64(x, scale, dy), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=tolerance, atol=2e-5)
 
 
 def test_over_the_whole_batch_it_is_flaxs_batchnorm():

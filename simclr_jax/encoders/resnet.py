@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from simclr_jax.encoders.conv import conv2d
 from simclr_jax.encoders.norm import batch_norm
+from simclr_jax.encoders.pool import max_pool
 from simclr_jax.options import Option, flag, number, one_of
 
 # depth: (blocks of each of the four stages, bottleneck blocks?). He et al. 2015, table 1; 200 from
@@ -238,7 +239,7 @@ class ResNet(nn.Module):
         x = _standardized(x, self.standardize)
         x = self.stem_layers(x, train)
         if STEMS[self.stem][2]:
-            x = nn.max_pool(x, (3, 3), (2, 2), POOL_PADDINGS[self.pool_padding])
+            x = max_pool(x, POOL_PADDINGS[self.pool_padding])
         block_type = nn.remat(self.block, static_argnums=(2,)) if self.remat else self.block
         blocks, bottleneck = STAGES[self.depth]
         for stage, count in enumerate(blocks):
