@@ -1,5 +1,6 @@
 """What breaks around a run: storage that is full, damaged, read-only or gone. Nothing is lost."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -303,3 +304,14 @@ def test_a_run_that_saved_nothing_is_replaced_and_says_so(tiny, tmp_path, capsys
     said = capsys.readouterr().out
     assert "a run that saved nothing is replaced (seed: 0 -> 1)" in said
     assert json.loads((tmp_path / "w/config.json").read_text())["config"]["seed"] == 1
+
+
+def test_a_clone_that_is_not_installed_trains_all_the_same(tiny, tmp_path, monkeypatch):
+    def none(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", none)
+    set_options(tiny, {"train.steps": 1, "eval.after_training": "none"})
+    assert pretrain(tiny, str(tmp_path / "w"))
+    versions = json.loads((tmp_path / "w/config.json").read_text())["versions"]
+    assert versions["simclr_jax"] == "not installed"

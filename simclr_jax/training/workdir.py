@@ -235,7 +235,7 @@ def write_record(config: ConfigDict, about: dict[str, Any], workdir: str) -> dic
     record = {
         "config": _found_from_anywhere(config),
         **about,
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for name in _PACKAGES},
         "commit": _commit(),
         "command": sys.argv,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -246,6 +246,14 @@ def write_record(config: ConfigDict, about: dict[str, Any], workdir: str) -> dic
         advice = f"--workdir={workdir} must be a folder that can be written"
         write_json(epath.Path(workdir) / "config.json", record, advice)
     return record
+
+
+def _version(package: str) -> str:
+    """Returns the version of a package; one that is imported from a clone, as ours may be, need not have any."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _found_from_anywhere(config: ConfigDict) -> dict:
