@@ -13,6 +13,8 @@ def torch():
     """
     import torch
 
+    if torch.version.cuda:
+        return torch
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -115,25 +117,38 @@ def torch_losses(name: str, pairs: int, width: int):
     return run
 
 
-def torch_step(batch_size: int, dtype: str):
-    """A SimCLR step of ResNet-18 on 32 px, compiled, channels last, SGD; bfloat16 by autocast."""
+def torch_step(batch_size: int, dtype: str, depth: int = 18, size: int = 32, device: str = "cpu"):
+    """A SimCLR step, compiled, channels last, SGD; bfloat16 by autocast.
+
+    Args:
+      batch_size: images, of which there are two views each.
+      dtype: "float32" or "bfloat16".
+      depth: layers of the ResNet; at 32 px it has the small stem of the paper's appendix B.9.
+      size: height and width of a view, pixels.
+      device: "cpu" or "cuda".
+    """
     t = torch()
     import torchvision
     from torch import nn
 
     t.manual_seed(0)
-    encoder = torchvision.models.resnet18()
-    encoder.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-    encoder.maxpool = nn.Identity()
+    t.backends.cudnn.benchmark = True  # choose each convolution by measuring, as XLA does
+    encoder = getattr(torchvision.models, f"resnet{depth}")()
+    width = encoder.fc.in_features
+    if size <= 32:
+        encoder.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        encoder.maxpool = nn.Identity()
     encoder.fc = nn.Sequential(
-        nn.Linear(512, 512, bias=False),
-        nn.BatchNorm1d(512),
+        nn.Linear(width, width, bias=False),
+        nn.BatchNorm1d(width),
         nn.ReLU(),
-        nn.Linear(512, 128, bias=False),
+        nn.Linear(width, 128, bias=False),
     )
-    encoder = encoder.to(memory_format=t.channels_last)
-    optimizer = t.optim.SGD(encoder.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-6)
-    partner = t.arange(2 * batch_size) ^ 1
+    encoder = encoder.to(device, memory_format=t.channels_last)
+    optimizer = t.optim.SGD(
+        encoder.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-6, fused=device == "cuda"
+    )
+    partner = t.arange(2 * batch_size, device=device) ^ 1
 
     def loss_of(x):
         z = nn.functional.normalize(encoder(x))
@@ -142,10 +157,10 @@ def torch_step(batch_size: int, dtype: str):
 
     compiled = t.compile(loss_of)
     rng = np.random.default_rng(0)
-    views = rng.random((2 * batch_size, 3, 32, 32), np.float32)
-    x = t.from_numpy(views).to(memory_format=t.channels_last)
+    views = rng.random((2 * batch_size, 3, size, size), np.float32)
+    x = t.from_numpy(views).to(device, memory_format=t.channels_last)
 
-    narrow = t.autocast("cpu", t.bfloat16, enabled=dtype == "bfloat16")
+    narrow = t.autocast(device, t.bfloat16, enabled=dtype == "bfloat16")
 
     def run():
         optimizer.zero_grad(set_to_none=True)
@@ -153,5 +168,7 @@ def torch_step(batch_size: int, dtype: str):
             loss = compiled(x)
         loss.backward()
         optimizer.step()
+        if device == "cuda":
+            t.cuda.synchronize()
 
     return run

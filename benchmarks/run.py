@@ -1,4 +1,4 @@
-"""Measures simclr_jax beside its peers, in turns: `python benchmarks/run.py input|loss|step`.
+"""Measures simclr_jax beside its peers, in turns: `python benchmarks/run.py input|loss|step|gpu`.
 
 Each turn is a process of its own, so that no library's threads are in another's way. Every turn goes to
 benchmarks/results/; `python benchmarks/table.py` makes the table of docs/performance.md of it.
@@ -34,6 +34,7 @@ LOSS_PAIRS = (512, 2048, 8192, 32768)
 LOSS_WIDTH = 128
 OUR_LOSSES = ("simclr_jax in tiles", "simclr_jax dense", "the formula jitted")
 STEP_IMAGES = 128
+GPU_STEP_IMAGES = (256, 384, 512)  # images of two views: 1,024 fill 80 GB
 
 
 def jpegs(count: int = 128) -> list[bytes]:
@@ -200,24 +201,20 @@ def seconds_each(run, seconds: float = 4.0) -> dict:
     }
 
 
-def _our_step(dtype: str):
+def _our_step(config: str, options: list[str]):
     import jax
 
     from simclr_jax.bench.step import _simclr
     from simclr_jax.config.overrides import load
     from simclr_jax.mesh import make_mesh
 
-    c = load(
-        str(HERE.parent / "configs/cifar10.py"),
-        [f"--config.model.{x}" for x in ("depth=18", f"dtype={dtype}")]
-        + [f"--config.data.batch_size={STEP_IMAGES}"],
-    )
+    c = load(str(HERE.parent / config), [f"--config.{option}" for option in options])
     job, batch = _simclr(c, make_mesh())
     held = [job.init()]
 
     def run():
         held[0], metrics = job.step(held[0], batch)
-        jax.block_until_ready(metrics)
+        jax.block_until_ready((held, metrics))
 
     return run
 
@@ -228,18 +225,47 @@ def _steps() -> dict:
     found = {}
     for dtype in ("float32", "bfloat16"):
         case = f"a step of ResNet-18, 32 px, batch {STEP_IMAGES}, {dtype}"
-        found[f"{case}, simclr_jax"] = lambda dtype=dtype: _our_step(dtype)
+        found[f"{case}, simclr_jax"] = lambda dtype=dtype: _our_step(
+            "configs/cifar10.py",
+            ["model.depth=18", f"model.dtype={dtype}", f"data.batch_size={STEP_IMAGES}"],
+        )
         found[f"{case}, PyTorch compiled"] = lambda dtype=dtype: peers.torch_step(
             STEP_IMAGES, dtype
         )
     return found
 
 
-KINDS = {"input": _inputs, "loss": _losses, "step": _steps}
+def _gpu_steps() -> dict:
+    """Steps on a GPU: none of them runs on CPUs."""
+    import peers
+
+    found = {}
+    for images in GPU_STEP_IMAGES:
+        case = f"a step of ResNet-50, 224 px, batch {images}, bfloat16"
+        found[f"{case}, simclr_jax"] = lambda images=images: _our_step(
+            "configs/imagenet.py", [f"data.batch_size={images}"]
+        )
+        found[f"{case}, PyTorch compiled"] = lambda images=images: peers.torch_step(
+            images, "bfloat16", depth=50, size=224, device="cuda"
+        )
+    return found
 
 
-def _peak_memory() -> int:
-    """Of this process, bytes; not getrusage, whose maximum begins at that of the parent."""
+KINDS = {"input": _inputs, "loss": _losses, "step": _steps, "gpu": _gpu_steps}
+
+
+def _peak_memory(kind: str, name: str) -> int:
+    """Of the GPU or else of this process, bytes; not getrusage, whose maximum begins at that of the
+    parent.
+    """
+    if kind == "gpu" and name.endswith("simclr_jax"):
+        import jax
+
+        return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
+    if kind == "gpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
@@ -251,7 +277,7 @@ def one_turn(kind: str, name: str) -> dict:
     thing = KINDS[kind]()[name]()
     if kind == "input":
         return images_rate(thing)
-    return seconds_each(thing) | {"peak_memory_bytes": _peak_memory()}
+    return seconds_each(thing) | {"peak_memory_bytes": _peak_memory(kind, name)}
 
 
 def main() -> None:
@@ -266,7 +292,9 @@ def main() -> None:
     if args.one:
         print(json.dumps(one_turn(args.kind, args.one)))
         return
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    if args.kind != "gpu":
+        environment["JAX_PLATFORMS"] = "cpu"
     names = [name for name in KINDS[args.kind]() if args.only in name]
     turns: dict[str, list] = {name: [] for name in names}
     failed: dict[str, str] = {}
@@ -305,7 +333,7 @@ def main() -> None:
     result = {
         "kind": args.kind,
         "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {_cpu()}",
+        "machine": f"{os.cpu_count()} cores, {_cpu()}" + (_gpu() if args.kind == "gpu" else ""),
         "versions": versions,
         "rows": rows,
     }
@@ -319,6 +347,11 @@ def main() -> None:
 def _cpu() -> str:
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     return next((x.split(": ")[1] for x in lines if x.startswith("model name")), platform.machine())
+
+
+def _gpu() -> str:
+    ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return ", " + subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

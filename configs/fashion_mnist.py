@@ -25,26 +25,17 @@ from simclr_jax import config
 
 
 def get_config(argument: str = ""):
-    """There is no argument."""
-    config.parse_argument(argument)
+    """`argument`: "" for two CPU cores, or "gpu"."""
+    if argument not in ("", "gpu"):
+        raise ValueError(f"unknown argument {argument!r}: expected gpu or none")
     c = config.default()
     c.data.name = "fashion_mnist"
     c.data.image_size = 28
     c.data.eval_crop = 1.0
-    c.data.batch_size = 256
     c.views.crop_area = (0.4, 1.0)
     c.views.color_strength = 0.5
     c.views.blur_probability = 0.0
-    c.model.depth = 10
-    c.model.width = 0.375
-    c.model.stem = "strided"
     c.loss.temperature = 0.2
-    c.optimizer.name = "adamw"
-    c.optimizer.learning_rate = 2e-3
-    c.optimizer.scaling = "none"
-    c.optimizer.weight_decay = 1e-4
-    c.optimizer.warmup_epochs = 1.0
-    c.train.epochs = 18.0
     c.linear.batch_size = 256
     c.linear.epochs = 10.0
     c.finetune.batch_size = 256
@@ -52,4 +43,24 @@ def get_config(argument: str = ""):
     c.finetune.epochs = (60.0, 15.0)
     c.finetune.learning_rate = (0.1,)
     c.train.report = True
+    if argument == "gpu":
+        c.data.placement = "device"
+        c.data.batch_size = 512
+        c.model.depth = 18
+        c.model.stem = "cifar"
+        c.model.dtype = "bfloat16"
+        c.optimizer.learning_rate = 1.0
+        c.optimizer.weight_decay = 1e-4
+        c.train.epochs = 200.0
+        return c
+    c.data.batch_size = 256
+    c.model.depth = 10
+    c.model.width = 0.375
+    c.model.stem = "strided"
+    c.optimizer.name = "adamw"
+    c.optimizer.learning_rate = 2e-3
+    c.optimizer.scaling = "none"
+    c.optimizer.weight_decay = 1e-4
+    c.optimizer.warmup_epochs = 1.0
+    c.train.epochs = 18.0
     return c
