@@ -22,9 +22,12 @@ product a tap of the filter, a fifth faster alone (137 to 202 GFLOP/s a core whe
 bfloat16 as products of patches with a float32 result, which XLA multiplies at 290 to 460 GFLOP/s: copying the patches
 takes what the products save.
 
+On an H100 (jaxlib 0.11.2, bfloat16, 1,024 images of 224 px) the first layer, 7x7 of 3 channels in steps of 2, takes 7.2
+ms and its filter gradient 4.7; as a layer of squares of 2x2 pixels in steps of 1, 2.6 and 1.7.
+
 The choice is made when the program is lowered, for the platform that it is lowered for, so that
-compiling ahead of time for a TPU on a CPU machine gets the TPU's program; accelerators use XLA's own
-convolutions throughout.
+compiling ahead of time for a TPU on a CPU machine gets the TPU's program; TPUs use XLA's own convolutions
+throughout.
 """
 
 import functools

@@ -82,8 +82,7 @@ def normalize(x, scale, bias, epsilon, dtype):
     """Normalises each channel of each group of x by the group's own statistics.
 
     The gradient is written out (Ioffe and Szegedy 2015, section 3), because the derivative of the formula as it
-    stands takes three sums over dy where two are enough, and adds parts of it in bfloat16. ResNet-50 in bfloat16 on an
-    H100: see docs/performance.md.
+    stands takes three sums over dy where two are enough, and adds parts of it in bfloat16.
 
     Args:
       x: [G, n, ..., C].
