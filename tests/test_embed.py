@@ -203,8 +203,10 @@ def cut_off(monkeypatch, method, parts):
 
 def assert_same_rows(output, whole):
     rows, expected = read(output), read(whole)
-    for name in ("image", "label", "h"):
+    for name in ("image", "label"):
         np.testing.assert_array_equal(rows[name], expected[name])
+    # Not to the bit: one of them was made with z, by another program.
+    np.testing.assert_allclose(rows["h"], expected["h"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("method", "parts", "images"), [("add", 2, 32), ("join", 3, 40)])
