@@ -255,8 +255,8 @@ KINDS = {"input": _inputs, "loss": _losses, "step": _steps, "gpu": _gpu_steps}
 
 
 def _peak_memory(kind: str, name: str) -> int:
-    """Of the GPU or else of this process, bytes; not getrusage, whose maximum begins at that of the
-    parent.
+    """Returns what the GPU held at most, or else this process, bytes. Not by getrusage, whose maximum begins
+    at that of the parent.
     """
     if kind == "gpu" and name.endswith("simclr_jax"):
         import jax
@@ -293,7 +293,12 @@ def main() -> None:
         print(json.dumps(one_turn(args.kind, args.one)))
         return
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
-    if args.kind != "gpu":
+    machine = f"{os.cpu_count()} cores, {_cpu()}"
+    if args.kind == "gpu":
+        device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]  # PyTorch takes one
+        environment |= {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": device}
+        machine += f", {_gpu(device)}"
+    else:
         environment["JAX_PLATFORMS"] = "cpu"
     names = [name for name in KINDS[args.kind]() if args.only in name]
     turns: dict[str, list] = {name: [] for name in names}
@@ -333,7 +338,7 @@ def main() -> None:
     result = {
         "kind": args.kind,
         "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {_cpu()}" + (_gpu() if args.kind == "gpu" else ""),
+        "machine": machine,
         "versions": versions,
         "rows": rows,
     }
@@ -349,9 +354,9 @@ def _cpu() -> str:
     return next((x.split(": ")[1] for x in lines if x.startswith("model name")), platform.machine())
 
 
-def _gpu() -> str:
-    ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    return ", " + subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+def _gpu(device: str) -> str:
+    ask = ["nvidia-smi", "-i", device, "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":
