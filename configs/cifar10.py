@@ -9,19 +9,34 @@ the README's command has it too: weight decay 1e-4, a head of three layers, mult
 Hardware: one GPU, or a TPU, both in bfloat16, which on TPUs the published code's products are rounded to as well.
 TFDS downloads the data (170 MB).
 
+`cpu` is for studies on two CPU cores: ResNet-10 x0.25, 3 epochs in batches of 64, two minutes; views, temperature and
+optimizer are those that configs/folder.py chooses for as many images.
+
     python -m simclr_jax.main --config=configs/cifar10.py --workdir=/tmp/simclr_cifar10
     python -m simclr_jax.main --config=configs/cifar10.py:resnet18 --workdir=/tmp/simclr_cifar10
+    python -m simclr_jax.main --config=configs/cifar10.py:cpu --workdir=/tmp/simclr_cifar10
 """
 
 from simclr_jax import config
+from simclr_jax.data import suggest
+
+IMAGES, SIDE = 50_000, 32
 
 
 def get_config(argument: str = ""):
-    """`argument`: "" or "resnet18"."""
-    if argument not in ("", "resnet18"):
-        raise ValueError(f"unknown argument {argument!r}: expected resnet18 or none")
+    """`argument`: "", "resnet18" or "cpu"."""
+    config.check_argument(argument, "resnet18", "cpu")
     c = config.default()
     c.data.name = "cifar10"
+    if argument == "cpu":
+        config.set_options(c, suggest.suggest_options(IMAGES, SIDE, accelerator=False))
+        c.data.batch_size = 64
+        c.model.width = 0.25
+        c.train.epochs = 3.0
+        c.optimizer.warmup_epochs = 0.3
+        c.eval.labels_per_class = (10,)
+        c.eval.label_fraction = 0.0
+        return c
     c.data.image_size = 32
     c.data.eval_crop = 1.0
     c.data.batch_size = 512 if argument else 1024

@@ -24,8 +24,7 @@ from simclr_jax import config
 
 def get_config(argument: str = ""):
     """`argument`: "" for a ResNet or "vit"."""
-    if argument not in ("", "vit"):
-        raise ValueError(f"unknown argument {argument!r}: expected vit or none")
+    config.check_argument(argument, "vit")
     c = config.default()
     if argument == "vit":
         c.model.name = "vit"

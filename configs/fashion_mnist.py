@@ -30,8 +30,7 @@ from simclr_jax import config
 
 def get_config(argument: str = ""):
     """`argument`: "" for two CPU cores, or "gpu"."""
-    if argument not in ("", "gpu"):
-        raise ValueError(f"unknown argument {argument!r}: expected gpu or none")
+    config.check_argument(argument, "gpu")
     c = config.default()
     c.data.name = "fashion_mnist"
     c.data.image_size = 28

@@ -122,6 +122,20 @@ def differences(old: ConfigDict, new: ConfigDict, may_change: Sequence[str] = ()
     ]
 
 
+def check_argument(argument: str, *allowed: str) -> None:
+    """Checks the argument of a configuration file that takes one word, or none.
+
+    Args:
+      argument: the text after the colon of --config=FILE.py:ARGUMENT; may be empty.
+      allowed: the words.
+
+    Raises:
+      ValueError: it is another word; `overrides.read_file` turns it into a UserError.
+    """
+    if argument not in ("", *allowed):
+        raise ValueError(f"unknown argument {argument!r}: expected {', '.join(allowed)} or none")
+
+
 def parse_argument(argument: str, **allowed: type) -> dict:
     """Reads the argument of a configuration file: "depth=50,width=2" -> {"depth": 50, "width": 2.0}.
 
