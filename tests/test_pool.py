@@ -58,7 +58,7 @@ def test_it_equals_loops(shape, padding, devices):
 
 
 def test_which_of_equal_pixels_it_is_makes_a_difference():
-    """What the test above could not see in images without equal pixels."""
+    """The test above needs images with equal pixels to see it."""
     x = images(SHAPES[0])
     dy = np.random.default_rng(1).normal(size=reference(x, "SAME").shape)
     first, last = (reference(x, "SAME", dy, first=way) for way in (True, False))

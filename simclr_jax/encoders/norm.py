@@ -88,7 +88,7 @@ def normalize(x, scale, bias, epsilon, dtype):
       x: [G, n, ..., C].
       scale, bias: [C], float32.
       epsilon: added to the variance.
-      dtype: of the result.
+      dtype: data type of y.
 
     Returns:
       (y [G, n, ..., C]; mean and variance [G, C], float32, which pass no gradient on)
