@@ -34,7 +34,7 @@ LOSS_PAIRS = (512, 2048, 8192, 32768)
 LOSS_WIDTH = 128
 OUR_LOSSES = ("simclr_jax in tiles", "simclr_jax dense", "the formula jitted")
 STEP_IMAGES = 128
-GPU_STEP_IMAGES = (256, 384, 512)  # images of two views: 1,024 fill 80 GB
+GPU_STEP_IMAGES = (256, 384, 512)  # of two views each; 512 take 40 GiB on either side
 
 
 def jpegs(count: int = 128) -> list[bytes]:
