@@ -165,7 +165,7 @@ def test_unknown_options_name_the_near_ones(flag, says):
         ("finetune.epochs", (30.0,), "one number of epochs for each"),
         ("finetune.label_fractions", (0.0, 0.1, 1.0), "fractions above 0"),
         ("finetune.from_layer", 3, "the projection head has 2 layers"),
-        ("optimizer.name", "adam", "lars, sgd, adamw"),
+        ("optimizer.name", "adam", "lars, sgd, adamw, muon"),
         ("data.name", "", "TFDS"),
         ("data.source", "arrays", "data.path"),
         ("train.epochs", 0.0, "set one"),

@@ -323,6 +323,24 @@ def test_selective_kernels_in_microbatches_are_equal_on_any_mesh(selective, once
 
 
 @pytest.fixture
+def by_muon(tiny, monkeypatch):
+    """A block of three convolutions, whose last scale starts at one so that all kernels have gradients."""
+    use_one_block(tiny, monkeypatch, "one_full_block", ResidualBlock, True)
+    options = {"name": "muon", "learning_rate": 4e-3, "scaling": "none"}
+    config.set_options(for_one_step(tiny), {f"optimizer.{k}": v for k, v in options.items()})
+    return tiny
+
+
+@pytest.mark.parametrize(("devices", "fsdp"), [pytest.param(4, 1, marks=pytest.mark.whole), (8, 2)])
+def test_a_step_of_muon_is_equal_on_any_mesh(by_muon, once, devices, fsdp, monkeypatch):
+    """Kernels that lie divided over devices are made orthogonal as wholes."""
+    begun = cached(once, "muon start", lambda: first_state(by_muon, monkeypatch))
+    one = cached(once, "muon", lambda: step_of(by_muon, jax.devices()[:1], begun, monkeypatch))
+    by_muon.mesh.fsdp = fsdp
+    check(step_of(by_muon, jax.devices()[:devices], begun, monkeypatch), one, 2 * TOLERANCE)
+
+
+@pytest.fixture
 def vit(tiny):
     """A ViT and a head without BatchNorm, which the loss DCL trains."""
     config.set_options(for_one_step(tiny), {"model.head": "none", "loss.name": "dcl"})

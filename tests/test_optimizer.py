@@ -10,6 +10,7 @@ import pytest
 
 from simclr_jax.training.optimizer import (
     adapted,
+    as_matrices,
     make_classifier_optimizer,
     make_optimizer,
     scaled_learning_rate,
@@ -62,21 +63,102 @@ def test_only_kernels_outside_the_classifier_are_adapted():
     }
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "muon"])
 def test_without_a_gradient_only_adapted_parameters_move(name):
     params = {
-        "encoder": {"a": {"kernel": jnp.ones(3), "scale": jnp.ones(3)}},
-        "classifier": {"dense": {"kernel": jnp.ones(3)}},
+        "encoder": {"a": {"kernel": jnp.ones((3, 2)), "scale": jnp.ones(3)}},
+        "classifier": {"dense": {"kernel": jnp.ones((3, 2))}},
     }
-    zeros = {
-        "encoder": {"a": {"kernel": jnp.zeros(3), "scale": jnp.zeros(3)}},
-        "classifier": {"dense": {"kernel": jnp.zeros(3)}},
-    }
+    zeros = jax.tree.map(jnp.zeros_like, params)
     settings = SETTINGS | {"weight_decay": 0.1}
     (after,) = trajectory(make_optimizer(name, 0.5, **settings), params, [zeros])
     assert np.all(after["encoder"]["a"]["kernel"] < 1)
     assert np.all(after["encoder"]["a"]["scale"] == 1)
     assert np.all(after["classifier"]["dense"]["kernel"] == 1)
+
+
+def matrices_of(shape):
+    """The axes of attention's output kernel are the inputs' but for the last; of its queries, the outputs'."""
+    params = {
+        "encoder": {
+            "conv": {"kernel": jnp.ones((3, 3, 4, 8))},
+            "attention": {
+                "key": {"kernel": jnp.ones((6, 2, 3)), "bias": jnp.ones((2, 3))},
+                "out": {"kernel": jnp.ones((2, 3, 6))},
+            },
+        },
+        "classifier": {"dense": {"kernel": jnp.ones((6, 5))}},
+    }
+    return as_matrices(params)[shape]
+
+
+def test_a_kernel_is_a_matrix_of_inputs_by_outputs():
+    encoder = matrices_of("encoder")
+    assert encoder["conv"]["kernel"] == ((0, 1, 2), (3,))
+    assert encoder["attention"] == {
+        "key": {"kernel": ((0,), (1, 2)), "bias": None},
+        "out": {"kernel": ((0, 1), (2,))},
+    }
+    assert matrices_of("classifier") == {"dense": {"kernel": None}}
+
+
+def orthogonal(matrix):
+    """Jordan's polynomial, three times, of each singular value of the matrix divided by its norm."""
+    u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    s = s / np.linalg.norm(s)
+    for _ in range(3):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    return u * s @ v
+
+
+def muon_in_float64(start, gradients, rate, decay, momentum):
+    """The kernel [inputs, outputs] after each step, its average and the update corrected as Adam's."""
+    kernel, average, path = start.astype(np.float64), 0.0, []
+    for step, gradient in enumerate(gradients, 1):
+        average = momentum * average + (1 - momentum) * gradient
+        ahead = momentum * average / (1 - momentum ** (step + 1))
+        ahead = ahead + (1 - momentum) * gradient / (1 - momentum**step)
+        update = 0.2 * math.sqrt(max(kernel.shape)) * orthogonal(ahead)
+        kernel = kernel - rate * (update + decay * kernel)
+        path.append(kernel)
+    return path
+
+
+def test_muon_makes_the_kernels_update_orthogonal_and_leaves_the_others_to_adam():
+    rng = np.random.default_rng(0)
+    start = {
+        "encoder": {"conv": {"kernel": rng.normal(size=(3, 3, 4, 8)), "bias": rng.normal(size=8)}},
+        "head": {"wide": {"kernel": rng.normal(size=(4, 12))}},
+        "classifier": {"dense": {"kernel": rng.normal(size=(8, 3))}},
+    }
+    start = jax.tree.map(np.float32, start)
+    gradients = [
+        jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), start) for _ in range(3)
+    ]
+    settings = SETTINGS | {"weight_decay": 0.1, "momentum": 0.8}
+    path = trajectory(make_optimizer("muon", 0.02, **settings), start, gradients)
+    others = trajectory(optax.nadam(0.02), start, gradients)
+
+    for part, layer, shape in (("encoder", "conv", (36, 8)), ("head", "wide", (4, 12))):
+        expected = muon_in_float64(
+            start[part][layer]["kernel"].reshape(shape),
+            [g[part][layer]["kernel"].reshape(shape) for g in gradients],
+            *(0.02, 0.1, 0.8),
+        )
+        for reached, kernel in zip(path, expected, strict=True):
+            # Float32 products, of which the polynomial's slope enlarges rounding by up to 3.4445 ** 3 = 41.
+            np.testing.assert_allclose(
+                reached[part][layer]["kernel"].reshape(shape), kernel, rtol=1e-4, atol=1e-4
+            )
+    for reached, wanted in zip(path, others, strict=True):
+        np.testing.assert_allclose(
+            reached["encoder"]["conv"]["bias"], wanted["encoder"]["conv"]["bias"], rtol=1e-6
+        )
+        np.testing.assert_allclose(
+            reached["classifier"]["dense"]["kernel"],
+            wanted["classifier"]["dense"]["kernel"],
+            rtol=1e-6,
+        )
 
 
 def test_sgd_is_nesterov():

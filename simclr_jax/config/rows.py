@@ -130,7 +130,10 @@ OPTIONS: tuple[Option, ...] = (
     ),
     *losses.OPTIONS,
     Option(
-        "optimizer.name", "lars", one_of("lars", "sgd", "adamw"), '"sgd" is with Nesterov momentum'
+        "optimizer.name",
+        "lars",
+        one_of("lars", "sgd", "adamw", "muon"),
+        '"sgd" is with Nesterov momentum; "muon" learns most in a short run',
     ),
     Option(
         "optimizer.learning_rate",
@@ -153,7 +156,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "optimizer.weight_decay", 1e-6, number(0, 1e6), "the paper's; 1e-4 in the published code"
     ),
-    Option("optimizer.momentum", 0.9, number(0, 1), "of lars and sgd"),
+    Option("optimizer.momentum", 0.9, number(0, 1), "of lars, sgd and muon"),
     Option("optimizer.trust_coefficient", 0.001, number(0, 1e6), "of lars"),
     Option("train.epochs", 100.0, number(0, 1e9), "passes over the training split"),
     Option("train.steps", 0, whole(0), "above 0: overrides train.epochs"),

@@ -5,6 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
+
+# Muon's updates have as large a root mean square as Adam's, so that one learning rate serves both (Liu et al.
+# 2025, arXiv 2502.16982, section 2.2).
+_MUON_RMS = 0.2
+# Jordan takes 5. Beside it 3 take 0.6 of the time, which at batch 64 is a tenth of a step on a CPU, and learn as much
+# (emoji, 8 epochs, 2 seeds, 10 labels a class and 20-NN: 44.4 and 57.7 %, with 5 45.2 and 57.7 %).
+_MUON_ITERATIONS = 3
 
 
 def scaled_learning_rate(base: float, scaling: str, batch_size: int) -> float:
@@ -60,6 +68,29 @@ def adapted(params):
     return jax.tree_util.tree_map_with_path(is_adapted, params)
 
 
+def as_matrices(params):
+    """Says for each `adapted` kernel which of its axes are a matrix's rows, the inputs, and which its columns,
+    the outputs: what Muon makes orthogonal.
+
+    The last axis is the outputs', but attention's queries, keys and values have outputs [heads, width].
+
+    Args:
+      params: tree of parameters.
+
+    Returns:
+      a tree like it, with optax's MuonDimensionNumbers, and None for what is not adapted.
+    """
+
+    def axes(path, kernel, is_adapted):
+        if not is_adapted:
+            return None
+        of_heads = path[-2].key in ("query", "key", "value")
+        inputs = 1 if of_heads else kernel.ndim - 1
+        return contrib.MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, kernel.ndim)))
+
+    return jax.tree_util.tree_map_with_path(axes, params, adapted(params))
+
+
 def make_optimizer(
     name: str,
     learning_rate: optax.ScalarOrSchedule,
@@ -74,7 +105,9 @@ def make_optimizer(
 
     "lars": LARS (You et al. 2017), the learning rate inside the momentum as in the published code;
     "sgd": SGD with Nesterov momentum, the decay added to the gradient;
-    "adamw": AdamW, decoupled decay; `momentum` and `trust_coefficient` do not apply.
+    "adamw": AdamW, decoupled decay; `momentum` and `trust_coefficient` do not apply;
+    "muon": Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) with Nesterov momentum for `adapted` kernels, as `as_matrices` says, and
+    decoupled decay; Adam with Nesterov momentum for the other parameters, at the same learning rate.
     """
     if name == "lars":
         return optax.lars(
@@ -92,6 +125,15 @@ def make_optimizer(
         )
     if name == "adamw":
         return optax.adamw(learning_rate, weight_decay=weight_decay, mask=adapted)
+    if name == "muon":
+        return contrib.muon(
+            learning_rate,
+            ns_steps=_MUON_ITERATIONS,
+            beta=momentum,
+            weight_decay=weight_decay,
+            muon_weight_dimension_numbers=as_matrices,
+            consistent_rms=_MUON_RMS,
+        )
     raise ValueError(f"unknown optimizer {name!r}")
 
 
