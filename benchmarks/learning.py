@@ -10,7 +10,8 @@ several seeds, each a process of its own:
     ours, time   ours with as many epochs as fit into the seconds that lightly's training took
 
 One probe judges all: scikit-learn's logistic regression on standardised features, its C chosen on a
-part of the training images. A finished run is not run again: its line is in --runs.
+part of the training images. A finished run is not run again: its line is in --runs, with all the options
+that it read.
 """
 
 import argparse
@@ -31,10 +32,26 @@ LABELS, DRAWS, NEIGHBOURS = 10, 5, 20
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C
 MOST_TRAINING = 10_000  # images that the probe is fitted on
 KINDS = ("ours", "lightly", "ours, time")
+# The options that other kinds than ours read.
+READ = {
+    "raw pixels": ("data.image_size",),
+    "lightly": (
+        "data.image_size",
+        "data.batch_size",
+        "views.color_strength",
+        "views.blur_probability",
+        "model.width",
+        "loss.temperature",
+        "train.epochs",
+    ),
+}
 
 
 class Run(NamedTuple):
-    """One run: of which data and kind, with which seed and options, and whether views are flipped."""
+    """One run: of which data and kind, with which seed and options, and whether views are flipped.
+
+    The options are those of `settings` and of the command line, as far as the kind reads them.
+    """
 
     path: pathlib.Path
     kind: str
@@ -44,7 +61,8 @@ class Run(NamedTuple):
 
     def named(self) -> dict:
         """Returns what tells it from other runs on the same data."""
-        return {"kind": self.kind, "seed": self.seed, "options": self.options, "flip": self.flip}
+        named = {"kind": self.kind, "seed": self.seed, "options": self.options, "flip": self.flip}
+        return json.loads(json.dumps(named))  # tuples become lists, as in the file
 
 
 class Part(NamedTuple):
@@ -263,8 +281,7 @@ def one(run: Run) -> dict:
         from simclr_jax.processes import keep_freed_memory
 
         keep_freed_memory(os.environ)  # as the command does
-    data = load(run.path)
-    options = settings(data["train"].images) | run.options
+    data, options = load(run.path), run.options
     if run.kind == "raw pixels":
         size = options["data.image_size"]
         flat = {
@@ -295,17 +312,19 @@ def main() -> None:
     parser.add_argument("--only_ours", action="store_true", help="at equal epochs, without peer")
     parser.add_argument("--one", nargs=2, metavar=("KIND", "SEED"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        kind, seed = arguments.one
-        print("RESULT " + json.dumps(one(run_of(arguments, kind, int(seed), arguments.epochs))))
-        return
     runs = pathlib.Path(arguments.runs or f"{arguments.data}.runs.jsonl")
+    automatic = settings(load(pathlib.Path(arguments.data))["train"].images)
     done = [json.loads(line) for line in runs.read_text().splitlines()] if runs.exists() else []
 
+    if arguments.one:
+        kind, seed = arguments.one
+        asked = run_of(arguments, automatic, kind, int(seed), arguments.epochs)
+        print("RESULT " + json.dumps(one(asked)))
+        return
     shown: list[dict] = []
 
     def run(kind, seed, epochs):
-        named = run_of(arguments, kind, seed, epochs).named()
+        named = run_of(arguments, automatic, kind, seed, epochs).named()
         found = [r for r in done if r | named == r]
         if found:
             shown.append(found[0])
@@ -332,10 +351,13 @@ def main() -> None:
     show(shown)
 
 
-def run_of(arguments: argparse.Namespace, kind: str, seed: int, epochs: float | None) -> Run:
-    """Makes a run of the command's arguments."""
-    options = {k: ast.literal_eval(v) for k, v in (x.split("=", 1) for x in arguments.set)}
-    options |= {"train.epochs": epochs} if epochs else {}
+def run_of(
+    arguments: argparse.Namespace, automatic: dict, kind: str, seed: int, epochs: float | None
+) -> Run:
+    """Makes a run of the command's arguments and the automatic settings."""
+    given = {k: ast.literal_eval(v) for k, v in (x.split("=", 1) for x in arguments.set)}
+    options = automatic | given | ({"train.epochs": epochs} if epochs else {})
+    options = {k: v for k, v in options.items() if k in READ.get(kind, options)}
     return Run(pathlib.Path(arguments.data), kind, seed, options, not arguments.no_flip)
 
 

@@ -77,8 +77,8 @@ def test_without_a_gradient_only_adapted_parameters_move(name):
     assert np.all(after["classifier"]["dense"]["kernel"] == 1)
 
 
-def matrices_of(shape):
-    """The axes of attention's output kernel are the inputs' but for the last; of its queries, the outputs'."""
+def matrices_of(part):
+    """Returns `as_matrices` of one part of a convolution, an attention layer and a classifier."""
     params = {
         "encoder": {
             "conv": {"kernel": jnp.ones((3, 3, 4, 8))},
@@ -89,7 +89,7 @@ def matrices_of(shape):
         },
         "classifier": {"dense": {"kernel": jnp.ones((6, 5))}},
     }
-    return as_matrices(params)[shape]
+    return as_matrices(params)[part]
 
 
 def test_a_kernel_is_a_matrix_of_inputs_by_outputs():

@@ -23,7 +23,7 @@ from simclr_jax.training.workdir import check_data
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# The digits recipe, short. Adam divides what is only rounding by itself; LARS does not.
+# The digits recipe, short. Muon and Adam make updates of full size out of mere rounding; LARS does not.
 RECIPE = (
     "--config.optimizer.name=lars",
     "--config.optimizer.learning_rate=0.3",

@@ -25,7 +25,8 @@ _RATES = {"linear": 0.3, "sqrt": 0.075}
 def get_study(argument: str = "") -> Study:
     """`argument`: "" or "paper". 12 runs a seed, or 36 and one seed."""
     batches, epochs = of_scale(argument, small=_SMALL, paper=_PAPER)
-    sizes = {b: Level({"data.batch_size": int(b), "optimizer.name": "lars"}) for b in batches}
+    lars = {"optimizer.name": "lars", "optimizer.momentum": 0.9}
+    sizes = {b: Level(lars | {"data.batch_size": int(b)}) for b in batches}
     how = {
         f"{scaling}, {length} epochs": Level(
             {

@@ -1,8 +1,8 @@
 """Optimizers in a short training, which the paper does not compare: SGD, LARS, AdamW and Muon.
 
-The validation part chooses among two learning rates of each. Those of LARS are the paper's rules for the batch
-(appendix B.1); of SGD, which lightly's documentation uses with small batches, half an order of magnitude below and
-above its 0.06; those of AdamW and Muon are a factor of 4 apart.
+The validation part chooses among two learning rates of each. SGD: half and twice the 0.06 that lightly's
+documentation has for small batches. LARS: the paper's two rules for the batch (appendix B.1). AdamW and Muon: two
+rates a factor of 4 apart.
 """
 
 from simclr_jax.studies import Factor, Level, Study, above, best
@@ -11,7 +11,7 @@ _DECAY = {"optimizer.weight_decay": 1e-4}
 
 
 def level(name: str, rates: tuple[float, float], momentum: float) -> Level:
-    """An optimizer and the learning rates that are tried, of any batch."""
+    """An optimizer and the learning rates that are tried, the same at every batch size."""
     fixed = {"optimizer.name": name, "optimizer.momentum": momentum, "optimizer.scaling": "none"}
     return Level(fixed | _DECAY, tuple({"optimizer.learning_rate": rate} for rate in rates))
 
@@ -25,7 +25,7 @@ def get_study() -> Study:
             {"optimizer.name": "lars", "optimizer.momentum": 0.9} | _DECAY,
             tuple({"optimizer.scaling": s, "optimizer.learning_rate": r} for s, r in rules),
         ),
-        "AdamW": level("adamw", (2e-3, 8e-3), 0.9),
+        "AdamW": level("adamw", (1e-3, 4e-3), 0.9),
         "Muon": level("muon", (4e-3, 16e-3), 0.95),
     }
     return Study(

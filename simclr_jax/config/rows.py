@@ -133,7 +133,7 @@ OPTIONS: tuple[Option, ...] = (
         "optimizer.name",
         "lars",
         one_of("lars", "sgd", "adamw", "muon"),
-        '"sgd" is with Nesterov momentum; "muon" learns most in a short run',
+        '"sgd" is with Nesterov momentum; "muon" is for short runs, with learning_rate 0.008 and scaling none',
     ),
     Option(
         "optimizer.learning_rate",
@@ -156,7 +156,12 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "optimizer.weight_decay", 1e-6, number(0, 1e6), "the paper's; 1e-4 in the published code"
     ),
-    Option("optimizer.momentum", 0.9, number(0, 1), "of lars, sgd and muon"),
+    Option(
+        "optimizer.momentum",
+        0.9,
+        below(0, 1),
+        "share of earlier gradients that a step keeps, by lars, sgd and muon (0.95 there)",
+    ),
     Option("optimizer.trust_coefficient", 0.001, number(0, 1e6), "of lars"),
     Option("train.epochs", 100.0, number(0, 1e9), "passes over the training split"),
     Option("train.steps", 0, whole(0), "above 0: overrides train.epochs"),

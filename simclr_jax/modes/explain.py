@@ -156,7 +156,8 @@ def oddities(config: ConfigDict, plan: Plan, images: int) -> list[str]:
         )
     if options.name == "lars" and batch < 512:
         found.append(
-            f"optimizer.name=lars at batch {batch}: it is made for large ones, see muon or sgd"
+            f"optimizer.name=lars at batch {batch}: it is made for large ones; see sgd, or muon with "
+            "learning_rate 0.008 and scaling none"
         )
     if options.name == "adamw" and plan.learning_rate > 5e-3:
         found.append(
