@@ -275,13 +275,13 @@ def rank(h: np.ndarray) -> float:
     return float(np.exp(-np.sum(p * np.log(p))))
 
 
-def one(run: Run) -> dict:
-    """Makes one run and judges it."""
+def one(run: Run, data: dict[str, Part]) -> dict:
+    """Makes one run on the images of its path, and judges it."""
     if run.kind.startswith("ours"):
         from simclr_jax.processes import keep_freed_memory
 
         keep_freed_memory(os.environ)  # as the command does
-    data, options = load(run.path), run.options
+    options = run.options
     if run.kind == "raw pixels":
         size = options["data.image_size"]
         flat = {
@@ -312,15 +312,16 @@ def main() -> None:
     parser.add_argument("--only_ours", action="store_true", help="at equal epochs, without peer")
     parser.add_argument("--one", nargs=2, metavar=("KIND", "SEED"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    runs = pathlib.Path(arguments.runs or f"{arguments.data}.runs.jsonl")
-    automatic = settings(load(pathlib.Path(arguments.data))["train"].images)
-    done = [json.loads(line) for line in runs.read_text().splitlines()] if runs.exists() else []
-
+    data = load(pathlib.Path(arguments.data))
+    automatic = settings(data["train"].images)
     if arguments.one:
         kind, seed = arguments.one
         asked = run_of(arguments, automatic, kind, int(seed), arguments.epochs)
-        print("RESULT " + json.dumps(one(asked)))
+        print("RESULT " + json.dumps(one(asked, data)))
         return
+    runs = pathlib.Path(arguments.runs or f"{arguments.data}.runs.jsonl")
+    done = [json.loads(line) for line in runs.read_text().splitlines()] if runs.exists() else []
+
     shown: list[dict] = []
 
     def run(kind, seed, epochs):

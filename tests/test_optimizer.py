@@ -77,8 +77,7 @@ def test_without_a_gradient_only_adapted_parameters_move(name):
     assert np.all(after["classifier"]["dense"]["kernel"] == 1)
 
 
-def matrices_of(part):
-    """Returns `as_matrices` of one part of a convolution, an attention layer and a classifier."""
+def test_a_kernel_is_a_matrix_of_inputs_by_outputs():
     params = {
         "encoder": {
             "conv": {"kernel": jnp.ones((3, 3, 4, 8))},
@@ -89,17 +88,16 @@ def matrices_of(part):
         },
         "classifier": {"dense": {"kernel": jnp.ones((6, 5))}},
     }
-    return as_matrices(params)[part]
-
-
-def test_a_kernel_is_a_matrix_of_inputs_by_outputs():
-    encoder = matrices_of("encoder")
-    assert encoder["conv"]["kernel"] == ((0, 1, 2), (3,))
-    assert encoder["attention"] == {
-        "key": {"kernel": ((0,), (1, 2)), "bias": None},
-        "out": {"kernel": ((0, 1), (2,))},
+    assert as_matrices(params) == {
+        "encoder": {
+            "conv": {"kernel": ((0, 1, 2), (3,))},
+            "attention": {
+                "key": {"kernel": ((0,), (1, 2)), "bias": None},
+                "out": {"kernel": ((0, 1), (2,))},
+            },
+        },
+        "classifier": {"dense": {"kernel": None}},
     }
-    assert matrices_of("classifier") == {"dense": {"kernel": None}}
 
 
 def orthogonal(matrix):
