@@ -20,7 +20,10 @@ import statistics
 import subprocess
 import sys
 
+from simclr_jax.config.overrides import override, read_file
+
 SHARES = (0.01, 0.1)
+EPOCHS = (60.0, 30.0)  # the least that configs/folder.py chooses for these shares
 KINDS = (
     "labels only",
     "pretrained, fine-tuned",
@@ -57,8 +60,11 @@ class Runs:
     def fine_tuned(self, name: str, *more: str) -> dict[str, dict[float, dict]]:
         """Pretrains into the folder `name`, fine-tunes; returns {features: {share: row of the result}}."""
         self.command(name, "pretrain", "health.json", "--config.eval.after_training=none", *more)
-        workdir = self.command(name, "finetune", "finetune.json", *more)
-        rows = json.loads((workdir / "finetune.json").read_text())["rows"]
+        result = self.folder / name / "finetune.json"
+        if result.exists() and len(json.loads(result.read_text())["rows"]) < 2 * len(SHARES):
+            result.unlink()  # of a command that was interrupted, which goes on
+        self.command(name, "finetune", result.name, *more)
+        rows = json.loads(result.read_text())["rows"]
         found: dict[str, dict[float, dict]] = {}
         for row in rows:
             found.setdefault(row["features"], {})[row["label_fraction"]] = row
@@ -121,6 +127,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--student_epochs", type=float, help="default: those of pretraining")
     arguments, options = parser.parse_known_args()
+    if len(override(read_file(arguments.config), options).finetune.epochs) != len(SHARES):
+        options.append(f"--config.finetune.epochs={EPOCHS}")
     options = [f"--config={arguments.config}", *options]
     lines = []
     for seed in arguments.seeds:

@@ -301,6 +301,8 @@ def main() -> None:
     else:
         environment["JAX_PLATFORMS"] = "cpu"
     names = [name for name in KINDS[args.kind]() if args.only in name]
+    if not names:
+        parser.error(f"--only={args.only}: there are {', '.join(KINDS[args.kind]())}")
     turns: dict[str, list] = {name: [] for name in names}
     failed: dict[str, str] = {}
     for turn in range(args.turns):
@@ -342,7 +344,8 @@ def main() -> None:
         "versions": versions,
         "rows": rows,
     }
-    path = HERE / "results" / f"{args.kind}-{result['date']}.json"
+    of_some = f"-{args.only}" if args.only else ""  # not in the place of a whole run's results
+    path = HERE / "results" / f"{args.kind}{of_some}-{result['date']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     for row in rows:
         print(row)

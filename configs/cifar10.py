@@ -15,6 +15,10 @@ temperature are those that configs/folder.py chooses for as many images.
     python -m simclr_jax.main --config=configs/cifar10.py --workdir=/tmp/simclr_cifar10
     python -m simclr_jax.main --config=configs/cifar10.py:resnet18 --workdir=/tmp/simclr_cifar10
     python -m simclr_jax.main --config=configs/cifar10.py:cpu --workdir=/tmp/simclr_cifar10
+
+and, for the figures above, linear evaluation on all training images:
+
+    python -m simclr_jax.main --mode=linear --workdir=/tmp/simclr_cifar10 --config.eval.validation_fraction=0
 """
 
 from simclr_jax import config

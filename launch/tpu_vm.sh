@@ -105,7 +105,7 @@ setup() {
   do_it git archive --format=tar.gz --output=/tmp/simclr_jax.tar.gz HEAD
   gcloud_tpus tpu-vm scp /tmp/simclr_jax.tar.gz "$name:" --worker=all
   # The image's own Python may be older than 3.11: uv brings one.
-  on_hosts all "mkdir -p simclr_jax && tar xzf simclr_jax.tar.gz -C simclr_jax && cd simclr_jax && (command -v ~/.local/bin/uv || curl -LsSf https://astral.sh/uv/install.sh | sh) && ~/.local/bin/uv venv --allow-existing --python=3.12 && ~/.local/bin/uv pip install -e '.[tpu]' && touch .set_up"
+  on_hosts all "mkdir -p simclr_jax && tar xzf simclr_jax.tar.gz -C simclr_jax && cd simclr_jax && (command -v ~/.local/bin/uv || curl -LsSf https://astral.sh/uv/install.sh | sh) && ~/.local/bin/uv venv --allow-existing --python=3.12 && ~/.local/bin/uv pip install -e '.[tpu,report,studies]' && touch .set_up"
 }
 
 run() {

@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         metavar="PATH",
         help="for --mode=embed: FILE.parquet or FILE.npz; for export, neighbours, report and views: the "
-        "file, by default in the workdir",
+        "file, by default in the workdir; for neighbours FILE.parquet is a table",
     )
     parser.add_argument(
         "--with_z", action="store_true", help="for --mode=embed: write the projections z too"
@@ -123,7 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--query",
         metavar="A,B,...",
-        help="for --mode=neighbours: names of images; default: eight, evenly spaced",
+        help="for --mode=neighbours: names of images; default: eight, evenly spaced, for a picture, all for a table",
+    )
+    parser.add_argument(
+        "--k", type=_count, metavar="N", help="for --mode=neighbours: how many; default: 8"
     )
     parser.add_argument(
         "--follow",
@@ -149,6 +152,13 @@ def _parser() -> argparse.ArgumentParser:
     several.add_argument("--processes", type=int, metavar="N", help="how many there are")
     several.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
     return parser
+
+
+def _count(text: str) -> int:
+    """Reads a whole number of 1 or more, for argparse."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return value
 
 
 def _add_flags_of_studies(parser: argparse.ArgumentParser) -> None:

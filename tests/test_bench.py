@@ -52,6 +52,14 @@ def test_a_step_is_measured_beside_a_supervised_one(measured, placement, capsys)
 
 
 @pytest.mark.whole
+def test_of_microbatches_no_flops_are_said(measured):
+    more = "--config.data.placement=device", "--config.train.microbatches=2"
+    simclr, supervised = measured("step", *more)["rows"]
+    assert simclr["flops_per_second_per_device"] is None
+    assert supervised["flops_per_second_per_device"] > 0
+
+
+@pytest.mark.whole
 def test_input_and_a_whole_run_are_measured(measured, monkeypatch):
     monkeypatch.setattr(assemble, "make_mesh", lambda **_: make_mesh(jax.devices()[:1]))
     (row,) = measured("input", "--config.data.placement=host")["rows"]

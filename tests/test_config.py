@@ -181,6 +181,20 @@ def test_values_that_no_run_could_use_are_refused(name, value, says):
         config.validate(c)
 
 
+def test_the_name_of_a_data_set_that_would_not_be_read_is_refused():
+    saved = config.default()
+    saved.data.source, saved.data.path = "folder", "/photos"
+    with pytest.raises(
+        UserError, match=r"source=folder reads /photos: add --config\.data\.source=tfds"
+    ):
+        load(None, ["--config.data.name=cifar10"], saved.to_dict())
+    more = ["--config.data.source=tfds", "--config.data.path="]
+    found = load(None, ["--config.data.name", "cifar10", *more], saved.to_dict())
+    assert (found.data.name, found.data.source, found.data.path) == ("cifar10", "tfds", "")
+    # A configuration for TFDS may be given files instead.
+    assert load("cifar10", ["--config.data.source=arrays", "--config.data.path=x.npz"]).data.name
+
+
 def test_every_option_is_one_row_with_its_reason_and_its_default_is_allowed():
     names = [option.name for option in OPTIONS]
     assert len(set(names)) == len(names)

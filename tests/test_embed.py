@@ -15,7 +15,7 @@ from conftest import encoder_checkpoint, random_images
 from PIL import Image
 
 import simclr_jax
-from simclr_jax.config import set_options
+from simclr_jax.config import default, set_options
 from simclr_jax.data import decode
 from simclr_jax.errors import UserError
 from simclr_jax.evals import subjects
@@ -372,6 +372,42 @@ def test_the_nearest_are_those_of_largest_cosine(tmp_path, monkeypatch):
         expected = np.argsort(-(unit @ unit[q]))[1:5]  # the first is the query
         np.testing.assert_array_equal(found[row], expected)
         np.testing.assert_allclose(similar[row], unit[expected] @ unit[q], rtol=1e-5)
+
+
+def test_a_table_of_the_nearest_of_every_image(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(feature_file, "_BLOCK", 7)
+    monkeypatch.setattr(neighbours, "_TOGETHER", 8)  # 3 parts, the last of 4
+    h = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
+    h[11] = 2 * h[4]  # equally near to all others: the first of them comes first
+    path, output = tmp_path / "f.npz", tmp_path / "near.parquet"
+    names = np.asarray([f"{i:02}.png" for i in range(20)])
+    np.savez(path, image=names, h=h, about=np.asarray('{"input": "train"}'))
+    neighbours.neighbours(default(), str(tmp_path), str(path), str(output), k=6)
+    assert "20 images and the 6 nearest of each, of 20" in capsys.readouterr().out
+    table = pq.read_table(output)
+    assert table.column_names == ["image", "neighbours", "similarities"]
+    assert table["image"].to_pylist() == names.tolist()
+    unit = h / np.linalg.norm(h, axis=1, keepdims=True)
+    similar = unit.astype(np.float64) @ unit.T
+    similar[11], similar[:, 11] = similar[4], similar[:, 4]
+    similar[4, 11] = similar[11, 4] = 1
+    np.fill_diagonal(similar, -np.inf)
+    for i in range(20):
+        expected = np.argsort(-similar[i], kind="stable")[:6]
+        assert table["neighbours"][i].as_py() == names[expected].tolist()
+        found = table["similarities"][i].as_py()
+        np.testing.assert_allclose(found, similar[i, expected], atol=1e-6)
+    # Some of them, and more neighbours than there are.
+    neighbours.neighbours(default(), "", str(path), str(output), "03.png,19.png", k=100)
+    table = pq.read_table(output)
+    assert table["image"].to_pylist() == ["03.png", "19.png"]
+    assert [len(set(near)) for near in table["neighbours"].to_pylist()] == [19, 19]
+    with pytest.raises(UserError, match="which would be overwritten"):
+        neighbours.neighbours(default(), "", str(path), str(path))
+    with pytest.raises(UserError, match="expected 1 or more"):
+        neighbours.neighbours(default(), "", str(path), str(output), k=0)
+    with pytest.raises(UserError, match=r"a picture shows at most 40"):
+        neighbours.neighbours(default(), str(tmp_path), str(path), k=41)
 
 
 def test_a_picture_of_neighbours(run, tmp_path):

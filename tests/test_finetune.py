@@ -327,6 +327,31 @@ def test_selection_never_sees_the_test_split(run, tmp_path, monkeypatch, one_dev
         assert_chosen_alike(choices(config, workdir, tmp_path, range(2)))
 
 
+def test_candidates_share_one_program_and_train_as_alone(run, monkeypatch, one_device):
+    config, workdir = run
+    made = []
+
+    def counted(*args):
+        made.append(args)
+        return job_of(*args)
+
+    monkeypatch.setattr(classifier_training, "job_of", counted)
+    config.eval.baselines = False
+    config.linear.learning_rate, config.linear.weight_decay = (0.1, 0.4), (0.0, 0.3)
+    with states_of_fit() as states:
+        finetune.linear(config, str(workdir))
+    assert len(states) == 4
+    assert len(made) == 1
+    kernels = [state.params["classifier"]["dense"]["kernel"] for state in states]
+    assert len({kernel.tobytes() for kernel in kernels}) == 4
+    shutil.rmtree(workdir / "linear")
+    config.linear.learning_rate, config.linear.weight_decay = (0.4,), (0.3,)
+    with states_of_fit() as alone:
+        finetune.linear(config, str(workdir))
+    found = alone[0].params["classifier"]["dense"]["kernel"]
+    np.testing.assert_array_equal(found, kernels[3])
+
+
 @contextlib.contextmanager
 def at_moment(number, action):
     """Has `action` done once, at the `number`-th moment of the next trainings at which settings are
@@ -523,6 +548,21 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(run):
     (named,) = workdir.glob("linear/*/not_finite_step_*.json")
     assert str(named) in str(e.value)
     assert len(json.loads(named.read_text())["index"]) == BATCH
+
+
+def test_a_candidate_that_is_not_finite_is_left_out(run, capsys):
+    config, workdir = run
+    config.eval.baselines = False
+    config.linear.momentum, config.linear.epochs = 0.0, 60.0
+    # As above with the second decay; without, the weights stay finite.
+    config.linear.learning_rate, config.linear.weight_decay = (1e6,), (0.0, 1e3)
+    result = finetune.linear(config, str(workdir))
+    (row,) = result["rows"]
+    assert row["runs"][0]["weight_decay"] == 0.0
+    assert "left out    step " in capsys.readouterr().out
+    config.linear.weight_decay = (1e3, 2e3)
+    with pytest.raises(UserError, match="not finite"):
+        finetune.linear(config, str(workdir))
 
 
 def test_without_a_validation_part_all_is_trained_on_and_nothing_chosen(begun):

@@ -22,7 +22,7 @@ from simclr_jax.data.order import Order, batch_positions
 from simclr_jax.errors import UserError
 from simclr_jax.evals.evaluate import evaluate_features
 from simclr_jax.evals.on_the_way import watch
-from simclr_jax.files import locked
+from simclr_jax.files import locked, write_json
 from simclr_jax.modes.pretrain import describe_run, pretrain
 from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.saved import find, saved_steps
@@ -447,6 +447,15 @@ def test_the_command_ends_with_the_evaluation_that_is_asked_for(copy, after):
     assert {path.name for path in copy.glob("*.json")} == {"config.json", "health.json"} | (
         {"knn.json"} if after == "knn" else set()
     )
+
+
+def test_a_verdict_of_an_earlier_evaluation_does_not_stay(copy):
+    """As if an evaluation had found the encoder no better, and the next one finds it better, or is left out."""
+    file = copy / "health.json"
+    of_training = json.loads(file.read_text())
+    write_json(file, {"name": "no better than untrained", "because": "accuracy 10 %"})
+    main.main([f"--workdir={copy}", "--config.eval.after_training=none"])
+    assert json.loads(file.read_text()) == of_training
 
 
 def test_python_takes_a_configuration_file_and_options_by_name(watched, copy, whole, tmp_path):

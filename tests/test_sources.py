@@ -19,14 +19,15 @@ from conftest import random_images
 from PIL import Image
 
 from simclr_jax import assemble, config
-from simclr_jax.data import open_source, order, streamed
+from simclr_jax.data import open_source, order, pixels, streamed
 from simclr_jax.data.arrays import in_memory
 from simclr_jax.data.broken import Broken, Images
 from simclr_jax.data.digits import Digits
 from simclr_jax.data.folder import open_split
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Order, Share
-from simclr_jax.data.source import Example, Source
+from simclr_jax.data.pictures import pictures_of
+from simclr_jax.data.source import Example, Source, in_order
 from simclr_jax.data.split import BROKEN, DataSet
 from simclr_jax.data.streamed import StreamedSplit
 from simclr_jax.errors import UserError
@@ -83,6 +84,44 @@ class Streamed(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, count):
         for i in range(count):
             yield i, {"image": picture(i), "label": i}
+
+
+class OfATelephone(tfds.core.GeneratorBasedBuilder):
+    """Two JPEGs that lie on their side, as their EXIF data say."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        image = tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict({"image": image})
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(), "test": self._generate_examples()}
+
+    def _generate_examples(self):
+        exif = Image.Exif()
+        exif[0x0112] = 6  # a quarter turn
+        for i in range(2):
+            file = io.BytesIO()
+            Image.new("RGB", (24, 16)).save(file, "jpeg", exif=exif)
+            file.seek(0)
+            yield i, {"image": file}
+
+
+def test_images_of_tfds_are_turned_nowhere(tmp_path):
+    OfATelephone(data_dir=tmp_path).download_and_prepare()
+    streamed = opened(name="of_a_telephone", path=str(tmp_path), test_split="").train
+    assert isinstance(streamed, StreamedSplit)
+    some = streamed.subset(np.asarray([1]))
+    (example,) = in_order(streamed.once(Share()).take(1)).as_numpy_iterator()
+    encoded = example["image"]
+    assert pixels.read(encoded).shape == (24, 16, 3)  # a file of one's own is turned
+    for split in (streamed, some, some.subset(np.asarray([0]))):
+        assert split.decode(tf.constant(encoded), upright=True).shape == (16, 24, 3)
+        (found, *_) = pictures_of(split, 1, upright=True)
+        assert found.image.shape == (16, 24, 3)
 
 
 class Drawn(Source):

@@ -108,6 +108,10 @@ def test_a_study_is_run_shown_and_not_run_again(short, file, tmp_path, capsys, m
         assert min(picture.size) > 400
     assert ET.parse(folder / "figure.svg").getroot().tag.endswith("svg")
     monkeypatch.setattr(mode, "pretrain", None)  # nothing is trained again
+    other = tmp_path / "other.py"
+    other.write_text(pathlib.Path(file).read_text().replace("Losses", "Others"))
+    with pytest.raises(UserError, match=r"study\.json is of the study 'Losses', not of 'Others'"):
+        run_study(short, str(folder), str(other))
     assert run_study(short, str(folder), file) == json.loads(
         json.dumps(result),
         object_hook=lambda x: {int(k) if k.isdigit() else k: v for k, v in x.items()},

@@ -31,6 +31,7 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
     config = read_file(spec) if spec else from_dict(saved or {})
     config = override(config, overrides)
     validate(config)
+    _check_name_is_read(config, overrides)
     return config
 
 
@@ -141,6 +142,19 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     except (flags.Error, TypeError, ValueError, SyntaxError) as error:
         raise UserError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from error
     return values["config"].value
+
+
+def _check_name_is_read(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Raises a UserError if a data set of TFDS is asked for by name, and another source is read: a run on a folder that
+    is to be evaluated on CIFAR-10 would be evaluated on the folder.
+    """
+    source, name = config.data.source, config.data.name
+    asked = any(flag.startswith("--config.data.name=") for flag in _join_values(overrides))
+    if asked and name and source != "tfds":
+        raise UserError(
+            f"data.name={name} names a data set of TFDS, and data.source={source} reads {config.data.path}: "
+            "add --config.data.source=tfds --config.data.path= (empty: TFDS's own folder)"
+        )
 
 
 def _join_values(arguments: Sequence[str]) -> list[str]:

@@ -117,9 +117,7 @@ class IndexedSplit:
     def decode(self, image: Any, upright: bool = True) -> Any:
         if self.source.arrays is not None:
             return image
-        from simclr_jax.data.decode import decode
-
-        return decode(image, upright)
+        return self.source.decode(image, upright)
 
     def name_of(self, index: int) -> str:
         return self.source.name_of(index)

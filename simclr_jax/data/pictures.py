@@ -12,6 +12,7 @@ from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Share, evenly
 from simclr_jax.data.source import Source, in_order
 from simclr_jax.data.split import Split
+from simclr_jax.data.streamed import StreamedSplit
 
 _AT_ONCE = (
     16  # images that are read before the first of them is needed: photographs have 36 MB each
@@ -65,7 +66,7 @@ def _read(source: Source, places: list[int], upright: bool, made: Callable) -> I
             example = source[place]
             image = example.image
             if isinstance(image, bytes):
-                image = pixels.read(image, upright)
+                image = pixels.read(image, upright and source.may_turn)
         except (OSError, ValueError):
             return None  # training names it in broken_images.jsonl
         return made(Picture(place, image, int(example.label)))
@@ -76,12 +77,13 @@ def _read(source: Source, places: list[int], upright: bool, made: Callable) -> I
 
 
 def _streamed(split: Split, count: int, upright: bool, made: Callable) -> Iterator[Any]:
+    assert isinstance(split, StreamedSplit)
     examples = in_order(split.once(Share()).take(count)).as_numpy_iterator()
     for place, example in enumerate(examples):
         image = example["image"]
         if isinstance(image, bytes):
             try:
-                image = pixels.read(image, upright)
+                image = pixels.read(image, upright and split.source.may_turn)
             except (OSError, ValueError):
                 continue
         yield made(Picture(place, image, int(example["label"])))

@@ -82,9 +82,11 @@ class Source(abc.ABC):
     Attributes:
       classes: names of the classes; None: there are no labels.
       arrays: uint8 [N, H, W, C], all images of an `InMemory`; None in every other source.
+      may_turn: see `ShardedSource`.
     """
 
     classes: Classes = None
+    may_turn: bool = True
     arrays: np.ndarray | None = None
 
     @abc.abstractmethod
@@ -103,6 +105,15 @@ class Source(abc.ABC):
         if self.classes is None:
             return np.full(len(self), -1, np.int32)
         return np.asarray([self._read(i).label for i in range(len(self))], np.int32)
+
+    def decode(self, image: Any, upright: bool = True) -> Any:
+        """Decodes an encoded image to uint8 [H, W, C], in the tf.data graph.
+
+        `upright`: turn it as the orientation in its EXIF data says.
+        """
+        from simclr_jax.data.decode import decode
+
+        return decode(image, upright)
 
     def encoded(self, index: int) -> bytes:
         """Reads image `index` as the content of an image file, which is PNG for pixels.
@@ -183,6 +194,7 @@ class _Taken(Source):
 
     def __init__(self, source: Source, indices: np.ndarray):
         self._source, self._indices, self.classes = source, indices, source.classes
+        self.may_turn = source.may_turn
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -193,6 +205,9 @@ class _Taken(Source):
     @functools.cached_property
     def labels(self) -> np.ndarray:
         return self._source.labels[self._indices]
+
+    def decode(self, image: Any, upright: bool = True) -> Any:
+        return self._source.decode(image, upright)
 
     def lookup(self) -> Any:
         import tensorflow as tf
@@ -245,16 +260,25 @@ class InMemory(Source):
 class Encoded(Source):
     """The contents of image files, in memory."""
 
-    def __init__(self, files: list[bytes], labels: np.ndarray, classes: Classes = None):
-        """Holds N files with their labels, int32 [N], -1 where there is none."""
-        self._files = files
-        self.labels, self.classes = labels, classes
+    def __init__(self, files: list[bytes], labels: np.ndarray, origin: "ShardedSource"):
+        """Holds some images of another source.
+
+        Args:
+          files: N of them.
+          labels: int32 [N], -1 where there is none.
+          origin: where they come from, which knows how they are decoded.
+        """
+        self._files, self._origin = files, origin
+        self.labels, self.classes, self.may_turn = labels, origin.classes, origin.may_turn
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Example:
         return Example(self._files[index], int(self.labels[index]))
+
+    def decode(self, image: Any, upright: bool = True) -> Any:
+        return self._origin.decode(image, upright)
 
     def lookup(self) -> Any:
         import tensorflow as tf
@@ -275,6 +299,7 @@ class ShardedSource(abc.ABC):
       image_shape: (height, width, channels), None where it varies.
       shard_name: what a person calls a shard.
       is_shuffled: the examples were shuffled before they were divided into shards.
+      may_turn: images are turned as their EXIF data say, where data.upright asks for it.
     """
 
     classes: Classes
@@ -284,6 +309,7 @@ class ShardedSource(abc.ABC):
     image_shape: tuple[int | None, int | None, int] = (None, None, 3)
     shard_name: str = "shard"
     is_shuffled: bool = False
+    may_turn: bool = True
 
     @abc.abstractmethod
     def records(self, shard: Any) -> Any:

@@ -224,7 +224,7 @@ class StreamedSplit:
             if i in wanted:
                 images.append(example["image"])
                 labels.append(example["label"])
-        return IndexedSplit(Encoded(images, np.asarray(labels, np.int32), self.classes))
+        return IndexedSplit(Encoded(images, np.asarray(labels, np.int32), self.source))
 
     def check_subset(self, count: int) -> None:
         need = self.source.total_bytes / max(1, int(self.source.lengths.sum())) * count

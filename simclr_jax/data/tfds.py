@@ -29,6 +29,9 @@ class RecordFiles(ShardedSource):
     """The record files of a TFDS split, each a shard."""
 
     shard_name = "file"
+    may_turn = (
+        False  # numbers that others publish hold for images that TFDS decodes, as they are stored
+    )
 
     def __init__(self, builder: Any, split: str, classes: Classes, sets: LabelSets | None = None):
         """Takes a prepared TFDS builder, the name of a split, and its classes.
@@ -85,7 +88,7 @@ class RecordFiles(ShardedSource):
         return np.unique(list(in_order(found).as_numpy_iterator())).astype(np.int64)
 
     def decode(self, image: Any, upright: bool = True) -> Any:
-        """Decodes as TFDS does, which turns no image: numbers that others publish hold for that."""
+        """Decodes as TFDS does; see `may_turn`."""
         return self._builder.info.features["image"].decode_example(image)
 
     def problem(self, image: bytes) -> str | None:

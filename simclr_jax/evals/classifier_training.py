@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
@@ -22,7 +23,7 @@ from simclr_jax.data.order import share_of_labels
 from simclr_jax.encoders import init_encoder
 from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
-from simclr_jax.errors import UserError
+from simclr_jax.errors import NotFinite, UserError
 from simclr_jax.evals import results, subjects
 from simclr_jax.evals.features import Extractor
 from simclr_jax.evals.protocol import Protocol, Setting, Training
@@ -42,7 +43,7 @@ from simclr_jax.training.optimizer import (
     scaling_in_words,
 )
 from simclr_jax.training.state import TrainState, digest_of, init_head, start_of
-from simclr_jax.training.step import UpdateRule, make_step
+from simclr_jax.training.step import Metrics, UpdateRule, make_step
 from simclr_jax.training.workdir import about_classifier
 from simclr_jax.views.placement import stream
 
@@ -108,7 +109,7 @@ class Setup:
             mesh=self.mesh,
         )
         self._compiled: tuple[Any, Job, Callable] | None = (
-            None  # the draws of a setting follow each other
+            None  # trainings of one length follow each other
         )
 
     def per_class(self, fraction: float) -> int:
@@ -130,7 +131,8 @@ class Setup:
                 self.part.split.check_subset(count)
 
     def best_of(self, kind: str, training: Training, draw: int) -> dict:
-        """Trains with every candidate; the validation part chooses one, if there are several.
+        """Trains with every candidate; the validation part chooses one, if there are several. Of several, one whose
+        loss or state does not stay finite is left out.
 
         Returns:
           the outcome of the chosen one, see `Selection.outcome`, with "steps", "images", the labelled
@@ -138,18 +140,28 @@ class Setup:
 
         Raises:
           Stopped: a signal has ended it.
+          NotFinite: no candidate's training stayed finite.
         """
         images = self._labels(training.fraction, draw)
         start = Setting(kind, training.fraction, draw, training.length, 0.0, 0.0)
         outcomes = []
+        failed: NotFinite | None = None
         for number, (rate, decay) in enumerate(training.candidates):
             setting = start._replace(learning_rate=rate, weight_decay=decay)
             which = f"{number + 1} of {len(training.candidates)}: " * (len(training.candidates) > 1)
-            outcomes.append((setting, self._train(images, setting, which)))
+            try:
+                outcomes.append((setting, self._train(images, setting, which)))
+            except NotFinite as error:
+                failed = error
+                if len(training.candidates) > 1:
+                    say(f"left out    {error}")
+        if not outcomes:
+            assert failed is not None
+            raise failed
         setting, outcome = max(outcomes, key=lambda pair: pair[1]["validation"] or 0.0)
         if self.protocol.refit and self.validation is not None:
             everything = assemble.images_of(self.config, self.whole)
-            chosen = {"validation": outcome["validation"], "candidates": len(outcomes)}
+            chosen = {"validation": outcome["validation"], "candidates": len(training.candidates)}
             outcome = self._train(everything, setting._replace(refit=True), "chosen: ") | chosen
         return outcome | {
             "learning_rate": setting.learning_rate,
@@ -276,8 +288,9 @@ class Setup:
             about["upright"] = False
         digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
         file = folder / "about.json"
-        same = file.exists() and json.loads(file.read_text())["digest"] == digest
-        if jax.process_index() == 0 and not same:
+        if jax.process_index() == 0 and not (
+            file.exists() and json.loads(file.read_text())["digest"] == digest
+        ):
             if folder.exists():
                 folder.rmtree()
             write_json(file, about | {"digest": digest})
@@ -285,37 +298,45 @@ class Setup:
             multihost_utils.sync_global_devices(f"{folder} is begun")
 
     def _job(self, setting: Setting, steps: int, steps_per_epoch: int) -> Job:
-        """Compiles the step of a setting; its draws and starts share the program."""
-        key = (setting._replace(kind="", draw=0), steps, steps_per_epoch)
+        """Compiles the step of a setting; draws, starts, learning rates and weight decays share the program."""
         model = self._model(steps_per_epoch)
-        options = self.protocol.options
-        optimizer, schedule = make_classifier_optimizer(
-            scaled_learning_rate(setting.learning_rate, self._scaling, options.batch_size),
-            steps,
-            setting.weight_decay,
-            options.momentum,
-            model.trained,
-            options.get("optimizer", "sgd"),
-        )
+        options, trained = self.protocol.options, model.trained
+        name = options.get("optimizer", "sgd")
 
         def init(encoder: dict, head: dict, key: jax.Array) -> TrainState:
             params, batch_stats = model.start(encoder, head, key)
             # Copied: the step takes the memory of its state, and the start serves again.
             params, batch_stats = jax.tree.map(jax.numpy.copy, (params, batch_stats))
+            optimizer, _ = make_classifier_optimizer(
+                0.0, steps, 0.0, options.momentum, trained, name
+            )
             return start_of(params, batch_stats, optimizer)
 
+        def step(state: TrainState, batch) -> tuple[TrainState, Metrics]:
+            images, (rate, decay) = batch
+            optimizer, schedule = make_classifier_optimizer(
+                rate, steps, decay, options.momentum, trained, name
+            )
+            update = make_step(
+                supervised(model.logits, self._views.views, loss_of_labels(self.members)),
+                no_loss,
+                UpdateRule(optimizer, schedule),
+                fetch=self._views.fetch,
+            )
+            return update(state, images)
+
         start = (*self.starts[setting.kind], jax.random.key(self.config.seed))
-        step = make_step(
-            supervised(model.logits, self._views.views, loss_of_labels(self.members)),
-            no_loss,
-            UpdateRule(optimizer, schedule),
-            fetch=self._views.fetch,
-        )
-        if self._compiled is None or self._compiled[0] != key:
+        if self._compiled is None or self._compiled[0] != (steps, steps_per_epoch):
             begin: Callable = jax.jit(init, out_shardings=replicated(self.mesh))
-            self._compiled = key, job_of(step, init, start, steps, self.mesh), begin
+            job = job_of(step, init, start, steps, self.mesh)
+            self._compiled = (steps, steps_per_epoch), job, begin
         _, job, begin = self._compiled
-        return job._replace(init=lambda: begin(*start))
+        rate = scaled_learning_rate(setting.learning_rate, self._scaling, options.batch_size)
+        candidate = np.float32(rate), np.float32(setting.weight_decay)
+        return job._replace(
+            step=lambda state, batch: job.step(state, (batch, candidate)),
+            init=lambda: begin(*start),
+        )
 
     @property
     def _scaling(self) -> str:

@@ -58,8 +58,8 @@ OPTIONS = (
         "loss.negatives",
         "both_views",
         one_of("both_views", "other_view"),
-        "an anchor's negatives: the 2B - 2 views of other images, or of these the B - 1 of the other "
-        "view, first or second, than the anchor (appendix B.10)",
+        "an anchor's negatives: the 2B - 2 views of other images; or, of an anchor that is a first view, their B - 1 "
+        "second views, and the other way round (appendix B.10)",
     ),
     Option(
         "loss.memory",

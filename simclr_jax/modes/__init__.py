@@ -71,9 +71,9 @@ MODES = {
     "neighbours": Mode(
         "modes.neighbours",
         "neighbours",
-        "a picture of the nearest neighbours of some images, from such a file",
+        "a picture of the nearest neighbours of some images, or a table of all, from such a file",
         needs=("input",),
-        takes=("output", "query"),
+        takes=("output", "query", "k"),
     ),
     "export": Mode(
         "modes.export",

@@ -1,25 +1,29 @@
-"""--mode=neighbours: what the encoder takes for alike, as a picture a person can judge."""
+"""--mode=neighbours: what the encoder takes for alike, as a picture a person can judge or as a table."""
 
 import os
 import pathlib
+from collections.abc import Iterator
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
-from simclr_jax.console import say
+from simclr_jax.console import Progress, say
 from simclr_jax.data import pixels
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import evenly
 from simclr_jax.data.source import Example
 from simclr_jax.errors import UserError
-from simclr_jax.files import check_local, expanded
+from simclr_jax.files import check_local, expanded, replacing, writing
 from simclr_jax.modes.embed import Input, open_input
 from simclr_jax.modes.feature_file import FeatureFile, read_feature_file
 from simclr_jax.report.learned import unit
 
 _NEIGHBOURS = 8
 _QUERIES = 8
+_MOST_IN_A_PICTURE = 40
+_TOGETHER = 4096  # rows of a table that are searched for in one pass through the file
 _TILE = 96  # pixels
 _LINE = 14  # height of the similarity below an image
 
@@ -50,37 +54,57 @@ def nearest(features: FeatureFile, queries: np.ndarray, k: int) -> tuple[np.ndar
         similar[queries[:, None] == indices] = -np.inf
         best = np.concatenate([best, np.broadcast_to(indices, similar.shape)], axis=1)
         scores = np.concatenate([scores, similar], axis=1)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        found = jax.lax.top_k(scores, min(k, scores.shape[1]))  # of equals the first
+        scores, order = (np.asarray(x) for x in found)
         best = np.take_along_axis(best, order, axis=1)
-        scores = np.take_along_axis(scores, order, axis=1)
         start += len(block)
     return best, scores
 
 
 def neighbours(
-    config: ConfigDict, workdir: str, input: str, output: str | None = None, query: str = ""
+    config: ConfigDict,
+    workdir: str,
+    input: str,
+    output: str | None = None,
+    query: str = "",
+    k: int = _NEIGHBOURS,
 ) -> None:
-    """Writes a picture: in each row a query and, to its right, its nearest neighbours with their
-    cosine similarities.
+    """Writes a picture: in each row a query and, to its right, its k nearest neighbours with their cosine
+    similarities. Or a table, a row for each query: "image", "neighbours", the names of the k nearest, and
+    "similarities", float32.
 
     Args:
       config: the run's configuration.
       workdir: the run's folder.
       input: the file that --mode=embed wrote.
-      output: the picture; None: WORKDIR/neighbours.png.
-      query: images, as named in the file, separated by commas; "": eight, evenly spaced.
+      output: the picture, or the table if it ends in .parquet; None: WORKDIR/neighbours.png.
+      query: images, as named in the file, separated by commas; "": all for a table, eight for a picture.
+      k: neighbours of each; at most all other images.
 
     Raises:
-      UserError: no such file or image, or the images that it names are missing or have changed.
+      UserError: no such file or image, the images that it names are missing or have changed, or k is below 1 or too
+        large for a picture.
     """
     output = output or os.path.join(workdir, "neighbours.png")
     check_local("--output", output)
     features = read_feature_file(input)
+    if expanded(output) == features.path:
+        raise UserError(f"--output={output} is the --input, which would be overwritten")
     count = len(features.images)
     if count < 2:
         raise UserError(f"{input} holds {count} images: expected two or more")
+    if k < 1:
+        raise UserError(f"--k={k}: expected 1 or more")
+    if output.endswith(".parquet"):
+        queries = _indices(features, query) if query else np.arange(count)
+        _write_table(expanded(output), features, queries, min(k, count - 1))
+        return
+    if k > _MOST_IN_A_PICTURE:
+        raise UserError(
+            f"--k={k}: a picture shows at most {_MOST_IN_A_PICTURE}; --output=FILE.parquet takes more"
+        )
     queries = _indices(features, query)
-    found, similar = nearest(features, queries, min(_NEIGHBOURS, count - 1))
+    found, similar = nearest(features, queries, min(k, count - 1))
     source = open_input(config, features.about["input"])
     if source.split.fingerprint() != features.about["images"]:
         raise UserError(
@@ -100,6 +124,45 @@ def neighbours(
         near = ", ".join(f"{features.images[i]} {s:.2f}" for i, s in zip(row, values, strict=True))
         say(f"{features.images[q]}: {near}")
     say(f"\n{len(queries)} images, each left of its nearest of {count}: {path}")
+
+
+def _write_table(path: pathlib.Path, features: FeatureFile, queries: np.ndarray, k: int) -> None:
+    """Writes the table of `neighbours`, whole or not at all."""
+    # Imported here: only this needs it.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def rows(asked: np.ndarray) -> pa.Table:
+        found, similar = nearest(features, asked, k)
+        columns = {
+            "image": pa.array(features.images[asked]),
+            "neighbours": pa.FixedSizeListArray.from_arrays(
+                pa.array(features.images[found].ravel()), k
+            ),
+            "similarities": pa.FixedSizeListArray.from_arrays(pa.array(similar.ravel()), k),
+        }
+        return pa.table(columns)
+
+    with writing(path), replacing(path) as scratch:
+        tables = _with_progress(map(rows, _parts(queries)), -(-len(queries) // _TOGETHER))
+        first = next(tables)
+        with pq.ParquetWriter(pathlib.Path(scratch), first.schema) as writer:
+            writer.write_table(first)
+            for rest in tables:
+                writer.write_table(rest)
+    say(f"{len(queries)} images and the {k} nearest of each, of {len(features.images)}: {path}")
+
+
+def _parts(queries: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(queries), _TOGETHER):
+        yield queries[start : start + _TOGETHER]
+
+
+def _with_progress(tables: Iterator, count: int) -> Iterator:
+    with Progress(count) as progress:
+        for number, table in enumerate(tables, 1):
+            yield table
+            progress.advance(number)
 
 
 def _indices(features: FeatureFile, query: str) -> np.ndarray:
@@ -146,6 +209,7 @@ def _pictures(source: Input, names: list[str], upright: bool) -> list[Image.Imag
     indices = sorted(int(name) for name in names)
     some = source.split.subset(np.asarray(indices))
     assert isinstance(some, IndexedSplit)
+    upright = upright and some.source.may_turn
     by_name = {str(i): _picture(some.source[p], upright) for p, i in enumerate(indices)}
     return [by_name[name] for name in names]
 

@@ -136,8 +136,11 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
     if broken.indices:
         say(f"skipped    {len(broken.indices)} images that cannot be read, see {broken.report}")
     say(f"trained to step {plan.steps}: {workdir}/checkpoints, {workdir}/metrics.jsonl")
-    if verdicts:  # else it was trained before
-        _say_verdict(workdir, verdicts[0])
+    # Without a verdict it was trained before: what a later evaluation said of it is judged anew.
+    last = _last_metrics(workdir)
+    if verdicts or "z_std" in last:
+        verdict = verdicts[0] if verdicts else judge(int(last["step"]), last, references)
+        _say_verdict(workdir, verdict)
     return True
 
 
@@ -149,7 +152,8 @@ def _say_verdict(workdir: str, verdict: Verdict) -> None:
 
 
 def _last_metrics(workdir: str) -> dict[str, float]:
-    lines = (epath.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    file = epath.Path(workdir) / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
     found = (json.loads(line) for line in reversed(lines))
     return next((line for line in found if "loss" in line), {})
 

@@ -33,7 +33,11 @@ _NOT_OF_THE_STEP = (
     "seed",
     "train.epochs",
     "train.steps",
-    "optimizer.",
+    "optimizer.learning_rate",
+    "optimizer.momentum",
+    "optimizer.scaling",
+    "optimizer.warmup_epochs",
+    "optimizer.weight_decay",
     "eval.",
     "loss.temperature",
 )
@@ -92,6 +96,7 @@ def run_study(
             "data.folder_labels, data.test_fraction and data.test_path"
         )
     folder, images = epath.Path(workdir), subjects.fingerprint(data)
+    check_study(folder, found)
     about = {name: about_run(own, found, images) for name, own in configs.items()}
     check_finished(folder, about)
     while True:
@@ -107,6 +112,15 @@ def run_study(
             return _show(config, found, folder)
         if not _finish_all({run.name: configs[run.name] for run in waiting}, found, folder, about):
             return None
+
+
+def check_study(folder: epath.Path, study: Study) -> None:
+    """Raises a UserError if a folder holds the table of another study, which would be overwritten."""
+    file = folder / "study.json"
+    if file.exists() and (title := json.loads(file.read_text())["title"]) != study.title:
+        raise UserError(
+            f"{file} is of the study {title!r}, not of {study.title!r}: use another --workdir"
+        )
 
 
 def check_finished(folder: epath.Path, about: dict[str, str]) -> None:

@@ -45,7 +45,7 @@ OPTIONS = (
         "views.first",
         "none",
         one_of("none", *(kind.NAME for kind in OPERATIONS)),
-        'the operation that comes before the others; "none": flip',
+        'which operation is moved to the front of the order; "none": none is, and the flip comes first',
     ),
 )
 

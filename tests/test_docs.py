@@ -1,0 +1,65 @@
+"""The programs in docs/design.md, as a reader would add them."""
+
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from simclr_jax import losses
+from simclr_jax.config import validate
+from simclr_jax.losses import LOSSES
+from simclr_jax.modes.pretrain import pretrain
+from simclr_jax.views import make_distortion
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "design.md"
+
+
+def program(word: str) -> dict:
+    """Runs the one program of the page that has the word; returns what it defines."""
+    programs = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (text,) = [text for text in programs if word in text]
+    defined: dict = {"__name__": "added"}
+    exec(compile(text, str(PAGE), "exec"), defined)
+    return defined
+
+
+def test_the_loss_is_that_of_a_loop_and_trains(tiny, tmp_path, monkeypatch):
+    build = program("uniformity")["build"]
+    loss = build({}, None, 3)
+    z = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    unit = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float64)
+    alignment = np.mean([np.sum((unit[2 * i] - unit[2 * i + 1]) ** 2) for i in range(3)])
+    potentials = [
+        np.exp(-2 * np.sum((unit[i] - unit[j]) ** 2)) for i in range(6) for j in range(6) if i != j
+    ]
+    value, metrics = jax.jit(loss.apply)(jnp.asarray(z), jnp.full(3, -1))
+    assert float(metrics["alignment"]) == pytest.approx(alignment, rel=1e-5)
+    assert float(value) == pytest.approx(alignment + np.log(np.mean(potentials)), rel=1e-5)
+
+    name = next(option for option in losses.OPTIONS if option.name == "loss.name")
+    monkeypatch.setitem(LOSSES, "uniformity", build)
+    monkeypatch.setattr(type(name), "problem", lambda option, value: None)
+    tiny.loss.name, tiny.train.steps, tiny.train.log_every_steps = "uniformity", 2, 1
+    validate(tiny)
+    assert pretrain(tiny, str(tmp_path / "w"))
+    lines = (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()
+    assert {"loss", "alignment", "uniformity"} <= set(json.loads(lines[0]))
+
+
+def test_the_distortion_is_the_same_on_host_and_device():
+    posterize = program("Posterize")["Posterize"]
+    options = {"posterize_probability": 1.0, "posterize_levels": 5.0}
+    distortion = make_distortion(options, operations=(posterize,))
+    (operation,) = distortion.operations
+    assert operation.is_on
+    x = np.random.default_rng(0).uniform(size=(3, 8, 8)).astype(np.float32)
+    drawn = {"posterize": np.zeros(1, np.float32)}
+    host = operation.host(tf.constant(x), drawn).numpy()
+    device = operation.device(tuple(jnp.asarray(x)), {"posterize": jnp.zeros((1, 1, 1))})
+    np.testing.assert_allclose(host, np.stack(device), atol=1e-6)
+    np.testing.assert_allclose(host, np.round(4 * x.astype(np.float64)) / 4, atol=1e-6)
