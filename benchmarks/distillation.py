@@ -127,8 +127,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--student_epochs", type=float, help="default: those of pretraining")
     arguments, options = parser.parse_known_args()
-    if len(override(read_file(arguments.config), options).finetune.epochs) != len(SHARES):
-        options.append(f"--config.finetune.epochs={EPOCHS}")
+    usual = override(read_file(arguments.config), options).finetune
+    epochs = dict(zip(SHARES, EPOCHS, strict=True)) | dict(
+        zip(usual.label_fractions, usual.epochs, strict=False)
+    )
+    options.append(f"--config.finetune.epochs={tuple(epochs[share] for share in SHARES)}")
     options = [f"--config={arguments.config}", *options]
     lines = []
     for seed in arguments.seeds:

@@ -81,7 +81,7 @@ def evaluate(
 def _with_options(config: ConfigDict | str, options: dict[str, Any]) -> ConfigDict:
     """Returns a validated configuration, with other values of options; the caller's stays as it is."""
     from simclr_jax.config import flatten, set_options, validate
-    from simclr_jax.config.overrides import read_file
+    from simclr_jax.config.overrides import check_name_is_read, read_file
     from simclr_jax.errors import UserError
 
     config = read_file(config) if isinstance(config, str) else config.copy_and_resolve_references()
@@ -91,4 +91,5 @@ def _with_options(config: ConfigDict | str, options: dict[str, Any]) -> ConfigDi
             raise UserError(f"unknown option {name!r}; see simclr_jax/config/rows.py")
     set_options(config, options)
     validate(config)
+    check_name_is_read(config, list(options))
     return config

@@ -156,9 +156,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _count(text: str) -> int:
     """Reads a whole number of 1 or more, for argparse."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of 1 or more")
+    return int(text)
 
 
 def _add_flags_of_studies(parser: argparse.ArgumentParser) -> None:

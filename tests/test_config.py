@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import simclr_jax
 from simclr_jax import assemble, config
 from simclr_jax.config import OPTIONS
 from simclr_jax.config.__main__ import page
@@ -183,12 +184,13 @@ def test_values_that_no_run_could_use_are_refused(name, value, says):
 
 def test_the_name_of_a_data_set_that_would_not_be_read_is_refused():
     saved = config.default()
-    saved.data.source, saved.data.path = "folder", "/photos"
-    with pytest.raises(
-        UserError, match=r"source=folder reads /photos: add --config\.data\.source=tfds"
-    ):
+    saved.data.source, saved.data.path, saved.data.test_fraction = "folder", "/photos", 0.1
+    says = r"source=folder does not .*: add --config\.data\.source=tfds .*path= .*test_fraction=0$"
+    with pytest.raises(UserError, match=says) as caught:
         load(None, ["--config.data.name=cifar10"], saved.to_dict())
-    more = ["--config.data.source=tfds", "--config.data.path="]
+    with pytest.raises(UserError, match=says):
+        simclr_jax.evaluate("knn", "", saved, **{"data.name": "cifar10"})
+    more = str(caught.value).partition(": add ")[2].split()
     found = load(None, ["--config.data.name", "cifar10", *more], saved.to_dict())
     assert (found.data.name, found.data.source, found.data.path) == ("cifar10", "tfds", "")
     # A configuration for TFDS may be given files instead.

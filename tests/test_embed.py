@@ -423,6 +423,14 @@ def test_a_picture_of_neighbours(run, tmp_path):
     tile, gap = neighbours._TILE, neighbours._TILE // 4
     assert grid.shape == ((tile + neighbours._LINE) * 2, tile * 9 + gap, 3)
     np.testing.assert_array_equal(grid[:90, :90], grid[:90, tile + gap : tile + gap + 90])
+    table = tmp_path / "near.parquet"
+    flags = [f"--input={features}", f"--output={table}", "--k=3"]
+    main([f"--workdir={workdir}", "--mode=neighbours", *flags])
+    rows = {row["image"]: row["neighbours"] for row in pq.read_table(table).to_pylist()}
+    assert len(rows) == COUNT - 1  # two are broken, one was added
+    assert rows["class0/02.png"][0] == "class0/zz.png"
+    with pytest.raises(SystemExit):
+        main([f"--workdir={workdir}", "--mode=neighbours", f"--input={features}", "--k=0"])
     with pytest.raises(UserError, match="no image 'x'"):
         neighbours.neighbours(config, workdir, str(features), str(picture), "x")
     for other in (picture, tmp_path / "empty.npz"):

@@ -4,6 +4,7 @@ split, and resumed bit for bit.
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -344,6 +345,13 @@ def test_candidates_share_one_program_and_train_as_alone(run, monkeypatch, one_d
     assert len(made) == 1
     kernels = [state.params["classifier"]["dense"]["kernel"] for state in states]
     assert len({kernel.tobytes() for kernel in kernels}) == 4
+    for rate in (0.1, 0.4):
+        (folder,) = (workdir / "linear").glob(f"*_rate_{rate:g}_decay_0.3")
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        *_, last = (line for line in lines if "learning_rate" in line)
+        steps = last["step"]  # its rate is that of step `steps` - 1, counted from 0
+        cosine = (1 + math.cos(math.pi * (steps - 1) / steps)) / 2
+        assert last["learning_rate"] == pytest.approx(rate * BATCH / 256 * cosine, rel=1e-5)
     shutil.rmtree(workdir / "linear")
     config.linear.learning_rate, config.linear.weight_decay = (0.4,), (0.3,)
     with states_of_fit() as alone:
@@ -559,6 +567,10 @@ def test_a_candidate_that_is_not_finite_is_left_out(run, capsys):
     result = finetune.linear(config, str(workdir))
     (row,) = result["rows"]
     assert row["runs"][0]["weight_decay"] == 0.0
+    assert "left out    step " in capsys.readouterr().out
+    with states_of_fit() as states:  # and is not tried again
+        finetune.linear(config, str(workdir))
+    assert not states
     assert "left out    step " in capsys.readouterr().out
     config.linear.weight_decay = (1e3, 2e3)
     with pytest.raises(UserError, match="not finite"):

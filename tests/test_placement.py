@@ -8,7 +8,6 @@ import itertools
 import subprocess
 import sys
 import time
-import types
 from typing import Any, ClassVar
 
 import jax
@@ -293,8 +292,7 @@ def test_an_unreadable_image_is_named(tmp_path):
 
 
 def test_images_that_are_not_in_memory_cannot_be_placed():
-    origin = types.SimpleNamespace(classes=None, may_turn=True)
-    split = IndexedSplit(Encoded([b""], np.array([-1], np.int32), origin))
+    split = IndexedSplit(Encoded([b""], np.array([-1], np.int32)))
     views = views_of(Resident)
     for refused in (
         lambda: views.placer(split),

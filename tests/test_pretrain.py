@@ -23,6 +23,7 @@ from simclr_jax.errors import UserError
 from simclr_jax.evals.evaluate import evaluate_features
 from simclr_jax.evals.on_the_way import watch
 from simclr_jax.files import locked, write_json
+from simclr_jax.modes import pretrain as pretraining
 from simclr_jax.modes.pretrain import describe_run, pretrain
 from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.saved import find, saved_steps
@@ -449,12 +450,22 @@ def test_the_command_ends_with_the_evaluation_that_is_asked_for(copy, after):
     )
 
 
-def test_a_verdict_of_an_earlier_evaluation_does_not_stay(copy):
-    """As if an evaluation had found the encoder no better, and the next one finds it better, or is left out."""
+def test_a_verdict_of_an_earlier_evaluation_does_not_stay(copy, monkeypatch):
+    """As if one evaluation had found the encoder no better, and the next one finds it better."""
     file = copy / "health.json"
     of_training = json.loads(file.read_text())
-    write_json(file, {"name": "no better than untrained", "because": "accuracy 10 %"})
+    worse = {"name": "no better than untrained", "because": "accuracy 10 %"}
+    write_json(file, worse)
     main.main([f"--workdir={copy}", "--config.eval.after_training=none"])
+    assert json.loads(file.read_text()) == worse  # nothing speaks against it
+    for trained, expected in ((0.1, worse["name"]), (0.9, of_training["name"])):
+        rows = [
+            {"features": kind, "labels_per_class": None, "accuracy": accuracy}
+            for kind, accuracy in (("encoder", trained), ("untrained encoder", 0.5))
+        ]
+        monkeypatch.setattr(pretraining, "evaluate_features", lambda *_, rows=rows: {"rows": rows})
+        main.main([f"--workdir={copy}", "--config.eval.after_training=knn"])
+        assert json.loads(file.read_text())["name"] == expected
     assert json.loads(file.read_text()) == of_training
 
 

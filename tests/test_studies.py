@@ -110,7 +110,11 @@ def test_a_study_is_run_shown_and_not_run_again(short, file, tmp_path, capsys, m
     monkeypatch.setattr(mode, "pretrain", None)  # nothing is trained again
     other = tmp_path / "other.py"
     other.write_text(pathlib.Path(file).read_text().replace("Losses", "Others"))
-    with pytest.raises(UserError, match=r"study\.json is of the study 'Losses', not of 'Others'"):
+    with pytest.raises(UserError, match=r"study\.json is of another study, 'Losses' with"):
+        run_study(short, str(folder), str(other))
+    hinge = pathlib.Path(file).read_text().replace('("margin",)', '("hinge",)')
+    other.write_text(hinge.replace('"margin": Level', '"hinge": Level'))
+    with pytest.raises(UserError, match=r"'Losses' with the levels .*'margin'"):
         run_study(short, str(folder), str(other))
     assert run_study(short, str(folder), file) == json.loads(
         json.dumps(result),

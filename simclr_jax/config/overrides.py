@@ -31,7 +31,8 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
     config = read_file(spec) if spec else from_dict(saved or {})
     config = override(config, overrides)
     validate(config)
-    _check_name_is_read(config, overrides)
+    given = [flag.partition("=")[0].removeprefix("--config.") for flag in _join_values(overrides)]
+    check_name_is_read(config, given)
     return config
 
 
@@ -144,16 +145,20 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     return values["config"].value
 
 
-def _check_name_is_read(config: ConfigDict, overrides: Sequence[str]) -> None:
+def check_name_is_read(config: ConfigDict, given: Sequence[str]) -> None:
     """Raises a UserError if a data set of TFDS is asked for by name, and another source is read: a run on a folder that
     is to be evaluated on CIFAR-10 would be evaluated on the folder.
+
+    `given`: names of the options that were set beside the configuration.
     """
-    source, name = config.data.source, config.data.name
-    asked = any(flag.startswith("--config.data.name=") for flag in _join_values(overrides))
-    if asked and name and source != "tfds":
+    data = config.data
+    if "data.name" in given and data.name and data.source != "tfds":
+        needed = {"source": "tfds"}
+        needed |= {name: "" for name in ("path", "test_path") if data[name]}  # of the run on files
+        needed |= {"test_fraction": "0"} if data.test_fraction else {}
+        more = " ".join(f"--config.data.{name}={value}" for name, value in needed.items())
         raise UserError(
-            f"data.name={name} names a data set of TFDS, and data.source={source} reads {config.data.path}: "
-            "add --config.data.source=tfds --config.data.path= (empty: TFDS's own folder)"
+            f"data.name={data.name} names a data set of TFDS, and data.source={data.source} does not read it: add {more}"
         )
 
 

@@ -260,16 +260,19 @@ class InMemory(Source):
 class Encoded(Source):
     """The contents of image files, in memory."""
 
-    def __init__(self, files: list[bytes], labels: np.ndarray, origin: "ShardedSource"):
-        """Holds some images of another source.
+    def __init__(
+        self, files: list[bytes], labels: np.ndarray, origin: "ShardedSource | None" = None
+    ):
+        """Holds N files.
 
         Args:
-          files: N of them.
+          files: their contents.
           labels: int32 [N], -1 where there is none.
-          origin: where they come from, which knows how they are decoded.
+          origin: the source that they were taken from, which knows how they are decoded; None: none.
         """
-        self._files, self._origin = files, origin
-        self.labels, self.classes, self.may_turn = labels, origin.classes, origin.may_turn
+        self._files, self.labels, self._origin = files, labels, origin
+        if origin is not None:
+            self.classes, self.may_turn = origin.classes, origin.may_turn
 
     def __len__(self) -> int:
         return len(self._files)
@@ -278,6 +281,8 @@ class Encoded(Source):
         return Example(self._files[index], int(self.labels[index]))
 
     def decode(self, image: Any, upright: bool = True) -> Any:
+        if self._origin is None:
+            return super().decode(image, upright)
         return self._origin.decode(image, upright)
 
     def lookup(self) -> Any:

@@ -145,20 +145,15 @@ class Setup:
         images = self._labels(training.fraction, draw)
         start = Setting(kind, training.fraction, draw, training.length, 0.0, 0.0)
         outcomes = []
-        failed: NotFinite | None = None
+        several = len(training.candidates) > 1
         for number, (rate, decay) in enumerate(training.candidates):
             setting = start._replace(learning_rate=rate, weight_decay=decay)
-            which = f"{number + 1} of {len(training.candidates)}: " * (len(training.candidates) > 1)
-            try:
-                outcomes.append((setting, self._train(images, setting, which)))
-            except NotFinite as error:
-                failed = error
-                if len(training.candidates) > 1:
-                    say(f"left out    {error}")
-        if not outcomes:
-            assert failed is not None
-            raise failed
-        setting, outcome = max(outcomes, key=lambda pair: pair[1]["validation"] or 0.0)
+            which = f"{number + 1} of {len(training.candidates)}: " * several
+            outcomes.append((setting, self._train(images, setting, which, may_fail=several)))
+        finite = [pair for pair in outcomes if "failed" not in pair[1]]
+        if not finite:
+            raise NotFinite(f"of all candidates: {outcomes[-1][1]['failed']}")
+        setting, outcome = max(finite, key=lambda pair: pair[1]["validation"] or 0.0)
         if self.protocol.refit and self.validation is not None:
             everything = assemble.images_of(self.config, self.whole)
             chosen = {"validation": outcome["validation"], "candidates": len(training.candidates)}
@@ -211,10 +206,14 @@ class Setup:
             train_encoder=self.protocol.train_encoder,
         )
 
-    def _train(self, images: Images, setting: Setting, which: str) -> dict:
+    def _train(self, images: Images, setting: Setting, which: str, may_fail: bool = False) -> dict:
         """Trains with one setting, or reads its outcome where it was trained before.
 
-        `which`: begins the line that says so.
+        Args:
+          images: to train on.
+          setting: see `Setting`.
+          which: begins the line that says so.
+          may_fail: a loss or a state that is not finite is an outcome, {"failed": why}, not an error.
         """
         batch_size = self.protocol.options.batch_size
         rate = scaling_in_words(setting.learning_rate, self._scaling, batch_size)
@@ -224,7 +223,7 @@ class Setup:
         finished = folder / "outcome.json"
         self._begin(folder, setting, images)
         if finished.exists():
-            return json.loads(finished.read_text())
+            return _said(json.loads(finished.read_text()))
         job = self._job(setting, steps, round(images.split.count / batch_size))
         # A refit has the validation part among its training images.
         judge = None if setting.refit else self.validation
@@ -233,15 +232,24 @@ class Setup:
         reporting = Reporting(max(1, steps // VALIDATIONS), batch_size, steps, advice)
         saving, hang = Saving(self.config.checkpoint.every_steps), self.config.train.hang_seconds
         run = Run(str(folder), {}, saving, reporting, hang_seconds=hang)
-        state, done = fit(job, stream(self._views, images), run, (selection,))
+        try:
+            state, done = fit(job, stream(self._views, images), run, (selection,))
+        except NotFinite as error:
+            if not may_fail:
+                raise
+            return self._finish(folder, _said({"failed": str(error)}))
         if not done:
             raise Stopped
         outcome = selection.outcome(state) | {"steps": steps, "images": images.split.count}
         if setting.kind == ENCODER and setting.draw == 0:
             outcome["classifier"] = self._keep(folder / "classifier", state, steps)
+        return self._finish(folder, outcome)
+
+    def _finish(self, folder: epath.Path, outcome: dict) -> dict:
+        """Writes and returns the outcome of a training, and removes its checkpoints."""
         if jax.process_index() == 0:
-            write_json(finished, outcome)
-            (folder / "checkpoints").rmtree()
+            write_json(folder / "outcome.json", outcome)
+            (folder / "checkpoints").rmtree(missing_ok=True)
         return outcome
 
     def _keep(self, folder: epath.Path, state: TrainState, steps: int) -> str:
@@ -348,3 +356,10 @@ class Setup:
         found, labels = self._predict.extract(variables, batches, images.split.count)
         targets = labels if self.members is None else self.members[labels]
         return METRICS[self.metric](found["logits"], targets)
+
+
+def _said(outcome: dict) -> dict:
+    """Says that a candidate is left out, where its outcome is that."""
+    if "failed" in outcome:
+        say(f"left out    {outcome['failed'].partition('. ')[0]}")
+    return outcome

@@ -88,7 +88,7 @@ def neighbours(
     output = output or os.path.join(workdir, "neighbours.png")
     check_local("--output", output)
     features = read_feature_file(input)
-    if expanded(output) == features.path:
+    if expanded(output).exists() and expanded(output).samefile(features.path):
         raise UserError(f"--output={output} is the --input, which would be overwritten")
     count = len(features.images)
     if count < 2:

@@ -27,7 +27,7 @@ from simclr_jax.training.loop import Run, fit
 from simclr_jax.training.optimizer import scaling_in_words
 from simclr_jax.training.sinks import Sinks
 from simclr_jax.training.state import count_parameters
-from simclr_jax.training.verdict import Verdict, judge, judge_accuracy
+from simclr_jax.training.verdict import OF_EVALUATIONS, Verdict, judge, judge_accuracy
 from simclr_jax.training.workdir import (
     about_classifier,
     about_training,
@@ -89,6 +89,8 @@ def _evaluate(config: ConfigDict, workdir: str) -> None:
         verdict = judge_accuracy(rows, _last_metrics(workdir), ENCODER, UNTRAINED)
         if verdict is not None and not verdict.is_sound:
             _say_verdict(workdir, verdict)
+        elif verdict is not None:
+            _forget_evaluation(config, workdir)
     else:
         say(
             "next        --mode=embed --input=FOLDER --output=features.parquet writes the features of"
@@ -96,6 +98,17 @@ def _evaluate(config: ConfigDict, workdir: str) -> None:
         say(
             "            images, --mode=neighbours shows what is near what, --mode=export hands it on"
         )
+
+
+def _forget_evaluation(config: ConfigDict, workdir: str) -> None:
+    """Puts the verdict of the training back, where an earlier evaluation had found the encoder no better than an
+    untrained one and the latest finds it better.
+    """
+    file = epath.Path(workdir) / "health.json"
+    last = _last_metrics(workdir)
+    if file.exists() and json.loads(file.read_text())["name"] in OF_EVALUATIONS and last:
+        plan = assemble.plan_of(config, assemble.data_set(config).train.count)
+        _say_verdict(workdir, judge(int(last["step"]), last, assemble.references(config, plan)))
 
 
 def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
@@ -136,11 +149,8 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
     if broken.indices:
         say(f"skipped    {len(broken.indices)} images that cannot be read, see {broken.report}")
     say(f"trained to step {plan.steps}: {workdir}/checkpoints, {workdir}/metrics.jsonl")
-    # Without a verdict it was trained before: what a later evaluation said of it is judged anew.
-    last = _last_metrics(workdir)
-    if verdicts or "z_std" in last:
-        verdict = verdicts[0] if verdicts else judge(int(last["step"]), last, references)
-        _say_verdict(workdir, verdict)
+    if verdicts:  # else it was trained before
+        _say_verdict(workdir, verdicts[0])
     return True
 
 

@@ -115,12 +115,20 @@ def run_study(
 
 
 def check_study(folder: epath.Path, study: Study) -> None:
-    """Raises a UserError if a folder holds the table of another study, which would be overwritten."""
+    """Raises a UserError if a folder holds the table of another study, or of other levels, which would be overwritten."""
     file = folder / "study.json"
-    if file.exists() and (title := json.loads(file.read_text())["title"]) != study.title:
+    if not file.exists():
+        return
+    there = json.loads(file.read_text())
+    levels = there.get("levels", _levels(study))  # of an earlier version there are none
+    if (there["title"], levels) != (study.title, _levels(study)):
         raise UserError(
-            f"{file} is of the study {title!r}, not of {study.title!r}: use another --workdir"
+            f"{file} is of another study, {there['title']!r} with the levels {levels}: use another --workdir"
         )
+
+
+def _levels(study: Study) -> dict[str, list[str]]:
+    return {factor.name: list(factor.levels) for factor in study.factors}
 
 
 def check_finished(folder: epath.Path, about: dict[str, str]) -> None:
@@ -287,6 +295,7 @@ def _show(config: ConfigDict, study: Study, folder: epath.Path) -> dict:
 def _record(study: Study, outcomes: Outcomes, verdicts: list[Verdict]) -> dict:
     return {
         "title": study.title,
+        "levels": _levels(study),
         "rows": [
             {"key": list(key), "accuracies": scores, "setting": outcomes.settings.get(key, 0)}
             for key, scores in outcomes.scores.items()

@@ -9,6 +9,12 @@ from simclr_jax.losses.health import chance, lower_bound
 _BELOW, _NEAR_CHANCE, _COLLAPSED = 1e-3, 0.01, 0.1  # nats; nats; share of 1 / sqrt(D): ours
 
 
+OF_EVALUATIONS = (
+    "a shortcut",
+    "no better than untrained",
+)  # the verdicts of `judge_accuracy`, but for "sound"
+
+
 class References(NamedTuple):
     """Numbers that a run's metrics are held against.
 

@@ -45,7 +45,7 @@ OPTIONS = (
         "views.first",
         "none",
         one_of("none", *(kind.NAME for kind in OPERATIONS)),
-        'which operation is moved to the front of the order; "none": none is, and the flip comes first',
+        'the operation that is applied first; "none": the usual order, which begins with the flip',
     ),
 )
 
