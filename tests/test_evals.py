@@ -125,7 +125,7 @@ def optimum(x, y, value):
 
 def test_the_weakest_lambda_is_fitted_too(digits):
     (x, y), *_ = digits
-    (weights,) = fit_lambdas(x, y, LAMBDAS[:1], 10, 1000)
+    (weights,), _ = fit_lambdas(x, y, LAMBDAS[:1], 10, 1000)
     _, least = optimum(x, y, LAMBDAS[0])
     assert objective(x, y, **weights, value=LAMBDAS[0]) == pytest.approx(least, rel=5e-3)
 
@@ -133,7 +133,7 @@ def test_the_weakest_lambda_is_fitted_too(digits):
 @pytest.mark.parametrize("value", [1e-2, 1.0, 100.0])
 def test_a_lambda_reaches_scikit_learns_optimum(digits, value):
     (x, y), (x_test, _), *_ = digits
-    weaker, weights, _ = fit_lambdas(x, y, [value / 10, value, value * 10], 10, 1000)
+    (weaker, weights, _), _ = fit_lambdas(x, y, [value / 10, value, value * 10], 10, 1000)
     theirs, least = optimum(x, y, value)
     assert objective(x, y, **weights, value=value) == pytest.approx(least, rel=1e-4)
     logits = x_test @ weights["kernel"] + weights["bias"]
@@ -147,7 +147,9 @@ def test_features_need_not_be_centred_or_scaled(digits):
     """The same optimum, where scikit-learn's solver ends above it."""
     (x, y), *_ = digits
     x = 7 * x + 3
-    (weights,) = fit_lambdas(x, y, [1.0], 10, 1000)
+    (weights,), unfinished = fit_lambdas(x, y, [1.0], 10, 1000)
+    assert unfinished == []
+    assert fit_lambdas(x, y, [1.0, 1e5], 10, 20)[1] == [1.0]  # in so few iterations
     theirs = LogisticRegression(tol=1e-8, max_iter=20000).fit(x, y)
     optimum = objective(x, y, theirs.coef_.T, theirs.intercept_, 1.0)
     assert objective(x, y, **weights, value=1.0) <= optimum * (1 + 1e-6)
@@ -178,7 +180,7 @@ def test_probes_and_neighbours_are_the_same_on_any_devices(digits, count, monkey
     x, y = digits.train
     monkeypatch.setattr(logistic, "_DIVIDE_FROM", 0)
     mesh = make_mesh(jax.devices()[:count])
-    (one,), (many,) = (fit_lambdas(x[:398], y[:398], [1.0], 10, 1000, m) for m in (None, mesh))
+    (one,), (many,) = (fit_lambdas(x[:398], y[:398], [1.0], 10, 1000, m)[0] for m in (None, mesh))
     np.testing.assert_allclose(
         many["kernel"], one["kernel"], atol=2e-3 * np.abs(one["kernel"]).max()
     )
@@ -264,7 +266,7 @@ def means_for_each_lambda(x, y, lambdas, classes, *_, **__):
     """Stands for `fit_lambdas` where the fit is not what is tested: the nearest mean of a class."""
     kernel = np.stack([x[y == c].mean(axis=0) for c in range(classes)], axis=1)
     bias = -0.5 * np.sum(kernel**2, axis=0)
-    return [{"kernel": kernel, "bias": bias} for _ in lambdas]
+    return [{"kernel": kernel, "bias": bias} for _ in lambdas], []
 
 
 def test_the_few_labels_of_a_probe_are_given_as_numbers_and_as_a_share(monkeypatch, capsys):

@@ -84,7 +84,7 @@ def test_a_classifier_of_sets_is_one_of_scikit_learns_for_each_label():
     x = RNG.normal(size=(80, 6)).astype(np.float32)
     members = (x @ RNG.normal(size=(6, 3)) + RNG.normal(size=(80, 3)) > 0).astype(np.int8)
     members[::7, 1] = -1
-    ours, _ = fit_lambdas(x, members, [1.0, 1e5], 3, 1000)
+    (ours, _), _ = fit_lambdas(x, members, [1.0, 1e5], 3, 1000)
     for k in range(3):
         counted = members[:, k] >= 0
         theirs = LogisticRegression(C=1.0, tol=1e-10, max_iter=5000)

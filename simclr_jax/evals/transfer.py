@@ -42,7 +42,7 @@ def fit_chosen_lambda(features: Features, options: Options, lambdas: tuple[float
 
     Returns:
       {"accuracy": the metric on the test images, "lambda", "validation_accuracies": the metric for each
-      lambda, ascending}, and "mean_per_class_accuracy" where images have one label.
+      lambda, ascending, "unfinished", the lambdas whose fit ended at "max_iterations"}, and "mean_per_class_accuracy" where images have one label.
     """
     x, y = features.train
     part, held = split_validation(y, options["validation_fraction"], options["seed"])
@@ -50,20 +50,26 @@ def fit_chosen_lambda(features: Features, options: Options, lambdas: tuple[float
     classes = features.classes if features.members is None else features.members.shape[1]
     how = classes, options["max_iterations"], features.mesh
     with Progress(len(lambdas)) as progress:
-        fits = fit_lambdas(x[part], targets[part], lambdas, *how, watch=progress.track)
+        fits, unfinished = fit_lambdas(x[part], targets[part], lambdas, *how, watch=progress.track)
+    if unfinished:
+        say(
+            f"{len(unfinished)} of {len(lambdas)} fits, of lambda {max(unfinished):.2g} and below, ended at "
+            f"eval.max_iterations={options['max_iterations']} before they had converged"
+        )
     metric = METRICS[options["metric"]]
     scores = [metric(_logits(weights, x[held]), targets[held]) for weights in fits]
     # Of equals the strongest: on few validation images many lambdas are.
     best = max(range(len(lambdas)), key=lambda i: (scores[i], lambdas[i]))
     # From the strongest on, as above: each fit begins where the one before ended.
     with Progress(len(lambdas) - best) as progress:
-        weights = fit_lambdas(x, targets, lambdas[best:], *how, watch=progress.track)[0]
+        (weights, *_), _ = fit_lambdas(x, targets, lambdas[best:], *how, watch=progress.track)
     x_test, y_test = features.test
     logits = _logits(weights, x_test)
     found = {
         "accuracy": metric(logits, features.targets(y_test)),
         "lambda": lambdas[best],
         "validation_accuracies": scores,
+        "unfinished": unfinished,
     }
     if features.members is None:
         found["mean_per_class_accuracy"] = mean_per_class(logits, y_test)
