@@ -69,9 +69,9 @@ def our_batches(images, size: int, distortion: dict, color: bool, batch_size: in
 
     from simclr_jax.data.arrays import in_memory
     from simclr_jax.data.broken import Broken, Images
+    from simclr_jax.data.encoded import Encoded
     from simclr_jax.data.indexed import IndexedSplit
     from simclr_jax.data.order import Order
-    from simclr_jax.data.source import Encoded
     from simclr_jax.views import make_distortion
     from simclr_jax.views.pipeline import HostWork, training_batches
 

@@ -17,10 +17,10 @@ from conftest import random_images
 
 from simclr_jax.data.arrays import in_memory
 from simclr_jax.data.broken import Broken, Images
+from simclr_jax.data.encoded import Encoded
 from simclr_jax.data.folder import open_split
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Order, Share, batch_positions
-from simclr_jax.data.source import Encoded
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import batch_sharded, make_mesh
 from simclr_jax.views import device, pipeline

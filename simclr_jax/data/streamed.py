@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from simclr_jax.data.encoded import Encoded
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Lane, Order, Share, lanes, next_whole, split_validation, windows
-from simclr_jax.data.source import CORES, Encoded, ShardedSource, in_order
+from simclr_jax.data.source import CORES, ShardedSource, in_order
 from simclr_jax.data.split import BROKEN, NONE
 from simclr_jax.errors import UserError
 

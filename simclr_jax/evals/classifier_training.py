@@ -26,7 +26,7 @@ from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.errors import NotFinite, UserError
 from simclr_jax.evals import results, subjects
 from simclr_jax.evals.features import Extractor
-from simclr_jax.evals.protocol import Protocol, Setting, Training
+from simclr_jax.evals.protocol import Protocol, Setting, Training, what_decides
 from simclr_jax.evals.scores import METRICS
 from simclr_jax.evals.selection import VALIDATIONS, Selection
 from simclr_jax.evals.subjects import ENCODER, UNTRAINED
@@ -273,27 +273,10 @@ class Setup:
 
     def _begin(self, folder: epath.Path, setting: Setting, images: Images) -> None:
         """Makes the folder of a training; empties it if it holds one of something else."""
-        config = self.config
-        own = self.protocol.options
-        options = {name: own[name] for name in ("batch_size", "momentum")}
-        usual = {"optimizer": "sgd", "scaling": "linear"}  # not named, so that older folders go on
-        options |= {name: own[name] for name, x in usual.items() if own.get(name, x) != x}
-        about = {
-            "setting": setting.record(),
-            "start": self._digest,
-            "images": images.split.fingerprint(),
-            "judged_on": self._judged_on,
-            "options": options | {"layer": self.protocol.layer},
-            "data": {name: config.data[name] for name in ("image_size", "placement", "eval_crop")},
-            "crops": repr(self._views.making.distortion),
-            "model": config.model.to_dict(),
-            "validation_fraction": config.eval.validation_fraction,
-            "seed": config.seed,
-        }
-        if self.metric != "accuracy":
-            about["metric"] = self.metric
-        if not config.data.upright:  # named only then: the digest of older folders stays valid
-            about["upright"] = False
+        digests: dict = {"start": self._digest, "images": images.split.fingerprint()}
+        digests |= {"judged_on": self._judged_on}
+        crops = repr(self._views.making.distortion)
+        about = what_decides(self.config, self.protocol, setting, digests, crops, self.metric)
         digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
         file = folder / "about.json"
         if jax.process_index() == 0 and not (

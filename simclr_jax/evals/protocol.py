@@ -110,3 +110,40 @@ class Setting(NamedTuple):
             + f", {self.length}, learning rate {rate}"
             + (f", weight decay {self.weight_decay:g}" if self.weight_decay else "")
         )
+
+
+def what_decides(
+    config: ConfigDict,
+    protocol: Protocol,
+    setting: Setting,
+    digests: dict,
+    crops: str,
+    metric: str,
+) -> dict:
+    """Returns all that decides what a training learns, JSON-able, by which one that was stopped is known again.
+
+    What is named only where it is not usual was added later: the trainings before stay known.
+
+    Args:
+      config, protocol, setting: of the training.
+      digests: "start": of the weights that it starts from, "images": of those that are trained on, "judged_on": of
+        those that choose, and of the test images.
+      crops: the views, in words.
+      metric: see `scores.METRICS`.
+    """
+    own = protocol.options
+    options = {name: own[name] for name in ("batch_size", "momentum")}
+    usual = {"optimizer": "sgd", "scaling": "linear"}
+    options |= {name: own[name] for name, x in usual.items() if own.get(name, x) != x}
+    about = {
+        "setting": setting.record(),
+        **{name: digests[name] for name in ("start", "images", "judged_on")},
+        "options": options | {"layer": protocol.layer},
+        "data": {name: config.data[name] for name in ("image_size", "placement", "eval_crop")},
+        "crops": crops,
+        "model": config.model.to_dict(),
+        "validation_fraction": config.eval.validation_fraction,
+        "seed": config.seed,
+    }
+    about |= {"metric": metric} if metric != "accuracy" else {}
+    return about | ({} if config.data.upright else {"upright": False})

@@ -41,8 +41,9 @@ def fit_chosen_lambda(features: Features, options: Options, lambdas: tuple[float
       lambdas: candidates; each weighs |kernel|^2 / 2 beside the sum of the cross-entropies.
 
     Returns:
-      {"accuracy": the metric on the test images, "lambda", "validation_accuracies": the metric for each
-      lambda, ascending, "unfinished", the lambdas whose fit ended at "max_iterations"}, and "mean_per_class_accuracy" where images have one label.
+      {"accuracy": the metric on the test images, "lambda", "validation_accuracies": the metric for each lambda,
+      ascending, "unfinished": the lambdas whose fit ended at "max_iterations"}, and "mean_per_class_accuracy"
+      where images have one label.
     """
     x, y = features.train
     part, held = split_validation(y, options["validation_fraction"], options["seed"])
