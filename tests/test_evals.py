@@ -143,6 +143,24 @@ def test_a_lambda_reaches_scikit_learns_optimum(digits, value):
     assert not np.allclose(weaker["kernel"], weights["kernel"], rtol=1e-2)
 
 
+def test_a_path_of_fits_is_rough_but_for_its_end(digits):
+    (x, y), *_ = digits
+    lambdas = [1e-3, 1e-2, 1e-1]
+    above = {}
+    for enough in (0.0, logistic.ROUGHLY):
+        fits, unfinished = fit_lambdas(x, y, lambdas, 10, 1000, None, enough)
+        assert unfinished == []
+        above[enough] = [
+            objective(x, y, **weights, value=value) / optimum(x, y, value)[1] - 1
+            for value, weights in zip(lambdas, fits, strict=True)
+        ]
+    assert max(above[0.0]) < 1e-4
+    assert above[logistic.ROUGHLY][0] < 1e-4
+    assert 1e-4 < max(above[logistic.ROUGHLY]) < 0.05
+    with pytest.raises(UserError, match="not finite"):
+        fit_lambdas(np.full((4, 2), np.nan, np.float32), np.arange(4) % 2, lambdas, 2, 10)
+
+
 def test_features_need_not_be_centred_or_scaled(digits):
     """The same optimum, where scikit-learn's solver ends above it."""
     (x, y), *_ = digits

@@ -1,8 +1,7 @@
 """Multinomial logistic regression on fixed features, by L-BFGS (paper, appendix B.8)."""
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +9,25 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from simclr_jax.console import Progress
+from simclr_jax.errors import UserError
 from simclr_jax.mesh import batch_sharded, laid_out
 
 # The norm of the gradient at which a fit ends; features have mean square norm 1. At the smallest of
 # the lambdas the optimum is flat: on digits 1e-5 would leave the objective 20 % above it at 1e-3, and
 # 1e-7 leaves it 0.2 % above at 1e-6.
 _TOLERANCE, _TOLERANCE_OF_LAMBDAS = 1e-5, 1e-7
+
+# A fit that only chooses ends when ten iterations lower the objective by less than this share of it. On 4,000 images of
+# Fashion-MNIST the 45 fits then take 9 in place of 24 s of CPU time (features of width 192; 37 in place of 103 s for
+# pixels), end up to 5 % higher at the smallest lambdas and 0.2 % at the chosen one, and choose the same.
+ROUGHLY = 1e-3
+_LOOKED_AT_EVERY = 10
+
+# Of the basis, as a share of the largest: directions of less variance are left less well conditioned, as those that are
+# 0 in nearly all images would be stretched too far for the end of a fit (digits, lambda 1e-6: 38 % above the optimum with
+# 0, 0.1 % with 1e-4 and 0.6 % with 1e-2).
+_LEAST_VARIANCE = 1e-4
 
 # Numbers in the features, above which a fit is divided over the devices. Below, each device would
 # wait longer for the others than it computes.
@@ -41,17 +53,40 @@ def fit_logistic(x, y, l2, classes: int, max_iterations: int) -> dict:
     return fit_from(start, x, y, l2, max_iterations)[0]
 
 
+class _Fit(NamedTuple):
+    """A fit on its way: see `fit_from`."""
+
+    weights: dict
+    state: Any
+    norm: Any
+    iteration: Any
+    before: Any  # the objective, ten iterations before `last`
+    last: Any
+
+
 @functools.partial(jax.jit, static_argnames=("max_iterations",))
 def fit_from(
-    start: dict, x, y, l2, max_iterations: int, tolerance=_TOLERANCE
+    start: dict, x, y, l2, max_iterations: int, tolerance=_TOLERANCE, enough=0.0, basis=None
 ) -> tuple[dict, jax.Array]:
-    """Fits like `fit_logistic`, from the weights `start`, {"kernel": [D, C], "bias": [C]}, until the
-    gradient's norm is below `tolerance`. Returns the weights, and whether it came to that.
+    """Fits like `fit_logistic`, from other weights than 0.
+
+    Args:
+      start: {"kernel": [D, C], "bias": [C]}.
+      x, y, l2, max_iterations: see `fit_logistic`.
+      tolerance: the norm of the gradient at which it ends.
+      enough: it also ends when ten iterations lower the objective by less than this share of it; 0: never.
+      basis: [D, D]: the weights are those of features x @ basis, which L-BFGS may find better conditioned, and the
+        penalty is on basis @ kernel; None: of x.
+
+    Returns:
+      the weights, and whether they came to that before `max_iterations`.
     """
     counts = (y >= 0).astype(start["bias"].dtype)
     n = jnp.sum(counts if y.ndim == 1 else jnp.any(y >= 0, axis=1))
 
     def objective(weights):
+        if basis is not None:
+            weights = weights | {"kernel": basis @ weights["kernel"]}
         logits = _logits(weights, x)
         if y.ndim == 1:
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(y, 0))
@@ -62,21 +97,32 @@ def fit_from(
     solver = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(objective)
 
-    def iterate(carry):
-        weights, state, _, iteration = carry
-        value, grad = value_and_grad(weights, state=state)
+    def iterate(fit):
+        value, grad = value_and_grad(fit.weights, state=fit.state)
         updates, state = solver.update(
-            grad, state, weights, value=value, grad=grad, value_fn=objective
+            grad, fit.state, fit.weights, value=value, grad=grad, value_fn=objective
         )
-        return optax.apply_updates(weights, updates), state, optax.tree.norm(grad), iteration + 1
+        look = fit.iteration % _LOOKED_AT_EVERY == 0
+        return _Fit(
+            optax.apply_updates(fit.weights, updates),
+            state,
+            optax.tree.norm(grad),
+            fit.iteration + 1,
+            jnp.where(look, fit.last, fit.before),
+            jnp.where(look, value, fit.last),
+        )
 
-    def unfinished(carry):
-        *_, norm, iteration = carry
-        return (norm > tolerance) & (iteration < max_iterations)
+    def converged(fit):
+        slow = fit.before - fit.last < enough * fit.last
+        return (fit.norm <= tolerance) | (slow & (fit.iteration > 2 * _LOOKED_AT_EVERY))
 
-    carry = (start, solver.init(start), jnp.inf, 0)
-    weights, _, norm, _ = jax.lax.while_loop(unfinished, iterate, carry)
-    return weights, norm <= tolerance
+    def unfinished(fit):
+        return ~converged(fit) & (fit.iteration < max_iterations)
+
+    infinite = jnp.full((), jnp.inf, start["bias"].dtype)
+    begun = _Fit(start, solver.init(start), infinite, 0, infinite, infinite)
+    found = jax.lax.while_loop(unfinished, iterate, begun)
+    return found.weights, converged(found)
 
 
 @jax.jit
@@ -135,31 +181,47 @@ def fit_lambdas(
     classes: int,
     max_iterations: int,
     mesh: Mesh | None = None,
-    watch: Callable[[Iterable[float]], Iterable[float]] = iter,
+    enough: float = 0.0,
 ) -> tuple[list[dict], list[float]]:
     """Finds the weights that minimise sum of cross-entropies + lambda / 2 * |kernel|^2, for each lambda.
 
-    `watch` passes the lambdas on as they are fitted, such as `Progress.track`.
+    Args:
+      x, y, classes: see `fit_logistic`.
+      lambdas: weights of the penalty.
+      max_iterations: of L-BFGS, for each.
+      mesh: all devices; None: one.
+      enough: see `fit_from`; for all but the smallest lambda.
 
     Fitted from the strongest on, each beginning where the one before ended. Internally the features
     are centred, which the free bias takes up, and scaled, with the lambda scaled to match: the same
     optimum, reached in fewer iterations. In float64: in float32 the smallest lambdas end up to 57 % above
-    it on digits, and only after "max_iterations", which takes six times as long.
+    it on digits, and only after "max_iterations", which takes six times as long. In a basis in which the Hessian at
+    the start, the features' covariance / C + the penalty, is the unit matrix.
 
     Returns:
       the weights for each lambda, as `fit_logistic` has them, and the lambdas whose fit ended at "max_iterations".
+
+    Raises:
+      UserError: the features are not finite.
     """
     mean, factor = _mean_and_factor(x)
     x = (x - mean) * np.float32(factor)
-    weights = {"kernel": np.zeros((x.shape[1], classes)), "bias": np.zeros(classes)}
+    kernel, bias = np.zeros((x.shape[1], classes)), np.zeros(classes)
+    covariance = (x.T @ x / len(x)).astype(np.float64)
+    if not np.isfinite(covariance).all():
+        raise UserError("the features hold numbers that are not finite: the encoder has diverged")
+    variances, axes = np.linalg.eigh(covariance)
     found, unfinished = {}, []
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), Progress(len(lambdas)) as progress:
         rows = divided(mesh, x, y)
-        for value in watch(sorted(lambdas, reverse=True)):
+        for value in progress.track(sorted(lambdas, reverse=True)):
             l2 = value * factor**2 / len(y)
-            fitted, done = fit_from(weights, *rows, l2, max_iterations, _TOLERANCE_OF_LAMBDAS)
-            weights = to_host(fitted)
+            scales = np.sqrt(np.maximum(variances, _LEAST_VARIANCE * variances[-1]) / classes + l2)
+            start = {"kernel": scales[:, None] * (axes.T @ kernel), "bias": bias}
+            until = _TOLERANCE_OF_LAMBDAS, enough if value > min(lambdas) else 0.0, axes / scales
+            fitted, done = fit_from(start, *rows, l2, max_iterations, *until)
             unfinished += [] if done else [value]
-            kernel = weights["kernel"] * factor
-            found[value] = {"kernel": kernel, "bias": weights["bias"] - mean @ kernel}
+            kernel, bias = axes / scales @ np.asarray(fitted["kernel"]), np.asarray(fitted["bias"])
+            own = kernel * factor
+            found[value] = {"kernel": own, "bias": bias - mean @ own}
     return [found[value] for value in lambdas], unfinished

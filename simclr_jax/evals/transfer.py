@@ -6,11 +6,11 @@ and then fitted to all training labels.
 
 import numpy as np
 
-from simclr_jax.console import Progress, say
+from simclr_jax.console import say
 from simclr_jax.data.order import split_validation
 from simclr_jax.evals import results
 from simclr_jax.evals.contract import Evaluation, Features, Options, Table
-from simclr_jax.evals.logistic import fit_lambdas
+from simclr_jax.evals.logistic import ROUGHLY, fit_lambdas
 from simclr_jax.evals.scores import METRIC_NAMES, METRICS, mean_per_class
 
 # The candidates of appendix B.8: 45, logarithmically spaced. They weigh |kernel|^2 / 2 beside the sum
@@ -49,21 +49,19 @@ def fit_chosen_lambda(features: Features, options: Options, lambdas: tuple[float
     part, held = split_validation(y, options["validation_fraction"], options["seed"])
     lambdas, targets = tuple(sorted(lambdas)), features.targets(y)
     classes = features.classes if features.members is None else features.members.shape[1]
-    how = classes, options["max_iterations"], features.mesh
-    with Progress(len(lambdas)) as progress:
-        fits, unfinished = fit_lambdas(x[part], targets[part], lambdas, *how, watch=progress.track)
+    how = classes, options["max_iterations"], features.mesh, ROUGHLY
+    fits, unfinished = fit_lambdas(x[part], targets[part], lambdas, *how)
     if unfinished:
         say(
-            f"{len(unfinished)} of {len(lambdas)} fits, of lambda {max(unfinished):.2g} and below, ended at "
-            f"eval.max_iterations={options['max_iterations']} before they had converged"
+            f"{len(unfinished)} of {len(lambdas)} fits ended at eval.max_iterations={options['max_iterations']} before "
+            f"they had converged, the strongest of them that of lambda {max(unfinished):.2g}"
         )
     metric = METRICS[options["metric"]]
     scores = [metric(_logits(weights, x[held]), targets[held]) for weights in fits]
     # Of equals the strongest: on few validation images many lambdas are.
     best = max(range(len(lambdas)), key=lambda i: (scores[i], lambdas[i]))
-    # From the strongest on, as above: each fit begins where the one before ended.
-    with Progress(len(lambdas) - best) as progress:
-        (weights, *_), _ = fit_lambdas(x, targets, lambdas[best:], *how, watch=progress.track)
+    # From the strongest on, as above: each fit begins where the one before ended. The last, the chosen one, to the end.
+    (weights, *_), _ = fit_lambdas(x, targets, lambdas[best:], *how)
     x_test, y_test = features.test
     logits = _logits(weights, x_test)
     found = {
