@@ -50,7 +50,19 @@ def fit_logistic(x, y, l2, classes: int, max_iterations: int) -> dict:
       {"kernel": [D, C], "bias": [C]}
     """
     start = {"kernel": jnp.zeros((x.shape[1], classes)), "bias": jnp.zeros(classes)}
-    return fit_from(start, x, y, l2, max_iterations)[0]
+    return fit_from(start, x, y, l2, max_iterations, Until())[0]
+
+
+class Until(NamedTuple):
+    """When a fit ends.
+
+    Attributes:
+      tolerance: the norm of the gradient below which it does.
+      enough: it also does when ten iterations lower the objective by less than this share of it; 0: never.
+    """
+
+    tolerance: float = _TOLERANCE
+    enough: float = 0.0
 
 
 class _Fit(NamedTuple):
@@ -66,15 +78,14 @@ class _Fit(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("max_iterations",))
 def fit_from(
-    start: dict, x, y, l2, max_iterations: int, tolerance=_TOLERANCE, enough=0.0, basis=None
+    start: dict, x, y, l2, max_iterations: int, until: Until, basis=None
 ) -> tuple[dict, jax.Array]:
     """Fits like `fit_logistic`, from other weights than 0.
 
     Args:
       start: {"kernel": [D, C], "bias": [C]}.
       x, y, l2, max_iterations: see `fit_logistic`.
-      tolerance: the norm of the gradient at which it ends.
-      enough: it also ends when ten iterations lower the objective by less than this share of it; 0: never.
+      until: when it ends before `max_iterations`.
       basis: [D, D]: the weights are those of features x @ basis, which L-BFGS may find better conditioned, and the
         penalty is on basis @ kernel; None: of x.
 
@@ -113,8 +124,8 @@ def fit_from(
         )
 
     def converged(fit):
-        slow = fit.before - fit.last < enough * fit.last
-        return (fit.norm <= tolerance) | (slow & (fit.iteration > 2 * _LOOKED_AT_EVERY))
+        slow = fit.before - fit.last < until.enough * fit.last
+        return (fit.norm <= until.tolerance) | (slow & (fit.iteration > 2 * _LOOKED_AT_EVERY))
 
     def unfinished(fit):
         return ~converged(fit) & (fit.iteration < max_iterations)
@@ -190,7 +201,7 @@ def fit_lambdas(
       lambdas: weights of the penalty.
       max_iterations: of L-BFGS, for each.
       mesh: all devices; None: one.
-      enough: see `fit_from`; for all but the smallest lambda.
+      enough: see `Until`; for all but the smallest lambda.
 
     Fitted from the strongest on, each beginning where the one before ended. Internally the features
     are centred, which the free bias takes up, and scaled, with the lambda scaled to match: the same
@@ -218,8 +229,8 @@ def fit_lambdas(
             l2 = value * factor**2 / len(y)
             scales = np.sqrt(np.maximum(variances, _LEAST_VARIANCE * variances[-1]) / classes + l2)
             start = {"kernel": scales[:, None] * (axes.T @ kernel), "bias": bias}
-            until = _TOLERANCE_OF_LAMBDAS, enough if value > min(lambdas) else 0.0, axes / scales
-            fitted, done = fit_from(start, *rows, l2, max_iterations, *until)
+            until = Until(_TOLERANCE_OF_LAMBDAS, enough if value > min(lambdas) else 0.0)
+            fitted, done = fit_from(start, *rows, l2, max_iterations, until, axes / scales)
             unfinished += [] if done else [value]
             kernel, bias = axes / scales @ np.asarray(fitted["kernel"]), np.asarray(fitted["bias"])
             own = kernel * factor
