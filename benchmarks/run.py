@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -344,7 +345,8 @@ def main() -> None:
         "versions": versions,
         "rows": rows,
     }
-    of_some = f"-{args.only}" if args.only else ""  # not in the place of a whole run's results
+    # Not in the place of a whole run's results.
+    of_some = "-" + re.sub(r"\W+", "_", args.only) if args.only else ""
     path = HERE / "results" / f"{args.kind}{of_some}-{result['date']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     for row in rows:
