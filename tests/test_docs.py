@@ -42,7 +42,7 @@ def test_the_loss_is_that_of_a_loop_and_trains(tiny, tmp_path, monkeypatch):
     assert float(value) == pytest.approx(alignment + np.log(np.mean(potentials)), rel=1e-5)
 
     monkeypatch.setitem(LOSSES, "uniformity", build)
-    # What the module's import makes of the row.
+    # As importing the module would make it of the row.
     name = config._BY_NAME["loss.name"]._replace(allowed=one_of(*LOSSES))
     monkeypatch.setitem(config._BY_NAME, "loss.name", name)
     tiny.loss.name, tiny.train.steps, tiny.train.log_every_steps = "uniformity", 2, 1

@@ -35,8 +35,8 @@ def measure_step(config: ConfigDict, seconds: float) -> list[dict]:
 
     Returns:
       a row for "SimCLR" and one for "supervised": images_per_second, views_per_second (all devices and
-      per device), flops_per_second_per_device and share_of_peak (None with microbatches), peak_memory_bytes, seconds_to_first_step,
-      steps.
+      per device), flops_per_second_per_device and share_of_peak (of SimCLR None with microbatches),
+      peak_memory_bytes, seconds_to_first_step, steps.
     """
     mesh = make_mesh(fsdp=config.mesh.fsdp)
     check_divides(config.data.batch_size, mesh, config.train.microbatches)

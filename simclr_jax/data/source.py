@@ -74,7 +74,26 @@ class Example(NamedTuple):
     label: int = -1
 
 
-class Source(abc.ABC):
+class Decoding:
+    """How the encoded images of a source become pixels.
+
+    Attributes:
+      may_turn: images are turned as their EXIF data say, where data.upright asks for it.
+    """
+
+    may_turn: bool = True
+
+    def decode(self, image: Any, upright: bool = True) -> Any:
+        """Decodes an encoded image to uint8 [H, W, C], in the tf.data graph.
+
+        `upright`: turn it as the orientation in its EXIF data says.
+        """
+        from simclr_jax.data.decode import decode
+
+        return decode(image, upright)
+
+
+class Source(Decoding, abc.ABC):
     """Images that can be read in any order. Only `__len__` and `__getitem__` must be written.
 
     Several threads may read at once.
@@ -82,11 +101,9 @@ class Source(abc.ABC):
     Attributes:
       classes: names of the classes; None: there are no labels.
       arrays: uint8 [N, H, W, C], all images of an `InMemory`; None in every other source.
-      may_turn: see `ShardedSource`.
     """
 
     classes: Classes = None
-    may_turn: bool = True
     arrays: np.ndarray | None = None
 
     @abc.abstractmethod
@@ -105,15 +122,6 @@ class Source(abc.ABC):
         if self.classes is None:
             return np.full(len(self), -1, np.int32)
         return np.asarray([self._read(i).label for i in range(len(self))], np.int32)
-
-    def decode(self, image: Any, upright: bool = True) -> Any:
-        """Decodes an encoded image to uint8 [H, W, C], in the tf.data graph.
-
-        `upright`: turn it as the orientation in its EXIF data says.
-        """
-        from simclr_jax.data.decode import decode
-
-        return decode(image, upright)
 
     def encoded(self, index: int) -> bytes:
         """Reads image `index` as the content of an image file, which is PNG for pixels.
@@ -257,7 +265,7 @@ class InMemory(Source):
         return digest.hexdigest()
 
 
-class ShardedSource(abc.ABC):
+class ShardedSource(Decoding, abc.ABC):
     """Images that are read a shard at a time, in the shard's order.
 
     Attributes:
@@ -268,7 +276,6 @@ class ShardedSource(abc.ABC):
       image_shape: (height, width, channels), None where it varies.
       shard_name: what a person calls a shard.
       is_shuffled: the examples were shuffled before they were divided into shards.
-      may_turn: images are turned as their EXIF data say, where data.upright asks for it.
     """
 
     classes: Classes
@@ -278,7 +285,6 @@ class ShardedSource(abc.ABC):
     image_shape: tuple[int | None, int | None, int] = (None, None, 3)
     shard_name: str = "shard"
     is_shuffled: bool = False
-    may_turn: bool = True
 
     @abc.abstractmethod
     def records(self, shard: Any) -> Any:
@@ -308,15 +314,6 @@ class ShardedSource(abc.ABC):
     @abc.abstractmethod
     def fingerprint(self, shards: np.ndarray) -> str:
         """Returns a text that is equal for equal content of these shards, wherever they lie."""
-
-    def decode(self, image: Any, upright: bool = True) -> Any:
-        """Decodes an encoded image to uint8 [H, W, C], in the tf.data graph.
-
-        `upright`: turn it as the orientation in its EXIF data says.
-        """
-        from simclr_jax.data.decode import decode
-
-        return decode(image, upright)
 
     def problem(self, image: bytes) -> str | None:
         """Returns why `decode` cannot decode an encoded image, or None if it can."""

@@ -29,9 +29,8 @@ class RecordFiles(ShardedSource):
     """The record files of a TFDS split, each a shard."""
 
     shard_name = "file"
-    may_turn = (
-        False  # numbers that others publish hold for images that TFDS decodes, as they are stored
-    )
+    # The accuracies that others publish are those of images as TFDS decodes them, which turns none.
+    may_turn = False
 
     def __init__(self, builder: Any, split: str, classes: Classes, sets: LabelSets | None = None):
         """Takes a prepared TFDS builder, the name of a split, and its classes.

@@ -24,8 +24,8 @@ _TOLERANCE, _TOLERANCE_OF_LAMBDAS = 1e-5, 1e-7
 ROUGHLY = 1e-3
 _LOOKED_AT_EVERY = 10
 
-# Of the basis, as a share of the largest: directions of less variance are left less well conditioned, as those that are
-# 0 in nearly all images would be stretched too far for the end of a fit (digits, lambda 1e-6: 38 % above the optimum with
+# The share of the largest variance that every direction of the basis is taken to have. Directions that are 0 in nearly
+# all images would otherwise be stretched too far for the end of a fit (digits, lambda 1e-6: 38 % above the optimum with
 # 0, 0.1 % with 1e-4 and 0.6 % with 1e-2).
 _LEAST_VARIANCE = 1e-4
 
@@ -58,7 +58,7 @@ class Until(NamedTuple):
 
     Attributes:
       tolerance: the norm of the gradient below which it does.
-      enough: it also does when ten iterations lower the objective by less than this share of it; 0: never.
+      enough: it also does when ten iterations lower the objective by less than this share of it; 0: when they raise it.
     """
 
     tolerance: float = _TOLERANCE
@@ -196,18 +196,18 @@ def fit_lambdas(
 ) -> tuple[list[dict], list[float]]:
     """Finds the weights that minimise sum of cross-entropies + lambda / 2 * |kernel|^2, for each lambda.
 
-    Args:
-      x, y, classes: see `fit_logistic`.
-      lambdas: weights of the penalty.
-      max_iterations: of L-BFGS, for each.
-      mesh: all devices; None: one.
-      enough: see `Until`; for all but the smallest lambda.
-
     Fitted from the strongest on, each beginning where the one before ended. Internally the features
     are centred, which the free bias takes up, and scaled, with the lambda scaled to match: the same
     optimum, reached in fewer iterations. In float64: in float32 the smallest lambdas end up to 57 % above
-    it on digits, and only after "max_iterations", which takes six times as long. In a basis in which the Hessian at
-    the start, the features' covariance / C + the penalty, is the unit matrix.
+    it on digits, and only after "max_iterations", which takes six times as long. L-BFGS works in a basis in which the
+    Hessian at weights of 0, the features' covariance / C + the penalty, is the unit matrix.
+
+    Args:
+      x, y, classes: see `fit_logistic`.
+      lambdas: weights of the penalty.
+      max_iterations: each fit does at most as many iterations of L-BFGS.
+      mesh: all devices; None: one.
+      enough: see `Until`; for all but the smallest lambda.
 
     Returns:
       the weights for each lambda, as `fit_logistic` has them, and the lambdas whose fit ended at "max_iterations".
@@ -228,11 +228,12 @@ def fit_lambdas(
         for value in progress.track(sorted(lambdas, reverse=True)):
             l2 = value * factor**2 / len(y)
             scales = np.sqrt(np.maximum(variances, _LEAST_VARIANCE * variances[-1]) / classes + l2)
+            basis = axes / scales
             start = {"kernel": scales[:, None] * (axes.T @ kernel), "bias": bias}
             until = Until(_TOLERANCE_OF_LAMBDAS, enough if value > min(lambdas) else 0.0)
-            fitted, done = fit_from(start, *rows, l2, max_iterations, until, axes / scales)
+            fitted, done = fit_from(start, *rows, l2, max_iterations, until, basis)
             unfinished += [] if done else [value]
-            kernel, bias = axes / scales @ np.asarray(fitted["kernel"]), np.asarray(fitted["bias"])
+            kernel, bias = basis @ np.asarray(fitted["kernel"]), np.asarray(fitted["bias"])
             own = kernel * factor
             found[value] = {"kernel": own, "bias": bias - mean @ own}
     return [found[value] for value in lambdas], unfinished

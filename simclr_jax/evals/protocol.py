@@ -122,12 +122,14 @@ def what_decides(
 ) -> dict:
     """Returns all that decides what a training learns, JSON-able, by which one that was stopped is known again.
 
-    What is named only where it is not usual was added later: the trainings before stay known.
+    The names that are there only for an unusual value were added later: trainings from before stay known.
 
     Args:
-      config, protocol, setting: of the training.
-      digests: "start": of the weights that it starts from, "images": of those that are trained on, "judged_on": of
-        those that choose, and of the test images.
+      config: the evaluation's configuration.
+      protocol: the one that asks for the training.
+      setting: says which training it is.
+      digests: "start", a digest of the weights that the training starts from; "images", a digest of the images that it
+        trains on; "judged_on", the digests of the images that choose and of the test images.
       crops: the views, in words.
       metric: see `scores.METRICS`.
     """
@@ -137,7 +139,7 @@ def what_decides(
     options |= {name: own[name] for name, x in usual.items() if own.get(name, x) != x}
     about = {
         "setting": setting.record(),
-        **{name: digests[name] for name in ("start", "images", "judged_on")},
+        **digests,
         "options": options | {"layer": protocol.layer},
         "data": {name: config.data[name] for name in ("image_size", "placement", "eval_crop")},
         "crops": crops,

@@ -9,7 +9,7 @@ import itertools
 import json
 import pathlib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -133,6 +133,20 @@ class Parts:
 
 
 def _write_parquet(output: pathlib.Path, parts: list[pathlib.Path], about: dict) -> int:
+    columns = (np.load(path, allow_pickle=False) for path in parts)
+    return write_columns(output, columns, {"simclr_jax": json.dumps(about)})
+
+
+def write_columns(
+    output: pathlib.Path, parts: Iterator[Mapping[str, np.ndarray]], metadata: dict | None = None
+) -> int:
+    """Writes a Parquet file part by part, and returns how many rows it has.
+
+    Args:
+      output: the file.
+      parts: one or more, each {column: array [n] or [n, D], which becomes lists of D}.
+      metadata: {name: text} of the file; None: none.
+    """
     # Imported here: only this needs it.
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -144,10 +158,10 @@ def _write_parquet(output: pathlib.Path, parts: list[pathlib.Path], about: dict)
             else pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1])
             for name, x in columns.items()
         }
-        return pa.table(arrays).replace_schema_metadata({"simclr_jax": json.dumps(about)})
+        return pa.table(arrays).replace_schema_metadata(metadata)
 
     count = 0
-    tables = (table(np.load(path, allow_pickle=False)) for path in parts)
+    tables = map(table, parts)
     first = next(tables)
     with pq.ParquetWriter(output, first.schema) as writer:
         writer.write_table(first)

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -17,7 +16,7 @@ from simclr_jax.data.source import Example
 from simclr_jax.errors import UserError
 from simclr_jax.files import check_local, expanded, replacing, writing
 from simclr_jax.modes.embed import Input, open_input
-from simclr_jax.modes.feature_file import FeatureFile, read_feature_file
+from simclr_jax.modes.feature_file import FeatureFile, read_feature_file, write_columns
 from simclr_jax.report.learned import unit
 
 _NEIGHBOURS = 8
@@ -128,41 +127,17 @@ def neighbours(
 
 def _write_table(path: pathlib.Path, features: FeatureFile, queries: np.ndarray, k: int) -> None:
     """Writes the table of `neighbours`, whole or not at all."""
-    # Imported here: only this needs it.
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    def rows(asked: np.ndarray) -> pa.Table:
+    def columns(start: int) -> dict[str, np.ndarray]:
+        asked = queries[start : start + _TOGETHER]
         found, similar = nearest(features, asked, k)
-        columns = {
-            "image": pa.array(features.images[asked]),
-            "neighbours": pa.FixedSizeListArray.from_arrays(
-                pa.array(features.images[found].ravel()), k
-            ),
-            "similarities": pa.FixedSizeListArray.from_arrays(pa.array(similar.ravel()), k),
-        }
-        return pa.table(columns)
+        names = features.images
+        return {"image": names[asked], "neighbours": names[found], "similarities": similar}
 
-    with writing(path), replacing(path) as scratch:
-        tables = _with_progress(map(rows, _parts(queries)), -(-len(queries) // _TOGETHER))
-        first = next(tables)
-        with pq.ParquetWriter(pathlib.Path(scratch), first.schema) as writer:
-            writer.write_table(first)
-            for rest in tables:
-                writer.write_table(rest)
+    starts = range(0, len(queries), _TOGETHER)
+    with writing(path), replacing(path) as scratch, Progress(len(starts)) as progress:
+        write_columns(pathlib.Path(scratch), map(columns, progress.track(starts)))
     say(f"{len(queries)} images and the {k} nearest of each, of {len(features.images)}: {path}")
-
-
-def _parts(queries: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(queries), _TOGETHER):
-        yield queries[start : start + _TOGETHER]
-
-
-def _with_progress(tables: Iterator, count: int) -> Iterator:
-    with Progress(count) as progress:
-        for number, table in enumerate(tables, 1):
-            yield table
-            progress.advance(number)
 
 
 def _indices(features: FeatureFile, query: str) -> np.ndarray:

@@ -86,11 +86,12 @@ def _evaluate(config: ConfigDict, workdir: str) -> None:
     evaluation = config.eval.after_training
     if can_evaluate(config, evaluation):
         rows = evaluate_features(evaluation, config, workdir)["rows"]
-        verdict = judge_accuracy(rows, _last_metrics(workdir), ENCODER, UNTRAINED)
+        last = _last_metrics(workdir)
+        verdict = judge_accuracy(rows, last, ENCODER, UNTRAINED)
         if verdict is not None and not verdict.is_sound:
             _say_verdict(workdir, verdict)
         elif verdict is not None:
-            _forget_evaluation(config, workdir)
+            _forget_evaluation(config, workdir, last)
     else:
         say(
             "next        --mode=embed --input=FOLDER --output=features.parquet writes the features of"
@@ -100,12 +101,11 @@ def _evaluate(config: ConfigDict, workdir: str) -> None:
         )
 
 
-def _forget_evaluation(config: ConfigDict, workdir: str) -> None:
-    """Puts the verdict of the training back, where an earlier evaluation had found the encoder no better than an
-    untrained one and the latest finds it better.
+def _forget_evaluation(config: ConfigDict, workdir: str, last: dict[str, float]) -> None:
+    """Puts the verdict of the training back, by its last metrics, where an earlier evaluation had found the encoder no
+    better than an untrained one and the latest finds it better.
     """
     file = epath.Path(workdir) / "health.json"
-    last = _last_metrics(workdir)
     if file.exists() and json.loads(file.read_text())["name"] in OF_EVALUATIONS and last:
         plan = assemble.plan_of(config, assemble.data_set(config).train.count)
         _say_verdict(workdir, judge(int(last["step"]), last, assemble.references(config, plan)))

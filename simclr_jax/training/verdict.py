@@ -9,10 +9,8 @@ from simclr_jax.losses.health import chance, lower_bound
 _BELOW, _NEAR_CHANCE, _COLLAPSED = 1e-3, 0.01, 0.1  # nats; nats; share of 1 / sqrt(D): ours
 
 
-OF_EVALUATIONS = (
-    "a shortcut",
-    "no better than untrained",
-)  # the verdicts of `judge_accuracy`, but for "sound"
+# The verdicts of `judge_accuracy`, but for "sound".
+OF_EVALUATIONS = _SHORTCUT, _NO_BETTER = "a shortcut", "no better than untrained"
 
 
 class References(NamedTuple):
@@ -101,5 +99,5 @@ def judge_accuracy(
     told = metrics.get("other_view_top1", 0.0)
     if told > 0.99:  # ours
         why = "it tells views apart and images not: a shortcut, such as BatchNorm of few images a device"
-        return Verdict("a shortcut", f"{said}, contrastive accuracy {told:.1%}: {why} (simclr#114)")
-    return Verdict("no better than untrained", f"{said} (ours)")
+        return Verdict(_SHORTCUT, f"{said}, contrastive accuracy {told:.1%}: {why} (simclr#114)")
+    return Verdict(_NO_BETTER, f"{said} (ours)")
