@@ -82,6 +82,26 @@ def test_forward_equals_loops_and_gradients_equal_xlas(shape):
             np.testing.assert_allclose(own, other, rtol=1e-4, atol=atol)
 
 
+@pytest.mark.parametrize("shape", [SHAPES[0], *SHAPES[4:6], SHAPES[7], (6, 9, 4, 8, 3, 2)])
+@pytest.mark.parametrize("multiplies_bfloat16", [False, True])
+def test_in_bfloat16_only_arguments_and_results_are_rounded(shape, multiplies_bfloat16, monkeypatch):
+    """As loops in float64 over the same bfloat16 numbers, but for the result's rounding, 2^-9 of it; the gradient by
+    the input, which XLA computes where the stride is 2, may also be rounded a tap of the filter."""
+    monkeypatch.setattr(conv, "narrow_products", lambda: multiplies_bfloat16)
+    x, kernel, strides, padding = arguments(*shape)
+    x, kernel = (jnp.asarray(a, jnp.bfloat16) for a in (x, kernel))
+    wide = [np.asarray(a, np.float32) for a in (x, kernel)]
+    y, back = jax.vjp(lambda x, k: conv2d(x, k, strides, padding), x, kernel)
+    expected = reference(*wide, strides, padding)
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=2**-8, atol=1e-3)
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=y.shape), jnp.bfloat16)
+    _, exact = jax.vjp(lambda x, k: native(x, k, strides, padding), *wide)
+    for found, other in zip(back(dy), exact(np.asarray(dy, np.float32)), strict=True):
+        assert found.dtype == jnp.bfloat16
+        atol = 2**-7 * float(np.abs(other).max())
+        np.testing.assert_allclose(found.astype(jnp.float32), other, rtol=2**-8, atol=atol)
+
+
 def test_filter_gradients_in_bfloat16_add_up_in_float32():
     """Only the arguments and the result are rounded, by 2^-9 each."""
     x, kernel, strides, padding = arguments(64, 16, 3, 4, 3, 1)

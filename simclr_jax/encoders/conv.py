@@ -1,27 +1,34 @@
-"""2-D convolution: as matrix products on CPUs, where XLA's own leave half of the machine idle; of squares of pixels in
-the first layer on NVIDIA's GPUs.
+"""2-D convolution: on CPUs partly as products of matrices, where XLA's own convolution leaves the machine idle; of
+squares of pixels in the first layer on NVIDIA's GPUs.
 
-Measured on 2 cores with jaxlib 0.10.2, 256 images, 3x3 filters, in GFLOP/s (a large product: 320):
+A product is of patches, the pixels under the filter at each output pixel, and the filters; in blocks of as many images
+as stay in cache with their patches. Measured on 2 cores with jaxlib 0.10.2, 256 images, 3x3 filters, in GFLOP/s:
 
-| px, channels | forward, XLA | in blocks | filter gradient, XLA | in blocks |
-| 32, 64 | 131 | 250 | 50 | 172 |
-| 16, 128 | 264 | 309 | 61 | 244 |
-| 8, 256 | 388 | | 197 | 310 |
-| 4, 512 | 384 | | 252 | 342 |
+| CPU | px, channels | forward, XLA | in blocks | filter gradient, XLA | in blocks |
+| AVX2, float32 | 32, 64 | 131 | 250 | 50 | 172 |
+| (a large product: 320) | 16, 128 | 264 | 309 | 61 | 244 |
+| | 8, 256 | 388 | | 197 | 310 |
+| | 4, 512 | 384 | | 252 | 342 |
+| AVX-512, float32 | 32, 64 | 222 | 289 | 59 | 229 |
+| (480) | 16, 128 | 411 | 345 | 70 | 330 |
+| | 8, 256 | 397 | 363 | 222 | 360 |
+| | 4, 512 | 348 | 405 | 241 | 383 |
+| AVX512-BF16, bfloat16 | 32, 64 | 162 | 350 | 65 | 216 |
+| (900) | 16, 128 | 391 | 548 | 70 | 484 |
+| | 8, 256 | 380 | 675 | 225 | 604 |
+| | 4, 512 | 339 | 722 | 248 | 711 |
 
-and an image smaller than the filter: 2 by XLA, 126-170 as one product. A block is as many images as
-stay in cache with their patches.
+and an image smaller than the filter: 2 by XLA, 126-170 as one product.
 
-That CPU had AVX2. With AVX-512, XLA's own forward pass is the faster one, and the filter gradient's
-blocks are multiplied as (filters x pixels) times (pixels x patches), the layout that XLA's fastest
-kernel takes, where images have 8 px a side or more. A whole step took, in seconds of CPU time before and after:
-18.5 and 14.5 (ResNet-18, 32 px, batch 128), 0.38 and 0.31 (ResNet-10 x0.5 of configs/folder.py, batch
-64; PyTorch's step: 0.27).
+With AVX-512 the filter gradient's product is (filters x pixels) times (pixels x patches), the layout that XLA's fastest
+kernel takes; forward, XLA's own takes less CPU time (with 64 filters it runs on one core, at that core's peak). XLA
+multiplies bfloat16 without widening it to float32 only where the result is float32 and neither factor is turned around
+in the same loop.
 
-Tried on an EPYC with AVX-512 and AVX512-BF16 (2026-11-27) without gain in the step, 1.67 s for ResNet-18, 32 images: the filter gradient as one
-product a tap of the filter, a fifth faster alone (137 to 202 GFLOP/s a core where patches do 115 to 172); and
-bfloat16 as products of patches with a float32 result, which XLA multiplies at 290 to 460 GFLOP/s: copying the patches
-takes what the products save.
+Tried with AVX-512 (2026-11-28), without gain where the host makes views beside the step: XLA without its kernel library
+for convolutions, xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT. A step of ResNet-18 alone
+takes 3.15 in place of 3.5 s, but 10 % more CPU time; training on images of a folder makes 615 in place of 680 a second.
+Nor does the filter gradient gain as one product a tap of the filter.
 
 On an H100 (jaxlib 0.11.2, bfloat16, 1,024 images of 224 px) the first layer, 7x7 of 3 channels in steps of 2, takes 7.2
 ms and its filter gradient 4.7; as a layer of squares of 2x2 pixels in steps of 1, 2.6 and 1.7.
@@ -49,19 +56,28 @@ _GRADIENT_PIXELS, _GRADIENT_PIXELS_WIDE = 512, 1024  # wide: with AVX-512
 # Without AVX-512: from this many pixels a side on a forward pass in blocks is the faster one.
 _BLOCKS_FROM = 12
 
-# With AVX-512: from this many pixels an image on the filter gradient's product is turned around.
-_TURNED_FROM = 64
-
 # On a GPU: 2 x 2 pixels of at most so many channels become one, whose channels are filled up to a multiple of eight, as
 # tensor cores take them.
 _FEW_CHANNELS, _GPU_CHANNELS = 4, 8
 
 
 @functools.cache
-def wide_vectors() -> bool:
-    """Returns whether this machine's CPU has AVX-512, as far as Linux says."""
+def _cpu_features() -> frozenset[str]:
+    """Returns what this machine's CPU can do, in Linux's words; nothing elsewhere."""
     about = pathlib.Path("/proc/cpuinfo")
-    return about.exists() and " avx512f " in about.read_text()
+    lines = about.read_text().splitlines() if about.exists() else []
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(flags.partition(":")[2].split())
+
+
+def wide_vectors() -> bool:
+    """Returns whether this machine's CPU has AVX-512."""
+    return "avx512f" in _cpu_features()
+
+
+def narrow_products() -> bool:
+    """Returns whether this machine's CPU multiplies bfloat16 faster than float32."""
+    return "avx512_bf16" in _cpu_features()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -141,6 +157,8 @@ def _fastest_on_cpu(x, kernel, strides):
         return _convolve_by_product
     if jax.export.is_symbolic_dim(x.shape[0]):  # blocks of how many? exported for any number
         return _convolve
+    if x.dtype == jnp.bfloat16 and x.shape[-1] % 2 == 0 and narrow_products():
+        return _convolve_by_product if kernel.shape[:2] == (1, 1) else _convolve_in_blocks
     large = strides == (1, 1) and kernel.shape[0] > 1 and x.shape[1] >= _BLOCKS_FROM
     if large and x.dtype == jnp.float32 and not wide_vectors():
         return _convolve_in_blocks
@@ -152,8 +170,13 @@ def _convolve(x, kernel, strides, padding):
 
 
 def _convolve_by_product(x, kernel, strides, padding):
-    patches = _patches(x, kernel.shape[:2], strides, padding)
-    return patches @ kernel.reshape(-1, kernel.shape[-1])
+    return _product(_patches(x, kernel.shape[:2], strides, padding), kernel).astype(x.dtype)
+
+
+def _product(patches, kernel):
+    """In float32: before a product whose result is bfloat16, XLA widens bfloat16 to float32."""
+    filters = kernel.reshape(-1, kernel.shape[-1])
+    return jnp.einsum("...k,ko->...o", patches, filters, preferred_element_type=jnp.float32)
 
 
 def _convolve_squares(x, kernel, strides, padding):
@@ -177,20 +200,21 @@ def _convolve_squares(x, kernel, strides, padding):
 
 
 def _convolve_in_blocks(x, kernel, strides, padding):
-    """In steps of 1 only."""
     height, width = (
-        x.shape[axis + 1] + sum(padding[axis]) - kernel.shape[axis] + 1 for axis in (0, 1)
+        (x.shape[axis + 1] + sum(padding[axis]) - kernel.shape[axis]) // strides[axis] + 1
+        for axis in (0, 1)
     )
     blocks = _blocks(x, height * width, _FORWARD_PIXELS)
 
     def convolve(block):  # [devices, images, H, W, I]
         images = block.reshape(-1, *block.shape[2:])
-        y = _convolve_by_product(images, kernel, strides, padding)
+        y = _product(_patches_of_pairs(images, kernel.shape[:2], strides, padding), kernel)
         return y.reshape(*block.shape[:2], *y.shape[1:])
 
     # [steps, devices, images, ...] to [devices, steps, images, ...] to [N, ...]
     y = lax.map(convolve, jnp.swapaxes(blocks, 0, 1))
-    return jnp.swapaxes(y, 0, 1).reshape(len(x), height, width, kernel.shape[-1])
+    y = jnp.swapaxes(y, 0, 1).reshape(len(x), height, width, kernel.shape[-1])
+    return y.astype(x.dtype)  # after the loop, whose steps would round with one core
 
 
 def _input_gradient(x, kernel, dy, strides, padding):
@@ -227,6 +251,13 @@ def _patches(x, size, strides, padding):
     return jnp.concatenate([x[:, r, c] for r in rows for c in columns], axis=-1)
 
 
+def _patches_of_pairs(x, size, strides, padding):
+    """`_patches`, of bfloat16 two numbers at once, which XLA copies twice as fast; without a derivative then."""
+    if x.dtype != jnp.bfloat16 or x.shape[-1] % 2:
+        return _patches(x, size, strides, padding)
+    return _patches(x.view(jnp.uint32), size, strides, padding).view(x.dtype)
+
+
 def _devices() -> int:
     """Returns how many devices the batch is sharded over, as `mesh.traced_on` says; 1 elsewhere."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -258,31 +289,28 @@ def filter_gradient(x, dy, kernel_shape, strides, padding):
       kernel_shape: (h, w, I, O).
       strides, padding: see `conv2d`.
     """
-    pixels = dy.shape[1] * dy.shape[2]
-    least = _GRADIENT_PIXELS_WIDE if wide_vectors() else _GRADIENT_PIXELS
-    x, dy = (_blocks(a, pixels, least) for a in (x, dy))
+    wide = wide_vectors()
+    least = _GRADIENT_PIXELS_WIDE if wide else _GRADIENT_PIXELS
+    x, dy = (_blocks(a, dy.shape[1] * dy.shape[2], least) for a in (x, dy))
     devices, steps = x.shape[:2]
-    turned = devices == 1 and wide_vectors() and pixels >= _TURNED_FROM
+    dy = dy.reshape(devices, steps, -1, dy.shape[-1])  # [devices, steps, pixels, O]
+    if wide:  # before the loop: within it, XLA turns the product back and widens bfloat16
+        dy = dy.swapaxes(2, 3)
+    if devices == 1:  # not a batched product of one: that is twice as slow
+        terms = "gop,gpk->ok" if wide else "gpk,gpo->ko"
+    else:
+        terms = "gop,gpk->gok" if wide else "gpk,gpo->gko"
 
     def add_block(step, total):
         images, gradient = (lax.dynamic_index_in_dim(a, step, 1, keepdims=False) for a in (x, dy))
-        patches = _patches(
-            images.reshape(-1, *images.shape[2:]), kernel_shape[:2], strides, padding
-        )
+        images = images.reshape(-1, *images.shape[2:])
+        patches = _patches_of_pairs(images, kernel_shape[:2], strides, padding)
         patches = patches.reshape(devices, -1, patches.shape[-1])
-        gradient = gradient.reshape(devices, -1, gradient.shape[-1])
-        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        if turned:  # the barrier keeps XLA from turning the product back
-            transposed = lax.optimization_barrier(gradient[0].T)
-            return total + product("op,pk->ok", transposed, patches[0])[None]
-        if devices == 1:  # not a batched product of one: that is twice as slow
-            return total + product("pk,po->ko", patches[0], gradient[0])
-        return total + product("gpk,gpo->gko", patches, gradient)
+        both = (gradient, patches) if wide else (patches, gradient)
+        return total + jnp.einsum(terms, *both, preferred_element_type=jnp.float32)
 
     taps = math.prod(kernel_shape[:3])
-    shape = (kernel_shape[3], taps) if turned else (taps, kernel_shape[3])
+    shape = (kernel_shape[3], taps) if wide else (taps, kernel_shape[3])
     total = jnp.zeros((devices, *shape), jnp.float32)
-    total = lax.fori_loop(0, steps, add_block, total)
-    if turned:
-        total = total.swapaxes(1, 2)
-    return jnp.sum(total, axis=0).reshape(kernel_shape).astype(x.dtype)
+    total = jnp.sum(lax.fori_loop(0, steps, add_block, total), axis=0)
+    return (total.T if wide else total).reshape(kernel_shape).astype(x.dtype)
