@@ -84,7 +84,9 @@ def test_forward_equals_loops_and_gradients_equal_xlas(shape):
 
 @pytest.mark.parametrize("shape", [SHAPES[0], *SHAPES[4:6], SHAPES[7], (6, 9, 4, 8, 3, 2)])
 @pytest.mark.parametrize("multiplies_bfloat16", [False, True])
-def test_in_bfloat16_only_arguments_and_results_are_rounded(shape, multiplies_bfloat16, monkeypatch):
+def test_in_bfloat16_only_arguments_and_results_are_rounded(
+    shape, multiplies_bfloat16, monkeypatch
+):
     """As loops in float64 over the same bfloat16 numbers, but for the result's rounding, 2^-9 of it; the gradient by
     the input, which XLA computes where the stride is 2, may also be rounded a tap of the filter."""
     monkeypatch.setattr(conv, "narrow_products", lambda: multiplies_bfloat16)
