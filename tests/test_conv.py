@@ -88,16 +88,17 @@ def test_in_bfloat16_only_arguments_and_results_are_rounded(
     shape, multiplies_bfloat16, monkeypatch
 ):
     """As loops in float64 over the same bfloat16 numbers, but for the result's rounding, 2^-9 of it; the gradient by
-    the input, which XLA computes where the stride is 2, may also be rounded a tap of the filter."""
+    the input, which XLA computes where the stride is 2, may also be rounded a tap of the filter.
+    """
     monkeypatch.setattr(conv, "narrow_products", lambda: multiplies_bfloat16)
     x, kernel, strides, padding = arguments(*shape)
     x, kernel = (jnp.asarray(a, jnp.bfloat16) for a in (x, kernel))
-    wide = [np.asarray(a, np.float32) for a in (x, kernel)]
+    exact_x, exact_kernel = (np.asarray(a, np.float32) for a in (x, kernel))
     y, back = jax.vjp(lambda x, k: conv2d(x, k, strides, padding), x, kernel)
-    expected = reference(*wide, strides, padding)
+    expected = reference(exact_x, exact_kernel, strides, padding)
     np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=2**-8, atol=1e-3)
     dy = jnp.asarray(np.random.default_rng(1).normal(size=y.shape), jnp.bfloat16)
-    _, exact = jax.vjp(lambda x, k: native(x, k, strides, padding), *wide)
+    _, exact = jax.vjp(lambda x, k: native(x, k, strides, padding), exact_x, exact_kernel)
     for found, other in zip(back(dy), exact(np.asarray(dy, np.float32)), strict=True):
         assert found.dtype == jnp.bfloat16
         atol = 2**-7 * float(np.abs(other).max())

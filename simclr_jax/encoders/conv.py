@@ -1,8 +1,8 @@
 """2-D convolution: on CPUs partly as products of matrices, where XLA's own convolution leaves the machine idle; of
 squares of pixels in the first layer on NVIDIA's GPUs.
 
-A product is of patches, the pixels under the filter at each output pixel, and the filters; in blocks of as many images
-as stay in cache with their patches. Measured on 2 cores with jaxlib 0.10.2, 256 images, 3x3 filters, in GFLOP/s:
+The product is patches (the pixels under the filter, for each output pixel) times filters, in blocks of as many images as
+stay in cache with their patches. Measured on 2 cores with jaxlib 0.10.2, 256 images, 3x3 filters, in GFLOP/s:
 
 | CPU | px, channels | forward, XLA | in blocks | filter gradient, XLA | in blocks |
 | AVX2, float32 | 32, 64 | 131 | 250 | 50 | 172 |
@@ -22,8 +22,8 @@ and an image smaller than the filter: 2 by XLA, 126-170 as one product.
 
 With AVX-512 the filter gradient's product is (filters x pixels) times (pixels x patches), the layout that XLA's fastest
 kernel takes; forward, XLA's own takes less CPU time (with 64 filters it runs on one core, at that core's peak). XLA
-multiplies bfloat16 without widening it to float32 only where the result is float32 and neither factor is turned around
-in the same loop.
+multiplies bfloat16 without widening it to float32 only where the result is float32 and no factor is transposed in the
+same loop.
 
 Tried with AVX-512 (2026-11-28), without gain where the host makes views beside the step: XLA without its kernel library
 for convolutions, xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT. A step of ResNet-18 alone
@@ -55,6 +55,10 @@ _GRADIENT_PIXELS, _GRADIENT_PIXELS_WIDE = 512, 1024  # wide: with AVX-512
 
 # Without AVX-512: from this many pixels a side on a forward pass in blocks is the faster one.
 _BLOCKS_FROM = 12
+
+# With AVX-512: from this many pixels an image on the filter gradient's product is (filters x pixels) times (pixels x
+# patches); in bfloat16 always.
+_TURNED_FROM = 64
 
 # On a GPU: 2 x 2 pixels of at most so many channels become one, whose channels are filled up to a multiple of eight, as
 # tensor cores take them.
@@ -289,28 +293,32 @@ def filter_gradient(x, dy, kernel_shape, strides, padding):
       kernel_shape: (h, w, I, O).
       strides, padding: see `conv2d`.
     """
-    wide = wide_vectors()
-    least = _GRADIENT_PIXELS_WIDE if wide else _GRADIENT_PIXELS
-    x, dy = (_blocks(a, dy.shape[1] * dy.shape[2], least) for a in (x, dy))
+    pixels = dy.shape[1] * dy.shape[2]
+    least = _GRADIENT_PIXELS_WIDE if wide_vectors() else _GRADIENT_PIXELS
+    x, dy = (_blocks(a, pixels, least) for a in (x, dy))
     devices, steps = x.shape[:2]
     dy = dy.reshape(devices, steps, -1, dy.shape[-1])  # [devices, steps, pixels, O]
-    if wide:  # before the loop: within it, XLA turns the product back and widens bfloat16
+    large = pixels >= _TURNED_FROM or x.dtype == jnp.bfloat16
+    turned = devices == 1 and wide_vectors() and large
+    if turned:  # before the loop: within it, XLA undoes the transposition and widens bfloat16
         dy = dy.swapaxes(2, 3)
-    if devices == 1:  # not a batched product of one: that is twice as slow
-        terms = "gop,gpk->ok" if wide else "gpk,gpo->ko"
-    else:
-        terms = "gop,gpk->gok" if wide else "gpk,gpo->gko"
 
     def add_block(step, total):
         images, gradient = (lax.dynamic_index_in_dim(a, step, 1, keepdims=False) for a in (x, dy))
         images = images.reshape(-1, *images.shape[2:])
         patches = _patches_of_pairs(images, kernel_shape[:2], strides, padding)
         patches = patches.reshape(devices, -1, patches.shape[-1])
-        both = (gradient, patches) if wide else (patches, gradient)
-        return total + jnp.einsum(terms, *both, preferred_element_type=jnp.float32)
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        if turned:
+            return total + product("op,pk->ok", gradient[0], patches[0])[None]
+        if devices == 1:  # not a batched product of one: that is twice as slow
+            return total + product("pk,po->ko", patches[0], gradient[0])
+        return total + product("gpk,gpo->gko", patches, gradient)
 
     taps = math.prod(kernel_shape[:3])
-    shape = (kernel_shape[3], taps) if wide else (taps, kernel_shape[3])
+    shape = (kernel_shape[3], taps) if turned else (taps, kernel_shape[3])
     total = jnp.zeros((devices, *shape), jnp.float32)
-    total = jnp.sum(lax.fori_loop(0, steps, add_block, total), axis=0)
-    return (total.T if wide else total).reshape(kernel_shape).astype(x.dtype)
+    total = lax.fori_loop(0, steps, add_block, total)
+    if turned:
+        total = total.swapaxes(1, 2)
+    return jnp.sum(total, axis=0).reshape(kernel_shape).astype(x.dtype)
