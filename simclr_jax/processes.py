@@ -51,8 +51,9 @@ def keep_freed_memory(environment: Mapping[str, str]) -> None:
     for parameter, value in ((mmap_max, 0), (trim_threshold, -1)):
         glibc.mallopt(parameter, value)
     # The heap is the main thread's; blocks of other threads, of over 64 MB, are mapped anew whatever glibc is told.
-    # So the thread that starts a step computes it, unless it is of several processes: see `start`. (One heap for all threads, M_ARENA_MAX=1, makes them wait for it:
-    # steps of configs/digits.py then take 18 in place of 12 ms, and compiling takes 7 in place of 5 s.)
+    # So the thread that starts a step computes it, unless it is of several processes: see `start`. (One heap for all
+    # threads, M_ARENA_MAX=1, makes them wait for it: steps of configs/digits.py then take 18 in place of 12 ms, and
+    # compiling takes 7 in place of 5 s.)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
