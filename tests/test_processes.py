@@ -376,7 +376,7 @@ def test_a_process_on_cpus_keeps_the_memory_it_frees():
         return int(subprocess.check_output([sys.executable, "-c", code], text=True))
 
     kept = faults(True)
-    # Of two blocks each at most, as the next may not fit where the last was.
+    # The faults of two blocks each at most, as the next block may not fit where the last was.
     assert kept < 2 * (16_384 + 19_532)
     if platform.libc_ver()[0] == "glibc" and not huge_pages_always():
         freed = faults(False)
