@@ -105,6 +105,23 @@ def test_in_bfloat16_only_arguments_and_results_are_rounded(
         np.testing.assert_allclose(found.astype(jnp.float32), other, rtol=2**-8, atol=atol)
 
 
+def test_second_derivatives_in_bfloat16_are_not_lost(monkeypatch):
+    """As XLA's convolution in float32 has them, but for the rounding of what is added up, 2^-8 of it."""
+    monkeypatch.setattr(conv, "narrow_products", lambda: True)
+    x, kernel, strides, padding = arguments(4, 8, 4, 6, 3, 1)
+
+    def curvature(convolve, dtype):
+        def value(t):
+            y = convolve(jnp.asarray(t * x, dtype), jnp.asarray(kernel, dtype))
+            return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+        return float(jax.grad(jax.grad(value))(1.0))
+
+    exact = curvature(lambda x, k: native(x, k, strides, padding), jnp.float32)
+    found = curvature(lambda x, k: conv2d(x, k, strides, padding), jnp.bfloat16)
+    np.testing.assert_allclose(found, exact, rtol=2**-7)
+
+
 def test_filter_gradients_in_bfloat16_add_up_in_float32():
     """Only the arguments and the result are rounded, by 2^-9 each."""
     x, kernel, strides, padding = arguments(64, 16, 3, 4, 3, 1)

@@ -255,11 +255,19 @@ def _patches(x, size, strides, padding):
     return jnp.concatenate([x[:, r, c] for r in rows for c in columns], axis=-1)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
 def _patches_of_pairs(x, size, strides, padding):
-    """`_patches`, of bfloat16 two numbers at once, which XLA copies twice as fast; without a derivative then."""
+    """Returns `_patches`; copies two numbers of bfloat16 at once, which XLA does twice as fast."""
     if x.dtype != jnp.bfloat16 or x.shape[-1] % 2:
         return _patches(x, size, strides, padding)
     return _patches(x.view(jnp.uint32), size, strides, padding).view(x.dtype)
+
+
+@_patches_of_pairs.defjvp
+def _patches_of_tangents(size, strides, padding, primals, tangents):
+    """Copies the tangents too: as integers, which the pairs are, they would count as zero."""
+    (x,), (dx,) = primals, tangents
+    return _patches_of_pairs(x, size, strides, padding), _patches(dx, size, strides, padding)
 
 
 def _devices() -> int:
