@@ -192,8 +192,11 @@ def shell(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Runs a command for the shell: one line and exit status 1 for a user's mistake, 69 (`LOST`) where a storage or
     another process does not answer, 130 for Ctrl-C, and 75 (`STOPPED`) for a training that a signal has stopped.
     """
-    # No start-up chatter of TensorFlow, and its plain kernels: the same numbers on every CPU.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Nothing of TensorFlow's own log below fatal errors: what matters comes as an exception, and is said once. "1" is
+    # what importing JAX sets.
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    # Its plain kernels: the same numbers on every CPU.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     processes.keep_freed_memory(os.environ)
     try:

@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -282,9 +284,36 @@ def test_a_run_on_such_a_folder(photos, tiny, tmp_path, capsys):
     where, names = photos
     config.set_options(tiny, STREAMING | {"data.source": "folder", "data.path": str(where)})
     pretrain(tiny, str(tmp_path / "w"))
-    assert "skipped    5 images that cannot be read, see" in capsys.readouterr().out
+    assert "skipped     5 images that cannot be read, see" in capsys.readouterr().out
     found = lines_of(tmp_path / "w/broken_images.jsonl")
     assert {line["image"].rpartition("/")[2] for line in found} == names
+
+
+def test_the_log_of_tensorflow_is_not_beside_the_line_that_names_a_broken_image(tmp_path):
+    """Importing JAX sets the level of that log, so that a default of ours alone would change nothing."""
+    decode = (
+        "import sys; from simclr_jax.main import shell\n"
+        "def command(names):\n"
+        "    import tensorflow as tf\n"
+        "    for name in names:\n"
+        "        try: tf.io.decode_jpeg(open(name, 'rb').read())\n"
+        "        except tf.errors.InvalidArgumentError: print('damaged')\n"
+        "shell(command, sys.argv[1:])"
+    )
+    damaged = tmp_path / "cut_short.jpg"
+    Image.fromarray(smooth()).save(damaged)
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    done = subprocess.run(
+        [sys.executable, "-c", decode, str(damaged)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "damaged\n"
+    assert "jpeg_mem" not in done.stderr
+    assert "local_rendezvous" not in done.stderr
 
 
 def test_the_end_of_an_input_waits_for_no_thread_of_tf_datas(monkeypatch):

@@ -78,9 +78,9 @@ class Broken:
             name = self._split.name_of(index)
             self._lines.append(json.dumps({"index": index, "image": name, "problem": problem}))
             if say_it and len(self.indices) <= _SAID:
-                say(f"skipped    {name}: {problem}")
+                say(f"skipped     {name}: {problem}")
             elif say_it and len(self.indices) == _SAID + 1:
-                say("skipped    ... and more, which only the report names")
+                say("skipped     ... and more, which only the report names")
 
     def _write(self) -> None:
         """Writes the report; removes it if all images that were broken are mended."""

@@ -149,7 +149,7 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
             count = parts.join(path)
             say(f"{count} images, encoder of step {trained.saved['step']}: {path}")
     if broken.indices:
-        say(f"skipped    {len(broken.indices)} images that cannot be read, see {broken.report}")
+        say(f"skipped     {len(broken.indices)} images that cannot be read, see {broken.report}")
 
 
 def _classes(source: Input, trained: subjects.Trained) -> list[str]:

@@ -147,7 +147,7 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
         return False
     broken = images.broken
     if broken.indices:
-        say(f"skipped    {len(broken.indices)} images that cannot be read, see {broken.report}")
+        say(f"skipped     {len(broken.indices)} images that cannot be read, see {broken.report}")
     say(f"trained to step {plan.steps}: {workdir}/checkpoints, {workdir}/metrics.jsonl")
     if verdicts:  # else it was trained before
         _say_verdict(workdir, verdicts[0])
