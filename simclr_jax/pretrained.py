@@ -71,6 +71,9 @@ class Encoder:
     def _apply(self) -> Any:
         return jax.jit(self.function)
 
+    def __repr__(self) -> str:
+        return f"<Encoder of images of {self.image_size} px, {self.width} features, trained for {self.step} steps>"
+
     def __getstate__(self) -> dict:
         state = {name: x for name, x in self.__dict__.items() if name != "_apply"}
         return state | {"variables": jax.device_get(self.variables)}
@@ -112,12 +115,15 @@ class Encoder:
 
         Raises:
           OSError: the file cannot be read.
-          ValueError: it is no image, or an array of another shape or type.
+          ValueError: it is no image, or an array of another shape or type; a file is named.
         """
         if isinstance(image, Image.Image):
             x = pixels.pixels(image, self.upright)
         elif isinstance(image, str | os.PathLike):
-            x = pixels.read(expanded(image).read_bytes(), self.upright)
+            try:
+                x = pixels.read(expanded(image).read_bytes(), self.upright)
+            except ValueError as error:
+                raise ValueError(f"{os.fspath(image)}: {error}") from error
         else:
             x = np.asarray(image)
             x = np.repeat(x[..., np.newaxis], 3, axis=-1) if x.ndim == 2 else x
@@ -129,7 +135,12 @@ class Encoder:
         """Computes h float32 [N, D] of N images, each what `preprocess` takes, as --mode=embed does.
 
         Reads and decodes in threads, 256 images at a time, so there may be any number.
+
+        Raises:
+          OSError, ValueError: as `preprocess` does for one of them, or `images` is a single image.
         """
+        if _is_one(images):
+            raise ValueError("this is a single image: expected several, such as [image]")
         with concurrent.futures.ThreadPoolExecutor() as threads:
             found = [self(np.stack(x)) for x in _in_batches(threads, self.preprocess, images)]
         return np.concatenate(found) if found else np.zeros((0, self.width), np.float32)
@@ -137,6 +148,12 @@ class Encoder:
 
 def _are_within_0_and_1(x: np.ndarray) -> bool:
     return bool(x.min() >= 0 and x.max() <= 1)  # false for nan
+
+
+def _is_one(images: Any) -> bool:
+    if isinstance(images, np.ndarray):
+        return images.ndim < 3 or (images.ndim == 3 and images.shape[-1] == 3)
+    return isinstance(images, str | os.PathLike | Image.Image)
 
 
 def _in_batches(threads: Any, prepare: Any, images: Iterable[Any]) -> Iterator[list[np.ndarray]]:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -137,9 +138,24 @@ def test_preprocess_is_the_view_of_evaluation(embedded, tmp_path):
     for wrong in (grey / 255, colour[None], colour[..., :2]):
         with pytest.raises(ValueError, match=r"expected uint8 \[H, W, 3\]"):
             encoder.preprocess(wrong)
-    (tmp_path / "text.jpg").write_text("no image")
-    with pytest.raises(ValueError, match="image"):
-        encoder.preprocess(tmp_path / "text.jpg")
+    text = tmp_path / "text.jpg"
+    text.write_text("no image")
+    for prepared in (lambda: encoder.preprocess(text), lambda: encoder.embed([path, str(text)])):
+        with pytest.raises(ValueError, match=re.escape(f"{text}: not an image")):
+            prepared()
+
+
+def test_embed_refuses_one_image_where_it_expects_several(embedded, tmp_path):
+    """A path is a sequence of letters, and an array [H, W, 3] one of H grey images."""
+    (_, workdir, _), _ = embedded
+    encoder = simclr_jax.load_encoder(workdir)
+    image = random_images(1, 12, 12)[0]
+    path = tmp_path / "a.png"
+    Image.fromarray(image).save(path)
+    for one in (path, str(path), Image.open(path), image, image[..., 0]):
+        with pytest.raises(ValueError, match=r"single image: expected several, such as \[image\]"):
+            encoder.embed(one)
+        assert encoder.embed([one]).shape == (1, encoder.width)
 
 
 def test_an_encoder_pickles_and_refuses_floats_that_are_standardised(embedded):
@@ -147,6 +163,8 @@ def test_an_encoder_pickles_and_refuses_floats_that_are_standardised(embedded):
     _, _, pixels = expected_rows(root)
     encoder = simclr_jax.load_encoder(workdir)
     expected = encoder(pixels)
+    said = f"<Encoder of images of 12 px, {encoder.width} features, trained for {encoder.step} steps>"
+    assert repr(encoder) == said
     copy = pickle.loads(pickle.dumps(encoder))
     np.testing.assert_array_equal(copy(pixels), expected)
     assert (copy.width, copy.step) == (encoder.width, encoder.step)
