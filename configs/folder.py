@@ -17,10 +17,8 @@ OTHER_PATH. Labels of Parquet and .npz files are used where there are any.
 import jax
 
 from simclr_jax import config
-from simclr_jax.data import count_and_size, suggest
-from simclr_jax.data.parquet_files import image_columns
-
-SOURCES = {".npz": "arrays", ".parquet": "parquet"}  # by how PATH ends
+from simclr_jax.data import count_and_size, kind_of, suggest
+from simclr_jax.data.parquet_files import chosen_column, image_columns
 
 
 def get_config(argument: str = ""):
@@ -28,14 +26,14 @@ def get_config(argument: str = ""):
     if not argument:
         raise ValueError("which images? expected --config=configs/folder.py:PATH")
     c = config.default()
-    c.data.source = next((s for end, s in SOURCES.items() if argument.endswith(end)), "folder")
+    c.data.source = kind_of(argument)
     c.data.path = argument
     looked_at = c.data.to_dict() | {"seed": c.seed}
     if c.data.source == "parquet":  # which is opened here, before options of the command line count
-        usual, found = c.data.parquet.image_column, image_columns(argument)
-        if usual not in found and len(found) == 1:
-            c.data.parquet.image_column = found[0]
-        column = usual if usual in found else (found or [usual])[0]
+        found = image_columns(argument)
+        column = c.data.parquet.image_column = chosen_column(found, c.data.parquet.image_column)
+        if column not in found:
+            column = (found or [column])[0]
         looked_at["parquet"] = {"image_column": column, "label_column": ""}
     count, short_side = count_and_size(looked_at)
     accelerator = jax.default_backend() != "cpu"

@@ -108,8 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input",
         metavar="WHAT",
-        help="for --mode=embed: a folder, NAME:SPLIT of a TFDS data set, or train or test for the run's "
-        "own data; for neighbours: the file that --mode=embed wrote; for import: a file of weights",
+        help="for --mode=embed: a folder, FILE.npz, FILES.parquet, NAME:SPLIT of a TFDS data set, or train or "
+        "test for the run's own data; for neighbours: the file that --mode=embed wrote; for import: a file of weights",
     )
     parser.add_argument(
         "--output",

@@ -8,6 +8,7 @@ import re
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
@@ -163,7 +164,9 @@ def test_an_encoder_pickles_and_refuses_floats_that_are_standardised(embedded):
     _, _, pixels = expected_rows(root)
     encoder = simclr_jax.load_encoder(workdir)
     expected = encoder(pixels)
-    said = f"<Encoder of images of 12 px, {encoder.width} features, trained for {encoder.step} steps>"
+    said = (
+        f"<Encoder of images of 12 px, {encoder.width} features, trained for {encoder.step} steps>"
+    )
     assert repr(encoder) == said
     copy = pickle.loads(pickle.dumps(encoder))
     np.testing.assert_array_equal(copy(pixels), expected)
@@ -318,6 +321,34 @@ def test_the_runs_own_splits_and_tfds(run, tmp_path):
     source = open_input(config, "digits:test")
     assert source.split.count == 360
     assert source.names(5, 2).tolist() == ["5", "6"]
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_images_of_a_file_that_the_run_does_not_know(run, tmp_path, suffix, monkeypatch):
+    """All of them, with the labels that the file has; and their neighbours can be shown, from another folder."""
+    config, workdir, root = run
+    _, labels, pixels = expected_rows(root)
+    classes = [f"class{label}" for label in labels]
+    path = tmp_path / f"new{suffix}"
+    if suffix == ".npz":
+        np.savez(path, train_images=pixels, train_labels=classes, test_images=pixels[:5])
+    else:
+        files = [p.read_bytes() for p in sorted(root.rglob("*.png")) if p.stem not in ("04", "21")]
+        pq.write_table(pa.table({"picture": files, "label": classes}), path, row_group_size=7)
+    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "f.npz"
+    embed(config, workdir, path.name, str(output))
+    rows = read(output)
+    assert rows["image"].tolist() == [str(i) for i in range(len(pixels))]
+    with np.load(output) as file:
+        names = json.loads(str(file["about"]))["classes"]
+    assert [names[label] for label in rows["label"]] == classes
+    h = simclr_jax.load_encoder(workdir)(pixels)
+    np.testing.assert_allclose(rows["h"], h, rtol=1e-4, atol=1e-5)
+    monkeypatch.chdir("/")
+    neighbours.neighbours(config, workdir, str(output), str(tmp_path / "n.png"))
+    with Image.open(tmp_path / "n.png") as drawn:
+        assert drawn.width > 500
 
 
 @pytest.mark.parametrize("held_out", [True, False])

@@ -25,6 +25,8 @@ SOURCES: dict[str, Callable[[Mapping[str, Any]], DataSet]] = {
     "synthetic": synthetic.open_data_set,
 }
 
+_BY_ENDING = {".npz": "arrays", ".parquet": "parquet"}
+
 OPTIONS = (
     Option("data.source", "tfds", one_of(*SOURCES), "kind of the data set"),
     Option("data.name", "", text(), "name of the TFDS data set"),
@@ -92,6 +94,11 @@ def open_source(data: Mapping[str, Any]) -> DataSet:
     return cached(json.dumps(data, sort_keys=True))
 
 
+def kind_of(path: str) -> str:
+    """Returns which of `SOURCES` opens a path of images: one that ends in .npz or .parquet its own, any other "folder"."""
+    return next((kind for end, kind in _BY_ENDING.items() if path.endswith(end)), "folder")
+
+
 def count_and_size(data: Mapping[str, Any]) -> tuple[int, int]:
     """Measures the training images, from which `suggest` chooses settings.
 
@@ -134,7 +141,7 @@ def name_of(data: Mapping[str, Any]) -> str:
     if source == "tfds":
         return data["name"] or source
     path = pathlib.PurePath(data["path"])
-    if path.suffix in (".npz", ".parquet"):
+    if path.suffix in _BY_ENDING:
         path = path.parent if "*" in path.name else path.with_suffix("")
     if path.name in ("train", "training"):
         path = path.parent

@@ -232,6 +232,11 @@ def image_columns(path: str) -> list[str]:
     return [field.name for field in fields if _holds_images(field.type)]
 
 
+def chosen_column(columns: list[str], usual: str) -> str:
+    """Returns which of the `image_columns` to read: the usual one, or the only one where that is not among them."""
+    return columns[0] if usual not in columns and len(columns) == 1 else usual
+
+
 def check_sizes(groups: list[tuple[ParquetFile, int]]) -> None:
     """Raises a UserError if there is a row group that memory cannot hold."""
     file, group = max(groups, key=lambda entry: entry[0].sizes[entry[1]])

@@ -64,7 +64,7 @@ MODES = {
     "embed": Mode(
         "modes.embed",
         "embed",
-        "the representations of every image of a folder or split, to a file",
+        "the representations of every image of a folder, file or split, to a file",
         needs=("input", "output"),
         takes=("with_z",),
     ),

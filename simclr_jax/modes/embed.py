@@ -1,4 +1,4 @@
-"""--mode=embed: h, and z if asked for, of every image of a folder or split, to Parquet or .npz.
+"""--mode=embed: h, and z if asked for, of every image of a folder, file or split, to Parquet or .npz.
 
 Images stream through the devices, and their rows to `feature_file.py` as they come.
 """
@@ -15,19 +15,22 @@ from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax.console import Progress, say
-from simclr_jax.data import folder, open_source
+from simclr_jax.data import folder, kind_of, open_source
 from simclr_jax.data.broken import Images
 from simclr_jax.data.indexed import IndexedSplit
+from simclr_jax.data.parquet_files import chosen_column, image_columns
 from simclr_jax.data.source import InMemory
 from simclr_jax.data.split import BROKEN, Split
 from simclr_jax.encoders import apply_network, to_float
 from simclr_jax.errors import UserError
 from simclr_jax.evals import subjects
 from simclr_jax.evals.features import Extractor
-from simclr_jax.files import check_local, expanded
+from simclr_jax.files import absolute, check_local, expanded
 from simclr_jax.mesh import make_mesh
 from simclr_jax.modes.feature_file import OUTPUT_SUFFIXES, Parts, alone
 from simclr_jax.training.state import digest_of
+
+_EXPECTED = "--input=FOLDER, FILE.npz, FILES.parquet, NAME:SPLIT of a TFDS data set, or train or test for the run's own data"
 
 
 class Input(NamedTuple):
@@ -54,8 +57,8 @@ class Input(NamedTuple):
 
 
 def open_input(config: ConfigDict, name: str) -> Input:
-    """Opens the images that `name` stands for: "train" or "test" of the run's data, NAME:SPLIT of TFDS,
-    or a folder.
+    """Opens the images that `name` stands for: "train" or "test" of the run's data, a folder, Parquet files, the
+    training images of an .npz file, or NAME:SPLIT of TFDS.
 
     Raises:
       UserError: there is no such thing.
@@ -63,24 +66,30 @@ def open_input(config: ConfigDict, name: str) -> Input:
     if name in ("train", "test"):
         split = getattr(assemble.data_set(config), name)
         if split is None:
-            raise UserError("the run's data have no test split: expected --input=FOLDER")
+            raise UserError(f"the run's data have no test split: expected {_EXPECTED}")
         source = split.source if isinstance(split, IndexedSplit) else None
         return Input(
             split, pathlib.Path(source.root) if isinstance(source, folder.Files) else None, name
         )
-    check_local("--input", name)
+    own = {"test_split": "", "test_path": "", "test_fraction": 0.0, "seed": config.seed}
+    data = config.data.to_dict() | own  # all images, none held out
+    kind = kind_of(name)
+    if kind == "parquet":
+        column = chosen_column(image_columns(name), config.data.parquet.image_column)
+        data["parquet"] |= {"image_column": column}
+    else:
+        check_local("--input", name)
+    if kind != "folder":
+        path = absolute(name)
+        return Input(open_source(data | {"source": kind, "path": path}).train, None, path)
     root = expanded(name)
     if root.is_dir():
         split = folder.open_split(name, config.data.folder_labels)
         return Input(split, root, str(root.absolute()))
     data_set, colon, split_name = name.partition(":")
     if not colon:
-        raise UserError(
-            f"no folder {name!r}: expected --input=FOLDER, NAME:SPLIT of a TFDS data set, or train or "
-            "test for the run's own data"
-        )
-    data = config.data.to_dict() | {"source": "tfds", "name": data_set, "seed": config.seed}
-    data |= {"train_split": split_name, "test_split": "", "test_fraction": 0.0}  # all of the split
+        raise UserError(f"no folder {name!r}: expected {_EXPECTED}")
+    data |= {"source": "tfds", "name": data_set, "train_split": split_name}
     data["path"] = config.data.path if config.data.source == "tfds" else ""
     return Input(open_source(data).train, None, name)
 
