@@ -32,7 +32,7 @@ def test_the_papers_recipe_is_not_unusual():
         ({"data__batch_size": 32, "optimizer__name": "sgd"}, "62 negatives"),
         ({"optimizer__scaling": "none"}, "0.3 x B / 256 = 4.8 and 0.075 x sqrt(B) = 4.8 for 4096"),
         ({"optimizer__learning_rate": 1.0}, "learning rate 16: the paper's rules are"),
-        ({"data__batch_size": 256}, "optimizer.name=lars at batch 256"),
+        ({"data__batch_size": 128}, "optimizer.name=lars at batch 128"),
         ({"optimizer__name": "adamw"}, "learning rate 4.8 with adamw"),
         (
             {"data__image_size": 32, "model__stem": "cifar"},

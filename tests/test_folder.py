@@ -16,6 +16,7 @@ from simclr_jax.config.overrides import load
 from simclr_jax.data import count_and_size, index, suggest
 from simclr_jax.data.folder import open_split
 from simclr_jax.errors import UserError
+from simclr_jax.modes.explain import oddities
 from simclr_jax.modes.pretrain import describe_choices
 
 
@@ -254,8 +255,19 @@ def test_large_photographs_on_an_accelerator_get_the_papers_settings():
     assert chosen["train.epochs"] == 100.0
     assert "views.blur_probability" not in chosen
     assert "model.zero_init_residual" not in chosen
+    assert (chosen["optimizer.scaling"], chosen["optimizer.learning_rate"]) == ("sqrt", 0.075)
+    assert "optimizer.name" not in chosen  # the default, LARS
     chosen = {c.option: c.value for c in suggest.suggest_evaluation(1_281_167, True)}
     assert chosen == {"eval.knn_k": 200, "linear.batch_size": 4096, "finetune.batch_size": 4096}
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_what_is_suggested_is_not_called_unusual(accelerator):
+    """LARS at a small batch is."""
+    for count, side in ((3_000, 72), (50_000, 32), (90_000, 400), (1_281_167, 375)):
+        c = config.default()
+        config.set_options(c, suggest.suggest_options(count, side, accelerator))
+        assert oddities(c, assemble.plan_of(c, count), count) == []
 
 
 def test_the_configuration_chooses_from_parquet_and_arrays(tmp_path, capsys):

@@ -133,7 +133,7 @@ OPTIONS: tuple[Option, ...] = (
         "optimizer.name",
         "lars",
         one_of("lars", "sgd", "adamw", "muon"),
-        '"sgd" is with Nesterov momentum; "muon" is for short runs, with learning_rate 0.008 and scaling none',
+        '"sgd" is with Nesterov momentum; "muon", for batches of up to some hundred, goes with learning_rate 0.008 and scaling none',
     ),
     Option(
         "optimizer.learning_rate",

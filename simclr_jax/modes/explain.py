@@ -154,9 +154,9 @@ def oddities(config: ConfigDict, plan: Plan, images: int) -> list[str]:
             f"learning rate {plan.learning_rate:.3g}: the paper's rules are 0.3 x B / 256 = {rules[0]:.3g} and "
             f"0.075 x sqrt(B) = {rules[1]:.3g} for {batch}"
         )
-    if options.name == "lars" and batch < 512:
+    if options.name == "lars" and batch < 256:
         found.append(
-            f"optimizer.name=lars at batch {batch}: it is made for large ones; see sgd, or muon with "
+            f"optimizer.name=lars at batch {batch}: the paper's smallest is 256; see sgd, or muon with "
             "learning_rate 0.008 and scaling none"
         )
     if options.name == "adamw" and plan.learning_rate > 5e-3:
