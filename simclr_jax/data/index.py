@@ -254,7 +254,7 @@ def _header(path: pathlib.Path) -> tuple[tuple[int, int], str] | str:
     """((width, height), channel layout) of an image, or why it has none."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes, which header.py judges
+            warnings.simplefilter("ignore")  # of sizes, which pixels.py judges
             with Image.open(path) as image:
                 return image.size, image.mode
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -120,6 +120,6 @@ class SkResNet(ResNet):
             return super().stem_layers(x, train)
         norm = batch_norm(train, self.dtype, self.norm_momentum, self.norm_group)
         for i, (share, stride) in enumerate(((0.5, 2), (0.5, 1), (1, 1)), 1):
-            x = Conv(int(self.channels * share), 3, stride, self.dtype, name=f"stem{i}")(x)
+            x = Conv(max(1, int(self.channels * share)), 3, stride, self.dtype, name=f"stem{i}")(x)
             x = nn.relu(norm(name=f"stem{i}_norm")(x))
         return x

@@ -292,8 +292,8 @@ def _fold_rows(z, axes, tiles: _Tiles):
             )
             return (
                 softmaxes,
-                nearer + jnp.sum(is_nearer & masks.is_candidate, axis=1),
-                other_nearer + jnp.sum(is_nearer & masks.is_other, axis=1),
+                nearer + jnp.sum(is_nearer & masks.is_candidate, axis=1, dtype=jnp.int32),
+                other_nearer + jnp.sum(is_nearer & masks.is_other, axis=1, dtype=jnp.int32),
             ), None
 
         empty, none = _Softmax.of_nothing(len(anchors)), jnp.zeros(len(anchors), jnp.int32)
