@@ -61,6 +61,14 @@ def test_spread_equals_loops():
     assert float(found["z_std"]) == pytest.approx(unit.std(axis=0).mean(), rel=1e-5)
 
 
+@pytest.mark.parametrize(("loss", "early"), [(6.929, True), (7.5, True), (5.0, False)])
+def test_a_run_that_ends_before_it_can_have_learned_says_so(loss, early):
+    found = judge(10, {"loss": loss, "z_std": EVEN}, OF_512)
+    assert found.name == "sound"
+    assert ("too early to say whether it learns: before step 11" in found.because) == early
+    assert (judge(11, {"loss": loss, "z_std": EVEN}, OF_512).name == "not learning") == early
+
+
 def test_spread_of_one_point_and_of_a_sphere():
     point = spread_of(jnp.ones((16, 4)))
     assert [float(point[k]) for k in ("alignment", "z_std")] == pytest.approx([0, 0], abs=1e-5)

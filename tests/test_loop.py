@@ -23,6 +23,7 @@ from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.gradients import Embedding
 from simclr_jax.training.log import Log, Reporting
 from simclr_jax.training.loop import Run, fit
+from simclr_jax.training.optimizer import make_optimizer
 from simclr_jax.training.saved import find, read_options, saved_steps
 from simclr_jax.training.state import start_of
 from simclr_jax.training.step import UpdateRule, make_step
@@ -353,6 +354,43 @@ def test_nothing_is_saved_after_a_loss_that_is_not_finite(tmp_path):
     with pytest.raises(UserError, match="step 3: loss"):
         train(tmp_path / "w", before=poisoned_at(3), every=1)
     assert saved_steps(tmp_path / "w") == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "muon"])
+def test_a_skipped_step_is_one_of_the_schedule(name):
+    """So that the learning rate that is applied is the one that is reported, and ends at 0."""
+
+    def schedule(step):
+        return 0.1 * (1 - step / 5)
+
+    settings = {"weight_decay": 0.0, "momentum": 0.0, "trust_coefficient": 1e-3}
+    optimizer = make_optimizer(name, schedule, **settings)
+    params = {"encoder": {"kernel": jnp.ones((4, 4))}}
+
+    def loss(z, _):
+        return jnp.mean(z), {}
+
+    def objective(params, batch_stats, batch):
+        z = batch["x"] * jnp.sum(params["encoder"]["kernel"])
+        return Embedding(z, jnp.zeros(()), {}, batch_stats)
+
+    step = jax.jit(
+        make_step(objective, loss, UpdateRule(optimizer, schedule, skip_not_finite=True))
+    )
+    state = start_of(params, {}, optimizer)
+    for number in range(5):
+        x = np.full((2, 1), np.inf if number in (1, 2) else 1.0, np.float32)
+        state, metrics = step(state, {"x": x, "label": np.zeros(2, np.int32)})
+        assert metrics["learning_rate"] == pytest.approx(schedule(number))
+        counts = [
+            s.count for s in jax.tree.leaves(state.opt_state, is_leaf=is_schedule) if is_schedule(s)
+        ]
+        assert counts
+        assert set(map(int, counts)) == {number + 1}
+
+
+def is_schedule(x):
+    return isinstance(x, optax.ScaleByScheduleState)
 
 
 @pytest.mark.parametrize("skip", [False, True])

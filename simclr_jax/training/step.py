@@ -31,7 +31,8 @@ class UpdateRule:
       optimizer: makes updates of gradients.
       schedule: step -> the learning rate that the optimizer follows, for the metrics.
       microbatches: above 1, the gradient is computed by `gradients.cached_gradient`.
-      skip_not_finite: a step whose loss or gradient is not finite changes nothing but its number.
+      skip_not_finite: a step whose loss or gradient is not finite changes nothing but its number, which the
+        learning rate follows.
       more: (params, gradients) -> metrics of the update; None: none.
       memory: how the memory of negatives goes on; None: the state has none.
     """
@@ -110,11 +111,24 @@ def make_step(
         if rule.skip_not_finite:
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
             metrics["skipped_steps"] = 1.0 - finite
-            kept = dataclasses.replace(state, step=new_state.step)
+            kept = dataclasses.replace(
+                state,
+                step=new_state.step,
+                opt_state=_with_schedule(state.opt_state, new_state.opt_state),
+            )
             new_state = jax.tree.map(functools.partial(jnp.where, finite), new_state, kept)
         return new_state, metrics
 
     return step
+
+
+def _with_schedule(kept: optax.OptState, stepped: optax.OptState) -> optax.OptState:
+    """Returns the state `kept` of an optimizer, with the step number of its schedule from the state `stepped`."""
+
+    def is_schedule(x: Any) -> bool:
+        return isinstance(x, optax.ScaleByScheduleState)
+
+    return jax.tree.map(lambda k, s: s if is_schedule(k) else k, kept, stepped, is_leaf=is_schedule)
 
 
 def _beside(loss: BatchLoss, memory: Memory | None) -> BatchLoss:

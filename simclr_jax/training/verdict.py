@@ -69,7 +69,10 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
         return Verdict("below the lower bound", f"{where}: {why}")
     # At a high temperature all losses are near chance: there the distance is a tenth of what is possible.
     near = min(_NEAR_CHANCE, 0.1 * (no_better - least))
-    if step > settled_after and loss > no_better - near:
+    if loss > no_better - near:
+        if step <= settled_after:
+            early = f"too early to say whether it learns: before step {settled_after + 1} it may be near chance"
+            return Verdict("sound", f"{where}; {seen}; {early}")
         why = f"after the warm-up within {near:.2g} (ours) of ln(2B - 1), and z is spread"
         if loss > no_better + near:
             why = "after the warm-up above ln(2B - 1): worse than telling nothing apart"
