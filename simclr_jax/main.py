@@ -5,7 +5,9 @@ import importlib
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -235,7 +237,7 @@ def _out_of_memory(error: Exception) -> str:
 
 def run() -> None:
     """Runs `main` for the shell; the console script simclr_jax."""
-    _hide_tracebacks_of_threads()
+    mend_unraisable()
     status: object = 1  # of any other exception
     try:
         shell(main, sys.argv[1:])
@@ -247,14 +249,22 @@ def run() -> None:
         processes.exit_within(status)
 
 
-def _hide_tracebacks_of_threads() -> None:
-    """Hides the pages that Orbax's threads write where a disk is full: `shell` says it in one line."""
+def mend_unraisable() -> None:
+    """Hides the pages that Orbax's threads write where a disk is full, as `shell` says it in one line; and raises a
+    Ctrl-C again that came where Python ignores exceptions, such as in JAX's callback of the garbage collector.
+    """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     show = sys.unraisablehook
 
     def show_others(unraisable) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":  # of the save that was given up
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            main_thread = threading.main_thread().ident
+            # Later, as it would be ignored here.
+            again = threading.Timer(0.1, signal.pthread_kill, [main_thread, signal.SIGINT])
+            again.daemon = True
+            again.start()
+        elif str(unraisable.exc_value) != "Event loop is closed":  # of the save that was given up
             show(unraisable)
 
     sys.unraisablehook = show_others

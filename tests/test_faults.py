@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -290,6 +291,25 @@ def test_out_of_memory_is_one_line_that_says_what_to_turn(capfd):
         assert "\n" not in said
         for option in ("train.microbatches=4", "model.remat=True", "data.batch_size"):
             assert option in said
+
+
+def test_an_interrupt_where_python_ignores_exceptions_is_not_lost():
+    """JAX clears its caches in a callback of the garbage collector, where a Ctrl-C would only be printed."""
+    code = (
+        "import time; from simclr_jax import main\n"
+        "class Deleted:\n"
+        "    def __del__(self): raise KeyboardInterrupt\n"
+        "def command(_):\n"
+        "    Deleted()\n"
+        "    time.sleep(60)\n"
+        "main.mend_unraisable()\n"
+        "main.shell(command, [])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 130
+    assert done.stderr.startswith("interrupted: ")
 
 
 def test_a_run_that_saved_nothing_is_replaced_and_says_so(tiny, tmp_path, capsys):
