@@ -87,6 +87,8 @@ def test_a_workdir_below_the_data_is_none_of_them(photos):
     Image.new("RGB", (2, 3)).save(photos / "runs" / "w" / "neighbours.png")
     for _ in range(2):  # also from the cache
         assert index.index(photos).paths == before
+        said = index.summary_lines(index.look(photos))[-1]
+        assert said == "left out, with all images below, as workdirs of runs: runs/w"
         settle(photos)
 
 

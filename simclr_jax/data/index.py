@@ -57,11 +57,13 @@ class Index(NamedTuple):
       paths: N, relative to it, sorted.
       sizes: int64 [N], bytes.
       passed_over: suffix ("" for none) to how many files that are no images have it.
+      workdirs: folders of runs, which are left out with all that is below them.
     """
 
     paths: list[str]
     sizes: np.ndarray
     passed_over: dict[str, int]
+    workdirs: list[str]
 
 
 def index(root: pathlib.Path) -> Index:
@@ -91,6 +93,7 @@ def index(root: pathlib.Path) -> Index:
         [path for path, _ in entries],
         np.asarray([size for _, size in entries], np.int64),
         dict(passed.most_common()),
+        sorted(where for where, content in folders.items() if where and content["is_workdir"]),
     )
 
 
@@ -200,7 +203,7 @@ class Look(NamedTuple):
       images: number of image files.
       total_bytes: size of all files.
       kinds: {format, by suffix: number of files}.
-      passed_over: see `Index`.
+      passed_over, workdirs: see `Index`.
       empty: number of files without a byte.
       looked_at: number of files whose header was read.
       unreadable: {path: reason} of those whose header cannot be read.
@@ -212,6 +215,7 @@ class Look(NamedTuple):
     total_bytes: int
     kinds: dict[str, int]
     passed_over: dict[str, int]
+    workdirs: list[str]
     empty: int
     looked_at: int
     unreadable: dict[str, str]
@@ -238,6 +242,7 @@ def look(root: pathlib.Path) -> Look:
         int(found.sizes.sum()),
         dict(kinds.most_common()),
         found.passed_over,
+        found.workdirs,
         int((found.sizes == 0).sum()),
         len(some),
         {
@@ -286,4 +291,8 @@ def summary_lines(found: Look) -> list[str]:
         total = sum(found.passed_over.values())
         suffixes = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in some[:5])
         lines.append(f"passed over {total} files that are no images: {suffixes}")
+    if found.workdirs:
+        more = len(found.workdirs) - 3
+        named = ", ".join(found.workdirs[:3]) + (f" and {more} more" if more > 0 else "")
+        lines.append(f"left out, with all images below, as workdirs of runs: {named}")
     return lines
