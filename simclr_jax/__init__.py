@@ -4,6 +4,7 @@ From Python: `pretrain(config, workdir)`, `evaluate("probe", workdir)` and `load
 same as from the shell. Importing this package does not import TensorFlow.
 """
 
+import os
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,7 +15,7 @@ __all__ = ["Classifier", "Encoder", "evaluate", "load_classifier", "load_encoder
 
 
 def pretrain(
-    config: ConfigDict | str, workdir: str, *, extend: bool = False, **options: Any
+    config: ConfigDict | str | os.PathLike, workdir: str, *, extend: bool = False, **options: Any
 ) -> bool:
     """Pretrains an encoder, from the workdir's newest checkpoint or from the start.
 
@@ -38,7 +39,7 @@ def pretrain(
 
 
 def evaluate(
-    name: str, workdir: str, config: ConfigDict | str | None = None, **options: Any
+    name: str, workdir: str, config: ConfigDict | str | os.PathLike | None = None, **options: Any
 ) -> dict | None:
     """Evaluates the newest checkpoint of a workdir, beside raw pixels and the untrained encoder; shows a
     table.
@@ -78,13 +79,21 @@ def evaluate(
     return evaluate_features(name, config, workdir)
 
 
-def _with_options(config: ConfigDict | str, options: dict[str, Any]) -> ConfigDict:
+def _with_options(config: ConfigDict | str | os.PathLike, options: dict[str, Any]) -> ConfigDict:
     """Returns a validated configuration, with other values of options; the caller's stays as it is."""
     from simclr_jax.config import flatten, set_options, validate
     from simclr_jax.config.overrides import check_name_is_read, read_file
     from simclr_jax.errors import UserError
 
-    config = read_file(config) if isinstance(config, str) else config.copy_and_resolve_references()
+    if isinstance(config, ConfigDict):
+        config = config.copy_and_resolve_references()
+    elif isinstance(config, str | os.PathLike):
+        config = read_file(os.fspath(config))
+    else:
+        raise UserError(
+            f"a configuration is a {type(config).__name__}: expected a ConfigDict, or the path of a file that makes "
+            "one, such as 'folder:FILE.npz' for images in FILE.npz"
+        )
     known = flatten(config)
     for name in options:
         if name not in known:

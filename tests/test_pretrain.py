@@ -486,11 +486,19 @@ def test_python_evaluates_with_the_runs_configuration_or_another(watched, copy, 
     assert result["step"] == 8
     assert result["settings"]["k"] == 1
     before = watched.to_dict()
-    for config in (watched, str(config_file(watched, tmp_path)), None):
+    for config in (
+        watched,
+        str(config_file(watched, tmp_path)),
+        config_file(watched, tmp_path),
+        None,
+    ):
         found = simclr_jax.evaluate("knn", str(copy), config, **{"eval.knn_k": 5})
         assert found is not None
         assert found["settings"]["k"] == 5
     assert watched.to_dict() == before
+    images: Any = np.zeros((8, 8, 8, 3), np.uint8)
+    with pytest.raises(UserError, match=r"is a ndarray: expected a ConfigDict, or the path"):
+        simclr_jax.pretrain(images, str(copy))
 
 
 @pytest.mark.parametrize(

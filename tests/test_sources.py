@@ -19,7 +19,7 @@ from conftest import random_images
 from PIL import Image
 
 from simclr_jax import assemble, config
-from simclr_jax.data import open_source, order, pixels, streamed
+from simclr_jax.data import kind_of, open_source, order, pixels, streamed
 from simclr_jax.data.arrays import in_memory
 from simclr_jax.data.broken import Broken, Images
 from simclr_jax.data.digits import Digits
@@ -429,6 +429,15 @@ def test_what_is_not_there_is_said_in_one_line(options, says):
 def test_an_empty_folder_and_bad_arrays_are_refused(tmp_path):
     with pytest.raises(UserError, match="no image below"):
         opened(source="folder", path=str(tmp_path))
+    (tmp_path / "photos.zip").write_bytes(b"")
+    with pytest.raises(UserError, match=r"looked for \.jpg, .*; found 1 \.zip"):
+        opened(source="folder", path=str(tmp_path))
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"it holds 1 Parquet files, .*/\*\.parquet"):
+        opened(source="folder", path=str(tmp_path))
+    with pytest.raises(UserError, match=r"is a file: .* FILE\.npz or FILE\.parquet"):
+        opened(source="folder", path=str(tmp_path / "photos.zip"))
+    assert [kind_of(x) for x in ("A.NPZ", "b/*.Parquet", "c")] == ["arrays", "parquet", "folder"]
     with pytest.raises(UserError, match="expected uint8"):
         in_memory(np.zeros((3, 8, 8, 3), np.float32))
     with pytest.raises(UserError, match="expected one integer each"):

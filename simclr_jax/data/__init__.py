@@ -96,7 +96,7 @@ def open_source(data: Mapping[str, Any]) -> DataSet:
 
 def kind_of(path: str) -> str:
     """Returns which of `SOURCES` opens a path of images: one that ends in .npz or .parquet its own, any other "folder"."""
-    return next((kind for end, kind in _BY_ENDING.items() if path.endswith(end)), "folder")
+    return next((kind for end, kind in _BY_ENDING.items() if path.lower().endswith(end)), "folder")
 
 
 def count_and_size(data: Mapping[str, Any]) -> tuple[int, int]:
@@ -141,7 +141,7 @@ def name_of(data: Mapping[str, Any]) -> str:
     if source == "tfds":
         return data["name"] or source
     path = pathlib.PurePath(data["path"])
-    if path.suffix in _BY_ENDING:
+    if path.suffix.lower() in _BY_ENDING:
         path = path.parent if "*" in path.name else path.with_suffix("")
     if path.name in ("train", "training"):
         path = path.parent

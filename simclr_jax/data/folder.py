@@ -198,13 +198,15 @@ def open_split(
     check_local("data.path", path)
     root = expanded(path)
     if root.is_file():
-        raise UserError(f"{path!r} is a file: expected a folder of images (data.path)")
+        raise UserError(
+            f"{path!r} is a file: expected a folder of images, FILE.npz or FILE.parquet (data.path)"
+        )
     if not root.is_dir():
         raise UserError(f"no folder {path!r}: expected a folder of images (data.path)")
     found = index(root)
     names, where = found.paths, str(root)
     if not names:
-        raise UserError(f"no image below {path!r}: looked for {', '.join(SUFFIXES)}")
+        raise UserError(f"no image below {path!r}: {_instead(path, found.passed_over)}")
     odd = [name for name in names if not _is_utf8(name)]
     if odd:
         raise UserError(
@@ -225,6 +227,14 @@ def open_split(
     code = codes_of(occurring, classes, repr(path))
     codes = np.asarray([code[owner] for owner in owners], np.int32)
     return IndexedSplit(Files(where, names, codes, classes or tuple(occurring), found.sizes))
+
+
+def _instead(path: str, passed_over: dict[str, int]) -> str:
+    """Says what there is below a folder without images."""
+    if parquet := passed_over.get(".parquet"):
+        return f"it holds {parquet} Parquet files, which are read as {os.path.join(path, '*.parquet')!r}"
+    found = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in passed_over.items())
+    return f"looked for {', '.join(SUFFIXES)}" + (f"; found {found}" if found else "")
 
 
 def _first_folders(path: str, names: list[str]) -> list[str | None]:
