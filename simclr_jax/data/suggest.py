@@ -137,7 +137,7 @@ def _model(accelerator: bool) -> list[Choice]:
 
 
 def _papers_optimizer() -> list[Choice]:
-    """LARS, with the rate for batches of some hundred."""
+    """Chooses LARS, with the rate for batches of some hundred."""
     return [
         Choice("optimizer.scaling", "sqrt", "better than linear at small batches (B.1)"),
         Choice("optimizer.learning_rate", 0.075, "x sqrt(batch), the paper's (B.1)"),
@@ -145,7 +145,7 @@ def _papers_optimizer() -> list[Choice]:
 
 
 def _optimizer(epochs: int) -> list[Choice]:
-    """Muon.
+    """Chooses Muon.
 
     Beside it LARS by the paper's rule, emoji, batch 64, seed 0, 10 labels a class and all labels: the settings for a
     CPU, all 136 epochs, 54.0, 68.2 and 49.2, 64.2 %; ResNet-50 at 32 px, 12 epochs, 47.9, 63.9 and 43.2, 64.0 %, where
