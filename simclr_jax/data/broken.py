@@ -82,6 +82,11 @@ class Broken:
             elif say_it and len(self.indices) == _SAID + 1:
                 say("skipped     ... and more, which only the report names")
 
+    def say_how_many(self) -> None:
+        """Says how many images were skipped, and where they are named, if any were."""
+        if self.indices:
+            say(f"skipped     {len(self.indices)} images that cannot be read, see {self.report}")
+
     def _write(self) -> None:
         """Writes the report; removes it if all images that were broken are mended."""
         if self.report is None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from simclr_jax.console import say
-from simclr_jax.data.index import SUFFIXES, index
+from simclr_jax.data.index import SUFFIXES, index, most_common
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.source import Classes, Example, Source, codes_of
 from simclr_jax.data.split import DataSet
@@ -233,8 +233,8 @@ def _instead(path: str, passed_over: dict[str, int]) -> str:
     """Says what there is below a folder without images."""
     if parquet := passed_over.get(".parquet"):
         return f"it holds {parquet} Parquet files, which are read as {os.path.join(path, '*.parquet')!r}"
-    found = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in passed_over.items())
-    return f"looked for {', '.join(SUFFIXES)}" + (f"; found {found}" if found else "")
+    found = f"; found {most_common(passed_over)}" if passed_over else ""
+    return f"looked for {', '.join(SUFFIXES)}{found}"
 
 
 def _first_folders(path: str, names: list[str]) -> list[str | None]:

@@ -266,6 +266,12 @@ def _header(path: pathlib.Path) -> tuple[tuple[int, int], str] | str:
         return one_line(error).replace(f" {str(path)!r}", "")
 
 
+def most_common(passed_over: dict[str, int]) -> str:
+    """Names the five most common suffixes of `Index.passed_over`, such as "3 .txt, 1 without suffix"."""
+    some = list(passed_over.items())[:5]
+    return ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in some)
+
+
 def summary_lines(found: Look) -> list[str]:
     """Says what a folder holds, in lines of text."""
     kinds = ", ".join(f"{n} {kind}" for kind, n in found.kinds.items())
@@ -287,10 +293,10 @@ def summary_lines(found: Look) -> list[str]:
     else:
         lines.append(f"none empty; all of {found.looked_at} looked at can be opened")
     if found.passed_over:
-        some = list(found.passed_over.items())
         total = sum(found.passed_over.values())
-        suffixes = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in some[:5])
-        lines.append(f"passed over {total} files that are no images: {suffixes}")
+        lines.append(
+            f"passed over {total} files that are no images: {most_common(found.passed_over)}"
+        )
     if found.workdirs:
         more = len(found.workdirs) - 3
         named = ", ".join(found.workdirs[:3]) + (f" and {more} more" if more > 0 else "")

@@ -127,7 +127,6 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
     mesh = make_mesh()
     report = path.with_name(path.name + ".broken_images.jsonl")
     images = assemble.images_of(config, source.split, report)
-    broken = images.broken
     with alone(path.with_name(path.name + ".parts")) as scratch:
         parts = Parts(scratch, subjects.batch_size_of(config, mesh))
         step = parts.begun_with(workdir)
@@ -157,8 +156,7 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
         if jax.process_index() == 0:
             count = parts.join(path)
             say(f"{count} images, encoder of step {trained.saved['step']}: {path}")
-    if broken.indices:
-        say(f"skipped     {len(broken.indices)} images that cannot be read, see {broken.report}")
+    images.broken.say_how_many()
 
 
 def _classes(source: Input, trained: subjects.Trained) -> list[str]:

@@ -145,9 +145,7 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
     _, finished = fit(job, stream(made.views, images), run, hooks)
     if not finished:
         return False
-    broken = images.broken
-    if broken.indices:
-        say(f"skipped     {len(broken.indices)} images that cannot be read, see {broken.report}")
+    images.broken.say_how_many()
     say(f"trained to step {plan.steps}: {workdir}/checkpoints, {workdir}/metrics.jsonl")
     if verdicts:  # else it was trained before
         _say_verdict(workdir, verdicts[0])
