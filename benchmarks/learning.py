@@ -5,12 +5,13 @@ test_images, uint8 [N, H, W, 1 or 3], train_labels and test_labels. Three kinds 
 several seeds, each a process of its own:
 
     ours         the automatic settings of configs/folder.py on a CPU
-    lightly      the same encoder, epochs, batch, temperature and strength of colour, built from
-                 lightly's parts, with the optimizer of its documentation
+    lightly      the same encoder, epochs, batch, temperature, crops and strength of colour, built
+                 from lightly's parts, with the optimizer of its documentation and, of that one's
+                 learning rate and its fourfold, the one that is better on held-out images
     ours, time   ours with as many epochs as fit into the seconds that lightly's training took
 
 One probe judges all: scikit-learn's logistic regression on standardised features, its C chosen on a
-part of the training images. A finished run is not run again: its line is in --runs, with all the options
+part of the training images, the same that chooses lightly's learning rate. A finished run is not run again: its line is in --runs, with all the options
 that it read.
 """
 
@@ -31,7 +32,8 @@ import numpy as np
 LABELS, DRAWS, NEIGHBOURS = 10, 5, 20
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C
 MOST_TRAINING = 10_000  # images that the probe is fitted on
-KINDS = ("ours", "lightly", "ours, time")
+# Of lightly's documentation, and four times it: in a short training the best rate may be higher.
+LIGHTLY_RATES = (0.06, 0.24)
 # The options that other kinds than ours read.
 READ = {
     "raw pixels": ("data.image_size",),
@@ -39,10 +41,12 @@ READ = {
         "data.image_size",
         "data.batch_size",
         "views.color_strength",
+        "views.crop_area",
         "views.blur_probability",
         "model.width",
         "loss.temperature",
         "train.epochs",
+        "lightly.learning_rate",
     ),
 }
 
@@ -153,6 +157,7 @@ def lightly(data: dict[str, Part], options: dict, run: Run) -> dict:
     transform = SimCLRTransform(
         input_size=size,
         cj_strength=options["views.color_strength"],
+        min_scale=options["views.crop_area"][0],
         gaussian_blur=options["views.blur_probability"],
         hf_prob=0.5 if run.flip else 0.0,
     )
@@ -171,7 +176,8 @@ def lightly(data: dict[str, Part], options: dict, run: Run) -> dict:
     loss_of = NTXentLoss(temperature=options["loss.temperature"])
     parameters = [*encoder.parameters(), *head.parameters()]
     steps = round(options["train.epochs"] * len(pictures) / batch)
-    optimizer = t.optim.SGD(parameters, lr=0.06, momentum=0.9, weight_decay=5e-4)
+    rate = options["lightly.learning_rate"]
+    optimizer = t.optim.SGD(parameters, lr=rate, momentum=0.9, weight_decay=5e-4)
     schedule = t.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     loader = t.utils.data.DataLoader(
         Views(), batch, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
@@ -240,7 +246,9 @@ def torch_resnet(t, factor: float):
 
 
 def judge(features: dict[str, np.ndarray], data: dict[str, Part]) -> dict:
-    """Returns accuracies on the test images: 10 labels a class, all labels, 20 nearest neighbours."""
+    """Returns accuracies: on the test images with 10 labels a class, all labels and by 20 nearest neighbours, and
+    with all labels on the held-out part of the training images.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.preprocessing import StandardScaler, normalize
@@ -256,8 +264,11 @@ def judge(features: dict[str, np.ndarray], data: dict[str, Part]) -> dict:
         return LogisticRegression(C=strength, max_iter=300).fit(train[rows], y[rows])
 
     def probe(rows, held):
-        best = max(STRENGTHS, key=lambda c: fitted(rows, c).score(train[held], y[held]))
-        return fitted(rows, best).score(test, wanted)
+        chosen = max(
+            (fitted(rows, strength) for strength in STRENGTHS),
+            key=lambda model: model.score(train[held], y[held]),
+        )
+        return chosen.score(test, wanted), chosen.score(train[held], y[held])
 
     order = np.random.default_rng(0).permutation(len(y))[:MOST_TRAINING]
     held, rest = order[: len(order) // 10], order[len(order) // 10 :]
@@ -265,8 +276,9 @@ def judge(features: dict[str, np.ndarray], data: dict[str, Part]) -> dict:
     for draw in range(DRAWS):
         rng = np.random.default_rng(draw)
         rows = [rng.permutation(rest[y[rest] == c])[:LABELS] for c in np.unique(y)]
-        few.append(probe(np.concatenate(rows), held))
-    return {"ten": statistics.mean(few), "all": probe(rest, held), "knn": knn}
+        few.append(probe(np.concatenate(rows), held)[0])
+    on_test, on_held = probe(rest, held)
+    return {"ten": statistics.mean(few), "all": on_test, "knn": knn, "held": on_held}
 
 
 def rank(h: np.ndarray) -> float:
@@ -317,65 +329,78 @@ def main() -> None:
     automatic = settings(data["train"].images)
     if arguments.one:
         kind, seed = arguments.one
-        asked = run_of(arguments, automatic, kind, int(seed), arguments.epochs)
+        asked = run_of(arguments, automatic, kind, int(seed), arguments.epochs, arguments.set)
         print("RESULT " + json.dumps(one(asked, data)))
         return
     runs = pathlib.Path(arguments.runs or f"{arguments.data}.runs.jsonl")
     done = [json.loads(line) for line in runs.read_text().splitlines()] if runs.exists() else []
 
-    shown: list[dict] = []
-
-    def run(kind, seed, epochs):
-        named = run_of(arguments, automatic, kind, seed, epochs).named()
-        found = [r for r in done if r | named == r]
+    def run(kind, seed, epochs, rate=None):
+        changes = [*arguments.set, *([f"lightly.learning_rate={rate}"] if rate else [])]
+        named = run_of(arguments, automatic, kind, seed, epochs, changes).named()
+        # "held": without it, of an earlier version of this file.
+        found = [r for r in done if r | named == r and "held" in r]
         if found:
-            shown.append(found[0])
             return found[0]
         command = [sys.executable, __file__, arguments.data, "--one", kind, str(seed)]
         command += [f"--epochs={epochs}"] if epochs else []
         command += ["--no_flip"] if arguments.no_flip else []
-        command += [f"--set={option}" for option in arguments.set]
+        command += [f"--set={option}" for option in changes]
         print(f"{kind}, seed {seed} ...", flush=True)
         process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         line = process.stdout.rpartition("RESULT ")[2]
         with runs.open("a") as file:
             file.write(line)
-        shown.append(json.loads(line))
-        return shown[-1]
+        return json.loads(line)
 
-    run("raw pixels", 0, None)
-    for seed in range(arguments.seeds):
-        mine = run("ours", seed, arguments.epochs)
-        if arguments.only_ours:
-            continue
-        theirs = run("lightly", seed, arguments.epochs)
-        run("ours, time", seed, mine["epochs"] * theirs["seconds"] / mine["seconds"])
+    shown = {"raw pixels": [run("raw pixels", 0, None)]}
+    seeds, rates = range(arguments.seeds), () if arguments.only_ours else LIGHTLY_RATES
+    theirs: dict[float, list[dict]] = {rate: [] for rate in rates}
+    shown["ours"] = []
+    for seed in seeds:
+        shown["ours"].append(run("ours", seed, arguments.epochs))
+        for rate in rates:
+            theirs[rate].append(run("lightly", seed, arguments.epochs, rate))
+    if rates:
+        chosen = max(rates, key=lambda rate: statistics.mean(r["held"] for r in theirs[rate]))
+        shown |= {f"lightly, {rate}": theirs[rate] for rate in rates}
+        shown["ours, time"] = [
+            run("ours, time", seed, ours["epochs"] * lightly["seconds"] / ours["seconds"])
+            for seed, ours, lightly in zip(seeds, shown["ours"], theirs[chosen], strict=True)
+        ]
     show(shown)
+    if rates:
+        print(f"The held-out images choose lightly's learning rate {chosen}.")
 
 
 def run_of(
-    arguments: argparse.Namespace, automatic: dict, kind: str, seed: int, epochs: float | None
+    arguments: argparse.Namespace,
+    automatic: dict,
+    kind: str,
+    seed: int,
+    epochs: float | None,
+    changes: list[str],
 ) -> Run:
-    """Makes a run of the command's arguments and the automatic settings."""
-    given = {k: ast.literal_eval(v) for k, v in (x.split("=", 1) for x in arguments.set)}
+    """Makes a run of the command's arguments, the automatic settings and changes to them, ["OPTION=VALUE"]."""
+    given = {k: ast.literal_eval(v) for k, v in (x.split("=", 1) for x in changes)}
     options = automatic | given | ({"train.epochs": epochs} if epochs else {})
     options = {k: v for k, v in options.items() if k in READ.get(kind, options)}
     return Run(pathlib.Path(arguments.data), kind, seed, options, not arguments.no_flip)
 
 
-def show(done: list[dict]) -> None:
-    """Prints mean and spread over seeds of each kind of run."""
-    columns = {"ten": 100, "all": 100, "knn": 100, "contrastive": 100, "rank": 1, "seconds": 1}
-    names = ["10 labels", "all", "20-NN", "contrastive", "rank of h", "seconds"]
-    print(f"{'':12}" + "".join(f"{name:>16}" for name in names))
-    for kind in ("raw pixels", *KINDS):
-        rows = [run for run in done if run["kind"] == kind]
+def show(done: dict[str, list[dict]]) -> None:
+    """Prints mean and spread over seeds of each kind of run, {name: runs}."""
+    columns = {"ten": 100, "all": 100, "knn": 100, "held": 100, "contrastive": 100}
+    columns |= {"rank": 1, "seconds": 1}
+    names = ["10 labels", "all", "20-NN", "held out", "contrastive", "rank of h", "seconds"]
+    print(f"{'':14}" + "".join(f"{name:>14}" for name in names))
+    for kind, rows in done.items():
         cells = []
         for column, factor in columns.items():
             values = [factor * row[column] for row in rows if column in row]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{statistics.mean(values):.1f} +- {spread:.1f}" if values else "")
-        print(f"{kind:12}" + "".join(f"{cell:>16}" for cell in cells))
+        print(f"{kind:14}" + "".join(f"{cell:>14}" for cell in cells))
 
 
 if __name__ == "__main__":

@@ -192,7 +192,8 @@ def keep_compiled_programs() -> None:
 
 def shell(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Runs a command for the shell: one line and exit status 1 for a user's mistake, 69 (`LOST`) where a storage or
-    another process does not answer, 130 for Ctrl-C, and 75 (`STOPPED`) for a training that a signal has stopped.
+    another process does not answer, 130 (`processes.INTERRUPTED`) for Ctrl-C,
+    and 75 (`STOPPED`) for a training that a signal has stopped.
     """
     # Nothing of TensorFlow's own log below fatal errors: what matters comes as an exception, and is said once. "1" is
     # what importing JAX sets.
@@ -221,7 +222,7 @@ def shell(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     except KeyboardInterrupt:
         text = "interrupted: training and embedding go on where they were by the same command"
         print(text, file=sys.stderr)
-        sys.exit(130)
+        sys.exit(processes.INTERRUPTED)
 
 
 def _out_of_memory(error: Exception) -> str:
@@ -235,15 +236,19 @@ def _out_of_memory(error: Exception) -> str:
     )
 
 
-def run() -> None:
-    """Runs `main` for the shell; the console script simclr_jax."""
+def run(command: Callable[[list[str]], None] | None = None) -> None:
+    """Runs a command, by default `main`, with the arguments that the shell gave; the console script simclr_jax."""
     mend_unraisable()
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # else ignored, as of a job in the background
+        signal.signal(signal.SIGINT, processes.end_interrupted)
     status: object = 1  # of any other exception
     try:
-        shell(main, sys.argv[1:])
+        shell(command or main, sys.argv[1:])
         status = 0
     except SystemExit as ended:
         status = ended.code
+        if status == processes.INTERRUPTED:
+            processes.exit_now(status)
         raise
     finally:
         processes.exit_within(status)

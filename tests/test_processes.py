@@ -349,6 +349,36 @@ def test_an_exit_that_waits_for_a_thread_is_bounded(ends, expected, says):
     assert done.stderr.decode().strip().endswith(says)
 
 
+STUCK_IN_THE_WAY_OUT = """
+import ctypes, os, signal, threading, time
+from simclr_jax import main, processes
+
+processes.exit_within.__defaults__ = (1.0,)
+
+def interrupted(_):
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+    try:
+        time.sleep(1000)
+    finally:
+        ctypes.{library}(None).sleep(1000)  # as a library's destructor may
+
+main.main = interrupted
+main.run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("library", "expected"),
+    [("CDLL", processes.INTERRUPTED), ("PyDLL", -signal.SIGALRM)],  # PyDLL keeps Python's lock
+)
+def test_ctrl_c_ends_a_command_that_is_stuck(library, expected):
+    program = STUCK_IN_THE_WAY_OUT.format(library=library)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == expected, done.stderr
+
+
 FREED = """
 import os, resource
 import jax, jax.numpy as jnp

@@ -54,7 +54,7 @@ def sends(number, at, times=1):
     return before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("at", [1, 4, 6])
 def test_a_signal_lets_the_step_finish_and_saves(whole, tmp_path, capsys, number, at):
     before = signal.getsignal(number)
@@ -102,6 +102,42 @@ def test_processes_stop_together_some_steps_after_the_wish(monkeypatch):
         assert [stop.now() for _ in range(4)] == [False] * 4
         os.kill(os.getpid(), signal.SIGTERM)
         assert [stop.now() for _ in range(3)] == [False, False, True]
+
+
+TERMINAL_IS_CLOSED = """
+import os, pathlib, pty, signal, sys
+screen, terminal = pty.openpty()
+for stream in (1, 2):
+    os.dup2(terminal, stream)
+os.close(terminal)
+from test_loop import Average, train
+
+def close_the_terminal(step, _):
+    if step == 6:
+        os.close(screen)  # what is written from now on is an OSError
+        os.kill(os.getpid(), signal.SIGHUP)
+
+_, finished = train(pathlib.Path(sys.argv[1]), hooks=[Average()], before=close_the_terminal)
+os._exit(10 + finished)
+"""
+
+
+def test_a_terminal_that_is_closed_costs_nothing(whole, tmp_path):
+    done = run_python(TERMINAL_IS_CLOSED, tmp_path / "w")
+    assert done.returncode == 10, done
+    assert saved_steps(tmp_path / "w") == [4, 6]
+    train(tmp_path / "w", hooks=[Average()])
+    assert_same_training(tmp_path / "w", whole)
+
+
+def test_nohup_lets_a_training_go_on_without_its_terminal(whole, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        _, finished = train(tmp_path / "w", hooks=[Average()], before=sends(signal.SIGHUP, 6))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert finished
+    assert_same_training(tmp_path / "w", whole)
 
 
 KILLED_WHILE_IT_SAVES = """

@@ -4,7 +4,6 @@ import argparse
 import datetime
 import importlib.metadata
 import pathlib
-import sys
 from collections.abc import Callable
 
 import jax
@@ -17,7 +16,7 @@ from simclr_jax.config.overrides import load
 from simclr_jax.console import duration, say, show_table
 from simclr_jax.errors import UserError
 from simclr_jax.files import write_json
-from simclr_jax.main import keep_compiled_programs, shell
+from simclr_jax.main import keep_compiled_programs, run
 
 # column of the table: how its value is written.
 _COLUMNS: dict[str, tuple[str, Callable]] = {
@@ -98,4 +97,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    shell(main, sys.argv[1:])
+    run(main)

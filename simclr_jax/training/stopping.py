@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish to stop after a step, which all processes follow at the same step."""
+"""SIGTERM, SIGINT and SIGHUP as a wish to stop after a step, which all processes follow at the same step."""
 
 import collections
 import os
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from simclr_jax.mesh import replicated, to_global
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # Steps after which the processes' wishes are read, so that no step waits for them.
 _STEPS_LATE = 2
@@ -40,7 +40,10 @@ class Stop:
 
     def __enter__(self) -> Self:
         main = threading.current_thread() is threading.main_thread()
-        numbers = _SIGNALS if main else ()
+        numbers = set(_SIGNALS if main else ())
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: go on without the terminal
+            numbers.discard(signal.SIGHUP)
+        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
         self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
@@ -49,11 +52,20 @@ class Stop:
             signal.signal(number, handler)
 
     def _note(self, number: int, _) -> None:
+        if number == signal.SIGHUP:
+            self._leave_terminals()
         if not self._wished:
             self._wished, self._since, self._number = True, time.monotonic(), number
         elif time.monotonic() - self._since > _SAME_WISH_SECONDS:
             self.__exit__()
             os.kill(os.getpid(), number)
+
+    def _leave_terminals(self) -> None:
+        """Sends what is written to the terminal nowhere: it is gone, and each write would be an error."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for terminal in self._terminals:
+            os.dup2(nowhere, terminal)
+        os.close(nowhere)
 
     def pass_on(self) -> None:
         """Delivers the signal, if there was one, to the handler that was there before: call it once the
