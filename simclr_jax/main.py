@@ -239,7 +239,9 @@ def _out_of_memory(error: Exception) -> str:
 def run(command: Callable[[list[str]], None] | None = None) -> None:
     """Runs a command, by default `main`, with the arguments that the shell gave; the console script simclr_jax."""
     mend_unraisable()
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # else ignored, as of a job in the background
+    if (
+        signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    ):  # else ignored, as of a job in the background
         signal.signal(signal.SIGINT, processes.end_interrupted)
     status: object = 1  # of any other exception
     try:

@@ -5,7 +5,7 @@ beside its code, and `config/rows.py` collects them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -14,11 +14,16 @@ class Allowed(NamedTuple):
 
     Attributes:
       holds: value -> whether it is one of them.
-      text: the values in words, after "expected".
+      says: the values in words, after "expected", or a function that returns them.
     """
 
     holds: Callable[[Any], bool]
-    text: str
+    says: str | Callable[[], str]
+
+    @property
+    def text(self) -> str:
+        """The values in words."""
+        return self.says if isinstance(self.says, str) else self.says()
 
 
 class Option(NamedTuple):
@@ -82,6 +87,14 @@ def one_of(*values: Any) -> Allowed:
     return Allowed(
         lambda value: value in values and type(value) in {type(v) for v in values},
         f"one of {', '.join(map(str, values))}",
+    )
+
+
+def name_in(table: Mapping[str, Any]) -> Allowed:
+    """Allows the names of a table, also those that are added to it later: a loss of one's own, say."""
+    return Allowed(
+        lambda value: isinstance(value, str) and value in table,
+        lambda: f"one of {', '.join(table)}",
     )
 
 

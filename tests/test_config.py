@@ -77,6 +77,8 @@ def test_the_configuration_of_v2_is_the_published_one():
     plan = assemble.plan_of(c, 1_281_167)
     assert plan.learning_rate == pytest.approx(6.4)
     assert plan.warmup_steps == round(40 * 1_281_167 / 4096)
+    shorter = load(str(CONFIGS / "imagenet_v2.py"), ["--config.train.epochs=100"])
+    assert shorter.optimizer.warmup_epochs == 5
     assert assemble.encoder(c).describe() == "SK-ResNet-152 x3"
     assert assemble.head(c).layers == 3
     assert (c.finetune.optimizer, c.finetune.scaling) == ("lars", "sqrt")

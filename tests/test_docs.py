@@ -9,27 +9,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow as tf
+from test_loop import config_file
 
-from simclr_jax import config
+from simclr_jax.config.overrides import load
+from simclr_jax.errors import UserError
 from simclr_jax.losses import LOSSES
 from simclr_jax.modes.pretrain import pretrain
-from simclr_jax.options import one_of
 from simclr_jax.views import make_distortion
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "design.md"
 
 
-def program(word: str) -> dict:
-    """Runs the one program of the page that has the word; returns what it defines."""
+def text_with(word: str) -> str:
+    """The one program of the page that has the word."""
     programs = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     (text,) = [text for text in programs if word in text]
+    return text
+
+
+def program(text: str) -> dict:
+    """Runs a program; returns what it defines."""
     defined: dict = {"__name__": "added"}
     exec(compile(text, str(PAGE), "exec"), defined)
     return defined
 
 
 def test_the_loss_is_that_of_a_loop_and_trains(tiny, tmp_path, monkeypatch):
-    build = program("uniformity")["build"]
+    text = text_with("uniformity")
+    build = program(text)["build"]
     loss = build({}, None, 3)
     z = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
     unit = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float64)
@@ -41,19 +48,21 @@ def test_the_loss_is_that_of_a_loop_and_trains(tiny, tmp_path, monkeypatch):
     assert float(metrics["alignment"]) == pytest.approx(alignment, rel=1e-5)
     assert float(value) == pytest.approx(alignment + np.log(np.mean(potentials)), rel=1e-5)
 
-    monkeypatch.setitem(LOSSES, "uniformity", build)
-    # As importing the module would make it of the row.
-    name = config._BY_NAME["loss.name"]._replace(allowed=one_of(*LOSSES))
-    monkeypatch.setitem(config._BY_NAME, "loss.name", name)
-    tiny.loss.name, tiny.train.steps, tiny.train.log_every_steps = "uniformity", 2, 1
-    config.validate(tiny)
-    assert pretrain(tiny, str(tmp_path / "w"))
+    tiny.train.steps, tiny.train.log_every_steps = 2, 1
+    options = ["--config.loss.name=uniformity"]
+    with pytest.raises(UserError, match=r"loss\.name='uniformity': expected one of nt_xent, dcl"):
+        load(str(config_file(tiny, tmp_path)), options)
+    own = config_file(tiny, tmp_path)
+    row = "\nfrom simclr_jax.losses import LOSSES\n\nLOSSES['uniformity'] = build\n"
+    own.write_text(text + row + own.read_text())
+    monkeypatch.setitem(LOSSES, "uniformity", None)  # taken away again after the test
+    assert pretrain(load(str(own), options), str(tmp_path / "w"))
     lines = (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()
     assert {"loss", "alignment", "uniformity"} <= set(json.loads(lines[0]))
 
 
 def test_the_distortion_is_the_same_on_host_and_device():
-    posterize = program("Posterize")["Posterize"]
+    posterize = program(text_with("Posterize"))["Posterize"]
     options = {"posterize_probability": 0.5, "posterize_levels": 5.0}
     distortion = make_distortion(options, operations=(posterize,))
     (operation,) = distortion.operations

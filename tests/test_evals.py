@@ -373,6 +373,7 @@ def nearest_mean(x, y, x_test, y_test):
 
 
 MEANS = Evaluation(
+    text="the nearest of the classes' means",
     rows=lambda features, options, kind: [
         results.row(kind, None, [nearest_mean(*features.train, *features.test)])
     ],

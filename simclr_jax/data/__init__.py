@@ -14,7 +14,7 @@ from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.split import DataSet, Split
 from simclr_jax.errors import UserError
 from simclr_jax.files import expanded
-from simclr_jax.options import Option, flag, number, one_of, text
+from simclr_jax.options import Option, flag, name_in, number, text
 
 # name: ({option of the group "data", without the group: value}, and "seed") -> DataSet
 SOURCES: dict[str, Callable[[Mapping[str, Any]], DataSet]] = {
@@ -28,7 +28,7 @@ SOURCES: dict[str, Callable[[Mapping[str, Any]], DataSet]] = {
 _BY_ENDING = {".npz": "arrays", ".parquet": "parquet"}
 
 OPTIONS = (
-    Option("data.source", "tfds", one_of(*SOURCES), "kind of the data set"),
+    Option("data.source", "tfds", name_in(SOURCES), "kind of the data set"),
     Option("data.name", "", text(), "name of the TFDS data set"),
     Option(
         "data.path",

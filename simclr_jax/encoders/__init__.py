@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from simclr_jax.encoders import resnet, sk_resnet, vit
-from simclr_jax.options import Option, one_of
+from simclr_jax.options import Option, name_in
 
 
 class EncoderNetwork(Protocol):
@@ -46,7 +46,7 @@ ENCODERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 }
 
 OPTIONS = (
-    Option("model.name", "resnet", one_of(*ENCODERS), "the encoder f"),
+    Option("model.name", "resnet", name_in(ENCODERS), "the encoder f"),
     *resnet.OPTIONS,
     *vit.OPTIONS,
 )

@@ -39,6 +39,7 @@ class Evaluation(NamedTuple):
     """One way to evaluate features.
 
     Attributes:
+      text: what it does, for --help.
       rows: (features, options, name of the features) -> rows of the result, see `results.row`.
       settings: (options, number of training images, number of classes) -> the settings used, JSON-able,
         saved beside the rows.
@@ -51,6 +52,7 @@ class Evaluation(NamedTuple):
       sets: whether images may have several labels each.
     """
 
+    text: str
     rows: Callable[[Features, Options, str], list[dict]]
     settings: Callable[[Options, int, int], dict]
     title: Callable[[dict], str]

@@ -69,6 +69,7 @@ def _vote(queries, bank, bank_labels, temperature, *, k: int, classes: int):
 
 
 EVALUATION = Evaluation(
+    text="nearest-neighbour accuracy of the newest checkpoint",
     rows=rows,
     settings=settings,
     title=lambda settings: f"Weighted kNN, k = {settings['k']}, test accuracy",

@@ -104,6 +104,7 @@ def _fit_each_l2(x, y, l2, classes: int, max_iterations: int) -> dict:
 
 
 EVALUATION = Evaluation(
+    text="linear probes of the newest checkpoint, and of the baselines",
     rows=rows,
     settings=settings,
     title=lambda _: "Linear probe, test accuracy",

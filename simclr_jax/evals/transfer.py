@@ -95,6 +95,7 @@ def table(found: list[dict]) -> Table:
 
 
 EVALUATION = Evaluation(
+    text="logistic regression, as for transfer to other data",
     rows=rows,
     settings=settings,
     title=lambda used: f"Logistic regression (appendix B.8), test {METRIC_NAMES[used['metric']]}",

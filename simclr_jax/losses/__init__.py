@@ -15,7 +15,7 @@ from simclr_jax.losses.contract import Loss
 from simclr_jax.losses.decoupled import dcl
 from simclr_jax.losses.nt_xent_dense import nt_xent
 from simclr_jax.losses.nt_xent_tiles import nt_xent_chunked
-from simclr_jax.options import Option, flag, number, one_of, whole
+from simclr_jax.options import Option, flag, name_in, number, one_of, whole
 
 # name: ({option of the group "loss", without the group: value}, mesh, B) -> Loss
 LOSSES: dict[str, Callable[[Mapping[str, Any], Mesh, int], Loss]] = {
@@ -29,7 +29,7 @@ LOSSES: dict[str, Callable[[Mapping[str, Any], Mesh, int], Loss]] = {
 }
 
 OPTIONS = (
-    Option("loss.name", "nt_xent", one_of(*LOSSES), "the loss over all projections of the batch"),
+    Option("loss.name", "nt_xent", name_in(LOSSES), "the loss over all projections of the batch"),
     Option(
         "loss.temperature",
         0.1,

@@ -1,6 +1,11 @@
-"""The modes of the command line, one row each. To add one, write its file and a row in `MODES`."""
+"""The modes of the command line, one row each: those of `MODES`, and one for each evaluation of features.
+
+To add one, write its file and a row in `MODES`.
+"""
 
 from typing import NamedTuple
+
+from simclr_jax.evals import EVALUATIONS
 
 
 class Mode(NamedTuple):
@@ -24,11 +29,6 @@ class Mode(NamedTuple):
     begins: bool = False
 
 
-def _evaluation(text: str) -> Mode:
-    """Returns the mode of an evaluation of features, whose name is the mode's."""
-    return Mode("evals.evaluate", "evaluate_features", text, takes=("follow",))
-
-
 MODES = {
     "pretrain": Mode(
         "modes.pretrain",
@@ -37,9 +37,10 @@ MODES = {
         takes=("extend",),
         trains=True,
     ),
-    "probe": _evaluation("linear probes of the newest checkpoint, and of the baselines"),
-    "knn": _evaluation("nearest-neighbour accuracy of the newest checkpoint"),
-    "transfer": _evaluation("logistic regression, as for transfer to other data"),
+    **{
+        name: Mode("evals.evaluate", "evaluate_features", evaluation.text, takes=("follow",))
+        for name, evaluation in EVALUATIONS.items()
+    },
     "linear": Mode(
         "evals.finetune", "linear", "linear evaluation by SGD on random crops", trains=True
     ),

@@ -20,11 +20,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble
+from simclr_jax.bench.chips import CHIPS, Chip
 from simclr_jax.console import say, show_table
 from simclr_jax.errors import UserError
 from simclr_jax.files import write_text
 from simclr_jax.mesh import FSDP, check_divides, make_mesh, slices_in
-from simclr_jax.modes.chips import CHIPS, Chip
 from simclr_jax.modes.collectives import between_slices, collectives
 
 # The classes of the online classifier, as the data are not opened: ImageNet's.

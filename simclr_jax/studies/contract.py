@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from simclr_jax import evals
+
 # Evaluations with several numbers of their own, which a study names: "1 %", "10 %" of finetune, "rotation, h" of
 # transformations.
 BY_NAME = ("finetune", "transformations")
-EVALUATIONS = ("probe", "knn", "transfer", "transfer_finetune", *BY_NAME)
+EVALUATIONS = (*evals.EVALUATIONS, "transfer_finetune", *BY_NAME)
 # Those that choose something on a validation part, by which a study may choose among settings.
 CHOOSING = ("probe",)
 
