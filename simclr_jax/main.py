@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         "--input",
         metavar="WHAT",
         help="for --mode=embed: a folder, FILE.npz, FILES.parquet, NAME:SPLIT of a TFDS data set, or train or "
-        "test for the run's own data; for neighbours: the file that --mode=embed wrote; for import: a file of weights",
+        "test for the run's own data (./train is a folder); for neighbours: the file that --mode=embed wrote; for import: a file of weights",
     )
     parser.add_argument(
         "--output",
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--query",
         metavar="A,B,...",
-        help="for --mode=neighbours: names of images; default: eight, evenly spaced, for a picture, all for a table",
+        help="for --mode=neighbours: names of images, one with commas in double quotes; default: eight, evenly spaced, for a picture, all for a table",
     )
     parser.add_argument(
         "--k", type=_count, metavar="N", help="for --mode=neighbours: how many; default: 8"

@@ -87,8 +87,10 @@ class Encoder:
           ValueError: images of another shape or type, or floats that are not in [0, 1].
         """
         images = np.asarray(images)
-        if images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(f"images have shape {images.shape}: expected [N, H, W, 3]")
+        if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:]:
+            raise ValueError(
+                f"images have shape {images.shape}: expected [N, H, W, 3], H and W 1 or more"
+            )
         if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
             raise ValueError(f"images are {images.dtype}: expected uint8, or float in [0, 1]")
         if images.dtype != np.uint8 and images.size and not _are_within_0_and_1(images):
@@ -127,7 +129,7 @@ class Encoder:
         else:
             x = np.asarray(image)
             x = np.repeat(x[..., np.newaxis], 3, axis=-1) if x.ndim == 2 else x
-        if x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] != 3:
+        if x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] != 3 or 0 in x.shape:
             raise ValueError(f"an image is {x.dtype} {list(x.shape)}: expected uint8 [H, W, 3]")
         return center_view(x, self.image_size, self.eval_crop, self.antialias)
 

@@ -429,7 +429,7 @@ def test_a_table_of_the_nearest_of_every_image(tmp_path, monkeypatch, capsys):
     h = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
     h[11] = 2 * h[4]  # equally near to all others: the first of them comes first
     path, output = tmp_path / "f.npz", tmp_path / "near.parquet"
-    names = np.asarray([f"{i:02}.png" for i in range(20)])
+    names = np.asarray([f"{i:02}.png" if i else "a, b.png" for i in range(20)])
     np.savez(path, image=names, h=h, about=np.asarray('{"input": "train"}'))
     neighbours.neighbours(default(), str(tmp_path), str(path), str(output), k=6)
     assert "20 images and the 6 nearest of each, of 20" in capsys.readouterr().out
@@ -451,6 +451,12 @@ def test_a_table_of_the_nearest_of_every_image(tmp_path, monkeypatch, capsys):
     table = pq.read_table(output)
     assert table["image"].to_pylist() == ["03.png", "19.png"]
     assert [len(set(near)) for near in table["neighbours"].to_pylist()] == [19, 19]
+    for query, asked in (
+        ("a, b.png", ["a, b.png"]),
+        ('03.png,"a, b.png"', ["03.png", "a, b.png"]),
+    ):
+        neighbours.neighbours(default(), "", str(path), str(output), query)
+        assert pq.read_table(output)["image"].to_pylist() == asked
     with pytest.raises(UserError, match="which would be overwritten"):
         neighbours.neighbours(default(), "", str(path), str(path))
     with pytest.raises(UserError, match="expected 1 or more"):

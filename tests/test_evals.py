@@ -161,6 +161,18 @@ def test_a_path_of_fits_is_rough_but_for_its_end(digits):
         fit_lambdas(np.full((4, 2), np.nan, np.float32), np.arange(4) % 2, lambdas, 2, 10)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_images_without_a_label_change_no_lambda(digits, several):
+    """The penalty is a share of the images that count; those without labels lie at the mean, which centring takes off."""
+    (x, y), *_ = digits
+    x, y = x[:300], y[:300]
+    y = np.eye(10, dtype=np.int64)[y] if several else y
+    unlabelled = np.broadcast_to(x.mean(axis=0), x.shape)
+    both = np.concatenate([x, unlabelled]), np.concatenate([y, np.full_like(y, -1)])
+    ours, theirs = (fit_lambdas(*rows, [10.0], 10, 1000)[0][0] for rows in ((x, y), both))
+    np.testing.assert_allclose(theirs["kernel"], ours["kernel"], rtol=1e-3, atol=1e-5)
+
+
 def test_features_need_not_be_centred_or_scaled(digits):
     """The same optimum, where scikit-learn's solver ends above it."""
     (x, y), *_ = digits

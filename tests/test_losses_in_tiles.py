@@ -86,6 +86,13 @@ def test_an_odd_tile_is_refused():
         nt_xent_chunked(jnp.ones((8, 4)), 0.1, chunk=3)
 
 
+@pytest.mark.parametrize("loss", [nt_xent, nt_xent_chunked])
+@pytest.mark.parametrize("rows", [0, 7])
+def test_projections_without_partners_are_refused(loss, rows):
+    with pytest.raises(ValueError, match=f"z has {rows} rows: expected an even number"):
+        loss(jnp.ones((rows, 4)), 0.1)
+
+
 PROGRAM = """
 import json, pathlib, re
 import jax, jax.numpy as jnp

@@ -238,6 +238,22 @@ def paths_only(path):
     pq.write_table(pa.table({"image": [{"path": "x.png"}], "label": [1]}), path)
 
 
+def bytes_elsewhere(path):
+    image = pa.array(
+        [{"bytes": None, "path": "x.png"}] * 2,
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+    )
+    pq.write_table(pa.table({"image": image, "label": [1, 1]}), path)
+
+
+def no_bytes(path):
+    pq.write_table(pa.table({"image": pa.array([None, None], pa.binary())}), path)
+
+
+def no_images(path):
+    pq.write_table(pa.table({"text": ["a"], "label": [1]}), path)
+
+
 def other_names(path):
     pq.write_table(pa.table({"img": [PNG], "label": [1]}), path)
 
@@ -265,7 +281,13 @@ def no_rows(path):
         (lists, r"column 'label' of .* is list<.*>: expected whole numbers or texts"),
         (texts, r"column 'image' of .* is string: expected bytes, or {bytes, path}"),
         (paths_only, r"column 'image' of .* is struct<.*>: expected bytes, or {bytes, path}"),
-        (other_names, r"has no column 'image': it has img, label; set data.parquet.image_column"),
+        (bytes_elsewhere, r"column 'image' of .*a\.parquet has no bytes in any row: expected"),
+        (no_bytes, r"column 'image' of .*a\.parquet has no bytes in any row: expected"),
+        (no_images, r"no column 'image': it has text, label; none of them holds images"),
+        (
+            other_names,
+            r"has no column 'image': it has img, label; set data.parquet.image_column, such as to 'img'",
+        ),
         (no_parquet, r"cannot read .*a\.parquet: .*; expected a Parquet file"),
         (cut_off, r"cannot read .*a\.parquet: .*; expected a Parquet file"),
         (empty, r"cannot read .*a\.parquet: .*; expected a Parquet file"),

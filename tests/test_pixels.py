@@ -267,7 +267,7 @@ def test_a_jpeg_in_cmyk_has_the_pixels_that_pillow_gives():
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "the file is empty"),
+        (b"", "there are no bytes"),
         (b"not an image", "not an image of a known format"),
         (saved(Image.new("F", (9, 9)), "tiff"), "32 bits a sample .*: expected 8 or 16"),
         (saved(Image.fromarray(np.full((3, 3), 9, np.int32)), "tiff"), "32 bits a sample"),

@@ -453,13 +453,16 @@ def test_an_empty_folder_and_bad_arrays_are_refused(tmp_path):
     with pytest.raises(UserError, match="expected train_images"):
         opened(source="arrays", path=str(tmp_path / "x.npz"))
     np.savez(tmp_path / "y.npz", train_images=np.array([{}], dtype=object))
-    with pytest.raises(
-        UserError, match=r"cannot be read as an .npz file: expected what numpy.savez"
-    ):
+    with pytest.raises(UserError, match=r"y\.npz: train_images is an array of Python objects"):
         opened(source="arrays", path=str(tmp_path / "y.npz"))
+    np.savez(tmp_path / "f.npz", train_images=np.zeros((3, 8, 8)))
+    with pytest.raises(UserError, match=r"f\.npz: train_images are float64 \[3, 8, 8\]: expected"):
+        opened(source="arrays", path=str(tmp_path / "f.npz"))
+    cut = (tmp_path / "f.npz").read_bytes()[:-40]
+    (tmp_path / "cut.npz").write_bytes(cut)
     (tmp_path / "z.npz").write_text("no arrays")
     np.save(tmp_path / "one.npy", np.zeros((3, 8, 8, 3), np.uint8))
-    for name in ("z.npz", "one.npy"):
+    for name in ("z.npz", "one.npy", "cut.npz"):
         with pytest.raises(UserError, match=r"cannot be read as an .npz file: expected what"):
             opened(source="arrays", path=str(tmp_path / name))
 

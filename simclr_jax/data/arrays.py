@@ -11,7 +11,7 @@ import numpy as np
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.source import Classes, InMemory, codes_of
 from simclr_jax.data.split import DataSet
-from simclr_jax.errors import UserError
+from simclr_jax.errors import UserError, one_line
 
 _KNOWN = {"train_images", "train_labels", "test_images", "test_labels"}
 
@@ -31,28 +31,42 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
         raise UserError(f"no file {path!r}: expected an .npz file (data.path)")
     try:
         with np.load(path, allow_pickle=False) as file:
-            stored = {key: file[key] for key in file.files}
+            stored = {key: _read(file, key, path) for key in file.files}
     except (OSError, ValueError, zipfile.BadZipFile, AttributeError, TypeError) as error:
         raise UserError(
-            f"{path} cannot be read as an .npz file: expected what numpy.savez(path, "
-            "train_images=...) writes of arrays of numbers"
+            f"{path} cannot be read as an .npz file: expected what numpy.savez(path, train_images=...) writes of arrays "
+            f"of numbers ({one_line(error)})"
         ) from error
     if "train_images" not in stored or stored.keys() - _KNOWN:
         raise UserError(
             f"{path} holds {sorted(stored)}: expected train_images and any of {sorted(_KNOWN)}"
         )
     codes, classes = _coded(stored.get("train_labels"), f"{path}: train_labels")
-    train = in_memory(stored["train_images"], codes, classes)
+    train = in_memory(stored["train_images"], codes, classes, f"{path}: train_")
     test = None
     if "test_images" in stored:
         codes, found = _coded(stored.get("test_labels"), f"{path}: test_labels", classes)
-        test = in_memory(stored["test_images"], codes if classes else None, found)
+        codes = codes if classes else None
+        test = in_memory(stored["test_images"], codes, found, f"{path}: test_")
         if test.image_shape[-1] != train.image_shape[-1]:
             raise UserError(
                 f"{path}: test images have {test.image_shape[-1]} channels and training ones "
                 f"{train.image_shape[-1]}: expected the same number"
             )
     return DataSet(train, test)
+
+
+def _read(file: Any, key: str, path: str) -> np.ndarray:
+    """Reads an array of an .npz file. Raises a UserError if its elements are Python objects."""
+    try:
+        return file[key]
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
+        raise UserError(
+            f"{path}: {key} is an array of Python objects: expected images of one shape as uint8, labels as whole "
+            "numbers or texts; .astype(int) or .astype(str) before numpy.savez"
+        ) from error
 
 
 def _coded(
@@ -80,13 +94,16 @@ def _coded(
     return codes[places], (classes or occurring) or None
 
 
-def in_memory(images: Any, labels: Any = None, classes: Classes = None) -> IndexedSplit:
+def in_memory(
+    images: Any, labels: Any = None, classes: Classes = None, where: str = ""
+) -> IndexedSplit:
     """Makes a split of arrays.
 
     Args:
       images: uint8 [N, H, W, 1 or 3].
       labels: int [N], -1 where there is none; or None.
       classes: names of the labels 0, 1, ...
+      where: begins each error, before "images" and "labels".
 
     Raises:
       UserError: the arrays have other shapes or types.
@@ -94,23 +111,23 @@ def in_memory(images: Any, labels: Any = None, classes: Classes = None) -> Index
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise UserError(
-            f"images are {images.dtype} {list(images.shape)}: expected uint8 [N, H, W, 1 or 3]"
+            f"{where}images are {images.dtype} {list(images.shape)}: expected uint8 [N, H, W, 1 or 3]"
         )
     if len(images) == 0:
-        raise UserError("there are no images: expected at least one")
+        raise UserError(f"{where}images: there are no images, expected at least one")
     if labels is None:
         labels, classes = np.full(len(images), -1), None
     labels = np.asarray(labels)
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(
-            f"labels are {labels.dtype} {list(labels.shape)} for {len(images)} images: expected one "
+            f"{where}labels are {labels.dtype} {list(labels.shape)} for {len(images)} images: expected one "
             "integer each"
         )
     if np.all(labels == -1):
         classes = None
     elif classes is not None and not -1 <= labels.min() <= labels.max() < len(classes):
         raise UserError(
-            f"labels are {labels.min()} to {labels.max()}: expected 0 to {len(classes) - 1}, or -1 for "
+            f"{where}labels are {labels.min()} to {labels.max()}: expected 0 to {len(classes) - 1}, or -1 for "
             "none"
         )
     return IndexedSplit(InMemory(images, np.asarray(labels, np.int32), classes))

@@ -64,7 +64,9 @@ class Broken:
     def _check(self) -> None:
         count = self._split.count
         if len(self.indices) > self._limit * self._limit_of or len(self.indices) == count:
-            names = ", ".join(self._split.name_of(i) for i in sorted(self.indices)[:3])
+            some = sorted(self.indices)[:3]
+            problems = self._split.problems(set(some))
+            names = ", ".join(f"{self._split.name_of(i)} ({problems[i]})" for i in some)
             raise UserError(
                 f"{len(self.indices)} of {count} images cannot be read, more than the "
                 f"share of {self._limit:g} that data.max_broken allows, such as {names}: mend or "

@@ -21,6 +21,9 @@ _INDEX_VERSION = 2  # 1 took an empty text for a class
 THREADS = 16  # files that are looked at, or read for their labels, at once
 
 
+_NO_IMAGES = "none of them holds images: expected a column of bytes, or of {bytes, path}"
+
+
 class Columns(NamedTuple):
     """Names of the image column and the label column; "" means that there is no label column."""
 
@@ -165,6 +168,7 @@ def _look(system: Any, path: str, state: str, columns: Columns) -> ParquetFile:
         schema, footer = file.schema_arrow, file.metadata
         _check_columns(path, schema, columns)
         groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
+        _check_bytes(path, groups, columns.image)
         names = _names_of(schema, columns.label)
         labels: set[str | None] = set()
         if columns.label in schema.names:
@@ -190,9 +194,12 @@ def _check_columns(path: str, schema: Any, columns: Columns) -> None:
     for name, option in zip(columns, ("image_column", "label_column"), strict=True):
         may_lack = option == "label_column" and name in ("", "label")
         if name not in schema.names and not may_lack:
+            fit = schema.names
+            if option == "image_column":
+                fit = [field.name for field in schema if _holds_images(field.type)]
+            remedy = f"set data.parquet.{option}, such as to {fit[0]!r}" if fit else _NO_IMAGES
             raise UserError(
-                f"{path} has no column {name!r}: it has {', '.join(schema.names)}; set "
-                f"data.parquet.{option}"
+                f"{path} has no column {name!r}: it has {', '.join(schema.names)}; {remedy}"
             )
     kind = schema.field(columns.image).type
     if not _holds_images(kind):
@@ -208,6 +215,24 @@ def _check_columns(path: str, schema: Any, columns: Columns) -> None:
         raise UserError(
             f"column {columns.label!r} of {path} is {kind}: expected whole numbers or texts; "
             "data.parquet.label_column='' reads no labels"
+        )
+
+
+def _check_bytes(path: str, groups: list, column: str) -> None:
+    """Raises a UserError if no row has the content of an image, as far as the footer's row groups tell."""
+    empty = rows = 0
+    for group in groups:
+        chunks = [group.column(i) for i in range(group.num_columns)]
+        names = (column, f"{column}.bytes")
+        (contents,) = [chunk for chunk in chunks if chunk.path_in_schema in names]
+        if not (contents.is_stats_set and contents.statistics.has_null_count):
+            return
+        empty, rows = empty + contents.statistics.null_count, rows + group.num_rows
+    if rows and empty == rows:
+        raise UserError(
+            f"column {column!r} of {path} has no bytes in any row: expected the content of image files, not paths "
+            "alone; Hugging Face's datasets embed it by push_to_hub, or datasets.table.embed_table_storage before "
+            "to_parquet"
         )
 
 

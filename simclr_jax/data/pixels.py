@@ -75,7 +75,7 @@ def _as_value_error(content: bytes):
 
 def _what_it_is(content: bytes) -> str:
     if not content:
-        return "the file is empty"
+        return "there are no bytes"
     if content[4:8] == b"ftyp" and content[8:12] in _HEIF_BRANDS:
         return "HEIC, which needs pillow-heif: pip install pillow-heif"
     return "not an image of a known format"

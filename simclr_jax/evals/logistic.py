@@ -222,11 +222,12 @@ def fit_lambdas(
     if not np.isfinite(covariance).all():
         raise UserError("the features hold numbers that are not finite: the encoder has diverged")
     variances, axes = np.linalg.eigh(covariance)
+    counted = np.count_nonzero(y >= 0 if y.ndim == 1 else np.any(y >= 0, axis=1))
     found, unfinished = {}, []
     with jax.enable_x64(True), Progress(len(lambdas)) as progress:
         rows = divided(mesh, x, y)
         for value in progress.track(sorted(lambdas, reverse=True)):
-            l2 = value * factor**2 / len(y)
+            l2 = value * factor**2 / counted
             scales = np.sqrt(np.maximum(variances, _LEAST_VARIANCE * variances[-1]) / classes + l2)
             basis = axes / scales
             start = {"kernel": scales[:, None] * (axes.T @ kernel), "bias": bias}

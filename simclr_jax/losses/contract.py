@@ -98,6 +98,12 @@ def embedded(z, normalized: bool):
     return normalize(z) if normalized else z.astype(jnp.float32)
 
 
+def check_pairs(z) -> None:
+    """Raises a ValueError unless z [2B, D] may hold two views of each image."""
+    if len(z) % 2 or len(z) == 0:
+        raise ValueError(f"z has {len(z)} rows: expected an even number, two views of each image")
+
+
 def similarities(z, temperature: float, normalized: bool = True):
     """Computes what dense losses start from.
 
@@ -109,7 +115,11 @@ def similarities(z, temperature: float, normalized: bool = True):
     Returns:
       logits: float32 [2B, 2B], similarities / tau, MASKED on the diagonal;
       is_partner: bool [2B, 2B], True where the column is the other view of the row's image.
+
+    Raises:
+      ValueError: the number of rows is odd, or 0.
     """
+    check_pairs(z)
     z = embedded(z, normalized)
     # HIGHEST: a float32 product; the TPU's default would round z to bfloat16.
     logits = jnp.matmul(z, z.T, precision=jax.lax.Precision.HIGHEST) / temperature

@@ -41,6 +41,9 @@ def nt_xent(z, temperature, *, normalized: bool = True, other_view: bool = False
       loss, a float32 scalar: the mean over all 2B anchors of
         -log( exp(s(i, j) / tau) / sum over k != i of exp(s(i, k) / tau) ), j the partner of i;
       metrics, see `contract.contrastive_metrics`.
+
+    Raises:
+      ValueError: the number of rows is odd, or 0.
     """
     return terms(z, temperature, normalized=normalized, other_view=other_view).loss()
 

@@ -1,5 +1,6 @@
 """--mode=neighbours: what the encoder takes for alike, as a picture a person can judge or as a table."""
 
+import csv
 import os
 import pathlib
 
@@ -77,7 +78,7 @@ def neighbours(
       workdir: the run's folder.
       input: the file that --mode=embed wrote.
       output: the picture, or the table if it ends in .parquet; None: WORKDIR/neighbours.png.
-      query: images, as named in the file, separated by commas; "": all for a table, eight for a picture.
+      query: images, as named in the file, separated by commas, a name with commas in double quotes; "": all for a table, eight for a picture.
       k: neighbours of each; at most all other images.
 
     Raises:
@@ -144,7 +145,7 @@ def _indices(features: FeatureFile, query: str) -> np.ndarray:
     if not query:
         return evenly(len(features.images), _QUERIES)
     place = {name: i for i, name in enumerate(features.images.tolist())}
-    asked = query.split(",")
+    asked = [query] if query in place else next(csv.reader([query]))
     for name in asked:
         if name not in place:
             raise UserError(
