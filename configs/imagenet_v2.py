@@ -1,8 +1,8 @@
 """SimCLR v2 on ImageNet (arXiv 2006.10029): selective kernels, a head of three layers, 800 epochs.
 
-Top-1 on the validation split as the README of google-research/simclr lists it (not reproduced here; with
-the memory of negatives that memory=65536 turns on, 0.6 of the 71.7 by simclr#77): millions of parameters,
-fine-tuned with 1, 10 and 100 % of the labels, linear evaluation:
+Top-1 on the validation split, as the README of google-research/simclr lists it; not reproduced here. The paper's memory
+of negatives (memory=65536 below) is worth 0.6 points of the 71.7, by simclr#77. Columns: millions of parameters;
+fine-tuned with 1, 10 and 100 % of the labels; linear evaluation:
     imagenet_v2.py                                 24   57.9  68.4  76.3   71.7
     imagenet_v2.py:sk=1                            35   64.5  72.1  78.7   74.6
     imagenet_v2.py:width=2                         94   66.3  73.9  79.1   75.6
@@ -16,8 +16,8 @@ fine-tuned with 1, 10 and 100 % of the labels, linear evaluation:
     imagenet_v2.py:depth=152,width=2              233   70.2  76.6  81.1   77.4
     imagenet_v2.py:depth=152,width=2,sk=1         354   74.2  79.4  82.9   79.4
     imagenet_v2.py:depth=152,width=3,sk=1         795   74.9  80.1  83.1   79.8
-Hardware there: not published for each. Their weights: --mode=import. Fine-tuning starts from the first layer of the head for 1 and 10 %, and from h
-for 100 %, each by LARS at 0.005 x sqrt(1024) for 60, 30 and 30 epochs:
+Their hardware is not published; their weights are, see --mode=import. They fine-tune by LARS at 0.005 x sqrt(1024): with
+1 % of the labels for 60 epochs and with 10 % for 30, from the first layer of the head; with 100 % for 30, from h:
 
     python -m simclr_jax.main --config=configs/imagenet_v2.py --workdir=W --config.data.path=TFDS_FOLDER
     python -m simclr_jax.main --mode=finetune --workdir=W --config.finetune.label_fractions='(0.01, 0.1)' \

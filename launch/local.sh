@@ -9,7 +9,7 @@
 # has stopped the run: the same command goes on from there.
 set -euo pipefail
 
-# The others end by themselves within 30 s (simclr_jax/processes.py); after this they are killed.
+# The others end by themselves within a minute (simclr_jax/processes.py); after this they are killed.
 grace_seconds=90
 
 if [[ $# -lt 3 || ! $1 =~ ^[1-9][0-9]*$ || $2 != -- ]]; then

@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--extend",
         action="store_true",
-        help="for --mode=pretrain: go on with another train.epochs or train.steps than the run was begun with",
+        help="for --mode=pretrain: go on, with other train.epochs or train.steps than before",
     )
     _add_flags_of_studies(parser)
     several = parser.add_argument_group(

@@ -55,10 +55,10 @@ def keep_freed_memory(environment: Mapping[str, str]) -> None:
     # Blocks of any size come from the heap, whose end is never given back.
     for parameter, value in ((mmap_max, 0), (trim_threshold, -1)):
         glibc.mallopt(parameter, value)
-    # The heap is the main thread's; blocks of other threads, of over 64 MB, are mapped anew whatever glibc is told.
-    # So the thread that starts a step computes it, unless it is of several processes: see `start`. (One heap for all
-    # threads, M_ARENA_MAX=1, makes them wait for it: steps of configs/digits.py then take 18 in place of 12 ms, and
-    # compiling takes 7 in place of 5 s.)
+    # glibc keeps large blocks (over 64 MB) for the main thread only. So let the main thread, which starts a step, also
+    # compute it; `start` undoes this where there are several processes. The other way, one heap for all threads
+    # (M_ARENA_MAX=1), makes threads wait for each other: steps of configs/digits.py then take 18 in place of 12 ms, and
+    # compiling takes 7 in place of 5 s.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
@@ -66,9 +66,9 @@ def start(coordinator: str | None, count: int | None, index: int | None) -> None
     """Joins the processes of this run, if there are several. Call it before anything uses a device.
 
     Args:
-      coordinator: "HOST:PORT" of process 0; None: found out, on a Cloud TPU VM and under SLURM.
-      count: of processes, with `coordinator`.
-      index: of this one, from 0, with `coordinator`.
+      coordinator: "HOST:PORT" where process 0 listens; None: JAX finds it out on a Cloud TPU VM and under SLURM.
+      count: how many processes there are; given together with `coordinator`.
+      index: which of them this is, from 0; given together with `coordinator`.
 
     Raises:
       UserError: only some of the three are given, or the others cannot be reached.

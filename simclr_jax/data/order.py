@@ -182,11 +182,11 @@ def _order_of_indices(order: Order, epoch: int, count: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Lane:
-    """An endless sequence of a stream's examples, of which every batch takes the next few: lane i of n has every
-    n-th window of an epoch, and the rows from i * B / n on.
+    """One of n endless sequences that the examples of a stream are dealt into. Every batch takes its next B / n
+    examples from each lane: those of lane i are the rows from i * B / n on.
 
-    Lanes depend on the batch and the data alone, so that the content of a batch does not depend on the number of
-    processes. A process reads the lanes that its rows are of.
+    Which example is in which lane depends on the batch size and the data alone, so the content of a batch does not
+    depend on the number of processes. A process reads only the lanes that fill its own rows.
 
     Attributes:
       index: which lane.

@@ -1,5 +1,5 @@
-"""2-D convolution: on CPUs partly as products of matrices, where XLA's own convolution leaves the machine idle; of
-squares of pixels in the first layer on NVIDIA's GPUs.
+"""2-D convolution. On CPUs, shapes for which XLA's convolution is slow are computed as products of matrices; on NVIDIA's
+GPUs the first layer is computed on squares of 2 x 2 pixels; everything else is XLA's convolution.
 
 The product is patches (the pixels under the filter, for each output pixel) times filters, in blocks of as many images as
 stay in cache with their patches. Measured on 2 cores with jaxlib 0.10.2, 256 images, 3x3 filters, in GFLOP/s:
@@ -25,10 +25,10 @@ kernel takes; forward, XLA's own takes less CPU time (with 64 filters it runs on
 multiplies bfloat16 without widening it to float32 only where the result is float32 and no factor is transposed in the
 same loop.
 
-Tried with AVX-512 (2026-11-28), without gain where the host makes views beside the step: XLA without its kernel library
-for convolutions, xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT. A step of ResNet-18 alone
-takes 3.15 in place of 3.5 s, but 10 % more CPU time; training on images of a folder makes 615 in place of 680 a second.
-Nor does the filter gradient gain as one product a tap of the filter.
+Tried with AVX-512 (2026-11-28) and not taken: XLA without its kernel library for convolutions
+(xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT). A step of ResNet-18 alone takes 3.15 in place
+of 3.5 s, but 10 % more CPU time, and training on a folder, with views made beside it, 615 in place of 680 images/s. The
+filter gradient as one product for each pixel of the filter gains nothing either.
 
 On an H100 (jaxlib 0.11.2, bfloat16, 1,024 images of 224 px) the first layer, 7x7 of 3 channels in steps of 2, takes 7.2
 ms and its filter gradient 4.7; as a layer of squares of 2x2 pixels in steps of 1, 2.6 and 1.7.

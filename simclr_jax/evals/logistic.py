@@ -57,8 +57,9 @@ class Until(NamedTuple):
     """When a fit ends.
 
     Attributes:
-      tolerance: the norm of the gradient below which it does.
-      enough: it also does when ten iterations lower the objective by less than this share of it; 0: when they raise it.
+      tolerance: it ends where the gradient's norm is below this.
+      enough: it also ends where ten iterations lower the objective by less than this share of it; 0: where ten
+        iterations raise it.
     """
 
     tolerance: float = _TOLERANCE

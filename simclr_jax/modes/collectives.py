@@ -6,7 +6,7 @@ import re
 
 _ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
-# Bytes a device sends at least, of the bytes of the result, among n devices.
+# The least that a device sends among n devices, as a multiple of the bytes of the result.
 _SENT = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: (n - 1) / n,
@@ -16,7 +16,7 @@ _SENT = {
 }
 
 
-# The same, of the bytes that it puts in: those of a send.
+# The same as a multiple of the bytes of the operand.
 _SENT_OF_OPERAND = {
     "all-reduce": _SENT["all-reduce"],
     "all-gather": lambda n: n - 1,

@@ -67,7 +67,7 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
     if loss < least - _BELOW:
         why = "under the exact bound: the mask, the normalisation or the gather is wrong"
         return Verdict("below the lower bound", f"{where}: {why}")
-    # At a high temperature all losses are near chance: there the distance is a tenth of what is possible.
+    # At a high temperature every loss is near chance: ask for a tenth of the way to the lower bound instead.
     near = min(_NEAR_CHANCE, 0.1 * (no_better - least))
     if loss > no_better - near:
         if step <= settled_after:

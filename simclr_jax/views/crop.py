@@ -70,8 +70,8 @@ class Crop:
         crop_width = xp.maximum(1.0, xp.minimum(width, xp.round(height * ratio)))
         crop_height = xp.maximum(1.0, xp.minimum(height, xp.round(width / ratio)))
         down, right = 0.5, 0.5
-        # From the last attempt to the first, which so has the last word. Not argmax and an index: in
-        # XLA on CPUs that takes a hundred times as long as all the rest of a small view.
+        # Walk from the last attempt to the first, so that the first one that fits is the one that stays. An argmax and an
+        # index would be shorter, but in XLA on CPUs take a hundred times as long as all the rest of a small view.
         for i in reversed(range(CROP_ATTEMPTS)):
             crop_width = xp.where(fits[i], widths[i], crop_width)
             crop_height = xp.where(fits[i], heights[i], crop_height)

@@ -24,10 +24,10 @@ class Operation(abc.ABC):
 
     Attributes:
       OPTIONS: the options "views.FIELD", one for each field.
-      NAME: keys its chance; never to be changed.
-      DRAWS: name -> how many numbers in [0, 1) decide one view. Where all are 1, nothing happens to it.
-      FUSED: on the host, large images: compiled together with its neighbours. One whose compiled code
-        depends on what was drawn is not.
+      NAME: the key of its random numbers. Another name would mean other numbers, so it never changes.
+      DRAWS: name -> how many random numbers in [0, 1) decide one view. If all of them are 1, the view stays as it is.
+      FUSED: whether the host, for large images, compiles it together with its neighbours; False where the compiled
+        code would depend on the random numbers.
     """
 
     OPTIONS: ClassVar[tuple[Option, ...]]
