@@ -169,7 +169,7 @@ def test_images_without_a_label_change_no_lambda(digits, several):
     y = np.eye(10, dtype=np.int64)[y] if several else y
     unlabelled = np.broadcast_to(x.mean(axis=0), x.shape)
     both = np.concatenate([x, unlabelled]), np.concatenate([y, np.full_like(y, -1)])
-    ours, theirs = (fit_lambdas(*rows, [10.0], 10, 1000)[0][0] for rows in ((x, y), both))
+    ours, theirs = (fit_lambdas(a, b, [10.0], 10, 1000)[0][0] for a, b in ((x, y), both))
     np.testing.assert_allclose(theirs["kernel"], ours["kernel"], rtol=1e-3, atol=1e-5)
 
 

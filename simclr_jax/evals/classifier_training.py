@@ -25,7 +25,6 @@ from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.errors import NotFinite, UserError
 from simclr_jax.evals import results, subjects
-from simclr_jax.evals.features import Extractor
 from simclr_jax.evals.protocol import Protocol, Setting, Training, what_decides
 from simclr_jax.evals.scores import METRICS
 from simclr_jax.evals.selection import VALIDATIONS, Selection
@@ -101,13 +100,7 @@ class Setup:
         judges = [images for images in (self.validation, self.test) if images]
         self._judged_on = [images.split.fingerprint() for images in judges]
         self._views = assemble.classifier_views(config, self.mesh, options.batch_size)
-        self._batch_size = subjects.batch_size_of(config, self.mesh)
-        self._predict = Extractor(
-            self._model(1).predict,
-            batch_size=self._batch_size,
-            size=config.data.image_size,
-            mesh=self.mesh,
-        )
+        self._predict = subjects.extractor(config, self.mesh, self._model(1).predict)
         self._compiled: tuple[Any, Job, Callable] | None = (
             None  # trainings of one length follow each other
         )
@@ -335,7 +328,7 @@ class Setup:
 
     def _score(self, state: TrainState, images: Images) -> float:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        batches = self._views.evaluation_batches(images, self._batch_size)
+        batches = self._views.evaluation_batches(images, self._predict.batch_size)
         found, labels = self._predict.extract(variables, batches, images.split.count)
         targets = labels if self.members is None else self.members[labels]
         return METRICS[self.metric](found["logits"], targets)

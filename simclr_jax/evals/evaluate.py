@@ -18,11 +18,10 @@ from simclr_jax import config as config_lib
 from simclr_jax.console import Progress, say
 from simclr_jax.data.broken import Images
 from simclr_jax.data.split import DataSet
-from simclr_jax.encoders import apply_network, to_float
 from simclr_jax.errors import UserError
 from simclr_jax.evals import EVALUATIONS, results, subjects
 from simclr_jax.evals.contract import Evaluation, Features
-from simclr_jax.evals.features import Extractor, raw_pixels
+from simclr_jax.evals.features import raw_pixels
 from simclr_jax.evals.subjects import ENCODER, RAW_PIXELS, UNTRAINED, Trained
 from simclr_jax.files import write_text
 from simclr_jax.mesh import make_mesh
@@ -134,7 +133,6 @@ def result_of(
 def _features_of_all(subject: _Subject) -> dict[str, Features]:
     """Returns {kind: features} of the checkpoint and of the baselines."""
     config, data, trained, path, mesh = subject
-    batch_size = subjects.batch_size_of(config, mesh)
     images = {
         "training": assemble.images_of(
             config, data.train, path.with_name(f"{path.stem}_broken_training.jsonl")
@@ -142,26 +140,21 @@ def _features_of_all(subject: _Subject) -> dict[str, Features]:
         "test": _test_images(config, data, path.with_name(f"{path.stem}_broken_test.jsonl")),
     }
     variables = {ENCODER: (trained.encoder, trained.head)}
-    network, head = assemble.encoder(config), assemble.head(config)
     if config.eval.baselines:
         start = subjects.untrained(config, images["training"], mesh)
         start_of_head = subjects.untrained_head(config, mesh) if trained.head else None
         variables = {UNTRAINED: (start, start_of_head)} | variables
     channels = data.train.image_shape[-1]
 
-    def represented(of, x):
-        encoder_variables, head_variables = of
-        h = apply_network(network, encoder_variables, x, False)[0]
-        if head_variables is None:
-            return h
-        return apply_network(head, head_variables, h, False)[0][-1]
+    asked = config.eval.features
+    represent = subjects.representations(config, with_z=asked == "z")
 
     def forward(variables, images):
-        x = to_float(images)
         raw = {RAW_PIXELS: raw_pixels(images, channels)} if config.eval.baselines else {}
-        return raw | {kind: represented(of, x) for kind, of in variables.items()}
+        return raw | {kind: represent(of, images)[asked] for kind, of in variables.items()}
 
-    extractor = Extractor(forward, batch_size=batch_size, size=config.data.image_size, mesh=mesh)
+    extractor = subjects.extractor(config, mesh, forward)
+    batch_size = extractor.batch_size
     views = assemble.views(config, mesh)
     found = {}
     for name, some in images.items():

@@ -16,7 +16,11 @@ RAW_PIXELS = 32
 
 
 class Extractor:
-    """A compiled `forward` that walks through splits."""
+    """A compiled `forward` that walks through splits.
+
+    Attributes:
+      batch_size: images of the global batch.
+    """
 
     def __init__(self, forward: Callable, *, batch_size: int, size: int, mesh: Mesh):
         """Compiles nothing yet.
@@ -27,7 +31,7 @@ class Extractor:
           size: height and width of an image, pixels.
           mesh: all devices.
         """
-        self._batch_size, self._size, self._mesh = batch_size, size, mesh
+        self.batch_size, self._size, self._mesh = batch_size, size, mesh
         everywhere = replicated(mesh)
 
         def run(variables, batch):
@@ -53,7 +57,7 @@ class Extractor:
           {kind: features float32 [n, D]}, labels int32 [n], `split.BROKEN` for a broken image.
         """
         processes = jax.process_count()
-        local, size = self._batch_size // processes, self._size
+        local, size = self.batch_size // processes, self._size
 
         def in_order(x):
             # Rows come process after process; image i of process p is image p + i P of the split.
@@ -61,7 +65,7 @@ class Extractor:
 
         blank = np.zeros((local, size, size, 3), np.uint8)
         nothing = {"image": blank[:0], "label": np.zeros(0, np.int32)}
-        steps = -(-count // self._batch_size)
+        steps = -(-count // self.batch_size)
         some = itertools.islice(itertools.chain(batches, itertools.repeat(nothing)), steps)
         for step, batch in enumerate(some):
             n = len(batch["label"])
@@ -70,7 +74,7 @@ class Extractor:
                 "label": np.concatenate([batch["label"], np.zeros(local - n, np.int32)]),
             }
             rows = jax.device_get(self._run(variables, to_global(self._mesh, filled)))
-            left = count - step * self._batch_size
+            left = count - step * self.batch_size
             yield jax.tree.map(lambda x, left=left: in_order(x)[:left], rows)
 
     def extract(

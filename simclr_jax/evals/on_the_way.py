@@ -1,18 +1,17 @@
 """Evaluation on the way: a hook of the training loop that evaluates f as it is at a step."""
 
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax.assemble import Pretraining
 from simclr_jax.console import say
-from simclr_jax.encoders import apply_network, to_float
+from simclr_jax.data.split import Split
 from simclr_jax.errors import UserError
 from simclr_jax.evals import EVALUATIONS, subjects
 from simclr_jax.evals.evaluate import config_for, pair, result_of, score_of
-from simclr_jax.evals.features import Extractor
 from simclr_jax.evals.subjects import ENCODER
 from simclr_jax.training.loop import Hook
 from simclr_jax.training.state import TrainState
@@ -42,40 +41,31 @@ class Watch:
         config.eval.labels_per_class, config.eval.label_fraction = (), 0.0  # all labels only
         self._every, self._config, self._mesh = every_steps, config, made.job.mesh
         self._data, self._views = subjects.labelled(config), assemble.views(config, self._mesh)
-        network = made.encoder
-
-        def forward(variables, images):
-            return {ENCODER: apply_network(network, variables, to_float(images), False)[0]}
-
-        self._extractor = Extractor(
-            forward,
-            batch_size=subjects.batch_size_of(config, self._mesh),
-            size=config.data.image_size,
-            mesh=self._mesh,
-        )
+        represent = subjects.representations(config, with_z=False)
+        self._extractor = subjects.extractor(config, self._mesh, represent)
 
     def due(self, step: int) -> bool:
         return step % self._every == 0
 
     def run(self, step: int, state: TrainState) -> dict[str, float]:
         """Returns {metric of the evaluation: accuracy in [0, 1] with all labels}."""
-        variables = {
+        encoder = {
             "params": state.params["encoder"],
             "batch_stats": state.batch_stats["encoder"],
         }
         evaluation = EVALUATIONS[self.name]
         assert self._data.test is not None
-        train, test = (self._features(variables, s) for s in (self._data.train, self._data.test))
+        train, test = (self._features(encoder, s) for s in (self._data.train, self._data.test))
         features = pair(train, test, len(self._data.train.classes or ()), self._mesh)
         score = score_of(result_of(evaluation, self._config, features, step))
         say(f"step {step}  {evaluation.metric} {score:.1%}")
         return {evaluation.metric: score}
 
-    def _features(self, variables: dict, split: Any) -> tuple:
+    def _features(self, encoder: dict, split: Split) -> tuple[dict, np.ndarray]:
         images = assemble.images_of(self._config, split)
-        batch_size = subjects.batch_size_of(self._config, self._mesh)
-        batches = self._views.evaluation_batches(images, batch_size)
-        return self._extractor.extract(variables, batches, split.count)
+        batches = self._views.evaluation_batches(images, self._extractor.batch_size)
+        found, labels = self._extractor.extract((encoder, None), batches, split.count)
+        return {ENCODER: found["h"]}, labels
 
 
 def watch(config: ConfigDict, made: Pretraining) -> Sequence[Hook]:

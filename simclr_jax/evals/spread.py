@@ -6,9 +6,7 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble
 from simclr_jax.assemble import Pretraining
 from simclr_jax.data.indexed import IndexedSplit
-from simclr_jax.encoders import apply_network, to_float
 from simclr_jax.evals import subjects
-from simclr_jax.evals.features import Extractor
 from simclr_jax.training.state import TrainState
 
 # At most this many images: evenly spaced, or the first ones of a stream. RankMe cannot exceed it.
@@ -57,27 +55,20 @@ class Spread:
         if isinstance(some, IndexedSplit) and some.count > _IMAGES:
             some = some.subset(np.linspace(0, some.count - 1, _IMAGES).astype(int))
         self._images = assemble.images_of(config, some, whole=made.train)
-        self._views, head = assemble.views(config, mesh), assemble.head(config)
-
-        def forward(variables, images):
-            h = apply_network(made.encoder, variables["encoder"], to_float(images), False)[0]
-            return {"h": h, "z": apply_network(head, variables["head"], h, False)[0][-1]}
-
-        self._batch_size = subjects.batch_size_of(config, mesh)
-        self._extractor = Extractor(
-            forward, batch_size=self._batch_size, size=config.data.image_size, mesh=mesh
-        )
+        self._views = assemble.views(config, mesh)
+        represent = subjects.representations(config, with_z=True)
+        self._extractor = subjects.extractor(config, mesh, represent)
 
     def due(self, step: int) -> bool:
         return step % self._every == 0
 
     def run(self, step: int, state: TrainState) -> dict[str, float]:
         """Returns {"rank_h", "rank_z", "uniformity"} of evaluation views."""
-        variables = {
-            name: {"params": state.params[name], "batch_stats": state.batch_stats[name]}
+        variables = tuple(
+            {"params": state.params[name], "batch_stats": state.batch_stats[name]}
             for name in ("encoder", "head")
-        }
-        batches = self._views.evaluation_batches(self._images, self._batch_size)
+        )
+        batches = self._views.evaluation_batches(self._images, self._extractor.batch_size)
         stream = self._extractor.stream(variables, batches, min(_IMAGES, self._images.split.count))
         rows = [found for found, _ in stream]
         h, z = (np.concatenate([row[name] for row in rows]) for name in ("h", "z"))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +16,10 @@ from simclr_jax.data.broken import Images
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Share
 from simclr_jax.data.split import DataSet, Split
-from simclr_jax.encoders import apply_network, init_encoder
+from simclr_jax.encoders import apply_network, init_encoder, to_float
 from simclr_jax.errors import UserError
 from simclr_jax.evals import scores
+from simclr_jax.evals.features import Extractor
 from simclr_jax.mesh import laid_out, make_mesh, replicated, traced_on
 from simclr_jax.pretrained import read_head_variables, read_variables
 from simclr_jax.training.saved import find, read_newest
@@ -161,6 +163,27 @@ def batch_size_of(config: ConfigDict, mesh: Mesh) -> int:
     """
     asked = config.eval.batch_size
     return mesh.size * max(-(-asked // mesh.size), min(_LEAST_OF_A_DEVICE, asked))
+
+
+def representations(config: ConfigDict, with_z: bool) -> Callable[[Any, Any], dict]:
+    """Returns a function, to be jitted, of variables (of f, of g) and images uint8 [N, H, W, 3], whose result is
+    {"h": [N, D]}, and "z" of the head's last layer if asked for, both not normalised.
+    """
+    network, head = assemble.encoder(config), assemble.head(config)
+
+    def represent(variables, images):
+        h, _ = apply_network(network, variables[0], to_float(images), train=False)
+        if not with_z:
+            return {"h": h}
+        return {"h": h, "z": apply_network(head, variables[1], h, train=False)[0][-1]}
+
+    return represent
+
+
+def extractor(config: ConfigDict, mesh: Mesh, forward: Callable) -> Extractor:
+    """Makes the extractor of a `forward`, see `Extractor`, for images as the configuration has them."""
+    size = config.data.image_size
+    return Extractor(forward, batch_size=batch_size_of(config, mesh), size=size, mesh=mesh)
 
 
 def untrained(config: ConfigDict, images: Images, mesh: Mesh) -> dict:

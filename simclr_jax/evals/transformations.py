@@ -15,9 +15,7 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble
 from simclr_jax.console import Progress, say
 from simclr_jax.data.split import BROKEN, Split
-from simclr_jax.encoders import apply_network, to_float
 from simclr_jax.evals import subjects
-from simclr_jax.evals.features import Extractor
 from simclr_jax.mesh import make_mesh
 from simclr_jax.views.color import Grey
 from simclr_jax.views.sobel import Sobel
@@ -77,14 +75,8 @@ def what_is_known(config: ConfigDict, workdir: str) -> list[dict]:
     """
     data, mesh = subjects.labelled(config), make_mesh()
     trained = subjects.trained(config, workdir, mesh, head=True)
-    encoder, head = assemble.encoder(config), assemble.head(config)
-
-    def forward(variables, images):
-        h = apply_network(encoder, variables[0], to_float(images), False)[0]
-        return {"h": h, "z": apply_network(head, variables[1], h, False)[0][-1]}
-
-    batch_size = subjects.batch_size_of(config, mesh)
-    extractor = Extractor(forward, batch_size=batch_size, size=config.data.image_size, mesh=mesh)
+    extractor = subjects.extractor(config, mesh, subjects.representations(config, with_z=True))
+    batch_size = extractor.batch_size
     views = assemble.views(config, mesh)
     variables = trained.encoder, trained.head
 

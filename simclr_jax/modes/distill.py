@@ -23,7 +23,6 @@ from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.errors import UserError
 from simclr_jax.evals import results, subjects
-from simclr_jax.evals.features import Extractor
 from simclr_jax.evals.scores import METRICS
 from simclr_jax.files import absolute
 from simclr_jax.mesh import check_divides, laid_out, make_mesh, replicated
@@ -277,11 +276,7 @@ def _compare(
 def _accuracy(
     config: ConfigDict, network: Classified, variables: dict, views: Views, images: Images
 ) -> float:
-    mesh = views.making.mesh
-    batch_size = subjects.batch_size_of(config, mesh)
-    extractor = Extractor(
-        network.predict, batch_size=batch_size, size=config.data.image_size, mesh=mesh
-    )
-    batches = views.evaluation_batches(images, batch_size)
+    extractor = subjects.extractor(config, views.making.mesh, network.predict)
+    batches = views.evaluation_batches(images, extractor.batch_size)
     found, labels = extractor.extract(variables, batches, images.split.count)
     return METRICS["accuracy"](found["logits"], labels)

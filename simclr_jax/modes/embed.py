@@ -21,7 +21,6 @@ from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.parquet_files import chosen_column, image_columns
 from simclr_jax.data.source import InMemory
 from simclr_jax.data.split import BROKEN, Split
-from simclr_jax.encoders import apply_network, to_float
 from simclr_jax.errors import UserError
 from simclr_jax.evals import subjects
 from simclr_jax.evals.features import Extractor
@@ -176,14 +175,7 @@ def _rows(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the columns of one part after the other, from the first that is not there yet."""
     mesh = make_mesh()
-    network, head = assemble.encoder(config), assemble.head(config)
-
-    def forward(variables, images):
-        h, _ = apply_network(network, variables[0], to_float(images), train=False)
-        return {"h": h} | (
-            {"z": apply_network(head, variables[1], h, train=False)[0][-1]} if with_z else {}
-        )
-
+    forward = subjects.representations(config, with_z)
     size, count, batch_size = config.data.image_size, source.split.count, parts.batch_size
     extractor = Extractor(forward, batch_size=batch_size, size=size, mesh=mesh)
     total = -(-count // batch_size)
