@@ -4,6 +4,7 @@
 beside its code, and `config/rows.py` collects them.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -48,6 +49,19 @@ class Option(NamedTuple):
         if self.allowed.holds(value):
             return None
         return f"{self.name}={value!r}: expected {self.allowed.text}"
+
+
+def option_field(default: Any, allowed: Allowed, why: str) -> Any:
+    """Makes a dataclass's field an option, for `options_of`; the arguments are those of `Option`."""
+    return dataclasses.field(default=default, metadata={"allowed": allowed, "why": why})
+
+
+def options_of(kind: type, group: str) -> tuple[Option, ...]:
+    """Returns the options "group.FIELD" of a dataclass whose fields are each an `option_field`."""
+    return tuple(
+        Option(f"{group}.{field.name}", field.default, **field.metadata)
+        for field in dataclasses.fields(kind)
+    )
 
 
 def _is_whole(value: Any) -> bool:

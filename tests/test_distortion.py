@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from simclr_jax import assemble
 from simclr_jax.mesh import make_mesh
-from simclr_jax.options import Option, number
+from simclr_jax.options import number, option_field
 from simclr_jax.views import (
     OPERATIONS,
     OPTIONS,
@@ -198,9 +198,11 @@ def test_names_have_distinct_keys_and_stay_what_they_are():
 
 
 def test_every_field_of_an_operation_is_an_option_with_its_default():
-    for kind in (Crop, *OPERATIONS):
-        fields = {f"views.{field.name}": field.default for field in dataclasses.fields(kind)}
-        assert fields == {option.name: option.default for option in kind.OPTIONS}
+    options = {option.name: option for option in OPTIONS}
+    made: Any
+    for made in (Crop(), *(kind() for kind in OPERATIONS)):
+        for field in dataclasses.fields(made):
+            assert options[f"views.{field.name}"].default == getattr(made, field.name)
     assert len({option.name for option in OPTIONS}) == len(OPTIONS)
 
 
@@ -423,13 +425,9 @@ def test_classifiers_train_on_crops_and_flips_and_nothing_else(tiny):
 class Darken(PixelOperation):
     """Divides by a number: an operation that happens or not, and has one formula."""
 
-    darken_probability: float = 0.0
-    darken_by: float = 2.0
+    darken_probability: float = option_field(0.0, number(0, 1), "of a darker view")
+    darken_by: float = option_field(2.0, number(1, 10), "how much darker")
 
-    OPTIONS: ClassVar = (
-        Option("views.darken_probability", 0.0, number(0, 1), "of a darker view"),
-        Option("views.darken_by", 2.0, number(1, 10), "how much darker"),
-    )
     NAME: ClassVar = "darken"
     DRAWS: ClassVar = {"darken": 1}
 
@@ -445,9 +443,8 @@ class Darken(PixelOperation):
 class Tint(Operation):
     """Lightens each channel by what is drawn for it: an operation with both its ways written out."""
 
-    tint_strength: float = 0.0
+    tint_strength: float = option_field(0.0, number(0, 1), "most that is added")
 
-    OPTIONS: ClassVar = (Option("views.tint_strength", 0.0, number(0, 1), "most that is added"),)
     NAME: ClassVar = "tint"
     DRAWS: ClassVar = {"channels": 3, "strength": 1}
 

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from simclr_jax.options import Option, flag, one_of
+from simclr_jax.options import Option, flag, one_of, options_of
 from simclr_jax.views.blur import Blur
 from simclr_jax.views.color import ColorJitter, Flip, Grey
 from simclr_jax.views.crop import Crop
@@ -33,8 +33,8 @@ OPERATIONS: tuple[type[Operation], ...] = (
 )
 
 OPTIONS = (
-    *Crop.OPTIONS,
-    *(option for kind in OPERATIONS for option in kind.OPTIONS),
+    *options_of(Crop, "views"),
+    *(option for kind in OPERATIONS for option in options_of(kind, "views")),
     Option(
         "views.one_branch",
         False,

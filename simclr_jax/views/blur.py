@@ -10,7 +10,7 @@ import functools
 import math
 from typing import Any, ClassVar
 
-from simclr_jax.options import Option, number
+from simclr_jax.options import number, option_field
 from simclr_jax.views.distortion import Channels, Operation, happening
 
 BLUR_SIGMA = (0.1, 2.0)  # pixels; paper, appendix A
@@ -21,17 +21,10 @@ _REACH = 4.3
 
 @dataclasses.dataclass(frozen=True)
 class Blur(Operation):
-    """Blurs a view.
+    """Blurs a view."""
 
-    Attributes:
-      blur_probability: how often.
-    """
+    blur_probability: float = option_field(0.5, number(0, 1), "of a blur; 0 for small images")
 
-    blur_probability: float = 0.5
-
-    OPTIONS: ClassVar = (
-        Option("views.blur_probability", 0.5, number(0, 1), "of a blur; 0 for small images"),
-    )
     NAME: ClassVar = "blur"
     DRAWS: ClassVar = {"blur": 1, "sigma": 1}
     FUSED: ClassVar = False

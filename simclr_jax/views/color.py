@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from simclr_jax.options import Option, flag, number, one_of
+from simclr_jax.options import flag, number, one_of, option_field
 from simclr_jax.views.distortion import Channels, Operation, PixelOperation, happening
 
 GREY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # ITU-R BT.601 luma, as tf.image.rgb_to_grayscale
@@ -14,17 +14,10 @@ GREY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # ITU-R BT.601 luma, as tf.image.rgb_to
 
 @dataclasses.dataclass(frozen=True)
 class Flip(PixelOperation):
-    """Mirrors left-right with probability 0.5.
+    """Mirrors left-right with probability 0.5."""
 
-    Attributes:
-      flip: whether it does.
-    """
+    flip: bool = option_field(True, flag(), "mirror left-right, with probability 0.5")
 
-    flip: bool = True
-
-    OPTIONS: ClassVar = (
-        Option("views.flip", True, flag(), "mirror left-right, with probability 0.5"),
-    )
     NAME: ClassVar = "flip"
     DRAWS: ClassVar = {"flip": 1}
 
@@ -38,17 +31,10 @@ class Flip(PixelOperation):
 
 @dataclasses.dataclass(frozen=True)
 class Grey(PixelOperation):
-    """Replaces three channels by their luma.
+    """Replaces three channels by their luma."""
 
-    Attributes:
-      grey_probability: how often.
-    """
+    grey_probability: float = option_field(0.2, number(0, 1), "of dropping all colour")
 
-    grey_probability: float = 0.2
-
-    OPTIONS: ClassVar = (
-        Option("views.grey_probability", 0.2, number(0, 1), "of dropping all colour"),
-    )
     NAME: ClassVar = "grey"
     DRAWS: ClassVar = {"grey": 1}
 
@@ -68,32 +54,18 @@ class ColorJitter(Operation):
     """Changes brightness, contrast, saturation and hue, in a random order, clipped after each.
 
     On one channel, saturation and hue are the identity, and are left out.
-
-    Attributes:
-      color_strength: s; brightness, contrast and saturation vary by 0.8 s, hue by 0.2 s of a turn.
-      jitter_probability: how often any of it happens.
-      brightness: "additive" (the paper's code) or "multiplicative" (the published code).
     """
 
-    color_strength: float = 1.0
-    jitter_probability: float = 0.8
-    brightness: str = "additive"
-
-    OPTIONS: ClassVar = (
-        Option(
-            "views.color_strength",
-            1.0,
-            number(0, 2),
-            "s of the colour jitter: 0.8 s for all but hue, 0.2 s; 0.5 for CIFAR",
-        ),
-        Option("views.jitter_probability", 0.8, number(0, 1), "of the whole colour jitter"),
-        Option(
-            "views.brightness",
-            "additive",
-            one_of("additive", "multiplicative"),
-            '"additive" is the paper\'s code, "multiplicative" the later published code\'s',
-        ),
+    color_strength: float = option_field(
+        1.0, number(0, 2), "s of the colour jitter: 0.8 s for all but hue, 0.2 s; 0.5 for CIFAR"
     )
+    jitter_probability: float = option_field(0.8, number(0, 1), "of the whole colour jitter")
+    brightness: str = option_field(
+        "additive",
+        one_of("additive", "multiplicative"),
+        '"additive" is the paper\'s code, "multiplicative" the later published code\'s',
+    )
+
     NAME: ClassVar = "color_jitter"
     DRAWS: ClassVar = {"jitter": 1, "factors": 4, "order": 4}
 

@@ -6,43 +6,28 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from simclr_jax.options import Option, flag, interval
+from simclr_jax.options import flag, interval, option_field
 
 CROP_ATTEMPTS = 10  # then the largest centred crop of an allowed aspect ratio is taken
 
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """Which part of an image a view shows.
+    """Which part of an image a view shows."""
 
-    Attributes:
-      crop_area: range of the crop's share of the image's area, uniform.
-      crop_aspect: range of the crop's width / height, log-uniform.
-      antialias: average all the pixels that a smaller view is made of, in evaluation too.
-    """
-
-    crop_area: tuple[float, float] = (0.08, 1.0)
-    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    antialias: bool = False
-
-    OPTIONS: ClassVar[tuple[Option, ...]] = (
-        Option(
-            "views.crop_area", (0.08, 1.0), interval(1e-6, 1), "share of the image's area, uniform"
-        ),
-        Option(
-            "views.crop_aspect",
-            (3 / 4, 4 / 3),
-            interval(0.01, 100),
-            "width / height of a crop, log-uniform",
-        ),
-        Option(
-            "views.antialias",
-            False,
-            flag(),
-            "average all pixels of a crop that is made smaller, as Pillow does; in evaluation too. The "
-            "published code takes 4 x 4 of them",
-        ),
+    crop_area: tuple[float, float] = option_field(
+        (0.08, 1.0), interval(1e-6, 1), "share of the image's area, uniform"
     )
+    crop_aspect: tuple[float, float] = option_field(
+        (3 / 4, 4 / 3), interval(0.01, 100), "width / height of a crop, log-uniform"
+    )
+    antialias: bool = option_field(
+        False,
+        flag(),
+        "average all pixels of a crop that is made smaller, as Pillow does; in evaluation too. The "
+        "published code takes 4 x 4 of them",
+    )
+
     NAME: ClassVar[str] = "crop"
     DRAWS: ClassVar[dict[str, int]] = {"attempts": 2 * CROP_ATTEMPTS, "position": 2}
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from simclr_jax.options import Option, number
+from simclr_jax.options import number, option_field
 from simclr_jax.views.distortion import Channels, Operation
 
 _HIDDEN = 0.5  # the middle of the range, as cutout's zero is the mean of normalised images
@@ -15,22 +15,13 @@ _HIDDEN = 0.5  # the middle of the range, as cutout's zero is the mean of normal
 
 @dataclasses.dataclass(frozen=True)
 class Cutout(Operation):
-    """Makes a square grey. Its centre is uniform over the view, so part of it may lie outside.
+    """Makes a square grey. Its centre is uniform over the view, so part of it may lie outside."""
 
-    Attributes:
-      cutout_probability: how often.
-      cutout_size: side of the square, share of the view's.
-    """
-
-    cutout_probability: float = 0.0
-    cutout_size: float = 0.5
-
-    OPTIONS: ClassVar = (
-        Option("views.cutout_probability", 0.0, number(0, 1), "of hiding a square"),
-        Option(
-            "views.cutout_size", 0.5, number(0.01, 2), "side of the square, share of the view's"
-        ),
+    cutout_probability: float = option_field(0.0, number(0, 1), "of hiding a square")
+    cutout_size: float = option_field(
+        0.5, number(0.01, 2), "side of the square, share of the view's"
     )
+
     NAME: ClassVar = "cutout"
     DRAWS: ClassVar = {"cutout": 1, "place": 2}
 

@@ -13,24 +13,21 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from simclr_jax.options import Option
 from simclr_jax.views.crop import Crop
 
 Channels = tuple[Any, ...]
 
 
 class Operation(abc.ABC):
-    """One step of a distortion after the crop: a frozen dataclass whose fields are its options.
+    """One step of a distortion after the crop: a frozen dataclass whose fields are its options, "views.FIELD".
 
     Attributes:
-      OPTIONS: the options "views.FIELD", one for each field.
       NAME: the key of its random numbers. Another name would mean other numbers, so it never changes.
       DRAWS: name -> how many random numbers in [0, 1) decide one view. If all of them are 1, the view stays as it is.
       FUSED: whether the host, for large images, compiles it together with its neighbours; False where the compiled
         code would depend on the random numbers.
     """
 
-    OPTIONS: ClassVar[tuple[Option, ...]]
     NAME: ClassVar[str]
     DRAWS: ClassVar[dict[str, int]]
     FUSED: ClassVar[bool] = True

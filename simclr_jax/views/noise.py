@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from simclr_jax.options import Option, number
+from simclr_jax.options import number, option_field
 from simclr_jax.views.distortion import Channels, Operation, happening
 
 
@@ -17,19 +17,11 @@ class Noise(Operation):
 
     A pixel's number is a function of two drawn numbers, which key a generator. Host and device have other
     generators: unlike all other operations this one is equal on both in distribution only.
-
-    Attributes:
-      noise_probability: how often.
-      noise_strength: standard deviation; pixels are in [0, 1].
     """
 
-    noise_probability: float = 0.0
-    noise_strength: float = 0.1
+    noise_probability: float = option_field(0.0, number(0, 1), "of Gaussian noise")
+    noise_strength: float = option_field(0.1, number(0, 1), "its deviation; pixels are in [0, 1]")
 
-    OPTIONS: ClassVar = (
-        Option("views.noise_probability", 0.0, number(0, 1), "of Gaussian noise"),
-        Option("views.noise_strength", 0.1, number(0, 1), "its deviation; pixels are in [0, 1]"),
-    )
     NAME: ClassVar = "noise"
     DRAWS: ClassVar = {"noise": 1, "key": 2}
 

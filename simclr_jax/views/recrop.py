@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from simclr_jax.options import Option, number
+from simclr_jax.options import number, option_field
 from simclr_jax.views.crop import Crop, resize_matrix
 from simclr_jax.views.distortion import Channels, Operation, happening
 
@@ -16,17 +16,10 @@ _LAW = Crop()  # the paper's: a share of 0.08 to 1 of the area, width / height o
 
 @dataclasses.dataclass(frozen=True)
 class Recrop(Operation):
-    """Crops a view once more, by the paper's law, and resizes it.
+    """Crops a view once more, by the paper's law, and resizes it."""
 
-    Attributes:
-      recrop_probability: how often.
-    """
+    recrop_probability: float = option_field(0.0, number(0, 1), "of cropping the view once more")
 
-    recrop_probability: float = 0.0
-
-    OPTIONS: ClassVar = (
-        Option("views.recrop_probability", 0.0, number(0, 1), "of cropping the view once more"),
-    )
     NAME: ClassVar = "recrop"
     DRAWS: ClassVar = {"recrop": 1, **Crop.DRAWS}
     FUSED: ClassVar = False

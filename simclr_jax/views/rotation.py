@@ -5,28 +5,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from simclr_jax.options import Option, number
+from simclr_jax.options import number, option_field
 from simclr_jax.views.distortion import Channels, Operation
 
 
 @dataclasses.dataclass(frozen=True)
 class Rotation(Operation):
-    """Turns a view counter-clockwise by a quarter, a half or three quarters, each as often.
+    """Turns a view counter-clockwise by a quarter, a half or three quarters, each as often."""
 
-    Attributes:
-      rotation_probability: how often it is turned at all.
-    """
-
-    rotation_probability: float = 0.0
-
-    OPTIONS: ClassVar = (
-        Option(
-            "views.rotation_probability",
-            0.0,
-            number(0, 1),
-            "of turning by 90, 180 or 270 degrees",
-        ),
+    rotation_probability: float = option_field(
+        0.0, number(0, 1), "of turning by 90, 180 or 270 degrees"
     )
+
     NAME: ClassVar = "rotation"
     DRAWS: ClassVar = {"rotation": 1, "quarters": 1}
 

@@ -5,7 +5,7 @@ default: SimCLR does not use it.
 import dataclasses
 from typing import Any, ClassVar
 
-from simclr_jax.options import Option, number
+from simclr_jax.options import number, option_field
 from simclr_jax.views.color import luma
 from simclr_jax.views.distortion import Channels, PixelOperation
 
@@ -14,16 +14,10 @@ from simclr_jax.views.distortion import Channels, PixelOperation
 class Sobel(PixelOperation):
     """Replaces all channels by the length of the Sobel gradient of the luma, where 1 is a step from black to
     white along an axis. Pixels outside the view equal those on its edge.
-
-    Attributes:
-      sobel_probability: how often.
     """
 
-    sobel_probability: float = 0.0
+    sobel_probability: float = option_field(0.0, number(0, 1), "of a view of edges only")
 
-    OPTIONS: ClassVar = (
-        Option("views.sobel_probability", 0.0, number(0, 1), "of a view of edges only"),
-    )
     NAME: ClassVar = "sobel"
     DRAWS: ClassVar = {"sobel": 1}
 

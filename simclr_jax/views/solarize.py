@@ -5,31 +5,19 @@ default: SimCLR does not use it.
 import dataclasses
 from typing import Any, ClassVar
 
-from simclr_jax.options import Option, number
+from simclr_jax.options import number, option_field
 from simclr_jax.views.distortion import Channels, PixelOperation
 
 
 @dataclasses.dataclass(frozen=True)
 class Solarize(PixelOperation):
-    """Replaces values x of at least the threshold by 1 - x.
+    """Replaces values x of at least the threshold by 1 - x."""
 
-    Attributes:
-      solarize_probability: how often.
-      solarize_threshold: in [0, 1].
-    """
-
-    solarize_probability: float = 0.0
-    solarize_threshold: float = 0.5
-
-    OPTIONS: ClassVar = (
-        Option(
-            "views.solarize_probability",
-            0.0,
-            number(0, 1),
-            "of inverting what is bright; 0.2 for one view in BYOL",
-        ),
-        Option("views.solarize_threshold", 0.5, number(0, 1), "of solarize; pixels are in [0, 1]"),
+    solarize_probability: float = option_field(
+        0.0, number(0, 1), "of inverting what is bright; 0.2 for one view in BYOL"
     )
+    solarize_threshold: float = option_field(0.5, number(0, 1), "of solarize; pixels are in [0, 1]")
+
     NAME: ClassVar = "solarize"
     DRAWS: ClassVar = {"solarize": 1}
 
