@@ -16,7 +16,7 @@ fine-tuned with 1, 10 and 100 % of the labels; linear evaluation:
     imagenet_v2.py:depth=152,width=2              233   70.2  76.6  81.1   77.4
     imagenet_v2.py:depth=152,width=2,sk=1         354   74.2  79.4  82.9   79.4
     imagenet_v2.py:depth=152,width=3,sk=1         795   74.9  80.1  83.1   79.8
-Their hardware is not published; their weights are, see --mode=import. They fine-tune by LARS at 0.005 x sqrt(1024): with
+Hardware: not published. Weights: published, see --mode=import. They were fine-tuned by LARS at 0.005 x sqrt(1024): with
 1 % of the labels for 60 epochs and with 10 % for 30, from the first layer of the head; with 100 % for 30, from h:
 
     python -m simclr_jax.main --config=configs/imagenet_v2.py --workdir=W --config.data.path=TFDS_FOLDER
