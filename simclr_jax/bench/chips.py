@@ -10,7 +10,7 @@ class Chip:
     Attributes:
       flops: peak bfloat16 operations a second.
       bandwidth: bytes a second to and from its memory.
-      interconnect: what it can send to the other chips, bytes a second, all links together.
+      interconnect: bytes a second that it can send to other chips, over all its links together.
       memory: bytes that a program can use.
       options: for the compiler's topology; "megacore" makes the two cores of a chip one device.
     """

@@ -80,8 +80,8 @@ class _Program(NamedTuple):
 
     Attributes:
       run: seconds to (steps done, seconds taken).
-      flops: of a step, on a device, as the compiler counts them.
-      memory: of a device, bytes.
+      flops: operations of a step on a device, as the compiler counts them.
+      memory: bytes that a step takes on a device.
       first: seconds from nothing to the end of the first step.
     """
 

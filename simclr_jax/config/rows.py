@@ -12,41 +12,47 @@ _MOST_IMAGES = 2**24  # of any batch
 
 OPTIONS: tuple[Option, ...] = (
     Option(
-        "seed", 0, whole(0), "decides the initial parameters, the order of images and every view"
+        "seed",
+        0,
+        whole(0),
+        "decides the initial parameters, the order of the images and every view",
     ),
     # What is trained and tested on.
     *data.OPTIONS,
-    Option("data.image_size", 224, whole(4, 4096), "px, height and width of a view"),
+    Option("data.image_size", 224, whole(4, 4096), "height and width of a view, pixels"),
     Option(
         "data.batch_size",
         4096,
         whole(2, _MOST_IMAGES),
-        "B, images of the global batch: 2B views, 2B - 2 negatives an anchor",
+        "B, images in the global batch: 2B views, and 2B - 2 negatives for each anchor",
     ),
     Option(
         "data.color_on",
         "host",
         one_of("host", "device"),
-        '"device": the host only decodes, crops and resizes; the device does the rest of a view',
+        'where colour is distorted; "device": the host only decodes, crops and resizes, and the '
+        "device does everything after that",
     ),
     Option(
         "data.placement",
         "host",
         one_of("host", "device"),
-        '"device": all images lie in the device\'s memory, and the device makes the views',
+        'where the images lie; "device": all of them in the device\'s memory, where the views are made '
+        "too",
     ),
     Option(
         "data.max_broken",
         0.05,
         number(0, 1),
-        "share of the images that may be unreadable; they are skipped",
+        "share of the images that may be unreadable before the run stops; unreadable images are "
+        "skipped",
         resumable=True,
     ),
     Option(
         "data.eval_crop",
         0.875,
         number(0.01, 1),
-        "share of the centred square's side kept in evaluation; 1.0 for small images",
+        "share of the side of the centred square that evaluation keeps; 1.0 for small images",
         resumable=True,
     ),
     # How the two views of an image differ (paper, appendix A).
@@ -56,7 +62,8 @@ OPTIONS: tuple[Option, ...] = (
         "mesh.fsdp",
         1,
         whole(1, 2**20),
-        "devices over which parameters and optimizer state are divided",
+        "devices over which the parameters and the optimizer's state are divided; results do not "
+        "depend on it",
         resumable=True,
     ),
     *encoders.OPTIONS,
@@ -64,25 +71,25 @@ OPTIONS: tuple[Option, ...] = (
         "model.dtype",
         "float32",
         one_of("float32", "bfloat16"),
-        "of the encoder's and the head's products; \"bfloat16\" on accelerators",
+        'number format of the products in encoder and head; "bfloat16" on accelerators',
     ),
     Option(
         "model.norm_momentum",
         0.9,
         below(0, 1),
-        "share of the running BatchNorm statistics, used in evaluation, that a step keeps",
+        "share of the running BatchNorm statistics that a step keeps; evaluation uses them",
     ),
     Option(
         "model.norm_group",
         0,
         whole(-1, _MOST_IMAGES),
-        "images that share BatchNorm statistics; 0: all of the batch; -1: those of a device",
+        "images that share BatchNorm statistics; 0: the whole batch; -1: the images of a device",
     ),
     Option(
         "model.remat",
         False,
         flag(),
-        "compute blocks again in the backward pass: less memory, more time",
+        "compute each block again in the backward pass: less memory, more time",
         resumable=True,
     ),
     # Not compared by its text when a run goes on: the record holds a digest of the weights.
@@ -90,7 +97,8 @@ OPTIONS: tuple[Option, ...] = (
         "model.init_from",
         "",
         text(),
-        "begin pretraining with these weights: a workdir, a checkpoint, or a file for --mode=import",
+        "weights that pretraining begins with: a workdir, a checkpoint, or a file that --mode=import "
+        "reads",
         resumable=True,
     ),
     Option(
@@ -100,7 +108,7 @@ OPTIONS: tuple[Option, ...] = (
         "which of the weights of model.init_from are taken",
         resumable=True,
     ),
-    Option("model.head", "nonlinear", one_of(*HEADS), "the projection head g"),
+    Option("model.head", "nonlinear", one_of(*HEADS), "projection head g"),
     Option(
         "model.head_layers",
         2,
@@ -113,66 +121,83 @@ OPTIONS: tuple[Option, ...] = (
         "distill.teacher",
         "",
         text(),
-        "for --mode=distill: the folder of a classifier: of fine-tuning, imported, or distilled",
+        "folder of the classifier that --mode=distill takes as the teacher: fine-tuned, imported or "
+        "itself distilled",
         resumable=True,
     ),
     Option(
         "distill.temperature",
         0.1,
         number(1e-3, 1e3),
-        "divides the logits of both; 0.1 for a student like its teacher, 1.0 for a smaller one (SimCLR v2)",
+        "divides the logits of teacher and student; 0.1 for a student like its teacher, 1.0 for a "
+        "smaller one (SimCLR v2)",
     ),
     Option(
         "distill.alpha",
         1.0,
         number(0, 1),
-        "weight of the teacher; 1 - alpha is the weight of the labels of the training images",
+        "weight of the teacher's answers in the loss; 1 - alpha is the weight of the labels of the "
+        "training images",
     ),
     *losses.OPTIONS,
     Option(
         "optimizer.name",
         "lars",
         one_of("lars", "sgd", "adamw", "muon"),
-        '"sgd" is with Nesterov momentum; "muon", for batches of up to some hundred, goes with learning_rate 0.008 and scaling none',
+        '"lars": the paper\'s, for large batches; "sgd": with Nesterov momentum; "muon": for batches '
+        "of up to some hundred, with learning_rate 0.008 and scaling none",
     ),
     Option(
         "optimizer.learning_rate",
         0.3,
         number(0, 1e6),
-        'peak, before scaling; 0.075 with scaling "sqrt" in the paper',
+        "peak learning rate before optimizer.scaling; the paper's is 0.3, or 0.075 with scaling "
+        '"sqrt"',
     ),
     Option(
         "optimizer.scaling",
         "linear",
         one_of("linear", "sqrt", "none"),
-        'of the learning rate: x B / 256; "sqrt": x sqrt(B) (appendix B.1)',
+        'how the learning rate grows with the batch B; "linear": x B / 256; "sqrt": x sqrt(B) '
+        "(appendix B.1)",
     ),
     Option(
         "optimizer.warmup_epochs",
         10.0,
         number(0, 1e6),
-        "linear from 0, then a cosine to 0; at most half of the run",
+        "epochs in which the learning rate rises linearly from 0, at most half of the run; then it "
+        "falls to 0 along a cosine",
     ),
     Option(
-        "optimizer.weight_decay", 1e-6, number(0, 1e6), "the paper's; 1e-4 in the published code"
+        "optimizer.weight_decay",
+        1e-6,
+        number(0, 1e6),
+        "weight decay of the kernels; the paper's is 1e-6, the published code's 1e-4",
     ),
     Option(
         "optimizer.momentum",
         0.9,
         below(0, 1),
-        "share of earlier gradients that a step keeps, by lars, sgd and muon (0.95 there)",
+        "share of earlier gradients that a step of lars, sgd or muon keeps; 0.95 for muon",
     ),
-    Option("optimizer.trust_coefficient", 0.001, number(0, 1e6), "of lars"),
-    Option("train.epochs", 100.0, number(0, 1e9), "passes over the training split"),
-    Option("train.steps", 0, whole(0), "above 0: overrides train.epochs"),
     Option(
-        "train.log_every_steps", 50, whole(1), "steps that reported metrics are means over", True
+        "optimizer.trust_coefficient", 0.001, number(0, 1e6), "factor on each layer's step in lars"
+    ),
+    Option("train.epochs", 100.0, number(0, 1e9), "passes over the training split"),
+    Option("train.steps", 0, whole(0), "steps of the training; above 0 it overrides train.epochs"),
+    Option(
+        "train.log_every_steps",
+        50,
+        whole(1),
+        "steps over which a reported metric is averaged",
+        True,
     ),
     Option(
         "health.every_steps",
         0,
         whole(0),
-        "steps between measurements of the rank and uniformity of h and z, of 2,048 images; 0: none",
+        "steps between two measurements of the rank and uniformity of h and z, on 2,048 images; 0: "
+        "none",
         True,
     ),
     Option(
@@ -186,51 +211,58 @@ OPTIONS: tuple[Option, ...] = (
         "train.sinks",
         (),
         each(one_of("wandb", "mlflow")),
-        "where metrics go besides metrics.jsonl and TensorBoard",
+        "services that get the metrics too, besides metrics.jsonl and TensorBoard",
         True,
     ),
     Option(
         "train.objective",
         "contrastive",
         one_of("contrastive", "supervised"),
-        '"supervised": trains f by the labels of the same views, as the paper does beside SimCLR (Table 1); '
-        "the contrastive loss is only watched",
+        'what f learns from; "supervised": the labels of the same views, as the paper does beside '
+        "SimCLR (Table 1), while the contrastive loss is only reported",
     ),
     Option(
         "train.microbatches",
         1,
         whole(1, 2**16),
-        "above 1: the gradient of the whole batch with the activations of one of these parts",
+        "parts that a batch is computed in, one after the other: the gradient of the whole batch, "
+        "with the activations of one part in memory",
     ),
     Option(
         "train.skip_not_finite",
         False,
         flag(),
-        "skip, and count, steps whose loss or gradient is not finite",
+        "skip, and count, steps whose loss or gradient is not finite; False: such a step stops the run",
     ),
     Option(
         "train.hang_seconds",
         1800.0,
         number(0, 1e6),
-        "without a step (not counting compilation and evaluation; ten times as many while saving), after which "
-        "every process writes its stacks to WORKDIR/hung and ends; 0: never",
+        "seconds without a step after which every process writes its stacks to WORKDIR/hung and ends; "
+        "compiling and evaluating do not count, a save may take ten times as long; 0: never",
         True,
     ),
     Option(
         "train.online_classifier",
         True,
         flag(),
-        "train a linear classifier along on h, where labels exist; it does not change f",
+        "train a linear classifier on h alongside, where labels exist; it does not change f",
     ),
     Option(
-        "checkpoint.every_steps", 1000, whole(1), "steps between saves; the last is saved", True
+        "checkpoint.every_steps",
+        1000,
+        whole(1),
+        "steps between two saves; the last step is always saved",
+        True,
     ),
-    Option("checkpoint.keep_last", 3, whole(1), "newest checkpoints that are kept", True),
+    Option(
+        "checkpoint.keep_last", 3, whole(1), "how many of the newest checkpoints are kept", True
+    ),
     Option(
         "checkpoint.keep_every_steps",
         0,
         whole(0),
-        "above 0: checkpoints at multiples of this are kept for ever",
+        "above 0: a checkpoint at a multiple of this many steps is kept for ever",
         True,
     ),
 )

@@ -28,52 +28,62 @@ SOURCES: dict[str, Callable[[Mapping[str, Any]], DataSet]] = {
 _BY_ENDING = {".npz": "arrays", ".parquet": "parquet"}
 
 OPTIONS = (
-    Option("data.source", "tfds", name_in(SOURCES), "kind of the data set"),
-    Option("data.name", "", text(), "name of the TFDS data set"),
+    Option("data.source", "tfds", name_in(SOURCES), "where the images come from"),
+    Option(
+        "data.name",
+        "",
+        text(),
+        "name of the data set in the catalogue of TFDS, for data.source=tfds",
+    ),
     Option(
         "data.path",
         "",
         text(),
-        "folder of TFDS's data (empty: TFDS's own) or of images; .npz file; Parquet files",
+        "where the images are: the folder where TFDS keeps its data (empty: TFDS's default), a folder "
+        "of images, an .npz file or Parquet files",
         resumable=True,
     ),
     Option(
         "data.test_path",
         "",
         text(),
-        "folder or Parquet files of test images; empty: no test split, so no probe",
+        "folder or Parquet files of the test images; empty: there is no test split, so no probe",
         resumable=True,
     ),
-    Option("data.train_split", "train", text(), "split of the TFDS data set to train on"),
+    Option("data.train_split", "train", text(), "split of the TFDS data set that is trained on"),
     Option(
         "data.test_split",
         "test",
         text(),
-        "split of the TFDS data set for every evaluation; empty: none",
+        "split of the TFDS data set that every evaluation tests on; empty: none",
         resumable=True,
     ),
     Option(
         "data.test_fraction",
         0.0,
         number(0, 0.9),
-        "of the images, held out for every evaluation where there is no test split; 0: none",
+        "share of the images that is held out for every evaluation where there is no test split; 0: "
+        "none",
     ),
     Option(
         "data.upright",
         True,
         flag(),
-        "turn images as the orientation in their EXIF data says; those of TFDS stay as they are",
+        "turn images as the orientation in their EXIF data says; images of TFDS stay as they are",
     ),
     Option(
-        "data.folder_labels", False, flag(), "the first folder below data.path is an image's class"
+        "data.folder_labels",
+        False,
+        flag(),
+        "take the first folder below data.path as the class of an image",
     ),
     Option(
         "data.labels_file",
         "",
         text(),
-        "CSV file with the columns image, a path below the folder of images (or below the one that holds both "
-        "data.path and data.test_path), and label; images it does not name have none. A run that is resumed must find the same "
-        "labels; evaluations may use others",
+        "CSV file with two columns: image, a path below data.path (or below the folder that holds "
+        "both data.path and data.test_path), and label. Images that are not in it have no label. A "
+        "run that is resumed must find the labels that it began with; evaluations may use other files",
         resumable=True,
     ),
     *parquet.OPTIONS,

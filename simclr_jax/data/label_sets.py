@@ -19,7 +19,7 @@ class LabelSets(NamedTuple):
     """The sets of labels that occur.
 
     Attributes:
-      names: what the K labels are called.
+      names: the names of the K labels.
       masks: int64 [C], one a set, ascending: bit k: label k is in it; bit K + k: label k is in it as
         "difficult", so that the image does not count for it (Everingham et al. 2010, section 3.3).
     """

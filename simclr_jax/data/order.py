@@ -69,7 +69,7 @@ def split_validation(
       y: labels [n], or anything of that length.
       fraction: share of the images that is put into the validation part, at least one image.
       seed: decides the shuffle.
-      name: what a person calls one of the n.
+      name: the word for one of the n, in an error.
 
     Returns:
       indices of the training part and of the validation part, ascending.

@@ -29,13 +29,18 @@ from simclr_jax.errors import UserError
 from simclr_jax.options import Option, text
 
 OPTIONS = (
-    Option("data.parquet.image_column", "image", text(), "column of bytes or of {bytes, path}"),
+    Option(
+        "data.parquet.image_column",
+        "image",
+        text(),
+        "column that holds the images: the bytes of image files, or {bytes, path}",
+    ),
     Option(
         "data.parquet.label_column",
         "label",
         text(),
-        "column of whole numbers or texts, of which -1 and empty texts mean no label; empty: no labels, as "
-        "where there is no column 'label'",
+        "column that holds the labels: whole numbers, where -1 means no label, or texts, where an "
+        'empty one does; empty, or where there is no column "label": the images have no labels',
     ),
 )
 

@@ -138,7 +138,7 @@ def index_files(system: Any, where: str, paths: list[str], columns: Columns) -> 
 
     Args:
       system: the file system, None: this machine's.
-      where: what the user calls the files; the index is named by it.
+      where: the path or glob as the user gave it; the name of the index is made of it.
       paths: the files.
       columns: which to look at.
     """

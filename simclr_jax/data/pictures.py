@@ -49,7 +49,7 @@ def pictures_of(
       split: the images.
       count: at most.
       upright: turn them as their EXIF data say.
-      made: what is kept of an image; applied in the threads that read.
+      made: turns a picture into what is kept of it; called in the threads that read.
     """
     made = made or (lambda picture: picture)
     if isinstance(split, IndexedSplit):

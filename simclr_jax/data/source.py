@@ -45,7 +45,7 @@ def codes_of(occurring: Sequence[str], classes: Classes, where: str) -> dict[str
     Args:
       occurring: the classes of a split, in the order in which they are numbered where `classes` is None.
       classes: those of the training split, in order; None: this is the training split.
-      where: what a person calls the split's labels.
+      where: names the split's labels in an error.
 
     Raises:
       UserError: a class occurs that is not among `classes`.
@@ -271,10 +271,10 @@ class ShardedSource(Decoding, abc.ABC):
     Attributes:
       classes: names of the classes; None: there are no labels.
       lengths: int64 [S], examples of each shard.
-      title: what a person calls the source.
+      title: the source's name, as a person knows it.
       total_bytes: size of all encoded images.
       image_shape: (height, width, channels), None where it varies.
-      shard_name: what a person calls a shard.
+      shard_name: the word for one of its shards, such as "row group".
       is_shuffled: the examples were shuffled before they were divided into shards.
     """
 

@@ -46,7 +46,7 @@ ENCODERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 }
 
 OPTIONS = (
-    Option("model.name", "resnet", name_in(ENCODERS), "the encoder f"),
+    Option("model.name", "resnet", name_in(ENCODERS), "architecture of the encoder f"),
     *resnet.OPTIONS,
     *vit.OPTIONS,
 )

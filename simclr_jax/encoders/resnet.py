@@ -44,30 +44,34 @@ STANDARDS = {
 
 OPTIONS = (
     Option("model.depth", 50, one_of(*STAGES), "layers of a ResNet"),
-    Option("model.width", 1.0, number(1 / 64, 64), "multiplies the channels of a ResNet's layers"),
+    Option(
+        "model.width", 1.0, number(1 / 64, 64), "factor on the channels of every layer of a ResNet"
+    ),
     Option(
         "model.stem",
         "imagenet",
         one_of(*STEMS),
-        'first layers of a ResNet; "cifar" up to 32 px (appendix B.9); "strided" halves once, for CPUs',
+        'first layers of a ResNet; "cifar": for images up to 32 px (appendix B.9); "strided": halves '
+        "the resolution once, for CPUs",
     ),
     Option(
         "model.pool_padding",
         "same",
         one_of(*POOL_PADDINGS),
-        'padding of the stem\'s max-pool: "same" is the published code\'s, "symmetric" torchvision\'s',
+        'padding of the stem\'s max-pool; "same": the published code\'s; "symmetric": torchvision\'s',
     ),
     Option(
         "model.zero_init_residual",
         True,
         flag(),
-        "each block of a ResNet starts as its shortcut, as published; False learns faster in short runs",
+        "start each residual block as its shortcut, as published; False learns faster in short runs",
     ),
     Option(
         "model.standardize",
         "none",
         one_of(*STANDARDS),
-        'what a ResNet does to pixels first; "none" as published; "imagenet" for weights of torchvision or timm',
+        'what a ResNet does to pixels first; "none": nothing, as published; "imagenet": subtract '
+        "ImageNet's mean and divide by its deviation, for weights of torchvision or timm",
     ),
     # He et al. 2015 (option B) and torchvision, whose weights go in and out exactly, project where the
     # shapes differ. The published SimCLR code (tf2/resnet.py, BlockGroup) projects once a stage.
@@ -75,8 +79,8 @@ OPTIONS = (
         "model.project_shortcuts",
         False,
         flag(),
-        "the first block of every stage projects its shortcut, in depths below 50 that of the first stage "
-        "too, as in the published code; False is torchvision's",
+        "project the shortcut of the first block of every stage, in depths below 50 that of the first "
+        "stage too, as the published code does; False is torchvision's way",
     ),
 )
 
@@ -136,7 +140,7 @@ class ResidualBlock(nn.Module):
 
     Attributes:
       features: channels of the 3x3 convolutions; a bottleneck block puts out 4 times as many.
-      stride: of the first 3x3 convolution and of the shortcut.
+      stride: step of the first 3x3 convolution and of the shortcut, pixels.
       bottleneck: 1x1, 3x3, 1x1 convolutions; else two of 3x3.
       project: the shortcut is a 1x1 convolution also where x has the shape that is added to it.
       dtype, norm_momentum, norm_group, zero_init_residual: see `ResNet`.
@@ -184,8 +188,8 @@ class ResNet(nn.Module):
       depth: one of STAGES.
       channel_factor: multiplies the number of channels of every layer; may be a fraction.
       stem: one of STEMS.
-      pool_padding: of the stem's max-pool, where it has one: one of POOL_PADDINGS.
-      dtype: of the activations and convolutions; parameters and statistics stay float32.
+      pool_padding: how the stem's max-pool is padded, where it has one: one of POOL_PADDINGS.
+      dtype: number format of activations and convolutions; parameters and statistics stay float32.
       norm_momentum: share of the old running BatchNorm statistics that a step keeps.
       norm_group: rows that share BatchNorm statistics, see `norm.BatchNorm`.
       zero_init_residual: the last BatchNorm's scale of each block starts at zero.

@@ -17,13 +17,21 @@ from simclr_jax.options import Option, whole
 
 OPTIONS = (
     Option(
-        "model.vit.patch_size", 16, whole(1, 256), "px, height and width of a patch; 4 at 32 px"
+        "model.vit.patch_size",
+        16,
+        whole(1, 256),
+        "height and width of a patch, pixels; 4 for images of 32 px",
     ),
     Option("model.vit.layers", 12, whole(1, 256), "transformer blocks; 12 in ViT-S and ViT-B"),
     Option(
-        "model.vit.width", 384, whole(4, 2**14), "D, of every token; a multiple of 4; ViT-S: 384"
+        "model.vit.width",
+        384,
+        whole(4, 2**14),
+        "D, the width of every token, a multiple of 4; 384 in ViT-S",
     ),
-    Option("model.vit.heads", 6, whole(1, 256), "attention heads; must divide the width; ViT-S: 6"),
+    Option(
+        "model.vit.heads", 6, whole(1, 256), "attention heads, a divisor of the width; 6 in ViT-S"
+    ),
 )
 
 

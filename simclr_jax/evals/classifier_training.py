@@ -56,13 +56,13 @@ class Setup:
 
     Attributes:
       whole: the training split's labelled images.
-      part: what of it is trained on.
-      validation: what of it settings are chosen on, or None.
+      part: the images of `whole` that are trained on.
+      validation: the images of `whole` that settings are chosen on, or None.
       test: the test split's labelled images.
       starts: kind -> {"params", "batch_stats"} of f and of g before training.
       members: int8 [C, K], see `DataSet`; None: each image has one label.
       metric: name of the metric, a row of `METRICS`, by which candidates are chosen and reported.
-      saved: what was saved beside the encoder.
+      saved: the record in the encoder's checkpoint.
       path: WORKDIR/MODE.json, or WORKDIR/MODE_DATA.json for other data than those of training; the
         trainings lie in the folder of the same name.
     """

@@ -49,7 +49,7 @@ class Extractor:
         often.
 
         Args:
-          variables: what forward needs, on all devices of the mesh.
+          variables: the first argument of `forward`, on all devices of the mesh.
           batches: this process's part, from `Views.evaluation_batches`.
           count: images of all batches, over all processes.
 

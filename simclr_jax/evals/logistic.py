@@ -44,7 +44,7 @@ def fit_logistic(x, y, l2, classes: int, max_iterations: int) -> dict:
         classifier, and the cross-entropy of an image is the sum of theirs.
       l2: weight of the penalty, a scalar of at least 0.
       classes: C.
-      max_iterations: of L-BFGS; it stops earlier when the gradient's norm is below 1e-5.
+      max_iterations: most iterations of L-BFGS, which stops earlier when the gradient's norm is below 1e-5.
 
     Returns:
       {"kernel": [D, C], "bias": [C]}

@@ -43,7 +43,7 @@ class Protocol(NamedTuple):
 
     Attributes:
       mode: its name, also the group of its options.
-      title: what the table is called.
+      title: stands above the table.
       options: batch_size and momentum.
       train_encoder: train f and g too, or only the classifier.
       layer: layer of the projection head whose output is classified; 0 is h.

@@ -35,7 +35,7 @@ def fit_chosen_lambda(features: Features, options: Options, lambdas: tuple[float
     """Fits logistic regression with the lambda that does best on a validation part.
 
     Args:
-      features: as they are, not scaled.
+      features: those of one encoder, not scaled.
       options: "validation_fraction", "seed" of the validation part, "max_iterations" of each fit, and
         "metric", what is chosen by.
       lambdas: candidates; each weighs |kernel|^2 / 2 beside the sum of the cross-entropies.

@@ -108,7 +108,7 @@ def asked(
     batches and processes are.
 
     Args:
-      task: what is asked.
+      task: the question, such as by how much the image was rotated.
       batches: this process's, {"image": uint8 [n, S, S, 3], "label": [n]}.
       seed, part: decide the random numbers: each part of the data has its own.
     """
@@ -132,7 +132,7 @@ def probe(
 
     Args:
       train, answers: features [n, D] and int [n].
-      test, expected: the same of the test images.
+      test, expected: features and answers of the test images.
       seed: decides its first weights and its batches.
 
     Returns:

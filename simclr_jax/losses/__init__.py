@@ -29,55 +29,64 @@ LOSSES: dict[str, Callable[[Mapping[str, Any], Mesh, int], Loss]] = {
 }
 
 OPTIONS = (
-    Option("loss.name", "nt_xent", name_in(LOSSES), "the loss over all projections of the batch"),
+    Option(
+        "loss.name",
+        "nt_xent",
+        name_in(LOSSES),
+        "the loss, over all projections of the global batch",
+    ),
     Option(
         "loss.temperature",
         0.1,
         number(1e-3, 1e3),
-        "tau, divides the cosine similarities; 0.5 for CIFAR (appendix B.9)",
+        "tau, which divides the similarities; 0.5 for CIFAR (appendix B.9)",
     ),
     Option(
         "loss.margin",
         0.8,
         number(0, 2),
-        "m of the losses margin and margin_semihard; the paper tries 0, 0.4, 0.8, 1.6 (B.10)",
+        "m in the losses margin and margin_semihard; the paper tries 0, 0.4, 0.8 and 1.6 (B.10)",
     ),
     Option(
         "loss.over_negatives",
         "mean",
         one_of("mean", "sum"),
-        "of the terms of an anchor's negatives, in nt_logistic and margin; the paper does not say",
+        "how nt_logistic and margin combine the terms of an anchor's negatives; the paper does not say",
     ),
     Option(
         "loss.normalize",
         True,
         flag(),
-        "compare z by their cosine; False: by their dot product (Table 5)",
+        "compare projections by their cosine; False: by their dot product (Table 5)",
     ),
     Option(
         "loss.negatives",
         "both_views",
         one_of("both_views", "other_view"),
-        "an anchor's negatives: the 2B - 2 views of other images; or, of an anchor that is a first view, their B - 1 "
-        "second views, and the other way round (appendix B.10)",
+        'which views are an anchor\'s negatives; "both_views": all 2B - 2 views of other images; '
+        '"other_view": of these only the B - 1 of the other kind, second views for a first view and '
+        "first views for a second (appendix B.10)",
     ),
     Option(
         "loss.memory",
         0,
         whole(0),
-        "negatives of earlier batches, a multiple of the batch; SimCLR v2: 65536; 0: none. For nt_xent and dcl",
+        "projections of earlier batches that serve as further negatives, a multiple of the batch, "
+        "with nt_xent and dcl; 65536 in SimCLR v2; 0: none",
     ),
     Option(
         "loss.memory_decay",
         0.999,
         number(0, 1),
-        "of the moving average of the weights that projects them (SimCLR v2, section 2)",
+        "decay of the moving average of the weights, which makes the projections of loss.memory "
+        "(SimCLR v2, section 2)",
     ),
     Option(
         "loss.implementation",
         "auto",
         one_of("auto", "dense", "chunked"),
-        '"dense": one matrix of similarities; "chunked": in tiles, for large batches; "auto": by size',
+        'how the loss is computed; "dense": one matrix of similarities; "chunked": in tiles, for '
+        'large batches; "auto": whichever suits the size',
         resumable=True,
     ),
 )

@@ -78,7 +78,7 @@ def over_rows(
       z: projections [2B, D]; rows 2i and 2i + 1 are the two views of image i. Not normalised.
       labels: int [B], -1 where there is none.
       loss: computes the loss of each anchor.
-      candidates: what anchors are compared with.
+      candidates: which rows an anchor is compared with, and how.
       mesh: in tiles, the devices over which the rows of z are divided; None: one device.
       chunk: anchors that are computed at once; None: all.
 

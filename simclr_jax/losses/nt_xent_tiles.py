@@ -104,7 +104,7 @@ def build_softmax(
     """Returns a softmax loss with its options bound, dense or in tiles.
 
     Args:
-      name: what a person calls the loss.
+      name: the loss's name, for messages.
       dense: the terms of the loss of z and tau, with the options `normalized` and `other_view`.
       run: (options, mesh, B), the arguments of `nt_xent_dense.build`.
       positive_in_sum: see `terms_in_tiles`.

@@ -60,7 +60,7 @@ class Parts:
         """Returns the step of the encoder that made the rows so far; None if there are none.
 
         Args:
-          workdir: of the encoder, or a checkpoint folder.
+          workdir: the folder of the run whose encoder it is, or a checkpoint folder.
 
         Raises:
           UserError: that encoder is gone.
@@ -81,7 +81,7 @@ class Parts:
         """Goes on with the rows that are there.
 
         Args:
-          about: what the rows are made of, JSON-able.
+          about: says which encoder and images the rows come from, JSON-able.
 
         Raises:
           UserError: the rows that are there are made of something else.
@@ -204,7 +204,7 @@ class FeatureFile(NamedTuple):
     """A file that --mode=embed wrote.
 
     Attributes:
-      about: what it was made of.
+      about: says which encoder and images it was made from.
       images: text [N], names of the images.
       path: the file.
     """

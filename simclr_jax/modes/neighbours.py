@@ -32,7 +32,7 @@ def nearest(features: FeatureFile, queries: np.ndarray, k: int) -> tuple[np.ndar
     """Finds the k images of largest cosine similarity to each query, without itself.
 
     Args:
-      features: of all images; walked through twice, a block at a time.
+      features: those of all images; read twice, a block at a time.
       queries: indices [q].
       k: at most the number of images less one.
 

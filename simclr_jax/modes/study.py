@@ -70,7 +70,7 @@ def run_study(
     of all that is there WORKDIR/study.json, table.md, figure.png and figure.svg.
 
     Args:
-      config: what the runs have in common.
+      config: the configuration that all runs share, before their own options.
       workdir: the study's folder.
       study: "FILE.py[:ARGUMENT]" or "NAME[:ARGUMENT]", see `read_study`.
       part: "I/N": only every N-th run, from the I-th on.

@@ -24,7 +24,7 @@ def draw_map(places: np.ndarray, some: Embedded, names: list[str], classes: tupl
     Args:
       places: [n, 2].
       some: the images.
-      names: what a person calls each.
+      names: a name for each, as a person knows it.
       classes: names of the labels; None: there are none.
     """
     from bokeh.models import ColumnDataSource, HoverTool

@@ -92,7 +92,7 @@ class Study(NamedTuple):
     """A table or a figure of the paper, as runs.
 
     Attributes:
-      title: what is studied.
+      title: names what is studied, above table and figure.
       factors: one or two.
       claims: each a function of the scores.
       published: the paper's numbers; None: there are none to set beside.

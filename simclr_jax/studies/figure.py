@@ -32,8 +32,8 @@ def draw(study: Study, outcomes: Outcomes, data: str, folder: epath.Path) -> lis
     """Draws the figure of what is there, as FOLDER/figure.png and figure.svg.
 
     Args:
-      study: what is drawn.
-      outcomes: what its runs reached.
+      study: the study that is drawn.
+      outcomes: the accuracies of its runs.
       data: names the data, for the caption.
       folder: the study's.
 

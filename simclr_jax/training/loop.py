@@ -80,8 +80,8 @@ class Run:
     Attributes:
       workdir: a folder, which exists.
       record: JSON-able, saved beside every checkpoint.
-      saving: of checkpoints.
-      reporting: of metrics.
+      saving: when checkpoints are saved, and how many are kept.
+      reporting: when metrics are reported, and how.
       sinks: () -> further places for metrics, opened on process 0; None: there are none.
       hang_seconds: without a step, after which the process is ended, see `Watch`; 0: never.
     """
@@ -123,7 +123,7 @@ def fit(
 
     Args:
       job: the step and how its state starts.
-      batches: what to train on.
+      batches: the batches to train on.
       run: where to write.
       hooks: run in this order after each step at which they are due, before it is saved.
 

@@ -63,7 +63,7 @@ def make_step(
 
     Args:
       objective: embeds a batch, or a microbatch.
-      loss: of all embeddings of the batch; `losses.Loss.apply`, or `objectives.no_loss`.
+      loss: computes the loss from all embeddings of the batch: `losses.Loss.apply`, or `objectives.no_loss`.
       rule: how the gradient becomes an update.
       fetch: turns the global batch into one whose every array is [B, ...], "label" among them.
       gather: makes a sharded tree like the parameters whole on every device.

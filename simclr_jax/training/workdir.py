@@ -96,7 +96,7 @@ def check_workdir(
       config: configuration of the run that is to go on.
       workdir: its folder.
       extend: the run may get another length.
-      mode: what the run is of, "pretrain" or "distill".
+      mode: the mode that made the run, "pretrain" or "distill".
 
     Returns:
       the newest checkpoint's record; None if there is no checkpoint, so that nothing can be lost.

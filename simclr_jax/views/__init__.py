@@ -39,13 +39,13 @@ OPTIONS = (
         "views.one_branch",
         False,
         flag(),
-        "both views are one crop, and only the second gets the operations, as in figure 5",
+        "give both views one crop, and only the second the operations after it, as in figure 5",
     ),
     Option(
         "views.first",
         "none",
         one_of("none", *(kind.NAME for kind in OPERATIONS)),
-        'the operation that is applied first; "none": the usual order, which begins with the flip',
+        'operation that is applied first; "none": the usual order, which begins with the flip',
     ),
 )
 
@@ -61,7 +61,7 @@ def make_distortion(
 
     Args:
       options: {option of the group "views", without the group: value}; missing ones get defaults.
-      operations: what may happen to a view after its crop, in order.
+      operations: the kinds of operations that a view may go through after its crop, in order.
       views: views of each image.
     """
     values = _DEFAULTS | dict(options)

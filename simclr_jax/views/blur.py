@@ -23,7 +23,9 @@ _REACH = 4.3
 class Blur(Operation):
     """Blurs a view."""
 
-    blur_probability: float = option_field(0.5, number(0, 1), "of a blur; 0 for small images")
+    blur_probability: float = option_field(
+        0.5, number(0, 1), "probability that a view is blurred; 0 for small images"
+    )
 
     NAME: ClassVar = "blur"
     DRAWS: ClassVar = {"blur": 1, "sigma": 1}

@@ -16,7 +16,7 @@ GREY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # ITU-R BT.601 luma, as tf.image.rgb_to
 class Flip(PixelOperation):
     """Mirrors left-right with probability 0.5."""
 
-    flip: bool = option_field(True, flag(), "mirror left-right, with probability 0.5")
+    flip: bool = option_field(True, flag(), "mirror a view left-right with probability 0.5")
 
     NAME: ClassVar = "flip"
     DRAWS: ClassVar = {"flip": 1}
@@ -33,7 +33,9 @@ class Flip(PixelOperation):
 class Grey(PixelOperation):
     """Replaces three channels by their luma."""
 
-    grey_probability: float = option_field(0.2, number(0, 1), "of dropping all colour")
+    grey_probability: float = option_field(
+        0.2, number(0, 1), "probability that a view loses all colour"
+    )
 
     NAME: ClassVar = "grey"
     DRAWS: ClassVar = {"grey": 1}
@@ -57,13 +59,21 @@ class ColorJitter(Operation):
     """
 
     color_strength: float = option_field(
-        1.0, number(0, 2), "s of the colour jitter: 0.8 s for all but hue, 0.2 s; 0.5 for CIFAR"
+        1.0,
+        number(0, 2),
+        "s, the strength of the colour jitter: brightness, contrast and saturation vary by 0.8 s, hue "
+        "by 0.2 s of a turn; 0.5 for CIFAR",
     )
-    jitter_probability: float = option_field(0.8, number(0, 1), "of the whole colour jitter")
+    jitter_probability: float = option_field(
+        0.8,
+        number(0, 1),
+        "probability that a view's brightness, contrast, saturation and hue change at all",
+    )
     brightness: str = option_field(
         "additive",
         one_of("additive", "multiplicative"),
-        '"additive" is the paper\'s code, "multiplicative" the later published code\'s',
+        'how brightness changes; "additive": the paper\'s code; "multiplicative": the later published '
+        "code",
     )
 
     NAME: ClassVar = "color_jitter"

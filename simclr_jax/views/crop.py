@@ -16,16 +16,16 @@ class Crop:
     """Which part of an image a view shows."""
 
     crop_area: tuple[float, float] = option_field(
-        (0.08, 1.0), interval(1e-6, 1), "share of the image's area, uniform"
+        (0.08, 1.0), interval(1e-6, 1), "range of a crop's share of the image's area, uniform"
     )
     crop_aspect: tuple[float, float] = option_field(
-        (3 / 4, 4 / 3), interval(0.01, 100), "width / height of a crop, log-uniform"
+        (3 / 4, 4 / 3), interval(0.01, 100), "range of a crop's width / height, log-uniform"
     )
     antialias: bool = option_field(
         False,
         flag(),
-        "average all pixels of a crop that is made smaller, as Pillow does; in evaluation too. The "
-        "published code takes 4 x 4 of them",
+        "average all pixels of a crop that is made smaller, as Pillow does, in evaluation too; the "
+        "published code weighs 4 x 4 of them",
     )
 
     NAME: ClassVar[str] = "crop"

@@ -17,9 +17,11 @@ _HIDDEN = 0.5  # the middle of the range, as cutout's zero is the mean of normal
 class Cutout(Operation):
     """Makes a square grey. Its centre is uniform over the view, so part of it may lie outside."""
 
-    cutout_probability: float = option_field(0.0, number(0, 1), "of hiding a square")
+    cutout_probability: float = option_field(
+        0.0, number(0, 1), "probability that a square of a view is hidden"
+    )
     cutout_size: float = option_field(
-        0.5, number(0.01, 2), "side of the square, share of the view's"
+        0.5, number(0.01, 2), "side of the hidden square, as a share of the view's side"
     )
 
     NAME: ClassVar = "cutout"

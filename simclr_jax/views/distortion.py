@@ -127,7 +127,7 @@ class Distortion:
 
     Attributes:
       crop: the part of the image.
-      operations: what happens to a view after that, in order.
+      operations: the steps that a view goes through after its crop, in order.
       views: how many views an image gets: two to learn from, one to train a classifier on.
       one_branch: both views are one crop, and only the second gets the operations (paper, section 3.1).
     """

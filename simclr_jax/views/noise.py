@@ -19,8 +19,12 @@ class Noise(Operation):
     generators: unlike all other operations this one is equal on both in distribution only.
     """
 
-    noise_probability: float = option_field(0.0, number(0, 1), "of Gaussian noise")
-    noise_strength: float = option_field(0.1, number(0, 1), "its deviation; pixels are in [0, 1]")
+    noise_probability: float = option_field(
+        0.0, number(0, 1), "probability that a view gets Gaussian noise"
+    )
+    noise_strength: float = option_field(
+        0.1, number(0, 1), "standard deviation of the noise; pixels are in [0, 1]"
+    )
 
     NAME: ClassVar = "noise"
     DRAWS: ClassVar = {"noise": 1, "key": 2}

@@ -50,7 +50,7 @@ def training_batches(
         what comes is still a function of the seed; more are noted when they are met.
       order: which image comes when; with the epoch and the image's index its seed decides every view.
       start_step: the first step to yield.
-      work: what is made of each image.
+      work: how the host turns an image into views.
 
     Yields:
       {"views": uint8 [B / P, views, size, size, 3], "label": int32 [B / P], -1 where there is none,
@@ -131,7 +131,7 @@ def evaluation_batches(
         `split.BROKEN`; more are noted when they are met.
       batch_size: images of a batch of this process alone, unlike in `Views.evaluation_batches`.
       share: this process's part.
-      view: what is made of each image.
+      view: how an image is cropped and resized.
       start: batches that are skipped.
 
     Yields:

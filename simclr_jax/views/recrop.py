@@ -18,7 +18,9 @@ _LAW = Crop()  # the paper's: a share of 0.08 to 1 of the area, width / height o
 class Recrop(Operation):
     """Crops a view once more, by the paper's law, and resizes it."""
 
-    recrop_probability: float = option_field(0.0, number(0, 1), "of cropping the view once more")
+    recrop_probability: float = option_field(
+        0.0, number(0, 1), "probability that a view is cropped once more"
+    )
 
     NAME: ClassVar = "recrop"
     DRAWS: ClassVar = {"recrop": 1, **Crop.DRAWS}

@@ -14,7 +14,7 @@ class Rotation(Operation):
     """Turns a view counter-clockwise by a quarter, a half or three quarters, each as often."""
 
     rotation_probability: float = option_field(
-        0.0, number(0, 1), "of turning by 90, 180 or 270 degrees"
+        0.0, number(0, 1), "probability that a view is turned by 90, 180 or 270 degrees"
     )
 
     NAME: ClassVar = "rotation"

@@ -16,7 +16,9 @@ class Sobel(PixelOperation):
     white along an axis. Pixels outside the view equal those on its edge.
     """
 
-    sobel_probability: float = option_field(0.0, number(0, 1), "of a view of edges only")
+    sobel_probability: float = option_field(
+        0.0, number(0, 1), "probability that a view is replaced by its edges"
+    )
 
     NAME: ClassVar = "sobel"
     DRAWS: ClassVar = {"sobel": 1}

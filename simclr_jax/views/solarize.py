@@ -14,9 +14,16 @@ class Solarize(PixelOperation):
     """Replaces values x of at least the threshold by 1 - x."""
 
     solarize_probability: float = option_field(
-        0.0, number(0, 1), "of inverting what is bright; 0.2 for one view in BYOL"
+        0.0,
+        number(0, 1),
+        "probability that the bright pixels of a view are inverted; 0.2 for one of the two views in "
+        "BYOL",
     )
-    solarize_threshold: float = option_field(0.5, number(0, 1), "of solarize; pixels are in [0, 1]")
+    solarize_threshold: float = option_field(
+        0.5,
+        number(0, 1),
+        "pixels from this value on, in [0, 1], are inverted when a view is solarized",
+    )
 
     NAME: ClassVar = "solarize"
     DRAWS: ClassVar = {"solarize": 1}
