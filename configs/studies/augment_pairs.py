@@ -46,8 +46,8 @@ def get_study() -> Study:
         for other, value in zip(_OPERATIONS, row, strict=True)
     }
     return Study(
-        title="Composition of distortions (Figure 5)",
-        factors=(Factor("first", first), Factor("second", second)),
+        title="Composition of distortions (figure 5)",
+        factors=(Factor("first distortion", first), Factor("second distortion", second)),
         claims=(
             among_best("crop and colour are among the three best", ("crop", "colour"), 3),
             above("crop and colour are above crop alone", ("crop", "colour"), ("crop", "crop")),
@@ -55,7 +55,7 @@ def get_study() -> Study:
                 "crop and colour are above colour alone", ("crop", "colour"), ("colour", "colour")
             ),
         ),
-        published=Published("paper, Figure 5: ImageNet, linear, top-1", published),
+        published=Published("paper, figure 5: ImageNet, linear, top-1", published),
         extremes=5,
         matrix=True,
     )

@@ -62,14 +62,21 @@ def draw(study: Study, outcomes: Outcomes, data: str, folder: epath.Path) -> lis
             _matrices(axes, study, outcomes.scores)
         else:
             _panels(figure, axes, study, outcomes.scores)
-        missing = f"; {len(outcomes.missing)} runs missing" if outcomes.missing else ""
         today = datetime.date.today().isoformat()
-        figure.suptitle(f"{study.title} ({today}{missing})", fontsize=10)
+        figure.suptitle(f"{study.title}, {today}{_missing(outcomes)}", fontsize=10)
         files = [folder / f"figure.{kind}" for kind in ("png", "svg")]
         for file, kind in zip(files, ("png", "svg"), strict=True):
             with writing(file), replacing(file) as scratch, scratch.open("wb") as opened:
                 figure.savefig(opened, format=kind, dpi=150)
     return files
+
+
+def _missing(outcomes: Outcomes) -> str:
+    """Says how many runs are missing, to end a title; "" if none are."""
+    if not outcomes.missing:
+        return ""
+    further = all(run.seed > 0 for run in outcomes.missing)
+    return f" ({len(outcomes.missing)} runs{' of further seeds' if further else ''} missing)"
 
 
 def _seeds(scores: Scores) -> str:
@@ -85,6 +92,7 @@ def _panels(figure: Any, axes: Any, study: Study, scores: Scores) -> None:
         _panel(axes[1], study, _scores_of(study.published), "accuracy, %")
         if not study.factors[0].numbers:
             axes[1].set_yticklabels([])  # those of the panel beside it
+            axes[1].set(ylabel=None)
     if len(_layout(study)[1]) > 1:
         marks, names = axes[0].get_legend_handles_labels()
         title = study.factors[1].name if len(study.factors) > 1 else None
@@ -148,16 +156,18 @@ def _panel(axes: Any, study: Study, scores: Scores, measure: str) -> None:
     first, (names, series) = study.factors[0], _layout(study)
     places = [float(name) for name in names] if first.numbers else range(len(names))
     for number, (name, keys) in enumerate(series.items()):
+        # From -0.5 to 0.5: series lie beside each other, so that none hides another.
+        aside = (number + 0.5) / len(series) - 0.5
         there = [(place, key) for place, key in zip(places, keys, strict=True) if scores.get(key)]
         middle = [100 * mean(scores, key) for _, key in there]
         spread = [100 * deviation(scores, key) for _, key in there]
         bars = spread if any(spread) else None
         look = {"color": _COLOURS[number % len(_COLOURS)], "marker": "o", "capsize": 3}
         if first.numbers:
-            axes.errorbar([x for x, _ in there], middle, bars, label=name, **look)
+            columns = [place * 2 ** (aside / 5) for place, _ in there]
+            axes.errorbar(columns, middle, bars, label=name, **look)
             continue
-        aside = 0.5 * ((number + 0.5) / len(series) - 0.5)
-        rows = [place + aside for place, _ in there]
+        rows = [place + aside / 2 for place, _ in there]
         axes.errorbar(middle, rows, xerr=bars, label=name, linestyle="none", **look)
     if first.numbers:
         axes.set_xscale("log", base=2)
@@ -167,7 +177,7 @@ def _panel(axes: Any, study: Study, scores: Scores, measure: str) -> None:
     else:
         axes.set_yticks(list(places), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set(xlabel=measure)
+        axes.set(xlabel=measure, ylabel=first.name)
 
 
 def _layout(study: Study) -> tuple[list[str], dict[str, list[Key]]]:
