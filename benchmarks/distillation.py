@@ -62,7 +62,7 @@ class Runs:
         self.command(name, "pretrain", "health.json", "--config.eval.after_training=none", *more)
         result = self.folder / name / "finetune.json"
         if result.exists() and len(json.loads(result.read_text())["rows"]) < 2 * len(SHARES):
-            result.unlink()  # of a command that was interrupted, which goes on
+            result.unlink()  # left by an interrupted command, which goes on
         self.command(name, "finetune", result.name, *more)
         rows = json.loads(result.read_text())["rows"]
         found: dict[str, dict[float, dict]] = {}

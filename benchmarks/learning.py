@@ -6,13 +6,13 @@ several seeds, each a process of its own:
 
     ours         the automatic settings of configs/folder.py on a CPU
     lightly      the same encoder, epochs, batch, temperature, crops and strength of colour, built
-                 from lightly's parts, with the optimizer of its documentation and, of that one's
-                 learning rate and its fourfold, the one that is better on held-out images
+                 from lightly's parts, with the optimizer of its documentation, at the documented
+                 learning rate or four times it, whichever is better on held-out images
     ours, time   ours with as many epochs as fit into the seconds that lightly's training took
 
-One probe judges all: scikit-learn's logistic regression on standardised features, its C chosen on a
-part of the training images, the same that chooses lightly's learning rate. A finished run is not run again: its line is in --runs, with all the options
-that it read.
+One probe judges all runs: scikit-learn's logistic regression on standardised features. Its C is chosen on the
+same held-out part of the training images as lightly's learning rate. A finished run is not run again: its
+line is in --runs, with all the options that it read.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import numpy as np
 LABELS, DRAWS, NEIGHBOURS = 10, 5, 20
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C
 MOST_TRAINING = 10_000  # images that the probe is fitted on
-# Of lightly's documentation, and four times it: in a short training the best rate may be higher.
+# The rate of lightly's documentation, and four times it: in a short training the best rate may be higher.
 LIGHTLY_RATES = (0.06, 0.24)
 # The options that other kinds than ours read.
 READ = {
@@ -64,7 +64,7 @@ class Run(NamedTuple):
     flip: bool
 
     def named(self) -> dict:
-        """Returns what tells it from other runs on the same data."""
+        """Returns what distinguishes the run from others on the same data."""
         named = {"kind": self.kind, "seed": self.seed, "options": self.options, "flip": self.flip}
         return json.loads(json.dumps(named))  # tuples become lists, as in the file
 
@@ -338,7 +338,7 @@ def main() -> None:
     def run(kind, seed, epochs, rate=None):
         changes = [*arguments.set, *([f"lightly.learning_rate={rate}"] if rate else [])]
         named = run_of(arguments, automatic, kind, seed, epochs, changes).named()
-        # "held": without it, of an earlier version of this file.
+        # Lines without "held" are of an earlier version of this file.
         found = [r for r in done if r | named == r and "held" in r]
         if found:
             return found[0]

@@ -8,8 +8,8 @@ import numpy as np
 
 
 def torch():
-    """PyTorch, with torchvision importable beside a CPU build: its compiled operations do not load
-    there, and are not needed, but importing it looks for their schemas.
+    """Returns PyTorch, after making torchvision importable beside a CPU build: torchvision's compiled operations
+    do not load there, and are not needed, but its import looks for their schemas.
     """
     import torch
 

@@ -65,7 +65,7 @@ def small_images():
 
 
 def our_batches(images, size: int, distortion: dict, color: bool, batch_size: int):
-    """Sizes of the batches of the host pipeline, of JPEGs or of arrays."""
+    """Yields the sizes of the batches that the host pipeline makes from JPEGs or arrays."""
     import numpy as np
 
     from simclr_jax.data.arrays import in_memory
@@ -76,7 +76,7 @@ def our_batches(images, size: int, distortion: dict, color: bool, batch_size: in
     from simclr_jax.views import make_distortion
     from simclr_jax.views.pipeline import HostWork, training_batches
 
-    if isinstance(images, list):  # the files of a folder, but for the reading of the disk
+    if isinstance(images, list):  # as a folder's files, but without reading the disk
         split = IndexedSplit(Encoded(images, np.full(len(images), -1, np.int32)))
     else:
         split = in_memory(images)
@@ -87,7 +87,7 @@ def our_batches(images, size: int, distortion: dict, color: bool, batch_size: in
 
 
 def decoded(images: list[bytes]):
-    """JPEG to pixels and nothing else: the floor."""
+    """Decodes JPEGs and does nothing else, which no pipeline can beat; yields the sizes of batches."""
     import tensorflow as tf
 
     dataset = (
@@ -130,7 +130,7 @@ def _inputs() -> dict:
 
 
 def images_rate(batches, seconds: float = 8.0) -> dict:
-    """Images by second, and by second of CPU time of this process and its workers."""
+    """Measures images per second, and per second of CPU time of this process and its workers."""
     for _ in range(6):  # compiling, filling buffers
         next(batches)
     count, began, used = 0, time.perf_counter(), cpu_seconds()
@@ -188,7 +188,7 @@ def _losses() -> dict:
 
 
 def seconds_each(run, seconds: float = 4.0) -> dict:
-    """Seconds of one call, the median, and of its CPU time, the mean."""
+    """Measures the median of the seconds that a call takes, and the mean of its CPU seconds."""
     run()
     times: list[float] = []
     began, used = time.perf_counter(), cpu_seconds()
@@ -256,8 +256,8 @@ KINDS = {"input": _inputs, "loss": _losses, "step": _steps, "gpu": _gpu_steps}
 
 
 def _peak_memory(kind: str, name: str) -> int:
-    """Returns what the GPU held at most, or else this process, bytes. Not by getrusage, whose maximum begins
-    at that of the parent.
+    """Returns the peak memory of the GPU or, for other kinds, of this process, bytes. Does not use getrusage, whose
+    maximum begins at the parent's.
     """
     if kind == "gpu" and name.endswith("simclr_jax"):
         import jax
@@ -273,7 +273,7 @@ def _peak_memory(kind: str, name: str) -> int:
 
 def one_turn(kind: str, name: str) -> dict:
     """Measures one thing in this process."""
-    if kind == "loss":  # an error, before the machine has to kill something
+    if kind == "loss":  # get an error before the machine has to kill a process
         resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
     if name.endswith(("simclr_jax", *OUR_LOSSES)):
         from simclr_jax.processes import keep_freed_memory
@@ -349,7 +349,7 @@ def main() -> None:
         "versions": versions,
         "rows": rows,
     }
-    # Not in the place of a whole run's results.
+    # Results of --only must not replace those of a whole run.
     of_some = "-" + re.sub(r"\W+", "_", args.only) if args.only else ""
     path = HERE / "results" / f"{args.kind}{of_some}-{result['date']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -3,10 +3,10 @@
 Linear evaluation on the test split (not reproduced here; each figure with its source):
     cifar10.py             ResNet-50, batch 1024, 1000 epochs   94.0 %       paper, appendix B.9
     cifar10.py:resnet18    ResNet-18, batch 512, 1000 epochs    around 91 %  published code's README
-Appendix B.9 searched learning rates 0.5, 1.0 and 1.5 and temperatures 0.1, 0.5 and 1.0; for its
-best batch, 1024, it names no pair: these are the README's, 1.0 and 0.5. With `resnet18` the rest is as
-the README's command has it too: weight decay 1e-4, a head of three layers, multiplicative brightness.
-Hardware: one GPU, or a TPU, both in bfloat16, which on TPUs the published code's products are rounded to as well.
+Appendix B.9 searched learning rates 0.5, 1.0 and 1.5 and temperatures 0.1, 0.5 and 1.0, but does not name the
+best pair for its best batch, 1024: the pair here, 1.0 and 0.5, is the README's. `resnet18` follows the
+README's command in the rest, too: weight decay 1e-4, a head of three layers, multiplicative brightness.
+Hardware: one GPU or TPU, in bfloat16, to which TPUs also round the published code's products.
 TFDS downloads the data (170 MB).
 
 `cpu` is for studies on two CPU cores: ResNet-10 x0.25, 3 epochs in batches of 64 by AdamW, two minutes; views and

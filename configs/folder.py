@@ -29,7 +29,7 @@ def get_config(argument: str = ""):
     c.data.source = kind_of(argument)
     c.data.path = argument
     looked_at = c.data.to_dict() | {"seed": c.seed}
-    if c.data.source == "parquet":  # which is opened here, before options of the command line count
+    if c.data.source == "parquet":  # opened here, before options of the command line apply
         found = image_columns(argument)
         column = c.data.parquet.image_column = chosen_column(found, c.data.parquet.image_column)
         if column not in found:

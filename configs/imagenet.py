@@ -15,7 +15,7 @@ TFDS cannot download ImageNet: put its archives where the TFDS catalogue says (i
     python -m simclr_jax.main --config=configs/imagenet.py --workdir=/tmp/simclr_imagenet \
         --config.data.path=TFDS_FOLDER
 
-The table's figures are linear evaluation on all training images, of a training that is finished:
+The table's figures are from linear evaluation of a finished training, with all training images:
 
     python -m simclr_jax.main --mode=linear --workdir=/tmp/simclr_imagenet \
         --config.eval.validation_fraction=0 --config.eval.baselines=False

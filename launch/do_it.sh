@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# To be sourced: what --dry_run means to every script, by its variable `dry_run`, where a run writes, and how a script ends
-# that was called wrongly.
+# To be sourced by the other scripts: runs a command, or prints it if their variable `dry_run` is set; finds the
+# workdir among a run's arguments; ends a script that was called wrongly.
 
 # do_it COMMAND ...: runs it, or prints it so that it can be pasted.
 do_it() {

@@ -69,7 +69,7 @@ manifest() {
             "completions": $hosts,
             "backoffLimit": 0,
             "podFailurePolicy": {
-              "rules": [{"action": "FailJob", "onExitCodes": {"containerName": "simclr", "operator": "In", "values": [1, 2]}}]
+              "rules": [{"action": "FailJob", "onExitCodes": {"containerName": "simclr", "operator": "In", "values": [1, 2, 126, 127]}}]
             },
             "template": {
               "spec": {

@@ -17,9 +17,9 @@
 #     --array=1-N         of a study: N jobs, each of which makes a part
 #     --dry_run           print the command
 #
-# A job that is preempted, whose node fails, that comes to its time limit, or a process of which dies or hangs,
-# is queued again and goes on from the newest checkpoint. One that is cancelled, or ended by a mistake that the
-# user has to mend, is not.
+# A job is queued again, and goes on from the newest checkpoint, if it is preempted, its node fails, its time limit
+# comes, or one of its processes dies or hangs. It is not queued again if it was cancelled, or ended by a mistake
+# that the user has to mend.
 set -euo pipefail
 
 from=$PWD
@@ -27,9 +27,9 @@ from=$PWD
 [[ -n ${SLURM_JOB_ID:-} && -e launch/do_it.sh ]] || cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/do_it.sh
 
-# run_again STATUS: whether to queue the job again. srun ends with the highest status of the processes: 0 done; 1, 2, 126 and 127 a mistake of the user's; 75
-# stopped by a signal, and saved. Where only one process has made a mistake, it says so in a file, as the
-# others end in other ways.
+# run_again STATUS: succeeds if the job is to be queued again. srun ends with the highest status of the processes: 0
+# done; 1, 2, 126 and 127 a mistake of the user's; 75 stopped by a signal, and saved. A process that ends by a mistake
+# also makes the file $SIMCLR_MISTAKE, as the other processes then end with other statuses.
 run_again() {
   [[ ! -e $SIMCLR_MISTAKE ]] || return 1
   case $1 in
@@ -40,7 +40,7 @@ run_again() {
       ((${SLURM_RESTART_COUNT:-0} < restarts)) || return 1
       ;;
   esac
-  # SLURM says COMPLETING of a job that was cancelled, and itself queues one again that it preempted.
+  # A cancelled job is COMPLETING, and SLURM itself queues a preempted one again: requeue only a RUNNING job.
   [[ $(squeue --noheader --jobs="$job" --format=%T) == RUNNING ]]
 }
 
@@ -99,10 +99,10 @@ fi
 # shellcheck source=launch/xla_flags.sh
 source launch/xla_flags.sh gpu
 run=(python -m simclr_jax.main "$@")
-# Without arguments, as conda's activate would take them for its own.
+# Source the prelude without arguments, as conda's activate would take them for its own.
 # shellcheck disable=SC2016
 [[ -z $prelude ]] || run=(bash -c 'file=$0 run=("$@"); set --; source "$file" || { echo "error: $file failed" >&2; exit 2; }; exec "${run[@]}"' "$prelude" "${run[@]}")
-# A job of an array; of its numbers SLURM_JOB_ID may be that of the whole array.
+# Name the one job of an array, as SLURM_JOB_ID may be the number of the whole array.
 job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID:-}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 export SIMCLR_MISTAKE=$PWD/.mistake_in_job_$job

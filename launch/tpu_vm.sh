@@ -48,7 +48,7 @@ version_of() {
 # network that is down must not lead to a second slice.
 state() {
   local said errors status=0
-  errors=$(mktemp) # apart: gcloud warns there also where it succeeds
+  errors=$(mktemp) # stderr apart: gcloud prints warnings there even if it succeeds
   said=$(gcloud compute tpus queued-resources describe "$name" ${zone:+--zone="$zone"} \
     --format='value(state.state)' 2> "$errors") || status=$?
   if ((status == 0)); then
@@ -139,7 +139,7 @@ logs() {
 }
 
 stop() {
-  on_hosts all "[ -e ~/simclr.pid ] && pkill -TERM -P \$(cat ~/simclr.pid)" # what the shell of that number runs
+  on_hosts all "[ -e ~/simclr.pid ] && pkill -TERM -P \$(cat ~/simclr.pid)" # the program that this pid's shell runs
 }
 
 # Ends what is left of a run on every host: one host may wait for another that has ended.
@@ -148,8 +148,8 @@ clear_hosts() {
 }
 
 # Looks after a run until its first host says that it ended with status 0. An error that comes back at once would
-# come back for ever: after three in a row that lasted less than ten minutes it gives up, and after ten in a row
-# that gcloud refused. A slice that is taken away counts as neither.
+# come back for ever: after three in a row that lasted less than ten minutes it gives up, and after ten attempts in
+# a row to resume it that failed. A slice that is taken away counts as neither.
 babysit() {
   local now said began=$SECONDS short=0 refused=0
   if [[ -n $dry_run ]]; then
@@ -177,7 +177,7 @@ babysit() {
           clear_hosts || true
         fi
         echo "$(date +%H:%M:%S) $name is $now, the run: $said; resuming"
-        # A program of its own: what fails in it, a slice lost meanwhile or a host not ready, is tried again.
+        # Resume in a process of its own: if it fails (a slice lost meanwhile, a host not ready), it is tried again.
         if launch/tpu_vm.sh resume "${given[@]}"; then
           began=$SECONDS refused=0
         else

@@ -80,7 +80,7 @@ def evaluate(
 
 
 def _with_options(config: ConfigDict | str | os.PathLike, options: dict[str, Any]) -> ConfigDict:
-    """Returns a validated configuration, with other values of options; the caller's stays as it is."""
+    """Returns the validated configuration with `options` set; a ConfigDict of the caller's is copied, not changed."""
     from simclr_jax.config import flatten, set_options, validate
     from simclr_jax.config.overrides import check_name_is_read, read_file
     from simclr_jax.errors import UserError

@@ -81,7 +81,7 @@ def pretraining(
     _check_enough(config.data.batch_size, train.count)
     plan = plan_of(config, train.count)
     made = views(config, mesh)
-    # One label an image or none: neither the online classifier nor a loss knows sets of them.
+    # The online classifier and the losses take one label an image: data with several count as unlabelled.
     classes = len(train.classes) if train.classes and not several_labels else None
     loss = contrastive_loss(config, mesh)
     if loss.needs_labels and not classes:
@@ -139,7 +139,7 @@ def pretraining_job(config: ConfigDict, plan: Plan, classes: int | None, mesh: M
             memory_rule(config, mesh, made) if batches else None,
         ),
         fetch=made.fetch,
-        # Said, as the compiler could also divide the convolutions by channels, and move images.
+        # Gather the parameters explicitly: the compiler could also divide convolutions by channels and move images.
         gather=lambda params: jax.lax.with_sharding_constraint(params, everywhere),
     )
     remembered = (batches, config.data.batch_size) if batches else None
@@ -177,7 +177,7 @@ def views(config: ConfigDict, mesh: Mesh) -> Views:
 
 
 def classifier_views(config: ConfigDict, mesh: Mesh, batch_size: int) -> Views:
-    """Makes what classifiers are trained on: one view of each image, only cropped and flipped."""
+    """Makes the views that classifiers are trained on: one of each image, only cropped and flipped."""
     making = _making(config, mesh, batch_size, crops_for_classifiers(config.views.to_dict()))
     return Resident(making) if config.data.placement == "device" else HostViews(making)
 
@@ -278,15 +278,15 @@ def contrastive_loss(config: ConfigDict, mesh: Mesh) -> Loss:
 
 
 def memory_rule(config: ConfigDict, mesh: Mesh, made: Views) -> MemoryRule:
-    """Makes what projects a batch into the memory of negatives."""
-    # One view of an image, so a group of BatchNorm has half the rows that it has in the trained network.
+    """Makes the rule by which each step adds projections of its batch to the memory of negatives."""
+    # The memory's network sees one view an image: its BatchNorm groups have half the rows of the trained network's.
     rows = images_of_a_norm(config, mesh)
     single = Networks(encoder(config, norm_group=rows), head(config, norm_group=rows), None)
     return MemoryRule(projection_of_second_views(single, made.views), config.loss.memory_decay)
 
 
 def references(config: ConfigDict, plan: Plan) -> References:
-    """Makes what the metrics of a run are held against."""
+    """Makes the reference numbers that a run's metrics are compared with."""
     is_bounded = (
         config.loss.name == "nt_xent"
         and config.loss.normalize
@@ -301,7 +301,7 @@ def references(config: ConfigDict, plan: Plan) -> References:
 
 
 def trust_ratios_of(config: ConfigDict) -> Callable | None:
-    """Returns (params, gradients) -> metrics of the trust ratios, where the optimizer has them."""
+    """Returns the function (params, gradients) -> metrics of LARS's trust ratios; None for other optimizers."""
     options = config.optimizer
     if options.name != "lars":
         return None

@@ -9,7 +9,7 @@ import rich.console
 import rich.progress
 import rich.table
 
-# No file name may be taken for markup, such as [/b], or for an emoji, such as :100:.
+# Markup and emoji are off, because a file name may contain [/b] or :100:.
 _console = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
@@ -40,7 +40,7 @@ class Progress:
     def __init__(self, total: int, start: int = 0):
         """Starts at step `start` of `total`."""
         self._total, self._start = total, start
-        self._first: tuple[int, float] | None = None  # a step and when it ended: after compilation
+        self._first: tuple[int, float] | None = None  # first step and its end: compilation is over
         self._bar = None
         if _console.is_terminal and jax.process_index() == 0:
             self._bar = rich.progress.Progress(
@@ -66,7 +66,7 @@ class Progress:
         say(f"step {step}/{self._total}  {summary_of(metrics)}{ending}")
 
     def _left(self, step: int) -> float | None:
-        """Returns the seconds that are left, by the time of the steps after the first one."""
+        """Estimates the seconds left from the time of the steps after the first one; None before there is one."""
         assert self._first is not None
         first, began = self._first
         if step == first:
@@ -76,7 +76,7 @@ class Progress:
     def track(self, items: Iterable) -> Iterator:
         """Yields the items, each of which is a step, and moves the bar with each."""
         for step, item in enumerate(items, self._start + 1):
-            self.advance(step)  # before: who takes the last item may not ask for another
+            self.advance(step)  # before the yield: the consumer may stop after the last item
             yield item
 
     def __enter__(self) -> Self:

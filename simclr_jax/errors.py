@@ -6,8 +6,8 @@ class UserError(Exception):
 
 
 class Unavailable(UserError):
-    """Says that a storage or another process did not answer: the same command may go on later, and a launcher may
-    give it.
+    """Says that a storage or another process did not answer: the same command may succeed later, and a launcher may
+    run it again.
     """
 
 
@@ -15,11 +15,11 @@ class NotFinite(UserError):
     """Says that a training cannot go on, as its loss or gradient is not finite: the same command ends there again."""
 
 
-# The status of a process that ends because another one, or a storage, is gone or stuck: a launcher may start all
-# of them again, as it may not after a mistake of the user's. EX_UNAVAILABLE of sysexits.h.
+# Exit status of a process that ends because another process or a storage is gone or stuck: a launcher may restart
+# all processes, as it must not after a user's mistake. EX_UNAVAILABLE of sysexits.h.
 LOST = 69
 
 
 def one_line(error: Exception) -> str:
-    """Returns the message of an error, whatever it is of, without line breaks."""
+    """Returns the message of an error of any type, without line breaks."""
     return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, and in one line to the user where that fails."""
+"""Writes files whole or not at all, and reports a failure to the user in one line."""
 
 import contextlib
 import fcntl
@@ -14,8 +14,8 @@ from etils import epath
 
 from simclr_jax.errors import Unavailable, UserError, one_line
 
-# TensorFlow remembers for 5 s that an object of a bucket exists: a folder renamed is still there to it. It reads
-# this when it first meets a bucket.
+# By default TensorFlow caches for 5 s that an object in a bucket exists, and still sees a folder after its renaming.
+# It reads this variable when it first accesses a bucket.
 os.environ.setdefault("GCS_STAT_CACHE_MAX_AGE", "0")
 
 
@@ -85,10 +85,11 @@ def write_json(path: epath.PathLike, value: Any, advice: str = "") -> None:
 
 @contextlib.contextmanager
 def locked(folder: epath.PathLike, advice: str) -> Iterator[None]:
-    """Keeps other programs that ask for it from writing into a folder while the block runs.
+    """Locks a folder while the block runs, so that no other program that takes the lock writes into it.
 
     The lock is the file FOLDER/lock, made with the folder; the system releases it when the program
-    ends, however it ends. If nothing else came into the folder, what was made is removed again.
+    ends, however it ends. If nothing else is in the folder at the end, the lock is removed, and
+    the folder if it was made here.
     Buckets, and file systems without locks, cannot be locked.
 
     Args:
@@ -128,8 +129,8 @@ def locked(folder: epath.PathLike, advice: str) -> Iterator[None]:
 
 
 def expanded(path: str | os.PathLike) -> pathlib.Path:
-    """Returns a local path with "~" and "~NAME" put in; of an unknown NAME the path as it is, where
-    pathlib's own would raise a RuntimeError.
+    """Returns a local path with "~" and "~NAME" expanded. With an unknown NAME the path stays as it is, where
+    pathlib's own expanduser would raise a RuntimeError.
     """
     return pathlib.Path(os.path.expanduser(path))
 
@@ -140,7 +141,7 @@ def located(path: epath.PathLike) -> epath.Path:
 
 
 def absolute(path: str) -> str:
-    """Returns a path that means the same from every current folder; an address with "://" as it is."""
+    """Makes a local path absolute; returns an address with "://" unchanged."""
     return path if in_bucket(path) else os.path.abspath(expanded(path))
 
 
@@ -150,9 +151,10 @@ def in_bucket(path: epath.PathLike) -> bool:
 
 
 def check_bucket(address: str) -> None:
-    """Raises a UserError unless a bucket's address can be written to, as far as can be seen at once; does
-    nothing for local paths. TensorFlow would try for ever to make a bucket that is not there, and orbax fail
-    in the middle of the first save without Google's package.
+    """Raises a UserError if it is clear at once that a bucket's address cannot be written to; accepts local paths.
+
+    Without this check TensorFlow would try for ever to create a missing bucket, and orbax would fail in the middle
+    of the first save if google-cloud-storage is not installed.
     """
     if not in_bucket(address):
         return
@@ -168,7 +170,7 @@ def check_bucket(address: str) -> None:
             raise UserError(f"no bucket gs://{bucket}: expected one that is there, in {address}")
     except UserError:
         raise
-    except Exception:  # one that may be written to and not looked at: the first write will tell
+    except Exception:  # perhaps it allows writing but not looking: the first write will tell
         pass
     if not _has_google_storage():
         raise UserError(
@@ -187,10 +189,10 @@ _NOT_ALLOWED = (
 
 
 def storage_error(error: Exception) -> UserError | None:
-    """Returns in one line what a bucket's library raised; None if the error is of something else.
+    """Turns an error that a bucket's library raised into a one-line UserError; returns None for any other error.
 
     TensorFlow, TensorStore (for orbax) and google-cloud-storage have exceptions of their own, and none is an
-    OSError. An `Unavailable` is one that a later try may not meet.
+    OSError. The result is an `Unavailable` if a later try may succeed.
     """
     if isinstance(error, UserError):
         return None
@@ -210,7 +212,7 @@ def storage_error(error: Exception) -> UserError | None:
 
 
 def raise_if_away(error: Exception) -> None:
-    """Raises an `Unavailable` if `error` says that a bucket does not answer: its content may be whole."""
+    """Raises an `Unavailable` if `error` means that a bucket does not answer, not that its content is damaged."""
     if isinstance(away := storage_error(error), Unavailable):
         raise away from error
 

@@ -20,8 +20,8 @@ from simclr_jax.files import cache_folder, check_bucket, storage_error
 from simclr_jax.modes import MODES
 from simclr_jax.training.workdir import saved_config
 
-# The status of a command that a signal has stopped, and that goes on from there when it is given again: a
-# launcher must not take it for finished. EX_TEMPFAIL of sysexits.h.
+# Exit status of a command that a signal has stopped. The same command goes on from there, so a launcher must not
+# take it for finished. EX_TEMPFAIL of sysexits.h.
 STOPPED = 75
 
 
@@ -38,10 +38,10 @@ def main(argv: list[str]) -> None:
         check_bucket(args.workdir)
     if "topology" not in flags:  # compiling for a slice sets up JAX itself
         keep_compiled_programs()
-        # Before the configuration, which may ask what devices there are.
+        # Before the configuration is loaded: its file may ask JAX for the devices.
         processes.start(args.coordinator, args.processes, args.process)
     config = None
-    if "runs" in flags:  # each of them has its own configuration
+    if "runs" in flags:  # each of the compared runs has its own configuration
         if args.config or overrides:
             given = " ".join(overrides) or f"--config={args.config}"
             raise UserError(f"--runs compares runs as they are: expected no {given}")
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
 
 
 def _flags_of(args: argparse.Namespace) -> dict:
-    """Returns the flags of the mode, {name: value}. Raises a UserError if one is missing or too many."""
+    """Returns the flags of the mode, {name: value}. Raises a UserError if one is missing or another mode's."""
     mode = MODES[args.mode]
     known = {flag for other in MODES.values() for flag in (*other.needs, *other.takes)}
     given = {flag: getattr(args, flag) for flag in sorted(known) if getattr(args, flag)}
@@ -186,7 +186,8 @@ def keep_compiled_programs() -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # JAX keeps what took a second; a run has some ten programs of 0.2 to 0.9 s, 2 to 3 s in all.
+        # By default JAX keeps only programs that took 1 s to compile; a run has some ten of 0.2 to 0.9 s, 2 to 3 s in
+        # all.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
@@ -195,11 +196,11 @@ def shell(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     another process does not answer, 130 (`processes.INTERRUPTED`) for Ctrl-C,
     and 75 (`STOPPED`) for a training that a signal has stopped.
     """
-    # Nothing of TensorFlow's own log below fatal errors: what matters comes as an exception, and is said once. "1" is
-    # what importing JAX sets.
+    # Hide TensorFlow's own log below fatal errors: what matters comes as an exception, which is reported once.
+    # Importing JAX sets "1".
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    # Its plain kernels: the same numbers on every CPU.
+    # TensorFlow's plain kernels instead of oneDNN's, for the same numbers on every CPU.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     processes.keep_freed_memory(os.environ)
     try:
@@ -243,7 +244,7 @@ def run(command: Callable[[list[str]], None] | None = None) -> None:
         signal.getsignal(signal.SIGINT) == signal.default_int_handler
     ):  # else ignored, as of a job in the background
         signal.signal(signal.SIGINT, processes.end_interrupted)
-    status: object = 1  # of any other exception
+    status: object = 1  # if any exception but SystemExit ends the command
     try:
         shell(command or main, sys.argv[1:])
         status = 0
@@ -257,8 +258,8 @@ def run(command: Callable[[list[str]], None] | None = None) -> None:
 
 
 def mend_unraisable() -> None:
-    """Hides the pages that Orbax's threads write where a disk is full, as `shell` says it in one line; and raises a
-    Ctrl-C again that came where Python ignores exceptions, such as in JAX's callback of the garbage collector.
+    """Hides the pages that Orbax's threads write when a disk is full, because `shell` reports that in one line.
+    Also repeats a Ctrl-C that came where Python ignores exceptions, such as in JAX's garbage-collector callback.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -271,7 +272,7 @@ def mend_unraisable() -> None:
             again = threading.Timer(0.1, signal.pthread_kill, [main_thread, signal.SIGINT])
             again.daemon = True
             again.start()
-        elif str(unraisable.exc_value) != "Event loop is closed":  # of the save that was given up
+        elif str(unraisable.exc_value) != "Event loop is closed":  # raised by an abandoned save
             show(unraisable)
 
     sys.unraisablehook = show_others

@@ -23,15 +23,15 @@ AXES = DATA, FSDP = "data", "fsdp"
 def make_mesh(devices=None, fsdp: int = 1) -> Mesh:
     """Makes a mesh of shape (devices / fsdp, fsdp) of all devices of all processes.
 
-    Of several TPU slices, which the data-centre network joins, each is a run of rows: the groups of "fsdp", which
-    gather parameters in every step, lie within a slice, and only the batch is divided over slices.
+    With several TPU slices, joined by the data-centre network, each slice is a block of consecutive rows. So a
+    group of "fsdp", which gathers parameters in every step, lies within a slice; only the batch spans slices.
 
     Raises:
       UserError: the devices, of each slice, do not divide into groups of `fsdp`.
     """
     if devices is None:
-        # A process's devices side by side: on some slices the ids of the hosts interleave, and
-        # the rows of a global array are said to come process after process.
+        # Keep each process's devices together, although the hosts' ids interleave on some slices: `to_global` takes
+        # the rows of a global array process after process.
         devices = sorted(jax.devices(), key=lambda d: (_slice_of(d), d.process_index, d.id))
     slices = collections.Counter(map(_slice_of, devices))
     least = min(slices.values())
@@ -45,7 +45,7 @@ def make_mesh(devices=None, fsdp: int = 1) -> Mesh:
 
 
 def slices_in(mesh: Mesh) -> int:
-    """Returns how many TPU slices the devices of a mesh belong to; 1 of other devices."""
+    """Returns how many TPU slices the devices of a mesh belong to; 1 for other devices."""
     return len({_slice_of(device) for device in mesh.devices.flat})
 
 
@@ -66,9 +66,9 @@ def batch_sharded(mesh: Mesh) -> NamedSharding:
 def state_shardings(mesh: Mesh, abstract: Any) -> Any:
     """Returns the sharding of each array of a state.
 
-    Kernels, and what the optimizer keeps for them, are divided over "fsdp" along their last axis whose
-    length is a multiple of it, and the projections in a memory, [S, B, D], over all devices along B; every
-    device holds all other arrays whole.
+    Kernels and the optimizer's state for them are divided over "fsdp", along the last axis whose length is a
+    multiple of its size. The projections in the memory of negatives, [S, B, D], are divided over all devices along
+    B. Every device holds all other arrays whole.
 
     Args:
       mesh: the devices.
@@ -106,9 +106,9 @@ def laid_out(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def traced_on(mesh: Mesh, function: Callable) -> Callable:
-    """Makes a function that, traced by `jax.jit`, can ask for the mesh: `jax.sharding.get_abstract_mesh`.
+    """Wraps a function so that, while `jax.jit` traces it, `jax.sharding.get_abstract_mesh` returns the mesh.
 
-    Only convolutions on CPUs ask, see `encoders/conv.py`.
+    Only convolutions on CPUs use that, see `encoders/conv.py`.
     """
 
     @functools.wraps(function)

@@ -14,7 +14,7 @@ class Allowed(NamedTuple):
     """The values that an option may have.
 
     Attributes:
-      holds: value -> whether it is one of them.
+      holds: value -> whether the option may have it.
       says: the values in words, after "expected", or a function that returns them.
     """
 

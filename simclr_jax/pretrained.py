@@ -29,17 +29,17 @@ _BATCH = 256
 
 
 class Encoder:
-    """A pretrained encoder: encoder(images) -> h, and encoder.embed(paths) -> h of image files. Pickles.
+    """A pretrained encoder: encoder(images) -> h, and encoder.embed(paths) -> h of image files. Can be pickled.
 
     Attributes:
       network: the Flax module, for use inside your own jitted code:
         `encoder.network.apply(encoder.variables, images, train=False)`.
       variables: {"params", "batch_stats"}, float32.
-      image_size: pixels, what it was trained on. Other sizes work.
+      image_size: height and width, in pixels, of the images it was trained on. Other sizes work.
       eval_crop: share of the centred square's side that `preprocess` keeps.
       upright: whether `preprocess` turns images as their EXIF data say.
       antialias: whether `preprocess` averages all pixels where it makes an image smaller.
-      width: D.
+      width: D, the number of features in h.
       step: steps that it was trained for.
     """
 
@@ -107,7 +107,7 @@ class Encoder:
         return h
 
     def preprocess(self, image: Any) -> np.ndarray:
-        """Makes what the encoder sees of an image in --mode=embed and in every evaluation.
+        """Crops and resizes an image to what the encoder sees in --mode=embed and in every evaluation.
 
         Args:
           image: the path of an image file, a PIL image, or uint8 [H, W, 3], or [H, W] for grey.
@@ -117,7 +117,7 @@ class Encoder:
 
         Raises:
           OSError: the file cannot be read.
-          ValueError: it is no image, or an array of another shape or type; a file is named.
+          ValueError: the file is no image (the message names it), or the array has another shape or type.
         """
         if isinstance(image, Image.Image):
             x = pixels.pixels(image, self.upright)
@@ -139,7 +139,7 @@ class Encoder:
         Reads and decodes in threads, 256 images at a time, so there may be any number.
 
         Raises:
-          OSError, ValueError: as `preprocess` does for one of them, or `images` is a single image.
+          OSError, ValueError: `preprocess` raises it for one of the images, or `images` is a single image.
         """
         if _is_one(images):
             raise ValueError("this is a single image: expected several, such as [image]")
@@ -175,8 +175,8 @@ class Classifier(Encoder):
     Attributes:
       network: a `Classified`.
       variables: {"params", "batch_stats"} of its encoder, head and classifier.
-      classes: their names in the order of the logits; None: unknown.
-      width: C.
+      classes: names of the classes in the order of the logits; None: unknown.
+      width: C, the number of logits.
     """
 
     def __init__(self, *encoder: Any, classes: list[str] | None, **preprocessing: Any):
@@ -194,8 +194,8 @@ def _classify(network: Classified, variables: dict, images):
 
 
 def load_classifier(path, step: int | None = None) -> Classifier:
-    """Loads a classifier onto one device: one that --mode=linear or finetune trained (each says where it
-    lies), that --mode=distill trained, that was imported, or the one that pretraining trained alongside.
+    """Loads a classifier onto one device: one trained by --mode=linear or finetune (each prints where it lies) or
+    by --mode=distill, an imported one, or the one that pretraining trained alongside the encoder.
 
     Args:
       path: the folder that holds it, or a checkpoint folder.
@@ -281,9 +281,9 @@ def read_variables(
     """Reads {"params", "batch_stats"} of the encoder in the checkpoint folder `found`.
 
     Args:
-      config: whose encoder it is.
-      network: that encoder.
-      found: the folder.
+      config: the configuration that the encoder was trained with.
+      network: the Flax module of that encoder.
+      found: the checkpoint folder.
       sharding: on which devices the arrays are to lie.
     """
     start = functools.partial(init_encoder, network, config.data.image_size)

@@ -278,7 +278,7 @@ def test_gke_writes_a_manifest_and_applies_it(cloud, tmp_path):
     assert job["spec"]["backoffLimit"] == 0
     (mistakes,) = job["spec"]["podFailurePolicy"]["rules"]
     assert mistakes["action"] == "FailJob"
-    assert mistakes["onExitCodes"]["values"] == [1, 2]
+    assert mistakes["onExitCodes"]["values"] == [1, 2, 126, 127]
     pod = job["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",

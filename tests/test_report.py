@@ -403,6 +403,9 @@ def test_a_skipped_step_is_no_failure_and_a_sick_run_that_goes_on_is_judged(tmp_
         assert not read_record(str(folder)).has_failed
         (folder / f"not_finite_step_{step}.json").write_text("{}")
     assert read_record(str(folder)).has_failed
+    (folder / "not_finite_step_4005.json").unlink()
+    (folder / "not_finite_step_4012.json").write_text("{}")
+    assert not read_record(str(folder)).has_failed  # as many, but not in a row
 
 
 def test_an_unfinished_fine_tuning_has_empty_cells():

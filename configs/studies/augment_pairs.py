@@ -1,7 +1,7 @@
 """Figure 5: compositions of two distortions, on one branch; the other branch is the crop that both share.
 
 The paper publishes no parameters of cutout, noise, Sobel and rotation, and does not say whether the branches
-share the first crop; only then is "crop" a distortion of its own. So trends can be compared, and no number.
+share the first crop; only if they do is "crop" a distortion of its own. So only trends can be compared.
 """
 
 from simclr_jax.studies import Factor, Level, Published, Study, above, among_best

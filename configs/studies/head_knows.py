@@ -16,7 +16,7 @@ _PUBLISHED = {
 def get_study() -> Study:
     """1 run a seed."""
     transformations = {
-        "views.rotation_probability": 0.75,  # each of four angles as often
+        "views.rotation_probability": 0.75,  # so that each of the four angles is equally frequent
         "views.noise_probability": 0.5,
         "views.sobel_probability": 0.5,
     }

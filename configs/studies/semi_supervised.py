@@ -11,7 +11,7 @@ from simclr_jax.studies import Factor, Level, Published, Study, above, of_scale,
 
 SHARES = ("1 %", "10 %")
 _SMALL, _PAPER = ("0.125", "0.25", "0.5"), ("1", "2", "4")
-# Top-1, Table B.4; the supervised ones are of ResNet-50 as it is.
+# Top-1, Table B.4; the supervised numbers are of ResNet-50 at width 1.
 _TABLE_B4 = {
     "SimCLR": ((48.3, 65.6), (58.5, 71.7), (63.0, 74.4)),
     "none": ((25.4, 56.4),),

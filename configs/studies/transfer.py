@@ -1,7 +1,7 @@
 """Tables 8 and B.5: logistic regression on other data, by the protocol of appendix B.8.
 
-Of the paper's twelve data sets those that TFDS has and that are prepared on this machine, in TFDS_DATA_DIR or
-~/tensorflow_datasets; none is downloaded. Birdsnap and Aircraft are not in TFDS.
+The data sets are those of the paper's twelve that TFDS has, and Fashion-MNIST, if they are prepared on this machine,
+in TFDS_DATA_DIR or ~/tensorflow_datasets; none is downloaded. Birdsnap and Aircraft are not in TFDS.
 """
 
 from typing import Any

@@ -10,7 +10,7 @@ from simclr_jax.mesh import make_mesh
 
 
 def measure_input(config: ConfigDict, seconds: float) -> list[dict]:
-    """Measures the images a second that this process makes batches of, with nothing else to do.
+    """Measures how many images a second this process makes into batches, with nothing else to do.
 
     Args:
       config: a run's configuration.
@@ -25,7 +25,7 @@ def measure_input(config: ConfigDict, seconds: float) -> list[dict]:
     with contextlib.closing(assemble.views(config, make_mesh()).batches(images, 0)) as batches:
         next(batches)
         first = time.perf_counter() - began
-        for _ in range(2):  # what was prefetched while the clock stood still
+        for _ in range(2):  # discard batches prefetched before the clock starts
             next(batches)
         count, began = 0, time.perf_counter()
         while (elapsed := time.perf_counter() - began) < seconds:

@@ -22,7 +22,7 @@ from simclr_jax.training.state import TrainState, start_of
 from simclr_jax.training.step import UpdateRule, make_step
 
 _CLASSES = 1000  # of the online and of the supervised classifier: ImageNet's
-_ROUNDS = 3  # turns of what is compared
+_ROUNDS = 3  # how often each program is measured, in turns
 
 
 def measure_step(config: ConfigDict, seconds: float) -> list[dict]:
@@ -79,7 +79,7 @@ class _Program(NamedTuple):
     """A step that is compiled and has been run once.
 
     Attributes:
-      run: seconds to (steps done, seconds taken).
+      run: (seconds to run for) -> (steps done, seconds taken).
       flops: operations of a step on a device, as the compiler counts them.
       memory: bytes that a step takes on a device.
       first: seconds from nothing to the end of the first step.

@@ -73,8 +73,8 @@ def run_file(path: str, function: str, argument: str = "") -> Any:
       argument: for the function, if it takes one.
 
     Raises:
-      UserError: the file or the function fails; with the line. A ValueError is how it refuses an argument: its
-        message alone.
+      UserError: the file or the function fails; the message names the line. For a ValueError, by which a function
+        refuses its argument, it is the error's own message.
     """
     spec = importlib.util.spec_from_file_location("simclr_jax_file", path)
     assert spec is not None
@@ -146,15 +146,17 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 
 
 def check_name_is_read(config: ConfigDict, given: Sequence[str]) -> None:
-    """Raises a UserError if a data set of TFDS is asked for by name, and another source is read: a run on a folder that
-    is to be evaluated on CIFAR-10 would be evaluated on the folder.
+    """Raises a UserError if data.name was set but data.source does not read it. Otherwise a run on a folder that is
+    to be evaluated on CIFAR-10 would be evaluated on the folder.
 
     `given`: names of the options that were set beside the configuration.
     """
     data = config.data
     if "data.name" in given and data.name and data.source != "tfds":
         needed = {"source": "tfds"}
-        needed |= {name: "" for name in ("path", "test_path") if data[name]}  # of the run on files
+        needed |= {
+            name: "" for name in ("path", "test_path") if data[name]
+        }  # set for a run on files
         needed |= {"test_fraction": "0"} if data.test_fraction else {}
         more = " ".join(f"--config.data.{name}={value}" for name, value in needed.items())
         raise UserError(

@@ -92,7 +92,7 @@ OPTIONS: tuple[Option, ...] = (
         "compute each block again in the backward pass: less memory, more time",
         resumable=True,
     ),
-    # Not compared by its text when a run goes on: the record holds a digest of the weights.
+    # A resumed run may name another path: the weights are compared by the digest in the run's record.
     Option(
         "model.init_from",
         "",
@@ -116,7 +116,7 @@ OPTIONS: tuple[Option, ...] = (
         "layers of a nonlinear head: 2 in the paper, 3 in SimCLR v2",
     ),
     Option("model.head_width", 128, whole(1, 2**16), "width of the projection z"),
-    # The record of a distillation holds a digest of its teacher.
+    # A resumed run may name another path: the teacher is compared by the digest in the run's record.
     Option(
         "distill.teacher",
         "",

@@ -26,9 +26,9 @@ multiplies bfloat16 without widening it to float32 only where the result is floa
 same loop.
 
 Tried with AVX-512 (2026-11-28) and not taken: XLA without its kernel library for convolutions
-(xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT). A step of ResNet-18 alone takes 3.15 in place
-of 3.5 s, but 10 % more CPU time, and training on a folder, with views made beside it, 615 in place of 680 images/s. The
-filter gradient as one product for each pixel of the filter gains nothing either.
+(xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT). A step of ResNet-18 alone takes 3.15 s
+instead of 3.5, but 10 % more CPU time; training on a folder, with views made on the same CPU, reaches 615 instead of
+680 images/s. The filter gradient as one product for each pixel of the filter gains nothing either.
 
 On an H100 (jaxlib 0.11.2, bfloat16, 1,024 images of 224 px) the first layer, 7x7 of 3 channels in steps of 2, takes 7.2
 ms and its filter gradient 4.7; as a layer of squares of 2x2 pixels in steps of 1, 2.6 and 1.7.
@@ -49,26 +49,26 @@ from jax import lax
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
-# Output pixels of a block, at least: of more than two images where they are small.
+# Output pixels that a block should have: it holds two images, or more if they are small; see `_blocks`.
 _FORWARD_PIXELS = 2048
 _GRADIENT_PIXELS, _GRADIENT_PIXELS_WIDE = 512, 1024  # wide: with AVX-512
 
-# Without AVX-512: from this many pixels a side on a forward pass in blocks is the faster one.
+# Without AVX-512, a forward pass in blocks is the faster one for images of at least this many pixels a side.
 _BLOCKS_FROM = 12
 
-# With AVX-512: from this many pixels an image on, or filters, the filter gradient's product is (filters x pixels) times
-# (pixels x patches); in bfloat16 always. (ResNet-18 at 32 px, whose last images have 4 px a side: 5.8 in place of 6.3 s
-# of CPU time a step.)
+# With AVX-512, from this many pixels an image or this many filters on, and in bfloat16 always, the filter gradient's
+# product is (filters x pixels) times (pixels x patches). A step of ResNet-18 at 32 px, whose last feature maps have
+# 4 px a side, then takes 5.8 instead of 6.3 s of CPU time.
 _TURNED_FROM, _TURNED_FILTERS = 64, 512
 
-# On a GPU: 2 x 2 pixels of at most so many channels become one, whose channels are filled up to a multiple of eight, as
-# tensor cores take them.
+# On a GPU, 2 x 2 pixels of at most _FEW_CHANNELS channels become one pixel, whose channels are filled up to a
+# multiple of _GPU_CHANNELS, as tensor cores take them.
 _FEW_CHANNELS, _GPU_CHANNELS = 4, 8
 
 
 @functools.cache
 def _cpu_features() -> frozenset[str]:
-    """Returns what this machine's CPU can do, in Linux's words; nothing elsewhere."""
+    """Returns the feature flags of this machine's CPU, as Linux names them; none on other systems."""
     about = pathlib.Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
     flags = next((line for line in lines if line.startswith("flags")), "")
@@ -160,7 +160,7 @@ def _fastest_on_cpu(x, kernel, strides):
     """Returns the way (x, kernel, strides, padding) -> convolution that is the fastest on a CPU."""
     if _smaller_than_filter(x, kernel):
         return _convolve_by_product
-    if jax.export.is_symbolic_dim(x.shape[0]):  # blocks of how many? exported for any number
+    if jax.export.is_symbolic_dim(x.shape[0]):  # exported for any number of images: no block size
         return _convolve
     if x.dtype == jnp.bfloat16 and x.shape[-1] % 2 == 0 and narrow_products():
         return _convolve_by_product if kernel.shape[:2] == (1, 1) else _convolve_in_blocks
@@ -179,14 +179,14 @@ def _convolve_by_product(x, kernel, strides, padding):
 
 
 def _product(patches, kernel):
-    """In float32: before a product whose result is bfloat16, XLA widens bfloat16 to float32."""
+    """Multiplies with a float32 result: for a bfloat16 one, XLA would first widen bfloat16 factors to float32."""
     filters = kernel.reshape(-1, kernel.shape[-1])
     return jnp.einsum("...k,ko->...o", patches, filters, preferred_element_type=jnp.float32)
 
 
 def _convolve_squares(x, kernel, strides, padding):
-    """Convolves an image of few channels in steps of 2, with k x k filters and k / 2 pixels of padding: as an image of
-    half the size, whose pixels hold squares of 2 x 2, in steps of 1.
+    """Convolves images of few channels with stride 2, k x k filters and k // 2 pixels of padding: as images of half
+    the size, whose pixels each hold a square of 2 x 2 pixels, with stride 1.
     """
     images, height, width, channels = x.shape
     size, _, _, features = kernel.shape
@@ -219,7 +219,7 @@ def _convolve_in_blocks(x, kernel, strides, padding):
     # [steps, devices, images, ...] to [devices, steps, images, ...] to [N, ...]
     y = lax.map(convolve, jnp.swapaxes(blocks, 0, 1))
     y = jnp.swapaxes(y, 0, 1).reshape(len(x), height, width, kernel.shape[-1])
-    return y.astype(x.dtype)  # after the loop, whose steps would round with one core
+    return y.astype(x.dtype)  # after the loop, inside which one core alone would round
 
 
 def _input_gradient(x, kernel, dy, strides, padding):
@@ -266,7 +266,7 @@ def _patches_of_pairs(x, size, strides, padding):
 
 @_patches_of_pairs.defjvp
 def _patches_of_tangents(size, strides, padding, primals, tangents):
-    """Copies the tangents too: as integers, which the pairs are, they would count as zero."""
+    """Copies the tangents unpaired: JAX would take the tangents of pairs, which are integers, to be zero."""
     (x,), (dx,) = primals, tangents
     return _patches_of_pairs(x, size, strides, padding), _patches(dx, size, strides, padding)
 
@@ -277,18 +277,18 @@ def _devices() -> int:
     return 1 if mesh.empty else mesh.size
 
 
-def _blocks(x, pixels: int, least: int):
+def _blocks(x, pixels: int, wanted: int):
     """Reshapes x [N, ...] to [devices, steps, images of a block, ...].
 
     Args:
       x: images or feature maps.
       pixels: output pixels of an image.
-      least: output pixels that a block should have.
+      wanted: output pixels that a block should have.
     """
     devices = math.gcd(len(x), _devices())
     each = len(x) // devices
     # The largest power of two that divides `each` and holds no more than asked for.
-    block = math.gcd(each, 2 ** int(math.log2(max(2, least // pixels))))
+    block = math.gcd(each, 2 ** int(math.log2(max(2, wanted // pixels))))
     return x.reshape(devices, each // block, block, *x.shape[1:])
 
 
@@ -303,8 +303,8 @@ def filter_gradient(x, dy, kernel_shape, strides, padding):
       strides, padding: see `conv2d`.
     """
     pixels = dy.shape[1] * dy.shape[2]
-    least = _GRADIENT_PIXELS_WIDE if wide_vectors() else _GRADIENT_PIXELS
-    x, dy = (_blocks(a, pixels, least) for a in (x, dy))
+    wanted = _GRADIENT_PIXELS_WIDE if wide_vectors() else _GRADIENT_PIXELS
+    x, dy = (_blocks(a, pixels, wanted) for a in (x, dy))
     devices, steps = x.shape[:2]
     dy = dy.reshape(devices, steps, -1, dy.shape[-1])  # [devices, steps, pixels, O]
     large = pixels >= _TURNED_FROM or kernel_shape[-1] >= _TURNED_FILTERS

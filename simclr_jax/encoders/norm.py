@@ -1,4 +1,4 @@
-"""BatchNorm over the whole batch or over groups of it, written without a device in sight.
+"""BatchNorm over the whole batch or over groups of it, written without reference to devices.
 
 Under `jit` over a sharded batch a mean over the batch is the mean over all devices. A group is a
 run of consecutive rows, and the two views of an image are neighbours (rows 2i and 2i + 1), so a
@@ -125,7 +125,7 @@ def _centred(x, mean):
 
 
 def _of_channels(of_groups, x):
-    """Gives [G, C] the axes of x [G, n, ..., C]."""
+    """Adds axes of length 1 to [G, C], so that it broadcasts against x [G, n, ..., C]."""
     return jnp.expand_dims(of_groups, tuple(range(1, x.ndim - 1)))
 
 

@@ -142,7 +142,7 @@ class ResidualBlock(nn.Module):
       features: channels of the 3x3 convolutions; a bottleneck block puts out 4 times as many.
       stride: step of the first 3x3 convolution and of the shortcut, pixels.
       bottleneck: 1x1, 3x3, 1x1 convolutions; else two of 3x3.
-      project: the shortcut is a 1x1 convolution also where x has the shape that is added to it.
+      project: make the shortcut a 1x1 convolution even if x already has the shape of the block's output.
       dtype, norm_momentum, norm_group, zero_init_residual: see `ResNet`.
     """
 
@@ -224,7 +224,7 @@ class ResNet(nn.Module):
         return self.channels * 8 * (4 if STAGES[self.depth][1] else 1)
 
     def describe(self) -> str:
-        """Returns such as "ResNet-50 x1"."""
+        """Returns a name such as "ResNet-50 x1"."""
         return f"ResNet-{self.depth} x{self.channel_factor:g}"
 
     def check_image_size(self, size: int) -> None:
@@ -233,8 +233,8 @@ class ResNet(nn.Module):
     def as_baseline(self) -> "ResNet":
         """Returns the network with the last BatchNorm scale of each block starting at one.
 
-        Starting at zero, an untrained network sees through its strided 1x1 shortcuts only: at 16 px
-        one corner of the image.
+        If these start at zero, an untrained network computes only its strided 1x1 shortcuts: at 16 px it sees one
+        corner of the image.
         """
         return self.clone(zero_init_residual=False)
 

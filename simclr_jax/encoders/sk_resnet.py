@@ -15,7 +15,7 @@ from simclr_jax.encoders.norm import batch_norm
 from simclr_jax.encoders.resnet import STAGES, Conv, ResidualBlock, ResNet, fields
 from simclr_jax.errors import UserError
 
-# Channels between the pooled streams and their weights: a share of the streams', this many at least.
+# Channels of the layer between the pooled streams and their weights: SHARE of a stream's, but at least LEAST.
 SHARE, LEAST = 1 / 16, 32
 
 
@@ -37,8 +37,8 @@ def build(model: Mapping[str, Any]) -> "SkResNet":
 class SelectiveKernels(nn.Module):
     """Maps x [N, H, W, C] to a weighted sum of two 3x3 convolutions of it, [N, H / stride, W / stride, features].
 
-    The weights [N, 1, 1, features] of the two sum to 1 (softmax), and follow from the means of both over the
-    image, by two 1x1 convolutions.
+    Two 1x1 convolutions compute the weights [N, 1, 1, features] of the two from their sum, averaged over the image; a
+    softmax makes the two weights sum to 1.
 
     Attributes:
       features: channels of each convolution.
@@ -110,7 +110,7 @@ class SkResNet(ResNet):
     block: ClassVar[type[nn.Module]] = SkBlock
 
     def describe(self) -> str:
-        """Returns such as "SK-ResNet-50 x1"."""
+        """Returns a name such as "SK-ResNet-50 x1"."""
         return f"SK-{super().describe()}"
 
     @nn.nowrap

@@ -1,8 +1,8 @@
 """ViT encoders f: the Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929).
 
 Blocks are pre-norm, h is the mean over the patches' outputs (no class token), and positions are
-fixed two-dimensional sines and cosines (Chen et al. 2021, MoCo v3, arXiv 2104.02057): a network of
-one size of images takes another. There is no BatchNorm, so the running statistics are empty.
+fixed two-dimensional sines and cosines (Chen et al. 2021, MoCo v3, arXiv 2104.02057): a network trained
+at one image size takes another. There is no BatchNorm, so the running statistics are empty.
 """
 
 from collections.abc import Mapping
@@ -103,7 +103,7 @@ class ViT(nn.Module):
     remat: bool = False
 
     def describe(self) -> str:
-        """Returns such as "ViT with 12 layers of width 384, patches of 16 px"."""
+        """Returns a description such as "ViT with 12 layers of width 384, patches of 16 px"."""
         return (
             f"ViT with {self.layers} layers of width {self.width}, patches of {self.patch_size} px"
         )

@@ -1,8 +1,8 @@
-"""The frame of losses that are a function of one anchor's similarities with all views of the batch.
+"""Computes losses that are a function of one anchor's similarities with all views of the batch.
 
-Such a loss is written for some anchors at a time: `Rows` in, one number an anchor out. Dense, all anchors
-are one such call; in tiles a device computes `chunk` of its own anchors at once, which takes memory of
-2B x chunk numbers, and computes them again for the gradient.
+Such a loss takes the `Rows` of some anchors and returns one number an anchor. Dense, a single call takes all
+anchors. In tiles, a device computes `chunk` of its own anchors at once, which takes memory for 2B x chunk
+numbers, and computes them again for the gradient.
 """
 
 import functools
@@ -28,7 +28,7 @@ class Candidates(NamedTuple):
     """Says which views anchors are compared with, and how.
 
     Attributes:
-      normalized: by their cosine; else by their dot product.
+      normalized: compare views by their cosine; else by their dot product.
       other_view: only second views are negatives of a first view, and only first views of a second.
       temperature: tau, of the softmax whose entropy is a metric.
     """
@@ -125,11 +125,11 @@ def _in_tiles(z, labels, axes, chunk: int, loss: RowLoss, candidates: Candidates
 
 
 def _of_anchors(anchors, label, first, every, every_label, *, loss, candidates: Candidates):
-    """Computes the loss of some anchors, and what `metrics_of` is made of, [n] each.
+    """Computes the loss of some anchors, and the arguments of `metrics_of`, [n] each.
 
     Args:
       anchors, label: z [n, D] and labels [n] of the anchors.
-      first: place of the first of them in the batch.
+      first: row number of the first anchor in the batch.
       every, every_label: z [2B, D] and labels [2B] of the whole batch.
       loss, candidates: see `over_rows`.
     """

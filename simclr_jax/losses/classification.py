@@ -44,7 +44,7 @@ def cross_entropy_of_sets(logits, labels, members):
     Args:
       logits: [N, K].
       labels: int [N], each a row of `members`, or below 0: none.
-      members: int [C, K]: 1: of the class; 0: not of it; -1: does not count for it.
+      members: int [C, K], whether an image with label c is in class k: 1: yes; 0: no; -1: not counted.
     """
     logits = logits.astype(jnp.float32)
     targets = jnp.asarray(members)[jnp.maximum(labels, 0)]

@@ -40,7 +40,7 @@ class SoftmaxTerms(NamedTuple):
 
     Attributes:
       log_normalizer: float32 [2B], log of the sum over an anchor's candidates of exp(s / tau).
-      positive: float32 [2B], its similarity with its partner / tau.
+      positive: float32 [2B], the anchor's similarity with its partner / tau.
       metrics: see `contrastive_metrics`.
     """
 
@@ -51,8 +51,8 @@ class SoftmaxTerms(NamedTuple):
     def loss(self, log_stored: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns the loss, a float32 scalar, and the metrics.
 
-        `log_stored`: `stored.log_sum_of` negatives of earlier batches, [2B], which the normaliser is to count
-        too. The metrics never do.
+        `log_stored`: the result of `stored.log_sum_of` for negatives of earlier batches, [2B], to be added to the
+        normaliser. The metrics never count these negatives.
         """
         log_normalizer = self.log_normalizer
         if log_stored is not None:
@@ -105,7 +105,7 @@ def check_pairs(z) -> None:
 
 
 def similarities(z, temperature: float, normalized: bool = True):
-    """Computes what dense losses start from.
+    """Computes the similarities of all pairs, from which dense losses start.
 
     Args:
       z: projections [2B, D], not normalised.
@@ -133,8 +133,8 @@ def rows_and_columns(shape: tuple[int, ...]):
 
 
 def only_other_view(logits):
-    """Masks the candidates of the anchor's own view: of logits [2B, 2B] those in which row and column are
-    both the first, or both the second, view of an image.
+    """Masks the logits [2B, 2B] whose row and column are both the first, or both the second, view of an image, so
+    that only candidates of the other view count.
     """
     row, column = rows_and_columns(logits.shape)
     return jnp.where((row ^ column) % 2 == 0, MASKED, logits)

@@ -1,4 +1,4 @@
-"""How the projections of a batch lie, and what NT-Xent can be at best and by chance."""
+"""Measures how a batch's projections are spread, and gives NT-Xent's value at best and by chance."""
 
 import math
 from typing import Any
@@ -38,15 +38,16 @@ def spread_of(z) -> dict[str, jax.Array]:
 
 
 def chance(images: int) -> float:
-    """Returns NT-Xent of a batch of B `images` where nothing is told apart: ln(2B - 1), nats."""
+    """Returns NT-Xent of a batch of B `images` if all similarities are equal: ln(2B - 1), nats."""
     return math.log(2 * images - 1)
 
 
 def lower_bound(images: int, temperature: float) -> float:
     """Returns a lower bound of NT-Xent over cosines and both views, for B `images` (2 or more), nats.
 
-    ln(1 + (2B - 2) exp(-(1 + 1 / (B - 1)) / tau)): by Jensen's inequality over an anchor's negatives, and as
-    the sum of all z has a norm of at least 0. A simplex with partners on one corner attains it.
+    The bound is ln(1 + (2B - 2) exp(-(1 + 1 / (B - 1)) / tau)). It follows from Jensen's inequality over an anchor's
+    negatives, and because the norm of the sum of all z is at least 0. A simplex with partners on one corner
+    attains it.
     """
     margin = (1 + 1 / (images - 1)) / temperature
     return math.log1p((2 * images - 2) * math.exp(-margin))

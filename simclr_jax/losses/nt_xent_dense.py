@@ -35,7 +35,7 @@ def nt_xent(z, temperature, *, normalized: bool = True, other_view: bool = False
       z: projections [2B, D]; rows 2i and 2i + 1 are the two views of image i. Not normalised.
       temperature: tau, the divisor of the cosine similarities, above 0.
       normalized: see `similarities`.
-      other_view: the candidates k are the B views of the other kind than i (first or second) only.
+      other_view: the candidates k are only the B second views if i is a first view, and vice versa.
 
     Returns:
       loss, a float32 scalar: the mean over all 2B anchors of

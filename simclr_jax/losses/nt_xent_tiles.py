@@ -105,7 +105,7 @@ def build_softmax(
 
     Args:
       name: the loss's name, for messages.
-      dense: the terms of the loss of z and tau, with the options `normalized` and `other_view`.
+      dense: (z, tau, normalized=..., other_view=...) -> `SoftmaxTerms`, without tiles.
       run: (options, mesh, B), the arguments of `nt_xent_dense.build`.
       positive_in_sum: see `terms_in_tiles`.
     """
@@ -197,8 +197,8 @@ def _similarities(anchors, candidates, temperature):
 
 
 class _Masks(NamedTuple):
-    """Bool [rows, columns] of a tile: the column is the row's partner; it is a candidate; it is one of the
-    other view than the row; it is in the normaliser.
+    """Bool [rows, columns] of a tile: whether the column is the row's partner, a candidate, a candidate of the
+    other view, or summed in the row's normaliser.
     """
 
     is_partner: jax.Array
@@ -221,8 +221,8 @@ def _masks(row, column, count: int, tiles: _Tiles) -> _Masks:
 
 
 class _Softmax(NamedTuple):
-    """A softmax over candidates that come tile by tile, of n anchors: the largest similarity so far, and
-    relative to it the sum of the exponentials and the sum of them times the similarities.
+    """The softmax of n anchors over candidates that come tile by tile: the largest similarity so far and, relative
+    to it, the sum of the exponentials and the sum of the exponentials times the similarities.
     """
 
     largest: jax.Array
@@ -257,9 +257,9 @@ class _Softmax(NamedTuple):
 
 
 def _fold_rows(z, axes, tiles: _Tiles):
-    """Returns all rows of the batch, and for each row of z [n, D] its log-normaliser, its similarity
-    with its partner, and twice, for all candidates and for those of the other view: the number of them at
-    least as near as the partner, and the entropy of the softmax over them.
+    """Returns all rows of the batch and, for each row of z [n, D]: its log-normaliser; its similarity with its
+    partner; then, for all candidates and again for those of the other view only, the number that are at least as
+    near as the partner, and the entropy of the softmax.
     """
     temperature, chunk = tiles.temperature, tiles.chunk
     every = _gather(z, axes)

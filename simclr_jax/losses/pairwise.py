@@ -1,8 +1,8 @@
 """Losses beside NT-Xent: the paper's logistic and triplet losses (Table 2), and SupCon.
 
-Every view is an anchor, and the loss is the mean over all 2B anchors. Of the paper's two, the terms
-of an anchor's negatives are averaged, or summed (`loss.over_negatives`). The logistic loss adds the
-positive's term to that. Semi-hard mining (Schroff et al. 2015; paper, section 5.1) keeps one negative
+Every view is an anchor, and the loss is the mean over all 2B anchors. The paper's
+two average or sum the terms of an anchor's negatives (`loss.over_negatives`); the logistic loss adds the
+positive's term. Semi-hard mining (Schroff et al. 2015; paper, section 5.1) keeps one negative
 an anchor: the nearest that is farther than the positive, for the triplet loss by less than the margin.
 The choice has no gradient. Where no negative qualifies, the triplet loss of the anchor is 0, and the
 logistic loss is its positive term.
@@ -77,8 +77,8 @@ def supcon(rows: Rows, *, temperature: float) -> jax.Array:
 
 
 def nearest(rows: Rows, among) -> jax.Array:
-    """Marks the most similar of some columns in each row, bool [n, 2B]: none where there is none, one of
-    several that are equally similar.
+    """Marks the most similar of the columns `among`, bool [n, 2B], in each row: one of them if several are equally
+    similar, none if there are no such columns.
     """
     similarity = jnp.where(among, jax.lax.stop_gradient(rows.similarity), MASKED)
     column = jax.lax.broadcasted_iota(jnp.int32, similarity.shape, 1)

@@ -9,15 +9,15 @@ from simclr_jax.evals import EVALUATIONS
 
 
 class Mode(NamedTuple):
-    """A function of (config, workdir) and of flags.
+    """A mode: a function of the configuration, the workdir and the mode's flags.
 
     Attributes:
       module, function: where it is, below simclr_jax.
       text: what it does, for --help.
       needs: names of the flags that must be given.
       takes: names of the flags that may be given besides.
-      trains: a signal may stop it, which it says by returning False or None: the same command goes on.
-      begins: it makes the workdir, so that without --config the defaults hold, with ImageNet as the data.
+      trains: a signal may stop it; then it returns False or None, and the same command goes on.
+      begins: it makes the workdir; so without --config the defaults apply, with ImageNet as the data.
     """
 
     module: str

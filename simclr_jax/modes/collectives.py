@@ -6,7 +6,7 @@ import re
 
 _ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
-# The least that a device sends among n devices, as a multiple of the bytes of the result.
+# The least that each of n devices sends, as a multiple of the bytes of the result.
 _SENT = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: (n - 1) / n,
@@ -47,7 +47,7 @@ def collectives(program: str, devices: int) -> dict[str, dict]:
         shapes, kind, start, channel, groups = match.groups()
         arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
         if start and kind != "all-reduce":
-            # Operands, results, and scalars that the runtime keeps.
+            # An asynchronous start lists operands, results, and scalars that the runtime keeps: take the results.
             arrays = [(dtype, dims) for dtype, dims in arrays if (dtype, dims) != ("u32", "")]
             arrays = arrays[len(arrays) // 2 :]
         size = _bytes_of(arrays)
@@ -102,7 +102,7 @@ def _summed(found: dict[str, dict[str, tuple[int, float]]]) -> dict[str, dict]:
 
 
 def _group_size(groups: str | None, devices: int) -> int:
-    """How many devices take part, from {{0,1},{2,3}} or [2,2]<=[4]; all in any other notation."""
+    """Reads how many devices take part from {{0,1},{2,3}} or [2,2]<=[4]; returns `devices` for any other notation."""
     if groups and (listed := re.match(r"\{\{([\d,]+)\}", groups)):
         return len(listed[1].split(","))
     if groups and (shape := re.match(r"\[(\d+),(\d+)\]<=", groups)):

@@ -27,7 +27,7 @@ from simclr_jax.files import write_text
 from simclr_jax.mesh import FSDP, check_divides, make_mesh, slices_in
 from simclr_jax.modes.collectives import between_slices, collectives
 
-# The classes of the online classifier, as the data are not opened: ImageNet's.
+# Number of classes of the online classifier: ImageNet's, as the data are not opened.
 _CLASSES = 1000
 
 _TOO_LARGE = (
@@ -65,7 +65,7 @@ def compile_for(config: ConfigDict, workdir: str | None, topology: str) -> dict:
 
 
 def slice_of(topology: str) -> tuple[Chip, list]:
-    """Returns the chip of a slice by name, or of several, and the devices, none of which exists here.
+    """Returns the kind of chip and the devices of one or several slices by name; none of the devices exists here.
 
     Raises:
       UserError: there is no such slice, or no compiler for it.
@@ -82,7 +82,7 @@ def slice_of(topology: str) -> tuple[Chip, list]:
     jax.config.update("jax_platforms", "cpu")
     # A program for devices that are not there can be written to the cache, but not read from it.
     jax.config.update("jax_enable_compilation_cache", False)
-    # The library looks for a TPU, for its neighbours and for other users of it, and complains.
+    # Without these, libtpu looks for a TPU, for its neighbours and for other users of it, and complains.
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -112,7 +112,7 @@ def compile_step(config: ConfigDict, mesh: Mesh, topology: str) -> Any:
     """Compiles the step of pretraining over the devices of the mesh."""
     unlimited = resource.getrlimit(resource.RLIMIT_STACK)[0] == resource.RLIM_INFINITY
     if "v6e:" in topology and not unlimited:
-        # Of libtpu 0.0.42.1, for ResNet-50: it recurses until the process dies.
+        # For ResNet-50, the compiler of libtpu 0.0.42.1 recurses until the process dies.
         raise UserError("the compiler for v6e needs a large stack: run `ulimit -s unlimited` first")
     count = 1000 * config.data.batch_size  # sets the schedule's constants, no shape
     unlabelled = config.data.source == "folder" and not config.data.folder_labels
@@ -149,7 +149,7 @@ def too_large(topology: str, message: str) -> UserError:
 def account(config: ConfigDict, mesh: Mesh, compiled: Any, chip: Chip, topology: str) -> dict:
     """Collects what the compiler says of a step, and the bounds that follow. Times in s, sizes in bytes.
 
-    Of a loop the compiler counts one pass: with `train.microbatches` above 1 its operations and
+    The compiler counts one pass of a loop: with `train.microbatches` above 1 its operations and
     bytes are those of one microbatch, and no bound is given.
     """
     devices, batch = mesh.size, config.data.batch_size

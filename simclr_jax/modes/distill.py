@@ -47,16 +47,16 @@ from simclr_jax.training.workdir import (
 )
 from simclr_jax.views.placement import Views, stream
 
-# Options of training that pretraining alone follows.
+# Options that only pretraining uses.
 _WITHOUT_EFFECT = ("model.init_from", "eval.every_steps", "eval.every_epochs", "health.every_steps")
 
 _ADVICE = "in another --workdir, try a lower optimizer.learning_rate or a longer warm-up"
 
 
 def distill(config: ConfigDict, workdir: str) -> bool:
-    """Trains a student from the workdir's newest checkpoint, or from the start, to the end; then, where the
-    data have a labelled test split, writes WORKDIR/distill.json with the accuracies of teacher and student,
-    and the report if train.report says so.
+    """Trains a student to the end, from the workdir's newest checkpoint or from the start. Then writes
+    WORKDIR/distill.json with the accuracies of teacher and student, if the data have a labelled test split, and the
+    report, if train.report says so.
 
     On SIGTERM or SIGINT it finishes the step, saves, and returns.
 
@@ -80,7 +80,7 @@ def _distill(config: ConfigDict, workdir: str) -> bool:
             "--mode=finetune names at its end"
         )
     config = config.copy_and_resolve_references()
-    # A student has no projection head, and so no layer of one that fine-tuning could begin from.
+    # A student has no projection head, so its fine-tuning can only begin from h.
     config.model.head, config.finetune.from_layer = "none", 0
     saved = check_workdir(config, workdir, mode="distill")
     teacher = load_classifier(config.distill.teacher)
@@ -124,8 +124,8 @@ def distillation_job(
 ) -> Job:
     """Assembles the step of distillation.
 
-    The teacher's arrays are a part of the state, which no step changes: they lie on the devices as all
-    parameters do, and a resumed run needs no file but its checkpoint to be what it was.
+    The teacher's arrays are a part of the state that no step changes: they are divided over the devices as all
+    parameters are, and every checkpoint holds them.
 
     Args:
       config: the run's configuration, whose model is the student's.
@@ -154,7 +154,7 @@ def distillation_job(
         encoder = init_encoder(student.encoder, config.data.image_size, key)
         empty: dict = {"params": {}, "batch_stats": {}}
         params, batch_stats = student.start(encoder, empty, jax.random.fold_in(key, 2))
-        taught = jax.tree.map(jnp.copy, taught)  # the step takes the memory of its state
+        taught = jax.tree.map(jnp.copy, taught)  # copied, as the step takes over its state's memory
         return start_of(
             params | {"teacher": taught["params"]},
             batch_stats | {"teacher": taught["batch_stats"]},
@@ -171,7 +171,7 @@ def _about(config: ConfigDict, teacher: Classifier, data: DataSet) -> dict[str, 
     """Returns what the record says of student and teacher.
 
     Raises:
-      UserError: the data have other classes than the teacher, and they matter.
+      UserError: the data have other classes than the teacher, and distill.alpha makes use of labels.
     """
     alpha, other = config.distill.alpha, _other_classes(data, teacher)
     if alpha < 1 and other:
@@ -204,7 +204,7 @@ def _other_classes(data: DataSet, teacher: Classifier) -> str:
 
 
 def _check_teacher(teacher: dict, saved: dict | None, workdir: str) -> None:
-    """Raises a UserError if the run that goes on began with another teacher."""
+    """Raises a UserError if the run to be resumed began with another teacher."""
     if saved is not None and saved["teacher"]["digest"] != teacher["digest"]:
         raise UserError(
             f"{workdir} holds a run with another teacher ({saved['teacher']['path']}) than {teacher['path']}: "

@@ -97,8 +97,8 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
     """Writes a row for each image: "image" (its path below the folder, or its index), "label" if
     there are labels, "h" float32 [D], and "z" if asked for, both not normalised.
 
-    A label is an index into the classes of the run, after which come those that only the input has; -1
-    is none. The names are in the file's metadata.
+    A label is an index into the classes of the run, followed by those that only the input has; -1 means no
+    label. The names of the classes are in the file's metadata.
 
     Images that cannot be read have no row; they are named in OUTPUT.broken_images.jsonl.
 
@@ -159,7 +159,7 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
 
 
 def _classes(source: Input, trained: subjects.Trained) -> list[str]:
-    """Returns the classes of the run, as far as it has some, and then those that only the input has."""
+    """Returns the classes of the run, if it has any, and then those that only the input has."""
     own = trained.saved.get("classes") or ()
     return [*own, *(name for name in source.split.classes or () if name not in own)]
 
@@ -173,7 +173,7 @@ def _rows(
     with_z: bool,
     classes: list[str],
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the columns of one part after the other, from the first that is not there yet."""
+    """Yields the columns of each part in turn, from the first part that is not written yet."""
     mesh = make_mesh()
     forward = subjects.representations(config, with_z)
     size, count, batch_size = config.data.image_size, source.split.count, parts.batch_size
@@ -185,7 +185,7 @@ def _rows(
         say(f"goes on after {first} of {count} images")
     began = time.monotonic()
     batches = assemble.views(config, mesh).evaluation_batches(images, batch_size, passed)
-    # The last place is that of the label -1.
+    # The last entry is for the label -1, which picks it by index.
     codes = np.asarray([*(classes.index(c) for c in source.split.classes or ()), -1], np.int32)
     held: list[dict[str, np.ndarray]] = []
     with Progress(total, passed) as progress:

@@ -16,7 +16,7 @@ from simclr_jax.modes.pretrain import describe_run
 from simclr_jax.training.plan import Plan
 
 _MEASURED_SECONDS = 20.0
-_OFF_THE_RULE = 3.0  # times; ours
+_OFF_THE_RULE = 3.0  # factor between a learning rate and the paper's rules; our choice
 
 
 def explain(config: ConfigDict, workdir: str, topology: str = "") -> list[str]:
@@ -100,7 +100,7 @@ def _say_evaluations(config: ConfigDict) -> None:
 
 def _say_time(config: ConfigDict, made: Pretraining) -> None:
     job: Any = made.job
-    if config.data.placement == "host":  # else the images would have to be there
+    if config.data.placement == "host":  # else the images would have to be loaded first
         compiled = job.step.lower(job.abstract_state, made.views.abstract()).compile()
         plan, flops = compiled.memory_analysis(), compiled.cost_analysis().get("flops", 0.0)
         size = plan.argument_size_in_bytes + plan.temp_size_in_bytes
@@ -108,7 +108,7 @@ def _say_time(config: ConfigDict, made: Pretraining) -> None:
             f"a step      {_bytes(size)} of a device's memory as the compiler plans it, {flops / 1e9:.3g} "
             "GFLOP as it counts them (a loop once)"
         )
-    if jax.process_count() > 1:  # a step more on one of them would wait for ever
+    if jax.process_count() > 1:  # if one made a step more than the others, it would wait for ever
         say("speed       not measured: there are several processes")
         return
     say(f"measuring   for {_MEASURED_SECONDS:.0f} s, after the step is compiled")

@@ -1,7 +1,7 @@
 """--mode=export: the encoder, or a classifier, for programs that do not have this package.
 
-Only what computes the same numbers is written. What another program has to change to get them is
-said, and written into the file where it has a place for it.
+A format is written only if another program can compute the same numbers from it. What that program has to
+change is printed, and written into the file if the format has a place for it.
 """
 
 import functools
@@ -33,8 +33,8 @@ _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def export(config: ConfigDict, workdir: str, format: str, output: str | None = None) -> None:
-    """Writes the newest encoder of a workdir, or of a checkpoint folder, and says how to load it. Of the folder
-    of a classifier that was fine-tuned, distilled or imported, the classifier is written along.
+    """Writes the newest encoder of a workdir, or of a checkpoint folder, and says how to load it. If the
+    folder holds a classifier that was fine-tuned, distilled or imported, the classifier is written too.
 
     Args:
       config: the run's configuration; its data.image_size is that of the images the export takes.
@@ -73,8 +73,8 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
 
 
 def _beginning_local(loading: str, path: epath.Path, format: str) -> str:
-    """Returns the program with a copy from the bucket before it, where `path` is in one and only TensorFlow could
-    read it there.
+    """Returns the program `loading`, after a command that copies the files if `path` is in a bucket. A SavedModel
+    needs no such command: TensorFlow reads it there.
     """
     if "://" not in str(path) or format == "savedmodel":
         return loading
@@ -97,8 +97,8 @@ def _write_safetensors(encoder: Encoder, path: epath.Path) -> str:
 
 
 def _write_head(encoder: Encoder, head: dict | None, path: epath.Path) -> str:
-    """Writes what is computed of h, beside the encoder: the projection head, or a classifier that reads a layer
-    of it, with the layers below. Returns what loads it; "" where there is none.
+    """Writes the part that takes h, beside the encoder's file: the projection head, or a classifier on a layer of the
+    head together with the layers below it. Returns the program that loads it; "" if there is no such part.
 
     Args:
       encoder: an encoder or a classifier.

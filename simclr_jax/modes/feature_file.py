@@ -22,7 +22,7 @@ from simclr_jax.training.saved import saved_steps
 
 _PART = 4096  # rows, about: 34 MB of h at D = 2048
 _BLOCK = 4096  # rows read at a time
-# Options that about.json of earlier versions lacks, with the value that they had then.
+# Entries that earlier versions did not write to about.json, with the values that held then.
 _UNSAID = {"upright": True}
 OUTPUT_SUFFIXES = ".parquet", ".npz"
 
@@ -78,7 +78,7 @@ class Parts:
         )
 
     def begin(self, about: dict) -> None:
-        """Goes on with the rows that are there.
+        """Begins, or goes on with the rows that are already there.
 
         Args:
           about: says which encoder and images the rows come from, JSON-able.
@@ -125,7 +125,7 @@ class Parts:
         with writing(output, advice), replacing(output) as scratch:
             count = write(pathlib.Path(scratch), parts, self._about)
         with contextlib.suppress(OSError):  # the output is whole, whatever is left here
-            # First what says that the parts are of use: without it those that are left are not.
+            # about.json first: without it, parts that are left count as stale and are removed by `begin`.
             (self.folder / "about.json").unlink()
             for part in self.folder.glob("*.npz*"):
                 part.unlink()
@@ -180,7 +180,7 @@ def _write_npz(output: pathlib.Path, parts: list[pathlib.Path], about: dict) -> 
         for name in names:
             forms = [(x.shape, x.dtype) for x in (_column(path, name) for path in parts)]
             count = sum(shape[0] for shape, _ in forms)
-            dtype = np.result_type(*(dtype for _, dtype in forms))  # the longest of the paths
+            dtype = np.result_type(*(dtype for _, dtype in forms))  # as wide as the longest path
             header = {
                 "descr": np.lib.format.dtype_to_descr(dtype),
                 "fortran_order": False,

@@ -20,8 +20,8 @@ def import_weights(config: ConfigDict, workdir: str, input: str) -> None:
     """Writes the weights of a file into a workdir: its config.json, and a checkpoint of step 0.
 
     Args:
-      config: options of what is done with them later, such as data and evaluation. The options of the model
-        that the file decides are set.
+      config: options for the later use of the weights, such as data and evaluation. The file's own options of the
+        model replace those given here.
       workdir: a folder without checkpoints.
       input: the file: what `weights.read` takes.
 

@@ -1,4 +1,4 @@
-"""--mode=neighbours: what the encoder takes for alike, as a picture a person can judge or as a table."""
+"""--mode=neighbours: shows which images the encoder takes for alike, in a picture for a person or in a table."""
 
 import csv
 import os

@@ -47,7 +47,7 @@ _ADVICE = (
 def pretrain(config: ConfigDict, workdir: str, extend: bool = False) -> bool:
     """Trains the encoder from the workdir's newest checkpoint, or from the start, to the end.
 
-    On SIGTERM or SIGINT it finishes the step, saves, and returns; on all processes at one step.
+    On SIGTERM or SIGINT it finishes the step, saves, and returns; all processes stop at the same step.
 
     Args:
       config: the run's configuration.
@@ -102,8 +102,8 @@ def _evaluate(config: ConfigDict, workdir: str) -> None:
 
 
 def _forget_evaluation(config: ConfigDict, workdir: str, last: dict[str, float]) -> None:
-    """Puts the verdict of the training back, by its last metrics, where an earlier evaluation had found the encoder no
-    better than an untrained one and the latest finds it better.
+    """Restores the verdict of the training, from its last metrics, if WORKDIR/health.json still holds the bad verdict
+    of an earlier evaluation. To be called when the latest evaluation finds the encoder sound.
     """
     file = epath.Path(workdir) / "health.json"
     if file.exists() and json.loads(file.read_text())["name"] in OF_EVALUATIONS and last:
@@ -147,7 +147,7 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
         return False
     images.broken.say_how_many()
     say(f"trained to step {plan.steps}: {workdir}/checkpoints, {workdir}/metrics.jsonl")
-    if verdicts:  # else it was trained before
+    if verdicts:  # empty if the training was finished before
         _say_verdict(workdir, verdicts[0])
     return True
 

@@ -49,7 +49,7 @@ def report(config: ConfigDict | None, workdir: str, runs: str = "", output: str 
 
 
 def report_at_end(config: ConfigDict, workdir: str) -> None:
-    """Writes WORKDIR/report.html after a training; where that needs what is not installed, says so."""
+    """Writes WORKDIR/report.html after a training; if that fails, for want of a package or otherwise, prints why."""
     if jax.process_count() > 1:
         say(
             f"report      by one process: python -m simclr_jax.main --mode=report --workdir={workdir}"

@@ -43,8 +43,8 @@ _NOT_OF_THE_STEP = (
 )
 
 
-# Options that decide nothing about an outcome: a finished run is kept where they differ. What the data are is told by
-# their fingerprint.
+# Options that do not change an outcome: a finished run stays valid if they differ. The data are identified by their
+# fingerprint, not by these paths.
 _DECIDES_NOTHING = (
     "checkpoint.",
     "health.",
@@ -59,15 +59,15 @@ _DECIDES_NOTHING = (
     "train.report",
     "train.sinks",
 )
-# Groups that a study reads only if its evaluation is called so.
+# Groups of options that matter to a study only if its evaluation has the group's name.
 _OF_OTHER_MODES = ("finetune.", "linear.", "transfer_finetune.", "distill.")
 
 
 def run_study(
     config: ConfigDict, workdir: str, study: str, part: str = "1/1", dry_run: bool = False
 ) -> dict | None:
-    """Runs what is not finished of a study, each run in a workdir of its own below `workdir`, and then makes
-    of all that is there WORKDIR/study.json, table.md, figure.png and figure.svg.
+    """Makes the unfinished runs of a study, each in a workdir of its own below `workdir`; then writes
+    WORKDIR/study.json, table.md, figure.png and figure.svg from all finished runs.
 
     Args:
       config: the configuration that all runs share, before their own options.
@@ -175,7 +175,7 @@ def _finish_all(
 
 
 def _outcome(config: ConfigDict, study: Study, workdir: str) -> dict | None:
-    """Trains and evaluates one run. Returns {"readings"}, or {"failed": why} where its loss did not stay finite, which
+    """Trains and evaluates one run. Returns {"readings"}, or {"failed": why} if its loss did not stay finite, as
     it would not the next time either; None if a signal stopped it.
     """
     try:
@@ -259,14 +259,14 @@ def _estimate(configs: dict[str, ConfigDict], further: str) -> None:
 
 
 def _further_seeds(study: Study, waiting: list[StudyRun]) -> str:
-    """Says that runs will follow which are not among those `waiting`; "" where none will."""
+    """Returns a remark that further runs will follow those `waiting`; "" if none will."""
     if study.extremes and any(run.seed == 0 for run in waiting):
         return f", and further seeds of the best and worst {study.extremes}"
     return ""
 
 
 def _show(config: ConfigDict, study: Study, folder: epath.Path) -> dict:
-    """Makes the table, the figure and the verdict of all that is there."""
+    """Makes the table, the figure and the verdicts from all finished runs."""
     outcomes = outcomes_of(study, folder)
     verdicts = [claim(outcomes.scores) for claim in study.claims]
     header, lines = table_of(study, outcomes)

@@ -126,7 +126,7 @@ def begun_with(start: Start, job: Job) -> Job:
     """Returns the job, with the weights of `start` in its first state.
 
     Raises:
-      UserError: their shapes are not those of the job's.
+      UserError: the shapes of the arrays are not those of the job's state.
     """
     abstract = job.abstract_state
     for part, tree in start.parts.items():
@@ -142,9 +142,9 @@ def begun_with(start: Start, job: Job) -> Job:
                 lies = jax.tree.map(lambda x: x.sharding, getattr(abstract, kind)[part])
                 whole[part] = jax.tree.map(laid_out, tree[kind], lies)
             replaced[kind] = whole
-        if state.memory is not None:  # its network follows the trained one from where that begins
+        if state.memory is not None:  # its moving average starts at the same weights
             followed = {name: replaced["params"][name] for name in state.memory.params}
-            # A copy: a step gives both away.
+            # A copy, as a step gives up the memory of both.
             followed = jax.tree.map(jnp.copy, followed)
             replaced["memory"] = dataclasses.replace(state.memory, params=followed)
         return dataclasses.replace(state, **replaced)
@@ -207,9 +207,9 @@ def find_start(
 
 
 def _are_those_of_then(config: ConfigDict, began_with: dict) -> bool:
-    """Returns whether model.init_from names the weights that a run began with. The run, which has a checkpoint of
-    its own, no longer needs them: they may be gone, and a workdir may have trained on, whose older steps are
-    looked at where they are kept.
+    """Returns whether model.init_from names the weights that a run began with. The run has a checkpoint of
+    its own and no longer needs them, so they may be gone. If they are in a workdir that has trained on since, the
+    older step is compared, if it is still kept.
     """
     path, step = config.model.init_from, began_with["step"]
     if config.model.init_parts != began_with["parts"]:

@@ -18,10 +18,10 @@ class Panel(NamedTuple):
     """One diagram.
 
     Attributes:
-      title: above it.
+      title: text above the diagram.
       metrics: {name in metrics.jsonl: what a person calls it}.
       unit: behind each value, such as "nats"; "" for none.
-      log: logarithmic.
+      log: the axis of values is logarithmic.
       percent: values are shares, shown in per cent.
     """
 
@@ -138,7 +138,7 @@ def _figure(records: list[Record], panel: Panel, references: dict[str, dict[str,
     )
     factor = 100.0 if panel.percent else 1.0
     marks: list[Any] = []
-    # Several runs have one metric here, and one run several: the number is that of the colour.
+    # Either several runs with one metric, or one run with several metrics: `number` picks the colour.
     for number, (record, name) in enumerate(itertools.product(records, panel.metrics)):
         steps, values = _thinned(*record.series(name), max(2, _MOST_POINTS // len(records)))
         if not steps:
@@ -168,7 +168,7 @@ def _figure(records: list[Record], panel: Panel, references: dict[str, dict[str,
 
 
 def _thinned(steps: list[int], values: list[float], most: int) -> tuple[list[int], list[float]]:
-    """Returns at most some `most` finite points, the newest among them."""
+    """Returns at most `most` finite points, every n-th one back from the newest."""
     kept = [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)][::-1]
     kept = kept[:: max(1, math.ceil(len(kept) / most))][::-1]
     return [s for s, _ in kept], [v for _, v in kept]

@@ -49,7 +49,7 @@ class Near(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """Holds an image as far as it is kept.
+    """Holds the parts of an image that are kept after it is read.
 
     Attributes:
       view: uint8 [S, S, 3], what the encoder sees.
@@ -125,8 +125,8 @@ def most_alike(near: Near, count: int) -> list[tuple[int, int, float]]:
 
 
 def map_of(h: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Lays images out in a plane [n, 2] so that similar ones lie together: t-SNE (van der Maaten and Hinton
-    2008) by scikit-learn, from the two largest principal components, so that it is the same each time.
+    """Lays images out in a plane [n, 2] so that similar ones lie together, by scikit-learn's t-SNE (van der Maaten
+    and Hinton 2008). It starts from the two largest principal components, so that the map is the same each time.
     """
     from sklearn.manifold import TSNE
 
@@ -137,8 +137,9 @@ def map_of(h: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def confusions(train: Embedded, test: Embedded) -> Counter[tuple[int, int]]:
-    """Counts (true class, class that a linear classifier of the training images' features says) over the test
-    images. Images without a label are left out; nothing is counted where no two classes are left.
+    """Counts (true class, predicted class) over the test images, by a linear classifier fitted to the training
+    images' features. Images without a label are left out. The result is empty if fewer than two training classes
+    or no test images are left.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

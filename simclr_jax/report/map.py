@@ -10,7 +10,7 @@ from simclr_jax.report.thumbnails import data_url
 
 _TILE = 22  # pixels on the page
 _NO_CLASS = "#bbbbbb"
-_PICTURE = 44  # pixels of a thumbnail: sharp where the page is enlarged twice
+_PICTURE = 44  # pixels of a stored thumbnail: twice _TILE, to stay sharp on an enlarged page
 
 
 def colours_of(classes: tuple | None) -> list[tuple[str, str]]:

@@ -49,7 +49,7 @@ class Record:
 
     @property
     def is_contrastive(self) -> bool:
-        """Returns whether it trained on pairs of views, with projections: not a distillation."""
+        """Returns whether the run trained on pairs of views, with projections; a distillation does not."""
         return self.about.get("mode", "pretrain") == "pretrain"
 
     @property
@@ -79,12 +79,13 @@ class Record:
 
     @property
     def has_failed(self) -> bool:
-        """Returns whether a loss or gradient that was not finite seems to have ended the run: a step after
-        the last report was not, or with train.skip_not_finite more in a row than are skipped.
+        """Returns whether a loss or gradient that was not finite seems to have ended the run: that of a step after the
+        last report or, with train.skip_not_finite, those of more than SKIPPED_IN_A_ROW steps in a row.
         """
         later = {n for n in map(_step_of, self.failed) if n > self.steps}
         skipped = SKIPPED_IN_A_ROW if self.options["train.skip_not_finite"] else 0
-        return self.steps < self.about["plan"]["steps"] and len(later) > skipped
+        ended = bool(later) and {max(later) - i for i in range(skipped + 1)} <= later
+        return ended and self.steps < self.about["plan"]["steps"]
 
     def verdict(self) -> dict[str, Any]:
         """Returns {"name", "because", "is_bad"}: the verdict that the run ended with, or, of one that has not

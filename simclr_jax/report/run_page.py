@@ -29,13 +29,13 @@ _EMBEDDED = 5000  # training images that the pictures are chosen from, at most
 _TESTED = 2000  # test images of the confusion matrix, at most
 _ON_THE_MAP = 800
 _QUERIES, _ALIKE, _ISOLATED = 8, 12, 12
-_ONE_POINT = 0.01  # spread of h, share of an even one, below which a map would be of rounding
-_MOST_CLASSES = 20  # of a matrix that can be read
+_ONE_POINT = 0.01  # if h has less than this share of an even spread, a map would show rounding
+_MOST_CLASSES = 20  # for which a matrix can still be read
 _NEIGHBOURS_SHOWN = 8
 
 
 def page_of_run(config: ConfigDict, record: Record) -> str:
-    """Makes the page of one run. What cannot be made, as the data or a checkpoint are gone, is said on it."""
+    """Makes the page of one run. If the data or the checkpoints are gone, the page says why pictures are missing."""
     problems: list[str] = []
     content: dict[str, Any] = {
         "views": [],
@@ -110,7 +110,7 @@ def _references(record: Record) -> dict[str, dict[str, float]]:
 
 
 def _pictures(config: ConfigDict, record: Record, data: Any) -> dict[str, Any]:
-    """Embeds a sample of the training images by the newest checkpoint, and makes what is shown of it.
+    """Embeds a sample of the training images by the newest checkpoint, and makes the pictures of the page from it.
 
     Raises:
       UserError: there is no checkpoint.

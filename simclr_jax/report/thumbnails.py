@@ -25,8 +25,8 @@ def tile(image: np.ndarray, side: int, name: str, lines: list[str]) -> dict[str,
 
 
 def data_url(image: np.ndarray, side: int) -> str:
-    """Writes uint8 [H, W, 3] as a data: URL of a picture of at most `side` px a side; never larger than it
-    is.
+    """Writes uint8 [H, W, 3] as a data: URL of a picture of at most `side` px a side, without
+    enlarging it.
     """
     picture = Image.fromarray(np.ascontiguousarray(image))
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)

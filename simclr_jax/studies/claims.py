@@ -1,7 +1,7 @@
 """Claims of the paper as functions of scores, with a paired sign test and the size of the effect.
 
-With three seeds the sign test cannot go below p = 0.25 two-sided: a claim is said to hold when the mean
-says so, and p says how far chance alone would take one.
+With three seeds the two-sided sign test cannot go below p = 0.25. So the mean decides whether a claim holds,
+and p tells how easily chance alone would give such a result.
 """
 
 import itertools
@@ -30,7 +30,7 @@ def best(text: str, one: Key, among: Sequence[Key] | None = None) -> Claim:
     """Claims that one key has the best mean, or trails the best by no more than the larger of the two
     standard deviations over seeds.
 
-    `among`: the keys that it is held against; None: all.
+    `among`: the keys that it is compared with; None: all.
     """
 
     def verdict(scores: Scores) -> Verdict:
@@ -115,7 +115,7 @@ def compared(differences: Sequence[float]) -> str:
 
 
 def sign_test(differences: Sequence[float]) -> float:
-    """Returns the two-sided p of as many differences of one sign, or more, if both signs were as likely.
+    """Returns the two-sided p: how likely as many differences, or more, share a sign if both signs are as likely.
 
     Differences of zero do not count.
     """

@@ -9,7 +9,7 @@ from simclr_jax import evals
 # transformations.
 BY_NAME = ("finetune", "transformations")
 EVALUATIONS = (*evals.EVALUATIONS, "transfer_finetune", *BY_NAME)
-# Those that choose something on a validation part, by which a study may choose among settings.
+# Evaluations with a validation accuracy, by which a study may choose among settings.
 CHOOSING = ("probe",)
 
 Overrides = Mapping[str, Any]  # {"group.option": value}
@@ -97,9 +97,9 @@ class Study(NamedTuple):
       claims: each a function of the scores.
       published: the paper's numbers; None: there are none to set beside.
       evaluation: one of EVALUATIONS; "probe" alone allows levels of several settings.
-      readings: {"name": overrides of the evaluation}: more than one number for each run. Of an evaluation
-        BY_NAME the names are its own, and the overrides {}: shares of labels of finetune.label_fractions, "1 %",
-        and "TASK, h" and "TASK, z" of `evals.transformations.TASKS`.
+      readings: {"name": overrides of the evaluation}, one number of each run for every name. With an evaluation
+        BY_NAME, the names are its own and the overrides {}: shares of labels such as "1 %" from
+        finetune.label_fractions, or "TASK, h" and "TASK, z" from `evals.transformations.TASKS`.
       labels_per_class: which row of the evaluation; None: all labels.
       seeds: runs of each key, with the seeds 0, 1, ...
       extremes: N: only the N best and the N worst keys of seed 0 get the further seeds; None: every key.

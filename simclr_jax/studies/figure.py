@@ -183,8 +183,8 @@ def _panel(axes: Any, study: Study, scores: Scores, measure: str) -> None:
 def _layout(study: Study) -> tuple[list[str], dict[str, list[Key]]]:
     """Returns the names along the first axis, and {series: its key for each of them}.
 
-    Along the axis lie the levels of the first factor; where it has one alone, what the readings "A, B" begin
-    with, and then each B is a series.
+    The axis shows the levels of the first factor. If that is the only factor and has one level, the axis shows the
+    beginnings A of several readings "A, B", and each B is a series.
     """
     first, readings = study.factors[0], list(study.readings)
     alone = len(study.factors) == 1 and len(first.levels) == 1 and not first.numbers

@@ -35,8 +35,8 @@ class Outcomes(NamedTuple):
 def runs_wanted(study: Study, folder: epath.Path) -> list[StudyRun]:
     """Lists the runs that a study wants, given those that are finished below `folder`.
 
-    All, but for a study of `extremes`: before every run of seed 0 is finished only these, and then the further
-    seeds of its best and worst keys too.
+    These are all runs, unless the study has `extremes`: then only the runs of seed 0 until all of them are finished,
+    and after that also the further seeds of the best and worst keys.
     """
     runs = runs_of(study)
     if study.extremes is None:
@@ -61,7 +61,7 @@ def outcomes_of(study: Study, folder: epath.Path) -> Outcomes:
     """Reads the outcomes of the runs of `runs_wanted` that are finished below `folder`.
 
     Where a key has several settings, takes the one with the best mean validation accuracy over the seeds that
-    all of them have, for each reading separately; one with a run that failed only if all have one.
+    all of them have, for each reading separately. A setting with a failed run is taken only if all settings have one.
     """
     return _outcomes_among(runs_wanted(study, folder), study, folder)
 
@@ -98,8 +98,8 @@ def _outcomes_among(runs: list[StudyRun], study: Study, folder: epath.Path) -> O
 
 
 def _best(of_key: dict[int, dict[int, dict]], reading: str) -> int:
-    """Returns the setting that is best on validation, by the seeds that all settings have; where there are none, of
-    those with the most seeds.
+    """Returns the setting with the best validation accuracy over the seeds that all settings have. If they have no
+    seed in common, chooses among the settings with the most seeds.
     """
     common = set.intersection(*map(set, of_key.values()))
     most = max(map(len, of_key.values()))

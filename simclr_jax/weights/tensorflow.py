@@ -71,8 +71,8 @@ def read(path: epath.Path) -> Mapping[str, np.ndarray]:
 
 
 def _name_of(attribute: Any) -> str:
-    """Returns the name of a variable. An optimizer's arrays are called like the variable they belong to, so
-    theirs is the key.
+    """Returns the name of a variable. An optimizer's arrays have the name of the variable they belong to, so
+    their key is returned instead.
     """
     is_slot = "/.OPTIMIZER_SLOT/" in attribute.checkpoint_key
     return attribute.checkpoint_key if is_slot else attribute.full_name or attribute.checkpoint_key

@@ -1,5 +1,5 @@
-"""A ResNet's weights under torchvision's names, which are timm's too: out, in, and the PyTorch program that
-loads them.
+"""Writes and reads a ResNet's weights under torchvision's names, which timm uses too, and writes the PyTorch
+program that loads them.
 """
 
 import functools
@@ -25,7 +25,7 @@ from simclr_jax.weights.contents import (
 
 KIND = "torchvision or timm"
 
-DEPTHS = (18, 34, 50, 101, 152)  # that have a class of their own there
+DEPTHS = (18, 34, 50, 101, 152)  # for which torchvision has a function, such as resnet18
 
 _NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
 
@@ -77,7 +77,7 @@ def _names_of(convolution: Path) -> tuple[str, str]:
 
 
 def architecture(network: ResNet) -> dict[str, str]:
-    """Returns what names and shapes do not tell of a network, for the description of a file; see `convert`."""
+    """Returns the options that names and shapes of weights do not tell, for a file's description; see `convert`."""
     return {name: getattr(network, name) for name in ("stem", "pool_padding", "standardize")}
 
 
@@ -107,7 +107,7 @@ def convert(weights: Mapping[str, np.ndarray], about: Mapping[str, str]) -> Weig
 
     Args:
       weights: the arrays.
-      about: see `architecture`; missing: torchvision's.
+      about: the result of `architecture`; an entry that is missing gets torchvision's value.
 
     Raises:
       UserError: a weight is missing, is one too many, or has another shape.
