@@ -64,8 +64,8 @@ def _read(file: Any, key: str, path: str) -> np.ndarray:
         if "allow_pickle" not in str(error):
             raise
         raise UserError(
-            f"{path}: {key} is an array of Python objects: expected images of one shape as uint8, labels as whole "
-            "numbers or texts; .astype(int) or .astype(str) before numpy.savez"
+            f"{path} cannot be read as an .npz file: {key} is an array of Python objects; expected images of one shape as "
+            "uint8, labels as whole numbers or texts: .astype(int) or .astype(str) before numpy.savez"
         ) from error
 
 
