@@ -144,8 +144,8 @@ def cached(data: str) -> DataSet:
 
 
 def name_of(data: Mapping[str, Any]) -> str:
-    """Returns what a person calls a data set: its name in TFDS, or that of its folder or file, which of
-    .../emoji/train is emoji.
+    """Returns a readable name of a data set: its name in TFDS, or that of its folder or file. For .../emoji/train
+    this is emoji.
     """
     source = data["source"]
     if source == "tfds":
@@ -170,7 +170,7 @@ def _held_out(data: DataSet, fraction: float) -> DataSet:
 
 
 def _are_the_same(train: Split, test: Split) -> bool:
-    """Returns whether two splits hold the same images, as far as their fingerprints and some tell."""
+    """Returns whether two splits hold the same images, by their fingerprints and the content of up to 8 images."""
     if train.count != test.count or train.fingerprint() != test.fingerprint():
         return False
     if not isinstance(train, IndexedSplit) or not isinstance(test, IndexedSplit):

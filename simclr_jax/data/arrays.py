@@ -72,7 +72,7 @@ def _read(file: Any, key: str, path: str) -> np.ndarray:
 def _coded(
     labels: np.ndarray | None, name: str, classes: Classes = None
 ) -> tuple[np.ndarray | None, Classes]:
-    """Numbers labels [N] by the classes, or where these are None by the labels that occur, in order.
+    """Turns labels [N] into places in `classes`, or, where that is None, among the labels that occur, sorted.
 
     Returns:
       int32 [N], -1 for none, and the names of the classes; (None, None) where there are no labels.

@@ -1,7 +1,7 @@
 """From the content of an image file to pixels, in the tf.data graph.
 
-TensorFlow decodes JPEG, but for CMYK, without a lock between threads. `pixels.py` decodes all else: of PNG,
-GIF, BMP and WebP TensorFlow reads some kinds only, and shows what transparent pixels hide.
+TensorFlow decodes JPEG, except CMYK, without a lock between threads. `pixels.py` decodes everything else: TensorFlow
+reads only some kinds of PNG, GIF, BMP and WebP, and shows the colours that transparent pixels hide.
 """
 
 from collections.abc import Callable

@@ -149,7 +149,7 @@ def _check_names(
 
 
 def read_labels(path: str) -> dict[str, str]:
-    """Reads a CSV file: {"image", the path of an image: "label"}, of the columns so called.
+    """Reads the columns "image" and "label" of a CSV file: {path of an image: label}.
 
     An image with an empty label is left out.
 

@@ -1,8 +1,8 @@
 """The index of a folder: which image files it holds, remembered across runs, and what they are like.
 
 The index keeps, for each folder below, when it last changed and what lies in it, so that a later
-start asks the file system once a folder and not once a file. So it does not see that a file was
-overwritten in place, which changes no folder: its size stays the old one until a file comes or goes.
+start asks the file system once a folder and not once a file. A file that is overwritten in place changes
+no folder, so the index keeps its old size until a file of the folder is added or removed.
 """
 
 import collections
@@ -45,8 +45,8 @@ _THREADS = 16
 _SERVICE = {"__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "lost+found"}
 _SERVICE |= {"System Volume Information"}
 
-# Seconds within which a second change may leave a folder's time as it was, and a file is still being
-# written: what is younger when it is read is read again the next time.
+# A folder that is read less than this many seconds after a change may change again without a new time, and a file
+# in it may still be being written: the next start reads such a folder again.
 _SETTLED = 2.0
 
 
@@ -56,7 +56,7 @@ class Index(NamedTuple):
     Attributes:
       paths: N, relative to it, sorted.
       sizes: int64 [N], bytes.
-      passed_over: suffix ("" for none) to how many files that are no images have it.
+      passed_over: {suffix, "" for none: number of files with it that are no images, or hidden}.
       workdirs: folders of runs, which are left out with all that is below them.
     """
 
@@ -108,7 +108,7 @@ def _walk(root: pathlib.Path, known: dict[str, dict], folders: dict[str, dict]) 
             if (status.st_dev, status.st_ino) in seen:
                 continue
             content = known.get(where)
-            # Copies and archives may set the first back to what it was, not the others.
+            # Copying and unpacking may restore the mtime, but not the ctime and the inode.
             state = [status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
             if content is None or content["state"] != state or not content["settled"]:
                 content = _read_folder(path, state)
@@ -153,7 +153,7 @@ def _read_folder(path: pathlib.Path, state: list[int]) -> dict:
                     files[entry.name] = 0
             else:
                 others[suffix] += 1
-            # Alive again, perhaps, once a drive is mounted.
+            # A dead link may work once a drive is mounted, so the folder is read again.
             dead_links |= entry.is_symlink() and not os.path.exists(entry.path)
     return {
         "state": state,

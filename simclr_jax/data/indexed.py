@@ -43,7 +43,7 @@ class IndexedSplit:
     def whole_batches(self, order: Order, start_step: int, broken: Set[int] = NONE) -> Any:
         """Returns the examples of `training`, this process's share of a global batch at a time.
 
-        The images are in memory: `source.arrays` is not None.
+        Only for images in memory: `source.arrays` must not be None.
         """
         return self._examples(self._positions(order, start_step, broken))
 
@@ -63,7 +63,7 @@ class IndexedSplit:
         )
 
     def _lookup(self) -> Any:
-        """Returns index -> {"image", "label"}, in the tf.data graph; many where all are in memory."""
+        """Returns index -> {"image", "label"}, in the tf.data graph; of many indices if all images are in memory."""
         import tensorflow as tf
 
         image = self.source.lookup()

@@ -7,18 +7,18 @@ import numpy as np
 
 from simclr_jax.errors import UserError
 
-# A stream of shards is shuffled by windows: over all lanes, as many whole shards as hold this many raw examples,
-# in the epoch's order of the shards, and within them any order. A window has a shard at least, and two of
-# each lane are held: of ImageNet's, 1,251 JPEGs of 0.11 MB, 1.1 GB with the 4 lanes of a batch of 256, and 18 GB
-# with the 64 of one of 4096 if one process has all lanes. To start anywhere, no more than one window of each lane
-# is read in vain.
+# A stream of shards is shuffled window by window. The current windows of all lanes together hold this many raw
+# examples: whole shards in the epoch's order, their examples in any order. A window has at least one shard, and
+# memory holds two windows of each lane: for ImageNet, whose shards are 1,251 JPEGs of 0.11 MB, 1.8 GB with the 4
+# lanes of a batch of 256, and 18 GB with the 64 lanes of a batch of 4096 if one process has all lanes. A run that
+# starts anywhere reads at most one window of each lane in vain.
 WINDOW = 8 * 1024
 
 # Examples that each lane gives to a batch, at least.
 LEAST_OF_A_LANE = 64
 
-# Shards for each lane, at least: where lanes have some more or fewer examples, they part a little at the ends of
-# epochs, and a batch there may hold an image twice.
+# Least number of shards for each lane. Lanes with unequal numbers of examples come to the end of an epoch at
+# different steps, and a batch there may hold an image twice.
 SHARDS_OF_A_LANE = 16
 
 
@@ -119,8 +119,8 @@ def _draw_of_each_class(y: np.ndarray, how_many: Callable[[int], int], seed: int
 
 
 def next_whole(broken: np.ndarray) -> np.ndarray:
-    """Returns int64 [n]: each place itself, or if broken [n] is True the next one, cyclically, that
-    is not, if there is one.
+    """Returns int64 [n]: place i where broken[i] is False, else the next place, cyclically, that is not broken.
+    If all are broken, returns each place itself.
     """
     places = np.arange(len(broken))
     if broken.any() and not broken.all():
@@ -160,11 +160,11 @@ def batch_positions(
 
 
 def _order_of_indices(order: Order, epoch: int, count: int) -> np.ndarray:
-    """Returns the order of an epoch in which a batch that two epochs share holds no image twice, where
-    there are 2.5 batches of images or more: a copy of an image would be its own negative.
+    """Returns the order of an epoch, changed so that a batch that two epochs share holds no image twice: a copy
+    of an image would be its own negative. This needs 2.5 batches of images or more.
 
-    Images that the batch has of the epoch before change places with later ones, but with none of the last
-    batch, which the next epoch looks at.
+    Images that the shared batch already has from the epoch before change places with later ones, but not with
+    those of the epoch's own last batch, because the next epoch relies on these.
     """
     own, size = epoch_order(order.seed, epoch, count), order.batch_size
     before, after = epoch * count % size, (epoch + 1) * count % size
@@ -201,7 +201,7 @@ class Lane:
 
 
 def lanes(order: Order, shards: int) -> list[Lane]:
-    """Returns the lanes of this process's rows, in the rows' order, of a stream of so many shards."""
+    """Returns the lanes of this process's rows, in the order of the rows, for a stream of `shards` shards."""
     most = max(1, min(order.batch_size // LEAST_OF_A_LANE, shards // SHARDS_OF_A_LANE))
     count = max(n for n in range(1, most + 1) if order.batch_size % n == 0)
     size, rows = order.batch_size // count, order.share.rows(order.batch_size)
@@ -217,9 +217,9 @@ def windows(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yields (epoch, shards int [k], positions int [n]) of a lane's windows, without end.
 
-    A window is the examples of its k shards, read in turns, in one list; the positions in that list
-    say which of them come, in which order: those of this process's rows. Shards of windows before the first step
-    are not read.
+    A window is one list of the examples of its k shards, read in turns. The positions are the places in that list
+    of the examples for this process's rows, in the order in which they come. Windows before the first step are
+    passed over.
 
     Args:
       order: seed and batch size.
@@ -238,7 +238,7 @@ def windows(
         # Windows of equal length, to within a shard's: lanes come to the ends of epochs together.
         middle = np.cumsum(lengths[shards]) - lengths[shards] / 2
         number = (middle * count / total).astype(int)
-        # Another lane's turn in each epoch: where windows differ, none falls behind for ever.
+        # The lanes trade windows in each epoch: where windows differ, no lane falls behind for ever.
         for i in range((lane.index - epoch) % lane.count, count, lane.count):
             members = shards[number == i]
             n = int(lengths[members].sum())

@@ -1,4 +1,4 @@
-"""Sources of images: the little that each kind of data set has to implement. `split.py` derives the rest.
+"""Sources of images: what each kind of data set must implement. `indexed.py` and `streamed.py` derive the rest.
 
 A source of images that can be read in any order is a `Source`; one that is read a shard at a time,
 such as record files, is a `ShardedSource`. TensorFlow is imported where it is used.
@@ -26,9 +26,9 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 
 def in_order(dataset: Any) -> Any:
-    """Returns a tf.data.Dataset whose elements come in order, and whose end is not waited for.
+    """Returns the tf.data.Dataset with its elements in order and without autotuning.
 
-    tf.data's autotuning has a thread that sleeps up to a minute, and the end of an iterator waits for it
+    Autotuning has a thread that sleeps up to a minute, and the end of an iterator waits for it
     (TensorFlow 2.21: 16 to 37 s, seen at the end of trainings).
     """
     import tensorflow as tf
@@ -306,7 +306,7 @@ class ShardedSource(Decoding, abc.ABC):
             return np.full(self.lengths[shards].sum(), -1, np.int32)
         import tensorflow as tf
 
-        # Numbered, as a record that is a tuple would become several arguments.
+        # `enumerate` makes pairs: `map` would unpack a record that is a tuple into several arguments.
         records = tf.data.Dataset.from_tensor_slices(shards).flat_map(self.records).enumerate()
         found = records.map(lambda _, record: self.parse(record)["label"], CORES)
         return np.concatenate(list(in_order(found.batch(_LABELS_AT_ONCE)).as_numpy_iterator()))

@@ -1,7 +1,7 @@
 """A split of a data set: what training and evaluation ask of it, whatever its source.
 
-It answers two questions with a tf.data.Dataset of raw examples: which come next in training, and
-which are all of them for evaluation.
+It gives a tf.data.Dataset of raw examples in two ways: those that come next in training, without end, and each
+once for evaluation.
 """
 
 import dataclasses

@@ -177,8 +177,8 @@ class StreamedSplit:
     def _example(self, index: Any, record: Any, broken: Set[int]) -> dict[str, Any]:
         """Parses a record, in the tf.data graph: {"image", "label"}.
 
-        Of a broken image it makes a white pixel with the label BROKEN. In training such an image has a
-        stand-in, unless all that are read with it are broken too.
+        A broken image becomes a white pixel with the label BROKEN. In training it has a stand-in, unless all
+        images of its window are broken.
         """
         import tensorflow as tf
 
@@ -208,7 +208,7 @@ class StreamedSplit:
         return shards.flat_map(self.source.records).enumerate(index - passed).skip(passed)
 
     def once(self, share: Share, start: int = 0, broken: Set[int] = NONE) -> Any:
-        # The first of the rest is this process's own.
+        # The first of the remaining examples is this process's own, and then every P-th one.
         mine = self._from(share.index + start * share.count).shard(share.count, 0)
         return mine.map(
             lambda index, record: self._example(index, record, broken),
@@ -254,8 +254,8 @@ class StreamedSplit:
         return part, rest
 
     def _check_mixed(self, parts: dict[str, "StreamedSplit"]) -> None:
-        """Raises a UserError if a part, of {what it is for: part}, lacks classes as no random choice of images would:
-        the examples are sorted by class, or the labelled ones lie together.
+        """Raises a UserError if one of `parts`, {its use: part}, lacks more classes than a random choice of images
+        would: then the examples are sorted by class, or the labelled ones lie together.
         """
         assert self.classes
         counts = {}
@@ -265,7 +265,7 @@ class StreamedSplit:
         whole = np.sum(list(counts.values()), axis=0)
         for use, part in parts.items():
             lacking = np.flatnonzero((counts[use] == 0) & (whole > 0))
-            # A random choice of images would have none of a class this often.
+            # For each class, the probability that a random choice of images has none of it.
             chances = (1 - part.count / self.count) ** whole[whole > 0]
             if _log_chance_of(len(lacking), float(chances.sum())) < math.log(_BY_CHANCE):
                 name = self.source.shard_name

@@ -29,7 +29,7 @@ class RecordFiles(ShardedSource):
     """The record files of a TFDS split, each a shard."""
 
     shard_name = "file"
-    # The accuracies that others publish are those of images as TFDS decodes them, which turns none.
+    # Published accuracies are of images as TFDS decodes them, and TFDS does not turn images.
     may_turn = False
 
     def __init__(self, builder: Any, split: str, classes: Classes, sets: LabelSets | None = None):
@@ -81,7 +81,7 @@ class RecordFiles(ShardedSource):
         import tensorflow as tf
 
         shards = tf.data.Dataset.range(len(self.lengths))
-        # Numbered, as a record that is a tuple would become several arguments.
+        # `enumerate` makes pairs: `map` would unpack a record that is a tuple into several arguments.
         records = shards.flat_map(self.records).enumerate()
         found = records.map(lambda _, r: mask_of(self._without_pixels(r), labels), CORES)
         return np.unique(list(in_order(found).as_numpy_iterator())).astype(np.int64)
@@ -174,7 +174,7 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
         try:
             builder.download_and_prepare()
         except Exception as error:  # any of many network, checksum and disk errors
-            # Another process has prepared it meanwhile, and one folder cannot be renamed to another.
+            # Another process may have prepared it meanwhile: a folder cannot be renamed to one that exists.
             if is_prepared(name, data_dir):
                 return tfds.builder(name, data_dir=data_dir or None)
             raise UserError(

@@ -106,7 +106,7 @@ class Setup:
         )
 
     def per_class(self, fraction: float) -> int:
-        """Counts the labels that a class has in the mean, of a fraction of all, at least one."""
+        """Returns the mean number of labels of a class if this fraction of all labels is used, at least one."""
         assert self.whole.classes
         return max(1, round(fraction * self.whole.count / len(self.whole.classes)))
 
@@ -157,7 +157,7 @@ class Setup:
         }
 
     def _share(self, fraction: float) -> float:
-        """Returns the share of the training part that is a fraction of the whole training split."""
+        """Returns the share of the training part that has as many images as `fraction` of the whole split."""
         return fraction * self.whole.count / self.part.split.count
 
     def _labels(self, fraction: float, draw: int) -> Images:
@@ -179,7 +179,7 @@ class Setup:
             out_shardings=everywhere,
         )
         encoder, head = start(jax.random.key(config.seed))
-        if not self.protocol.train_encoder:  # frozen, it would be a straw man
+        if not self.protocol.train_encoder:  # frozen, this start would be too weak a baseline
             images = assemble.images_of(config, self.whole)
             encoder = subjects.untrained(config, images, self.mesh)
         return encoder, head
@@ -246,8 +246,8 @@ class Setup:
         return outcome
 
     def _keep(self, folder: epath.Path, state: TrainState, steps: int) -> str:
-        """Saves a trained classifier with what lies below it, for `load_classifier`. Returns its folder, as a path
-        from the folder of the result on: a workdir may be moved.
+        """Saves a trained classifier, with the encoder and the head below it, for `load_classifier`. Returns its
+        folder relative to the folder of the result, because a workdir may be moved.
         """
         outputs = int(state.params["classifier"]["dense"]["bias"].shape[0])
         names = None if self.members is not None else self.whole.classes
@@ -265,7 +265,7 @@ class Setup:
         return str(folder.relative_to(self.path.parent))
 
     def _begin(self, folder: epath.Path, setting: Setting, images: Images) -> None:
-        """Makes the folder of a training; empties it if it holds one of something else."""
+        """Makes the folder of a training; first empties a folder whose about.json is not that of this training."""
         digests: dict = {"start": self._digest, "images": images.split.fingerprint()}
         digests |= {"judged_on": self._judged_on}
         crops = repr(self._views.making.distortion)
@@ -335,7 +335,7 @@ class Setup:
 
 
 def _said(outcome: dict) -> dict:
-    """Says that a candidate is left out, where its outcome is that."""
+    """Returns the outcome. Prints that the candidate is left out if the outcome is a failure."""
     if "failed" in outcome:
         say(f"left out    {outcome['failed'].partition('. ')[0]}")
     return outcome

@@ -47,8 +47,8 @@ class Evaluation(NamedTuple):
       table: rows -> the table.
       changes: configuration options that the evaluation sets for its features, {"a.b": value}.
       chooses: whether it chooses something on a validation part of the training split.
-      metric: name of the metric that it reports on the way; its value is that of the row with all
-        labels.
+      metric: the name under which its score is reported during training: the accuracy of the trained encoder
+        with all labels.
       sets: whether images may have several labels each.
     """
 

@@ -1,6 +1,6 @@
 """Evaluations of features: of the newest checkpoint, of raw pixels and of the untrained encoder.
 
-A number without the other two says nothing: it may be the data that are easy.
+The accuracy of the checkpoint alone, without those of the other two, says nothing: the data may be easy.
 """
 
 import json
@@ -88,7 +88,7 @@ def config_for(name: str, config: ConfigDict) -> ConfigDict:
 
 def can_evaluate(config: ConfigDict, name: str) -> bool:
     """Returns whether an evaluation has what it needs: labels, a labelled test split and, where it
-    chooses something, a validation part. Says which one is missing.
+    chooses something, a validation part. Prints a line if only the latter is missing.
     """
     if not subjects.is_labelled(assemble.data_set(config)):
         return False

@@ -99,8 +99,8 @@ class Extractor:
 def raw_pixels(images, channels: int):
     """Turns images uint8 [n, H, W, 3] into the baseline without any network: pixels in [0, 1], [n, D].
 
-    `channels`: 1 or 3, of the data. Images above 32 px are averaged down to 32 px; where the data have one channel, which became
-    three equal ones, one is kept.
+    `channels`: 1 or 3, the channels of the data: one channel, which became three equal ones, is kept once. Images
+    above 32 px are averaged down to 32 px.
     """
     x = images[..., :channels].astype(jnp.float32) / 255.0
     if x.shape[1] > RAW_PIXELS:

@@ -1,8 +1,8 @@
-"""--mode=linear, finetune and transfer_finetune: classifiers trained by SGD on random crops (appendices
+"""--mode=linear, finetune and transfer_finetune: classifiers trained on random crops (appendices
 B.5, B.6 and B.8).
 
-What is reported is the accuracy of the last step, and, where a validation part was held out of the
-training split, of the step that did best on it. The test split chooses nothing.
+They report the accuracy of the last step and, if a validation part was held out of the training split, that of
+the step that did best on it. The test split chooses nothing.
 
 Every training runs through `training.loop.fit` in a folder of its own below WORKDIR/MODE (for other
 data than those of pretraining: WORKDIR/MODE_DATA), so the same command goes on where it was stopped,
@@ -60,8 +60,8 @@ def finetune(config: ConfigDict, workdir: str) -> dict | None:
 
 
 def transfer_finetune(config: ConfigDict, workdir: str) -> dict | None:
-    """Fine-tunes the whole network as for transfer to other data (appendix B.8): a grid of learning rates
-    and weight decays, of which the validation part chooses one, and with that once more on all training
+    """Fine-tunes the whole network as for transfer to other data (appendix B.8): trains with a grid of learning
+    rates and weight decays, chooses a pair on the validation part, and trains with it once more on all training
     images. The untrained encoder beside it is trained for longer, with a grid of its own.
 
     Writes WORKDIR/transfer_finetune.json and shows a table.
@@ -130,7 +130,7 @@ def _rows(config: ConfigDict, setup: Setup, protocol: Protocol) -> dict | None:
     results.show(path, result, title, (_chosen if protocol.refit else _at_steps)(rows))
     for row in rows:
         where = row["runs"][0].get("classifier")
-        if where:  # of the encoder, by a version that kept them
+        if where:  # only for the encoder, and not in results of older versions
             say(f"classifier  of {row['label_fraction']:.0%} of the labels: {path.parent / where}")
     return result
 

@@ -59,10 +59,10 @@ def knn_accuracy(features: Features, *, k: int, temperature: float) -> float:
 @functools.partial(jax.jit, static_argnames=("k", "classes"))
 def _vote(queries, bank, bank_labels, temperature, *, k: int, classes: int):
     similarities = jnp.matmul(normalize(queries), bank.T, precision=jax.lax.Precision.HIGHEST)
-    # Without the barrier XLA on CPUs merges what follows into it and sorts all: 20 times as long at 60,000 images,
-    # k = 200 (JAX 0.10.2).
+    # Without the barrier XLA on CPUs merges top_k with the operations after it and sorts everything: 20 times as long
+    # at 60,000 images, k = 200 (JAX 0.10.2).
     top, nearest = jax.lax.optimization_barrier(jax.lax.top_k(similarities, k))
-    # Less the nearest's: the largest weight is 1 at any temperature, and the vote is the same.
+    # Subtract the largest similarity: the largest weight is 1 at any temperature, and the vote is the same.
     weights = jnp.exp((top - top[:, :1]) / temperature)
     votes = jax.nn.one_hot(bank_labels[nearest], classes) * weights[..., jnp.newaxis]
     return jnp.argmax(jnp.sum(votes, axis=1), axis=-1)

@@ -13,9 +13,9 @@ from simclr_jax.console import Progress
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import batch_sharded, laid_out
 
-# The norm of the gradient at which a fit ends; features have mean square norm 1. At the smallest of
-# the lambdas the optimum is flat: on digits 1e-5 would leave the objective 20 % above it at 1e-3, and
-# 1e-7 leaves it 0.2 % above at 1e-6.
+# The norm of the gradient at which a fit ends; features have mean square norm 1. At the smallest lambdas the optimum
+# is flat: on digits a norm of 1e-5 would leave the objective 20 % above the optimum at lambda 1e-3, and 1e-7 leaves
+# it 0.2 % above at lambda 1e-6.
 _TOLERANCE, _TOLERANCE_OF_LAMBDAS = 1e-5, 1e-7
 
 # A fit that only chooses ends when ten iterations lower the objective by less than this share of it. On 4,000 images of
@@ -24,9 +24,9 @@ _TOLERANCE, _TOLERANCE_OF_LAMBDAS = 1e-5, 1e-7
 ROUGHLY = 1e-3
 _LOOKED_AT_EVERY = 10
 
-# The share of the largest variance that every direction of the basis is taken to have. Directions that are 0 in nearly
-# all images would otherwise be stretched too far for the end of a fit (digits, lambda 1e-6: 38 % above the optimum with
-# 0, 0.1 % with 1e-4 and 0.6 % with 1e-2).
+# Every direction of the basis is taken to have at least this share of the largest variance. Directions that are 0 in
+# nearly all images would otherwise be stretched so far that a fit ends above the optimum (digits, lambda 1e-6: by
+# 38 % with 0, 0.1 % with 1e-4 and 0.6 % with 1e-2).
 _LEAST_VARIANCE = 1e-4
 
 # Numbers in the features, above which a fit is divided over the devices. Below, each device would
@@ -91,7 +91,7 @@ def fit_from(
         penalty is on basis @ kernel; None: of x.
 
     Returns:
-      the weights, and whether they came to that before `max_iterations`.
+      the weights, and whether they meet `until`.
     """
     counts = (y >= 0).astype(start["bias"].dtype)
     n = jnp.sum(counts if y.ndim == 1 else jnp.any(y >= 0, axis=1))
@@ -197,11 +197,11 @@ def fit_lambdas(
 ) -> tuple[list[dict], list[float]]:
     """Finds the weights that minimise sum of cross-entropies + lambda / 2 * |kernel|^2, for each lambda.
 
-    Fitted from the strongest on, each beginning where the one before ended. Internally the features
-    are centred, which the free bias takes up, and scaled, with the lambda scaled to match: the same
-    optimum, reached in fewer iterations. In float64: in float32 the smallest lambdas end up to 57 % above
-    it on digits, and only after "max_iterations", which takes six times as long. L-BFGS works in a basis in which the
-    Hessian at weights of 0, the features' covariance / C + the penalty, is the unit matrix.
+    Starts with the strongest lambda; each fit begins where the one before ended. Internally the features are
+    centred, which the free bias makes up for, and scaled, with the lambda scaled to match: the optimum is the
+    same, and takes fewer iterations. Works in float64: in float32 the smallest lambdas end up to 57 % above
+    the optimum on digits, and only after "max_iterations", which takes six times as long. L-BFGS works in a
+    basis in which the Hessian at weights of 0, the features' covariance / C + the penalty, is the unit matrix.
 
     Args:
       x, y, classes: see `fit_logistic`.

@@ -91,15 +91,15 @@ def _choose_l2(some: tuple, validation: tuple, options: Options, classes: int) -
     l2 = jnp.asarray(options["l2"])
     weights = to_host(_fit_each_l2(*some, l2, classes, options["max_iterations"]))
     right = np.asarray(jax.vmap(accuracy, in_axes=(0, None, None))(weights, *validation))
-    # The strongest of equally good ones: with few labels the validation part may tell none from another.
+    # Take the strongest of equally good l2: with few labels, all may do equally well on the validation part.
     best = max(range(len(right)), key=lambda i: (right[i], options["l2"][i]))
     return best, jax.tree.map(lambda w: np.asarray(w[best]), weights)
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "max_iterations"))
 def _fit_each_l2(x, y, l2, classes: int, max_iterations: int) -> dict:
-    # One after the other: most converge long before the weakest regularisation does, and the
-    # logits of one fit at a time are held.
+    # Fit one after the other: most fits converge long before that with the weakest regularisation, and
+    # memory holds the logits of only one fit.
     return jax.lax.map(lambda one: fit_logistic(x, y, one, classes, max_iterations), l2)
 
 

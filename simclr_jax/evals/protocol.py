@@ -120,9 +120,9 @@ def what_decides(
     crops: str,
     metric: str,
 ) -> dict:
-    """Returns all that decides what a training learns, JSON-able, by which one that was stopped is known again.
+    """Returns everything that decides what a training learns, JSON-able, so that a stopped training is recognised.
 
-    The names that are there only for an unusual value were added later: trainings from before stay known.
+    Keys that appear only with an unusual value were added later, so that older trainings are still recognised.
 
     Args:
       config: the evaluation's configuration.

@@ -92,8 +92,8 @@ def _has_classes(data: DataSet) -> bool:
 
 
 def _has_labels(split: Split) -> bool:
-    """Returns whether an image has a label; a part of a split has the classes of all, and perhaps no labels. Of a
-    stream whether it has classes: to look would be to read it.
+    """Returns whether any image has a label: a part of a split may have classes but no labels. For a stream, returns
+    whether it has classes, because to look for labels is to read it.
     """
     if not isinstance(split, IndexedSplit):
         return bool(split.classes)
@@ -148,8 +148,8 @@ def metric_of(config: ConfigDict, data: DataSet) -> str:
 
 
 def with_labels(split: Split) -> Split:
-    """Returns the images that have a label. Of a stream all: its other images count in no loss and no
-    accuracy.
+    """Returns the images that have a label. Returns a stream whole: its images without a label count in no loss
+    and no accuracy.
     """
     if not isinstance(split, IndexedSplit):
         return split
@@ -166,8 +166,8 @@ def batch_size_of(config: ConfigDict, mesh: Mesh) -> int:
 
 
 def representations(config: ConfigDict, with_z: bool) -> Callable[[Any, Any], dict]:
-    """Returns a function, to be jitted, of variables (of f, of g) and images uint8 [N, H, W, 3], whose result is
-    {"h": [N, D]}, and "z" of the head's last layer if asked for, both not normalised.
+    """Returns a jit-able function: variables (of f, of g), images uint8 [N, H, W, 3] -> {"h": [N, D]} and, `with_z`,
+    "z" of the head's last layer. Neither is normalised.
     """
     network, head = assemble.encoder(config), assemble.head(config)
 
@@ -189,8 +189,8 @@ def extractor(config: ConfigDict, mesh: Mesh, forward: Callable) -> Extractor:
 def untrained(config: ConfigDict, images: Images, mesh: Mesh) -> dict:
     """Makes {"params", "batch_stats"} of the encoder before training, as good as it can be.
 
-    Where the encoder has BatchNorm, its running statistics are those of 512 views, of 512 training images
-    or all there are; see also `EncoderNetwork.as_baseline`. Each process computes them on one device, so
+    Where the encoder has BatchNorm, its running statistics are those of one view each of 512 training images,
+    or of all if there are fewer; see also `EncoderNetwork.as_baseline`. Each process computes them on one device, so
     that they depend neither on the devices nor on eval.batch_size.
     """
     network = assemble.encoder(config, norm_momentum=0.0).as_baseline()

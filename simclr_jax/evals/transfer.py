@@ -1,7 +1,7 @@
 """--mode=transfer: logistic regression as for transfer to other data (paper, appendix B.8).
 
-Features of the centred square, without random crops; one of 45 lambdas is chosen on a validation part,
-and then fitted to all training labels.
+The features are those of the centred square, without random crops. One of 45 lambdas is chosen on a validation
+part, and the regression with it is fitted to all training labels.
 """
 
 import numpy as np
@@ -37,7 +37,7 @@ def fit_chosen_lambda(features: Features, options: Options, lambdas: tuple[float
     Args:
       features: those of one encoder, not scaled.
       options: "validation_fraction", "seed" of the validation part, "max_iterations" of each fit, and
-        "metric", what is chosen by.
+        "metric", by which the lambda is chosen.
       lambdas: candidates; each weighs |kernel|^2 / 2 beside the sum of the cross-entropies.
 
     Returns:
@@ -58,9 +58,10 @@ def fit_chosen_lambda(features: Features, options: Options, lambdas: tuple[float
         )
     metric = METRICS[options["metric"]]
     scores = [metric(_logits(weights, x[held]), targets[held]) for weights in fits]
-    # Of equals the strongest: on few validation images many lambdas are.
+    # Take the strongest of equally good lambdas: with few validation images many are equally good.
     best = max(range(len(lambdas)), key=lambda i: (scores[i], lambdas[i]))
-    # From the strongest on, as above: each fit begins where the one before ended. The last, the chosen one, to the end.
+    # Start with the strongest, as above: each fit begins where the one before ended. Only the last one, of the chosen
+    # lambda, goes on to the full tolerance.
     (weights, *_), _ = fit_lambdas(x, targets, lambdas[best:], *how)
     x_test, y_test = features.test
     logits = _logits(weights, x_test)

@@ -1,8 +1,8 @@
 """Measures what h and z know of a transformation that an image went through (paper, section 4.2 and Table 3).
 
 Each image is transformed or not, at random, and a small network is trained to tell from its features which it
-was. The paper's four tasks; it publishes neither the network's size nor the strength of the corruption: here
-one hidden layer of 512, and Gaussian noise of deviation 0.1.
+was. The four tasks are the paper's. It publishes neither the network's size nor the strength of the corruption;
+we take one hidden layer of 512, and Gaussian noise of deviation 0.1.
 """
 
 from collections.abc import Callable, Iterator

@@ -28,7 +28,8 @@ from simclr_jax.training.saved import (
 )
 from simclr_jax.training.state import TrainState
 
-# What a save raises where another process is gone: they wait for each other in barriers.
+# Words of the error that a save raises after another process has died: the processes of a save wait for each
+# other in barriers.
 _OF_ANOTHER_PROCESS = r"(?i)barrier|coordination|heartbeat|unhealthy|connection reset|\bgloo\b"
 
 
@@ -117,7 +118,7 @@ class Checkpoints:
             **{
                 ENCODER: ocp.args.StandardSave(encoder),
                 TRAINER: ocp.args.StandardSave(trainer),
-                # A thread writes it while the caller goes on, and may change what it gave.
+                # A copy: a thread writes the options while the caller goes on and may change them.
                 OPTIONS: ocp.args.JsonSave(copy.deepcopy(options) | {"checksums": sums}),
             }
         )

@@ -52,7 +52,7 @@ class Clock:
 
     @property
     def memory(self) -> dict[str, float]:
-        """When the run began, in seconds since 1970, and how many it has trained; for a checkpoint."""
+        """For a checkpoint: when the run began, in seconds since 1970, and how many seconds it has trained."""
         return {"began": self._began, "trained": self._trained}
 
     @contextlib.contextmanager
@@ -68,7 +68,7 @@ class Clock:
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        """Counts the block as time in which a process may wait for the devices, and so for others."""
+        """Counts the block as time in which this process may wait for the devices, and so for other processes."""
         began = time.monotonic()
         yield
         self._computed += time.monotonic() - began
@@ -109,8 +109,8 @@ class Clock:
         share_of_time_input, _saving, _evaluating: in [0, 1], of this process.
         goodput: the share of the time since the run began, over all restarts, that was spent on steps which
             were kept; compiling, restoring, saving, evaluating, standing still and steps lost count against it.
-        slowest_process, slowest_process_share: with several processes, the one that is most of its time elsewhere
-            than in the step, where processes wait for each other, and the share of its time that it is elsewhere.
+        slowest_process, slowest_process_share: with several processes, the process that spends the largest share
+            of its time outside the step, in which processes wait for each other, and that share.
         """
         found = {}
         if self._steps:

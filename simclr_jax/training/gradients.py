@@ -22,8 +22,8 @@ class Embedding(NamedTuple):
 
     Attributes:
       z: [r b, D], the input of the loss over the whole batch; the r rows of an image are adjacent.
-      loss: a scalar, mean over the b images, that is added to the loss over the whole batch. The mean of the
-        losses of equal parts of a batch is that of the batch.
+      loss: a scalar, mean over the b images, that is added to the loss over the whole batch. Its mean over
+        equal parts of a batch must be the loss of the batch.
       metrics: {name: scalar}, each a mean over the b images.
       batch_stats: {network: its new running BatchNorm statistics}.
     """
@@ -43,7 +43,7 @@ BatchLoss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 class Gradient(NamedTuple):
-    """The gradient by the parameters, and what the embeddings and the losses said on the way.
+    """The gradient with respect to the parameters, and the other results of the embeddings and losses.
 
     Attributes:
       grads: a tree like the parameters.

@@ -22,8 +22,8 @@ from simclr_jax.training.verdict import Verdict
 # one queued, and no more than this many batches lie in its memory.
 _STEPS_AHEAD = 2
 
-# Steps in a row that may be skipped for a loss or gradient that is not finite. A scale that is only
-# too large for some batches recovers within a few; an encoder that has blown up never does.
+# Steps in a row that may be skipped for a loss or gradient that is not finite. A training that only some batches upset
+# recovers within a few; an encoder that has blown up never does.
 SKIPPED_IN_A_ROW = 10
 
 
@@ -32,11 +32,11 @@ class Reporting:
     """How often metrics are reported, and what they are of.
 
     Attributes:
-      every_steps: steps that a reported mean is over.
+      every_steps: steps between two reports; a reported mean is over these steps.
       batch_size: B, images of the global batch, for images per second.
       total_steps: steps of the training; the last one is reported whatever `every_steps` says.
       advice: what the user can do about a loss that is not finite.
-      judge: (step, reported means) -> verdict on the run; None: none is passed.
+      judge: (step, reported means) -> verdict on the run; None: the run is not judged.
     """
 
     every_steps: int
@@ -70,7 +70,7 @@ class Log:
           workdir: where the images of a step that is not finite are named.
           writer: writes the means; None: they are only shown.
           progress: shows the means.
-          reporting: when, and what of.
+          reporting: how often to report, and the sizes of the run.
           window: the `window` of the log that this one goes on from.
           clock: times the steps; None: a new one.
         """
@@ -124,7 +124,7 @@ class Log:
         self._judge(step, means)
 
     def _judge(self, step: int, means: dict[str, float]) -> None:
-        """Says the verdict when it turns bad, and when it is sound again."""
+        """Prints the verdict when it differs from the one before; a run begins as sound."""
         if self._reporting.judge is None or "loss" not in means:
             return
         before, self._verdict = self._verdict, self._reporting.judge(step, means)

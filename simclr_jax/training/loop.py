@@ -32,7 +32,7 @@ class Job(NamedTuple):
     """A training, assembled. Nothing is computed yet.
 
     Attributes:
-      step: jitted; takes the memory of its state.
+      step: jitted; reuses the memory of the state that it is given, which is gone after the call.
       init: () -> the state before the first step, laid out over the devices.
       abstract_state: shapes, dtypes and shardings of the state.
       steps: steps of the whole training.
@@ -83,7 +83,7 @@ class Run:
       saving: when checkpoints are saved, and how many are kept.
       reporting: when metrics are reported, and how.
       sinks: () -> further places for metrics, opened on process 0; None: there are none.
-      hang_seconds: without a step, after which the process is ended, see `Watch`; 0: never.
+      hang_seconds: the process is ended after this many seconds without a step, see `Watch`; 0: never.
     """
 
     workdir: str
@@ -118,8 +118,8 @@ def fit(
 ) -> tuple[TrainState, bool]:
     """Trains from the workdir's newest checkpoint, or from the start, to the last step.
 
-    On SIGTERM or SIGINT it finishes the step, saves, and returns; on all processes at one step. One that
-    comes in the last step is delivered again when all is saved.
+    On SIGTERM, SIGINT or SIGHUP it finishes the step, saves and returns, at the same step on all processes. With
+    one process, a signal that comes in the last step is delivered again once everything is saved.
 
     Args:
       job: the step and how its state starts.
@@ -170,7 +170,7 @@ def fit(
                         found = hook.run(step, state)
                     log.write(step, found)
             if stopping or last or checkpoints.due(step):
-                log.store()  # and nothing is saved after a loss that is not finite
+                log.store()  # checks every loss first: a loss that ends the run prevents the save
                 check_state(step, state, run.reporting.advice)
                 memories = {hook.name: hook.memory for hook in hooks}
                 then = {
@@ -185,7 +185,7 @@ def fit(
                     say(costly)
             if stopping or last:
                 with watch.doing("saving"):
-                    checkpoints.wait(step)  # here, where a signal does not cut it off
+                    checkpoints.wait(step)  # while `stop` still keeps a signal from ending it
             if stopping:
                 say(f"stopped after step {step}, which is saved: the same command goes on from it")
                 return state, False
@@ -196,7 +196,7 @@ def fit(
 def _restore_or_begin(
     checkpoints: Checkpoints, job: Job, workdir: str, hooks: Sequence[Hook]
 ) -> tuple[TrainState, dict]:
-    """Returns the newest state, or that of the start, and what was saved beside it; gives the hooks their memories.
+    """Returns the newest saved state, or else the first one, and what was saved beside it. Sets the hooks' memories.
 
     Raises:
       UserError: the checkpoints are of a longer training, or none can be read.

@@ -3,9 +3,9 @@
 A second network, whose weights are a moving average of the trained ones, projects the second view of each
 image, and its projections are negatives in the steps that follow: MoCo's queue (He et al. 2020, arXiv
 1911.05722) beside the negatives of the batch. The paper gives 64K negatives and a decay of 0.999, and no
-code. What it leaves open is chosen here: one view of an image is stored, as in MoCo; partners stay those
-of the batch; a batch's own projections come into the memory after its step, as one of them would be a view
-of the anchor's own image; until the memory is full, what is there counts.
+code. Where it says nothing, these are our choices: one view of an image is stored, as in MoCo; partners are
+those of the batch; a batch's projections enter the memory after its step, because during the step one of
+them would be a view of the anchor's own image; a memory that is not full yet counts only what it holds.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from simclr_jax.losses.stored import Stored
 
 @flax.struct.dataclass
 class Memory:
-    """The part of the state of a training that remembers.
+    """The negatives of earlier batches and the network that projects them, a part of the training state.
 
     Attributes:
       params: {"encoder", "head"}: the moving average of the parameters.
@@ -35,7 +35,7 @@ class Memory:
 
 
 class MemoryRule(NamedTuple):
-    """How a memory goes from step to step.
+    """How a step updates the memory.
 
     Attributes:
       project: (params, batch_stats, batch) -> projections [B, D] of one view of each image.
@@ -55,7 +55,7 @@ def batches_of(size: int, batch_size: int, supported: bool) -> int:
       supported: whether the loss can count negatives of earlier batches.
 
     Raises:
-      UserError: it cannot, or S is not a whole number.
+      UserError: the loss cannot, or `size` is not a multiple of `batch_size`.
     """
     if size and not supported:
         raise UserError(f"loss.memory={size}: expected loss.name=nt_xent or dcl, or loss.memory=0")
@@ -71,10 +71,10 @@ def begin(params: dict, batches: int, images: int, width: int) -> Memory:
     """Returns a memory before the first step.
 
     Args:
-      params: those of the trained networks, {"encoder", "head", ...}.
-      batches: S, how many batches it holds.
-      images: B, of a batch.
-      width: D, of z.
+      params: parameters of the trained networks, {"encoder", "head", ...}.
+      batches: S, the number of batches that it holds.
+      images: B, images of a batch.
+      width: D, the width of z.
     """
     return Memory(
         params={name: params[name] for name in ("encoder", "head")},

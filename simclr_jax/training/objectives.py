@@ -1,4 +1,4 @@
-"""Objectives: one embeds a batch, and a step minimises a loss over all its embeddings."""
+"""Objectives: an objective embeds a batch, and the step minimises a loss over all embeddings of the batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,8 +22,8 @@ def contrastive(
     Args:
       networks: f, g and the online classifier, or None in its place.
       views: a batch -> float views [b, 2, H, W, 3] in [0, 1].
-      by_labels: f learns from the classifier, and not from z: supervised training on the same views, which a
-        loss of z only watches.
+      by_labels: train f by the classifier's loss and not by z: supervised training on the same views, in which
+        the loss of z is only reported.
     """
 
     def embed(params, batch_stats, batch) -> Embedding:
@@ -77,8 +77,8 @@ def supervised(
     """Returns the objective of training with labels: the cross-entropy of the logits of all views.
 
     Every image has as many views as `views` makes, one for the classifiers of the paper. The metrics
-    hold loss and classifier_accuracy; z is empty, so use it with `no_loss`. Not for microbatches of
-    images of which some have no label: `loss_of` takes its mean over the labels that it is given.
+    hold loss and classifier_accuracy; z is empty, so use it with `no_loss`. Do not use microbatches if
+    some images have no label: `loss_of` takes its mean over the labels of one microbatch alone.
 
     Args:
       classify: (params, batch_stats, images [n, H, W, 3]) -> (logits [n, C], new batch_stats).

@@ -70,10 +70,10 @@ def adapted(params):
 
 
 def as_matrices(params):
-    """Says for each `adapted` kernel which of its axes are a matrix's rows, the inputs, and which its columns,
-    the outputs: what Muon makes orthogonal.
+    """Names the axes of each `adapted` kernel that form the rows (inputs) and the columns (outputs) of a matrix,
+    which Muon makes orthogonal.
 
-    The last axis is the outputs', but attention's queries, keys and values have outputs [heads, width].
+    The outputs are the last axis, except for attention's queries, keys and values: there they are [heads, width].
 
     Args:
       params: tree of parameters.

@@ -124,8 +124,8 @@ def read_parts(checkpoint: epath.Path, abstract: dict) -> dict:
 def read_newest(path: str, read: Callable[[epath.Path], _T]) -> _T:
     """Returns read(folder of the newest checkpoint).
 
-    A training may be writing beside it, and may delete it for a newer one while it is read: then
-    the newer one is read.
+    A training that is still running may replace that checkpoint by a newer one while it is read. Then the
+    newer one is read, unless there are several processes.
 
     Args:
       path: see `find`.
@@ -136,8 +136,8 @@ def read_newest(path: str, read: Callable[[epath.Path], _T]) -> _T:
         try:
             return read(found)
         except UserError:
-            # What is still the newest is damaged. What is not may be half deleted: a folder is left
-            # when its files are gone.
+            # A checkpoint that is still the newest is damaged. An older one may be half deleted: its folder
+            # outlasts its files.
             steps = saved_steps(path)
             if not steps or str(steps[-1]) == found.name or jax.process_count() > 1:
                 raise
@@ -182,9 +182,9 @@ def is_of_a_disk(error: Exception) -> bool:
 
 
 def checksum(tree: Any) -> int:
-    """Sums the bits of all arrays, as unsigned numbers modulo 2**32: any one bit that differs gives another
-    number, and how the arrays are divided over devices does not. The storage has no checksum of its own for the
-    content of arrays.
+    """Sums the bits of all arrays, as unsigned numbers modulo 2**32. A change of any single bit changes the
+    sum; the division of the arrays over devices does not. The storage itself has no checksum of the content of
+    arrays.
     """
     return int(_checksum(tree))
 
@@ -201,7 +201,7 @@ def _checksum(tree: Any) -> jax.Array:
 
 def verify(item: str, tree: Any, options: dict) -> None:
     """Raises a ValueError if an item of a checkpoint is not what was saved, by its options."""
-    expected = options.get("checksums", {}).get(item)  # not of versions before
+    expected = options.get("checksums", {}).get(item)  # None: an older version saved it
     if expected is not None and checksum(tree) != expected:
         raise ValueError(f"the arrays of {item} differ from those that were saved: damaged on disk")
 

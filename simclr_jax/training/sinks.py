@@ -80,7 +80,7 @@ SINKS: dict[str, Callable[[str, dict[str, Any]], Sink]] = {
 
 
 class Sinks:
-    """Several places for metrics, none of which can end a training: one that fails is said and left."""
+    """Several places for metrics. One that fails during a training does not end it: it is reported and dropped."""
 
     def __init__(self, names: tuple[str, ...], workdir: str, config: dict[str, Any]):
         """Opens the places that the option train.sinks names.

@@ -85,7 +85,7 @@ def make_step(
             state.batch_stats,
             images,
         )
-        # Whole before the optimizer takes its shard of them: left to itself, the TPU compiler
+        # Gather the gradients before the optimizer takes its shard of them. Otherwise the TPU compiler
         # computes the gradients of divided kernels in windows, with three times the memory.
         grads = gather(found.grads)
         updates, opt_state = rule.optimizer.update(grads, state.opt_state, state.params)

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP as a wish to stop after a step, which all processes follow at the same step."""
+"""Turns SIGTERM, SIGINT and SIGHUP into a stop at the end of a step, the same step on all processes."""
 
 import collections
 import os
@@ -27,8 +27,8 @@ _SAME_WISH_SECONDS = 2.0
 class Stop:
     """Takes note of the first signal; a second one, seconds later, gets the handling it had before.
 
-    A context manager. In another thread than the main one Python delivers no signals: there it only
-    agrees with the other processes.
+    A context manager. Python delivers signals only to the main thread: in another thread, a Stop only
+    follows the other processes.
     """
 
     def __init__(self, mesh: Mesh):
@@ -61,7 +61,7 @@ class Stop:
             os.kill(os.getpid(), number)
 
     def _leave_terminals(self) -> None:
-        """Sends what is written to the terminal nowhere: it is gone, and each write would be an error."""
+        """Redirects output for the terminal to os.devnull: the terminal is gone, and each write would fail."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for terminal in self._terminals:
             os.dup2(nowhere, terminal)
@@ -69,8 +69,8 @@ class Stop:
 
     def pass_on(self) -> None:
         """Delivers the signal, if there was one, to the handler that was there before: call it once the
-        training has ended, as a signal in its last step is meant for what comes after it. One of several
-        processes keeps it to itself: those that got none would wait for it for ever.
+        training has ended, as a signal in its last step is meant for what comes after it. With several processes
+        the signal is not delivered: the processes without a signal would wait for this one for ever.
         """
         if self._wished and _wishes_are_passed_on():
             os.kill(os.getpid(), self._number)

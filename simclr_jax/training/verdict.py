@@ -83,7 +83,7 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
 def judge_accuracy(
     rows: list[dict], metrics: Mapping[str, float], trained: str, untrained: str
 ) -> Verdict | None:
-    """Judges a run by an evaluation that ends it, beside the untrained encoder.
+    """Judges a run by its final evaluation: by the accuracy of the trained and of the untrained encoder.
 
     Args:
       rows: the evaluation's, see `evals.results.row`.

@@ -20,8 +20,8 @@ from etils import epath
 
 from simclr_jax.errors import LOST
 
-# So many times the seconds of a step, where a storage may be slow: while a checkpoint is written, while the first
-# images are read, and in the steps after a save or an evaluation, in which others may still be busy with it.
+# The limit is this many times longer where storage may be slow: while a checkpoint is written, while the first images
+# are read, and in the steps after a save or an evaluation, with which other processes may still be busy.
 _SLOW = 10
 # Seconds that a process which gives up waits for what the others have to say.
 _LISTENING = 5.0
@@ -29,7 +29,7 @@ _LISTENING = 5.0
 _WRITING = 30.0
 
 _UNTIL_DONE = "evaluating", "compiling"  # may take any time
-# Steps that a loop is ahead of what it has read. Only with the first result are all processes known to have
+# The loop reads the metrics of a step this many steps late. Only the first metrics show that all processes have
 # compiled the step.
 _STEPS_AHEAD = 2
 
@@ -47,7 +47,7 @@ class Watch:
 
         Args:
           workdir: where to write.
-          seconds: without a step; 0: never ends.
+          seconds: the process is ended after this many seconds without a step; 0: never.
           end: ends the process; None: with exit status `errors.LOST`, at once, as an orderly exit would wait
             for what is stuck.
         """
@@ -113,7 +113,7 @@ class Watch:
                 self._file("json").write_text(json.dumps(said))
             late.append(self._who_is_late(count))
 
-        # Aside: a storage that is stuck may be the reason, and must not keep the process.
+        # In its own thread: a stuck storage may be the reason, and must not keep the process from ending.
         asking = threading.Thread(target=write_and_ask, daemon=True)
         asking.start()
         asking.join(timeout=_WRITING)
@@ -154,7 +154,7 @@ def late_of(heard: dict[int, dict], count: int) -> str:
         return (
             f"; process {', '.join(silent)} says nothing: it is stopped, stuck or cannot write here"
         )
-    # In a step a process waits for the devices of the others: who is elsewhere is waited for.
+    # A process in the step waits for the devices of the others, so a process that is elsewhere is the late one.
     late = [p for p, said in heard.items() if said["doing"] != "computing"]
     if not late:
         first = min(said["step"] for said in heard.values())

@@ -154,8 +154,8 @@ def _newest_options(workdir: str) -> dict | None:
 
 
 def check_data(train: Split, fingerprint: str, saved: dict | None, workdir: str) -> None:
-    """Raises a UserError if the processes find unlike training images, on all of them, or if the saved run began on
-    other training images, or on other labels of them, by which its online classifier learns.
+    """Raises a UserError, on all processes, if they find different training images, or if the saved run began on
+    other training images or other labels of them, from which its online classifier learns.
 
     Args:
       train: the training images now.

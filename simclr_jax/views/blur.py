@@ -1,8 +1,8 @@
 """Gaussian blur (paper, appendix A): S / 10 pixels wide, sigma uniform in [0.1, 2] px, drawn per view.
 
-On the host, large views: most sigmas are so small that the outer taps weigh nothing, so the program for
-a shorter kernel is taken. On the device, blur is two products with a banded matrix, the identity where
-none was drawn. Outside the image is 0.
+On the host, for large views, a program with a shorter kernel runs where sigma is so small that the outer taps
+weigh nothing, as for most draws. On the device, blur is two products with a banded matrix, which is the identity
+for a view that is not blurred. Pixels outside the image count as 0.
 """
 
 import dataclasses

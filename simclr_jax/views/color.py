@@ -134,10 +134,10 @@ class ColorJitter(Operation):
     def device(self, channels: Channels, u: dict[str, Any]) -> Channels:
         """Applies the jitter where it was drawn.
 
-        A device does not branch by image, so each of the places in the order is one operation whose
-        numbers make it what was drawn: hue and saturation that do not change, or a factor of one and
-        nothing added, are the identity. That is one pass a place, where computing all four operations
-        and choosing would be four.
+        A device does not branch by image, so each place in the order computes one formula that contains all
+        operations. Numbers that do nothing (no turn of the hue, a factor of one, nothing added) switch off those
+        that were not drawn for this place. That takes one pass a place; computing all four operations and
+        choosing one would take four.
         """
         import jax.numpy as jnp
 
@@ -163,7 +163,7 @@ class ColorJitter(Operation):
                 plus = when(brightness, turn(factors[..., brightness], self._spread), 0.0)
             else:
                 times = when(brightness, factor(factors[..., brightness], self._spread), times)
-            about_mean = now == contrast  # what contrast pivots on; brightness on zero
+            about_mean = now == contrast  # contrast scales about the mean, brightness about zero
             changed = []
             for c in channels:
                 mean = jnp.mean(c, axis=(-2, -1), keepdims=True)

@@ -12,8 +12,8 @@ from simclr_jax.views.distortion import Distortion, key_of
 def draw(seed: int, epoch, index, distortion: Distortion):
     """Draws the numbers in [0, 1) that decide both views of an image: [2, distortion.draws].
 
-    Each step's are a function of (seed, epoch, index, its name), as on the host; they are other
-    numbers than the host's.
+    The numbers of a step are a function of (seed, epoch, index, the step's name), as on the host, but they
+    are not equal to the host's.
     """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), epoch), index)
     parts = [
@@ -29,7 +29,7 @@ def crops_of(images, seed: int, epochs, indices, size: int, distortion: Distorti
     Args:
       images: uint8 [N, H, W, C].
       seed: the run's seed.
-      epochs, indices: int [b], which of the images are taken.
+      epochs, indices: int [b], the epoch of each view and the index of its image.
       size: height and width of a view, pixels.
       distortion: how strongly views differ.
 

@@ -3,7 +3,7 @@
 Formulas take the module that computes, `xp`, and use only names that `tf` and `jax.numpy` share. So the
 host and the device cannot disagree on what a view is; they differ in how they batch and branch. All
 chance is drawn beforehand, as numbers in [0, 1); what follows is a pure function of them. An
-operation's numbers are keyed by its name: another operation more or less does not change them.
+operation's numbers are keyed by its name: adding or removing another operation does not change them.
 """
 
 import abc
@@ -144,7 +144,7 @@ class Distortion:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How many numbers decide a view, by what they are keyed by, in order."""
+        """{step's name: how many random numbers of the step decide a view}, in the order of the steps."""
         steps: tuple[Operation | Crop, ...] = (self.crop, *self.chain)
         return {step.NAME: sum(step.DRAWS.values()) for step in steps}
 
@@ -154,8 +154,8 @@ class Distortion:
         return sum(self.sizes.values())
 
     def settled(self, xp: Any, draws: Any) -> Any:
-        """Returns the draws [2, `draws`] of both views of an image as `one_branch` has them: the second view
-        has the first one's crop, and the first one numbers with which nothing happens.
+        """Returns the draws [2, `draws`] of both views of an image. With `one_branch` the second view gets the crop
+        of the first, and the first gets numbers for which no operation happens.
         """
         if not self.one_branch:
             return draws

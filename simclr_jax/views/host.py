@@ -1,8 +1,8 @@
 """Views made on the host: TensorFlow operations on one image, for tf.data.
 
 The numbers drawn for a view are keyed by (run seed, epoch, image index, operation), so they depend
-neither on threads nor on the batch. What is drawn is computed and what is not is skipped. Pixel by pixel
-work is compiled by XLA, which fuses it into one pass an operation.
+neither on threads nor on the batch. An operation that was not drawn for a view is skipped. XLA compiles work
+that is done pixel by pixel, and fuses it into one pass for each operation.
 
 Measured at 224 px on one core, for one view: crop and resize 0.4 ms; jitter, grey and flip 0.3 ms
 compiled, 1.0 ms as TensorFlow's operations; blur 0.2 to 0.3 ms, 0.85 ms as two products with a
@@ -149,7 +149,7 @@ def _continued(x, draws, distortion: Distortion, place: int):
 
 
 def _crop(image, draws, size: int, distortion: Distortion):
-    """Crops a view, float32 [size, size, C], up to 255, which bicubic interpolation passes."""
+    """Crops a view, float32 [size, size, C] from 0 to 255; bicubic interpolation may overshoot these a little."""
     top, left, height, width = tf.unstack(_window(tf.shape(image), draws, distortion))
     window = image[top : top + height, left : left + width]
     return _resized(window, size, distortion.crop.antialias)
@@ -198,7 +198,7 @@ def _small_crops(image, draws, size: int, distortion: Distortion):
 
 
 def _small_crop(image, draws, size: int, distortion: Distortion):
-    """Crops like `_crop` by two matrix products, [C, size, size]: XLA slices no drawn shapes."""
+    """Crops like `_crop`, to [C, size, size], by two matrix products: XLA cannot slice a window of random size."""
     top, left, height, width = crop_window(image.shape, draws, distortion)
     antialias = distortion.crop.antialias
     rows = resize_matrix(tf, top, height, image.shape[0], size, antialias)

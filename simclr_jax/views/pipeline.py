@@ -46,8 +46,8 @@ def training_batches(
     """Yields this process's part of the global batches from `start_step` on, without end.
 
     Args:
-      images: to draw from. In the place of one that cannot be read stands the next whole one, so
-        what comes is still a function of the seed; more are noted when they are met.
+      images: the split to draw from. The next readable image stands in for one that cannot be read, so the
+        batches are still a function of the seed. Further unreadable images are noted when they are met.
       order: which image comes when; with the epoch and the image's index its seed decides every view.
       start_step: the first step to yield.
       work: how the host turns an image into views.
@@ -127,8 +127,8 @@ def evaluation_batches(
     """Yields this process's share of the split, each image once, in order; the last batch may be short.
 
     Args:
-      images: the split. In the place of an image that cannot be read stands another one, labelled
-        `split.BROKEN`; more are noted when they are met.
+      images: the split. Another image, labelled `split.BROKEN`, stands in for one that cannot be read. Further
+        unreadable images are noted when they are met.
       batch_size: images of a batch of this process alone, unlike in `Views.evaluation_batches`.
       share: this process's part.
       view: how an image is cropped and resized.
@@ -178,8 +178,8 @@ def _run(
       UserError: too many images cannot be read, or something else than an image.
     """
     unknown = tf.errors.UnknownError
-    # Local names: the generator may be closed when the interpreter has already cleared `tf`. What errno becomes
-    # in TensorFlow (tsl/platform/errno.cc), beside the errors of decoding.
+    # Local names, because the generator may be closed after the interpreter has cleared `tf`. These are the errors
+    # of decoding, and those into which TensorFlow turns errno (tsl/platform/errno.cc).
     unreadable = (
         tf.errors.InvalidArgumentError,
         tf.errors.NotFoundError,

@@ -60,9 +60,9 @@ class Views(Protocol):
         """
 
     def placer(self, split: Split) -> Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]:
-        """Returns put(batch of `batches`) -> the global batch, over the mesh.
+        """Returns a function that turns a batch of `batches` into the global batch over the mesh.
 
-        What all batches share, such as images that lie on the devices, is copied there now.
+        Copies data that all batches share, such as images that stay on the devices, to the devices now.
         """
 
     def fetch(self, batch: dict[str, Any]) -> dict[str, Any]:
