@@ -241,8 +241,14 @@ def test_evaluation_leaves_broken_images_out(mixed, share):
 
 def test_too_many_broken_images_stop_the_run_with_examples(mixed):
     split, _ = mixed
-    with pytest.raises(UserError, match=r"of 50 images cannot be read, .*max_broken.*such as /"):
-        batches(split, Broken(split, 0.02), 3)
+    broken = Broken(split, 0.02)
+    with pytest.raises(
+        UserError, match=r"of 50 images cannot be read, .*max_broken.*such as /"
+    ) as caught:
+        batches(split, broken, 3)
+    first = min(broken.indices)
+    (problem,) = split.problems({first}).values()
+    assert f"{split.name_of(first)} ({problem})" in str(caught.value)
 
 
 def test_of_a_part_as_many_may_be_broken_as_of_the_whole(mixed):

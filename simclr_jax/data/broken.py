@@ -41,6 +41,7 @@ class Broken:
         self._split, self._limit, self.report = split, limit, report
         self._limit_of = (whole or split).count
         self.indices: set[int] = set()
+        self._problems: dict[int, str] = {}
         self._lines: list[str] = []
         if report is not None and report.exists():
             known = [_index_of(line) for line in report.read_text().splitlines()]
@@ -64,9 +65,8 @@ class Broken:
     def _check(self) -> None:
         count = self._split.count
         if len(self.indices) > self._limit * self._limit_of or len(self.indices) == count:
-            some = sorted(self.indices)[:3]
-            problems = self._split.problems(set(some))
-            names = ", ".join(f"{self._split.name_of(i)} ({problems[i]})" for i in some)
+            some = sorted(self._problems.items())[:3]
+            names = ", ".join(f"{self._split.name_of(i)} ({problem})" for i, problem in some)
             raise UserError(
                 f"{len(self.indices)} of {count} images cannot be read, more than the "
                 f"share of {self._limit:g} that data.max_broken allows, such as {names}: mend or "
@@ -77,6 +77,7 @@ class Broken:
         problems = self._split.problems(set(map(int, indices)))
         for index, problem in sorted(problems.items()):
             self.indices.add(index)
+            self._problems[index] = problem
             name = self._split.name_of(index)
             self._lines.append(json.dumps({"index": index, "image": name, "problem": problem}))
             if say_it and len(self.indices) <= _SAID:
