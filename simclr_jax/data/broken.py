@@ -18,7 +18,6 @@ class Broken:
     """The broken images of a split, as far as they have been met.
 
     Attributes:
-      indices: which images of the split are broken.
       report: the file that names them; None: none.
     """
 
@@ -40,7 +39,6 @@ class Broken:
         """
         self._split, self._limit, self.report = split, limit, report
         self._limit_of = (whole or split).count
-        self.indices: set[int] = set()
         self._problems: dict[int, str] = {}
         self._lines: list[str] = []
         if report is not None and report.exists():
@@ -49,26 +47,32 @@ class Broken:
             self._write()
             self._check()
 
+    @property
+    def indices(self) -> set[int]:
+        """Which images of the split are broken."""
+        return set(self._problems)
+
     def find(self, indices: Iterable[int]) -> bool:
         """Tries to read these images and notes those that cannot be. Returns whether there are any.
 
         Raises:
           UserError: they are more than the limit allows; with examples.
         """
-        before = len(self.indices)
-        self._note([i for i in indices if i not in self.indices], say_it=True)
-        if len(self.indices) > before:
+        before = len(self._problems)
+        self._note([i for i in indices if i not in self._problems], say_it=True)
+        if len(self._problems) > before:
             self._write()
         self._check()
-        return len(self.indices) > before
+        return len(self._problems) > before
 
     def _check(self) -> None:
         count = self._split.count
-        if len(self.indices) > self._limit * self._limit_of or len(self.indices) == count:
+        bad = len(self._problems)
+        if bad > self._limit * self._limit_of or bad == count:
             some = sorted(self._problems.items())[:3]
             names = ", ".join(f"{self._split.name_of(i)} ({problem})" for i, problem in some)
             raise UserError(
-                f"{len(self.indices)} of {count} images cannot be read, more than the "
+                f"{bad} of {count} images cannot be read, more than the "
                 f"share of {self._limit:g} that data.max_broken allows, such as {names}: mend or "
                 "remove them, or raise it"
             )
@@ -76,19 +80,18 @@ class Broken:
     def _note(self, indices: Iterable[int], say_it: bool) -> None:
         problems = self._split.problems(set(map(int, indices)))
         for index, problem in sorted(problems.items()):
-            self.indices.add(index)
             self._problems[index] = problem
             name = self._split.name_of(index)
             self._lines.append(json.dumps({"index": index, "image": name, "problem": problem}))
-            if say_it and len(self.indices) <= _SAID:
+            if say_it and len(self._problems) <= _SAID:
                 say(f"skipped     {name}: {problem}")
-            elif say_it and len(self.indices) == _SAID + 1:
+            elif say_it and len(self._problems) == _SAID + 1:
                 say("skipped     ... and more, which only the report names")
 
     def say_how_many(self) -> None:
         """Says how many images were skipped, and where they are named, if any were."""
-        if self.indices:
-            say(f"skipped     {len(self.indices)} images that cannot be read, see {self.report}")
+        if self._problems:
+            say(f"skipped     {len(self._problems)} images that cannot be read, see {self.report}")
 
     def _write(self) -> None:
         """Writes the report; removes it if all images that were broken are mended."""

@@ -196,7 +196,7 @@ def _check_columns(path: str, schema: Any, columns: Columns) -> None:
         if name not in schema.names and not may_lack:
             fit = schema.names
             if option == "image_column":
-                fit = [field.name for field in schema if _holds_images(field.type)]
+                fit = _image_columns(schema)
             remedy = f"set data.parquet.{option}, such as to {fit[0]!r}" if fit else _NO_IMAGES
             raise UserError(
                 f"{path} has no column {name!r}: it has {', '.join(schema.names)}; {remedy}"
@@ -253,8 +253,11 @@ def image_columns(path: str) -> list[str]:
     """
     system, paths = list_files(path)
     with open_parquet(system, paths[0]) as file:
-        fields = list(file.schema_arrow)
-    return [field.name for field in fields if _holds_images(field.type)]
+        return _image_columns(file.schema_arrow)
+
+
+def _image_columns(schema: Any) -> list[str]:
+    return [field.name for field in schema if _holds_images(field.type)]
 
 
 def chosen_column(columns: list[str], usual: str) -> str:
