@@ -112,8 +112,8 @@ def settings(images: list[np.ndarray]) -> dict:
 def ours(data: dict[str, Part], options: dict, run: Run) -> dict:
     """Trains ours. Returns {"train", "test": features, "seconds", "contrastive": accuracy}."""
     from simclr_jax import config, load_encoder
-    from simclr_jax.main import keep_compiled_programs
     from simclr_jax.modes.pretrain import pretrain
+    from simclr_jax.shell import keep_compiled_programs
 
     keep_compiled_programs()  # as the command does
     c = config.default()
@@ -291,7 +291,7 @@ def rank(h: np.ndarray) -> float:
 def one(run: Run, data: dict[str, Part]) -> dict:
     """Makes one run on the images of its path, and judges it."""
     if run.kind.startswith("ours"):
-        from simclr_jax.processes import keep_freed_memory
+        from simclr_jax.shell import keep_freed_memory
 
         keep_freed_memory(os.environ)  # as the command does
     options = run.options

@@ -276,7 +276,7 @@ def one_turn(kind: str, name: str) -> dict:
     if kind == "loss":  # get an error before the machine has to kill a process
         resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
     if name.endswith(("simclr_jax", *OUR_LOSSES)):
-        from simclr_jax.processes import keep_freed_memory
+        from simclr_jax.shell import keep_freed_memory
 
         keep_freed_memory(os.environ)  # as the command does
     thing = KINDS[kind]()[name]()

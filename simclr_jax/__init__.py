@@ -33,9 +33,14 @@ def pretrain(
     Raises:
       UserError: the user can mend the cause; the message says how.
     """
+    from simclr_jax.errors import Stopped
     from simclr_jax.modes.pretrain import pretrain
 
-    return pretrain(_with_options(config, options), workdir, extend)
+    try:
+        pretrain(_with_options(config, options), workdir, extend)
+    except Stopped:
+        return False
+    return True
 
 
 def evaluate(

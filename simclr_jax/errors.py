@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this, show the message and no traceback."""
+"""Exceptions that end a command with one line and no traceback."""
 
 
 class UserError(Exception):
@@ -13,6 +13,10 @@ class Unavailable(UserError):
 
 class NotFinite(UserError):
     """Says that a training cannot go on, as its loss or gradient is not finite: the same command ends there again."""
+
+
+class Stopped(Exception):
+    """Says that a signal has stopped a training, which is saved: the same command goes on from there."""
 
 
 # Exit status of a process that ends because another process or a storage is gone or stuck: a launcher may restart

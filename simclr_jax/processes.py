@@ -1,18 +1,13 @@
 """Several processes as one run: start-up, on TPU pods and under SLURM without being told."""
 
 import contextlib
-import ctypes
 import glob
 import hashlib
 import importlib.util
-import math
 import os
 import pathlib
-import platform
 import re
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import NoReturn
@@ -30,36 +25,7 @@ from simclr_jax.files import locked
 HEARTBEAT_SECONDS = 30
 
 # Seconds a process that is done waits for the others before it gives them up.
-_SHUTDOWN_SECONDS = 120
-
-# The status of a command that Ctrl-C has ended: 128 and the number of SIGINT, as a shell has it.
-INTERRUPTED = 130
-
-# Seconds after which a process that is done no longer waits for threads of libraries.
-_EXIT_SECONDS = 15.0
-
-
-def keep_freed_memory(environment: Mapping[str, str]) -> None:
-    """Lets a process that computes on CPUs keep the memory it frees; does nothing where JAX uses an accelerator or
-    the C library is not glibc. Call it before JAX makes its devices.
-
-    XLA allocates the temporaries of a step anew each time, 100 MB and more, and glibc hands such blocks back
-    to the system. If they are kept, a step takes 64 instead of 91 ms for ResNet-10 x0.5 at batch 64, and 3.4 instead
-    of 4.1 s for ResNet-18 at 32 px and batch 128 (2 cores).
-    """
-    on_cpu = environment.get("JAX_PLATFORMS") == "cpu" or not (_has_tpu() or _has_gpu())
-    if not on_cpu or platform.libc_ver()[0] != "glibc":
-        return
-    mmap_max, trim_threshold = -4, -1  # malloc.h; see mallopt(3)
-    glibc = ctypes.CDLL(None)
-    # Blocks of any size come from the heap, whose end is never given back.
-    for parameter, value in ((mmap_max, 0), (trim_threshold, -1)):
-        glibc.mallopt(parameter, value)
-    # glibc keeps large blocks (over 64 MB) for the main thread only. So let the main thread, which starts a step, also
-    # compute it; `start` undoes this if there are several processes. The alternative, one heap for all threads
-    # (M_ARENA_MAX=1), makes threads wait for each other: steps of configs/digits.py then take 18 instead of 12 ms,
-    # and compiling takes 7 instead of 5 s.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+SHUTDOWN_SECONDS = 120
 
 
 def start(coordinator: str | None, count: int | None, index: int | None) -> None:
@@ -76,7 +42,7 @@ def start(coordinator: str | None, count: int | None, index: int | None) -> None
     given = [x is not None for x in (coordinator, count, index)]
     if any(given) and not all(given):
         raise UserError("--coordinator, --processes and --process go together: give all or none")
-    if not any(given) and not is_one_of_many(os.environ, _has_tpu()):
+    if not any(given) and not is_one_of_many(os.environ, has_tpu()):
         return
     if not any(given) and (tasks := _tasks_of_slurm(os.environ)) > 1:
         print(
@@ -96,7 +62,7 @@ def start(coordinator: str | None, count: int | None, index: int | None) -> None
             index,
             local_device_ids=own_devices(os.environ),
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
@@ -104,9 +70,9 @@ def start(coordinator: str | None, count: int | None, index: int | None) -> None
         ) from error
 
 
-def is_one_of_many(environment: Mapping[str, str], has_tpu: bool) -> bool:
+def is_one_of_many(environment: Mapping[str, str], tpu: bool) -> bool:
     """Whether this process may be one of several that JAX can find by itself."""
-    if environment.get("JAX_PLATFORMS", "tpu") != "cpu" and has_tpu:
+    if environment.get("JAX_PLATFORMS", "tpu") != "cpu" and tpu:
         return True  # the VM's metadata say how many hosts there are, even if only one
     return _tasks_of_slurm(environment) > 1
 
@@ -133,12 +99,12 @@ def own_devices(environment: Mapping[str, str]) -> list[int] | None:
     return list(range(len(seen))) if len(seen) == 1 or one_a_node else None
 
 
-def _has_tpu() -> bool:
+def has_tpu() -> bool:
     chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
     return bool(glob.glob("/dev/nvidia[0-9]*") or glob.glob("/dev/kfd"))
 
 
@@ -168,40 +134,6 @@ def end(error: Exception) -> NoReturn:
             pathlib.Path(mark).touch()
     time.sleep(seconds)
     os._exit(status)  # an orderly exit would wait for the others, who wait for this one
-
-
-def exit_now(status: int) -> NoReturn:
-    """Skips Python's orderly exit, which crashed in 3 of 10 commands after a Ctrl-C while compiling."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def exit_within(status: object, seconds: float = _EXIT_SECONDS) -> None:
-    """Ends the process by force if its exit takes too long, for instance because it waits for a library's threads.
-
-    Args:
-      status: the code of the SystemExit; a text counts as 1.
-      seconds: how long the exit may take, not counting the time in which several processes wait for each other.
-    """
-    several = _SHUTDOWN_SECONDS if jax.distributed.is_initialized() else 0
-    code = status if isinstance(status, int) else int(status is not None)
-
-    def end_late():
-        time.sleep(seconds + several)
-        os._exit(code)
-
-    threading.Thread(target=end_late, daemon=True, name="exit").start()
-    # That thread needs Python's global lock. If a library holds it, SIGALRM ends the process 2 s later.
-    signal.alarm(math.ceil(seconds + several) + 2)
-
-
-def end_interrupted(_number: int, _frame: object) -> NoReturn:
-    """Handles SIGINT as Python does, but in bounded time: in 2 of 55 commands Python waited for ever for an
-    interrupted tf.data iterator.
-    """
-    exit_within(INTERRUPTED)
-    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

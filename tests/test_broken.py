@@ -298,13 +298,13 @@ def test_a_run_on_such_a_folder(photos, tiny, tmp_path, capsys):
 def test_the_log_of_tensorflow_is_not_beside_the_line_that_names_a_broken_image(tmp_path):
     """Importing JAX sets the level of that log, so that a default of ours alone would change nothing."""
     decode = (
-        "import sys; from simclr_jax.main import shell\n"
+        "import sys; from simclr_jax.shell import call\n"
         "def command(names):\n"
         "    import tensorflow as tf\n"
         "    for name in names:\n"
         "        try: tf.io.decode_jpeg(open(name, 'rb').read())\n"
         "        except tf.errors.InvalidArgumentError: print('damaged')\n"
-        "shell(command, sys.argv[1:])"
+        "call(command, sys.argv[1:])"
     )
     damaged = tmp_path / "cut_short.jpg"
     Image.fromarray(smooth()).save(damaged)

@@ -6,7 +6,7 @@ from conftest import encoder_checkpoint
 from etils import epath
 from test_loop import job_of
 
-from simclr_jax import files, load_encoder, main, weights
+from simclr_jax import files, load_encoder, main, shell, weights
 from simclr_jax.config import default
 from simclr_jax.data import folder
 from simclr_jax.errors import LOST, Unavailable, UserError
@@ -122,7 +122,7 @@ def test_what_a_bucket_s_library_raises_is_one_line(error, status, capsys):
         raise error
 
     with pytest.raises(SystemExit) as ended:
-        main.shell(command, [])
+        shell.call(command, [])
     line = capsys.readouterr().err.strip() or str(ended.value.code)
     assert (ended.value.code if status == LOST else 1) == status
     assert line.startswith("error: the bucket does not")

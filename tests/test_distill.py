@@ -14,7 +14,7 @@ from invariance import batch, check
 from simclr_jax import assemble, load_classifier
 from simclr_jax.config import from_dict, set_options, validate
 from simclr_jax.encoders import init_encoder
-from simclr_jax.errors import UserError
+from simclr_jax.errors import Stopped, UserError
 from simclr_jax.losses.classification import cross_entropy, distillation
 from simclr_jax.mesh import make_mesh, to_global
 from simclr_jax.modes.distill import distill, distillation_job, student_of
@@ -100,13 +100,15 @@ def one_device(monkeypatch):
 
 
 def run(c, workdir, stop_in=None):
+    if stop_in is None:
+        distill(c, str(workdir))
+        return
     with pytest.MonkeyPatch.context() as patch:
-        if stop_in is not None:  # a signal comes in this step
-            step = itertools.count(1)
-            patch.setattr(
-                "simclr_jax.training.stopping.Stop.now", lambda self: next(step) == stop_in
-            )
-        return distill(c, str(workdir))
+        step = itertools.count(1)
+        # A signal comes in this step.
+        patch.setattr("simclr_jax.training.stopping.Stop.now", lambda self: next(step) == stop_in)
+        with pytest.raises(Stopped):
+            distill(c, str(workdir))
 
 
 @pytest.mark.whole
@@ -122,11 +124,11 @@ def test_a_student_learns_from_its_teacher_and_goes_on_bit_for_bit(
         "optimizer.learning_rate": 0.02,
     }
     set_options(tiny, options)
-    assert run(tiny, tmp_path / "whole")
+    run(tiny, tmp_path / "whole")
     said = capsys.readouterr().out
     assert "3 classes on layer 1 of its head" in said
-    assert not run(tiny, tmp_path / "parts", stop_in=4)
-    assert run(tiny, tmp_path / "parts")
+    run(tiny, tmp_path / "parts", stop_in=4)
+    run(tiny, tmp_path / "parts")
     a, b = (load_classifier(tmp_path / name) for name in ("whole", "parts"))
     jax.tree.map(np.testing.assert_array_equal, a.variables, b.variables)
     assert a.classes == ["0", "1", "2"]
@@ -173,7 +175,7 @@ def test_a_teacher_of_other_classes_is_not_compared(tiny, tmp_path, one_device, 
     """distill.alpha is 1: no label counts."""
     other = classifier_at(tiny, tmp_path / "other", names=["0", "2", "1"])
     set_options(tiny, {"distill.teacher": other, "train.steps": 1})
-    assert run(tiny, tmp_path / "w")
+    run(tiny, tmp_path / "w")
     said = capsys.readouterr().out
     assert "compared    none: class 1 of the data is '1', and the" in said
     assert "no effect" not in said
@@ -201,7 +203,7 @@ def test_options_of_training_are_followed_or_said_to_have_no_effect(
     unused = {"model.init_from": "W", "eval.every_steps": 5}
     set_options(tiny, options | unused | {"train.report": True, "train.sinks": ("wandb",)})
     workdir = str(tmp_path / "w")
-    assert run(tiny, workdir)
+    run(tiny, workdir)
     assert "no effect   of model.init_from=W, eval.every_steps=5: " in capsys.readouterr().out
     assert pages == [workdir]
     assert sent == [teacher, 1, True]

@@ -105,7 +105,7 @@ def test_a_mistake_ends_in_one_line(tmp_path):
             ("--mode=linear", "--extend"),
             "--extend belongs to --mode=pretrain, not to --mode=linear",
         ),
-        (("--follow",), "--follow belongs to --mode=probe and knn and transfer, not to --mode=pre"),
+        (("--follow",), "--follow belongs to --mode=probe, knn and transfer, not to --mode=pre"),
         (("--mode=export",), "--mode=export and --format go together: give both"),
         (("--mode=embed", "--input=test"), "--mode=embed and --output go together"),
     ],
@@ -126,8 +126,8 @@ def test_help_names_every_mode_and_what_it_does(capsys):
     said = "".join(capsys.readouterr().out.split())  # lines break at spaces and hyphens
     assert len(MODES) == 17
     for name, mode in MODES.items():
-        assert f"{name}: {mode.text}".replace(" ", "") in said
-        for flag in (*mode.needs, *mode.takes):
+        assert f"{name}{mode.text}".replace(" ", "") in said
+        for flag in mode.flags:
             assert f"--{flag}" in said
 
 
@@ -180,7 +180,7 @@ def test_the_readmes_commands_are_the_ones_that_are_run():
 
 CACHED = """
 import jax
-from simclr_jax.main import keep_compiled_programs
+from simclr_jax.shell import keep_compiled_programs
 
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))

@@ -116,9 +116,9 @@ def test_metrics_go_to_a_sink_and_a_resumed_run_goes_on_there(tiny, tmp_path, mo
     seen = Recorded()
     monkeypatch.setitem(sys.modules, name, getattr(seen, name)())
     config.set_options(tiny, {"train.sinks": (name,), "train.steps": 8})
-    assert pretrain(tiny, str(tmp_path / "w"))
+    pretrain(tiny, str(tmp_path / "w"))
     shutil.rmtree(tmp_path / "w/checkpoints/8")
-    assert pretrain(tiny, str(tmp_path / "w"))
+    pretrain(tiny, str(tmp_path / "w"))
     first, second = seen.began
     assert second == first if name == "wandb" else second[0] == "first"
     assert [line["step"] for line in seen.lines] == [2, 4, 6, 8, 6, 8]
@@ -137,7 +137,7 @@ def test_a_sink_that_fails_is_left_and_the_training_goes_on(tiny, tmp_path, monk
     monkeypatch.setitem(sys.modules, "mlflow", library)
     monkeypatch.setitem(sys.modules, "wandb", seen.wandb())
     tiny.train.sinks = ("mlflow", "wandb")
-    assert pretrain(tiny, str(tmp_path / "w"))
+    pretrain(tiny, str(tmp_path / "w"))
     assert capsys.readouterr().out.count("no more metrics to mlflow: no network") == 1
     assert [line["step"] for line in seen.lines] == [2, 4, 6, 8]
     assert seen.closed == [True]

@@ -23,7 +23,7 @@ from test_loop import (
     train,
 )
 
-from simclr_jax import assemble, load_encoder, main
+from simclr_jax import assemble, load_encoder, main, shell
 from simclr_jax.config import set_options
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import make_mesh
@@ -72,7 +72,7 @@ def seen_at_the_terminal(capfd, *arguments):
     """Runs the command, which must fail, in this process. Returns the one line of its error."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as caught:
-        main.shell(main.main, [*arguments])
+        shell.call(main.main, [*arguments])
     line = caught.value.code  # Python prints it and exits with status 1
     assert isinstance(line, str)
     assert line.startswith("error: ")
@@ -285,7 +285,7 @@ def test_out_of_memory_is_one_line_that_says_what_to_turn(capfd):
 
     for command, size in ((too_large, "while allocating 1125899906842624 bytes"), (too_many, "")):
         with pytest.raises(SystemExit) as ended:
-            main.shell(command, [])
+            shell.call(command, [])
         said = str(ended.value.code)
         assert said.startswith(f"error: out of memory {size}".rstrip())
         assert "\n" not in said
@@ -296,14 +296,14 @@ def test_out_of_memory_is_one_line_that_says_what_to_turn(capfd):
 def test_an_interrupt_where_python_ignores_exceptions_is_not_lost():
     """JAX clears its caches in a callback of the garbage collector, where a Ctrl-C would only be printed."""
     code = (
-        "import time; from simclr_jax import main\n"
+        "import time; from simclr_jax import shell\n"
         "class Deleted:\n"
         "    def __del__(self): raise KeyboardInterrupt\n"
         "def command(_):\n"
         "    Deleted()\n"
         "    time.sleep(60)\n"
-        "main.mend_unraisable()\n"
-        "main.shell(command, [])"
+        "shell.mend_unraisable()\n"
+        "shell.call(command, [])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=50, check=False
@@ -320,7 +320,7 @@ def test_a_run_that_saved_nothing_is_replaced_and_says_so(tiny, tmp_path, capsys
     )
     workdirs.write_record(tiny, about, workdir)
     tiny.seed = 1
-    assert pretrain(tiny, workdir)
+    pretrain(tiny, workdir)
     said = capsys.readouterr().out
     assert "a run that saved nothing is replaced (seed: 0 -> 1)" in said
     assert json.loads((tmp_path / "w/config.json").read_text())["config"]["seed"] == 1
@@ -332,6 +332,6 @@ def test_a_clone_that_is_not_installed_trains_all_the_same(tiny, tmp_path, monke
 
     monkeypatch.setattr(importlib.metadata, "version", none)
     set_options(tiny, {"train.steps": 1, "eval.after_training": "none"})
-    assert pretrain(tiny, str(tmp_path / "w"))
+    pretrain(tiny, str(tmp_path / "w"))
     versions = json.loads((tmp_path / "w/config.json").read_text())["versions"]
     assert versions["simclr_jax"] == "not installed"

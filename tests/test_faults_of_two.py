@@ -17,7 +17,7 @@ from test_processes import ROOT, cache, environment, quick  # noqa: F401 (two ar
 
 from simclr_jax import load_encoder
 from simclr_jax.errors import LOST
-from simclr_jax.main import STOPPED
+from simclr_jax.shell import STOPPED
 from simclr_jax.training.saved import saved_steps
 
 pytestmark = pytest.mark.whole

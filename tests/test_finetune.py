@@ -20,7 +20,7 @@ from simclr_jax.config import set_options
 from simclr_jax.encoders import apply_network, init_encoder
 from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
-from simclr_jax.errors import UserError
+from simclr_jax.errors import Stopped, UserError
 from simclr_jax.evals import classifier_training, finetune
 from simclr_jax.files import locked
 from simclr_jax.mesh import make_mesh, to_global
@@ -260,13 +260,13 @@ def test_fine_tuning_with_few_labels_and_all(run, capsys, one_device):
 
 @contextlib.contextmanager
 def states_of_fit():
-    """Collects the state after each training."""
+    """Collects the state after each training that came to its end."""
     states: list = []
 
     def fit(*args):
-        state, done = original(*args)
+        state = original(*args)
         states.append(jax.device_get(state))
-        return state, done
+        return state
 
     original = classifier_training.fit
     with pytest.MonkeyPatch.context() as patch:
@@ -417,20 +417,21 @@ def test_a_stopped_evaluation_goes_on_bit_for_bit(run, tmp_path, capsys, one_dev
     capsys.readouterr()
 
     with states_of_fit() as states:
-        with at_moment(3, lambda: os.kill(os.getpid(), signal.SIGTERM)):
-            assert finetune.finetune(config, str(workdir)) is None
+        signal_comes = at_moment(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with signal_comes, pytest.raises(Stopped):
+            finetune.finetune(config, str(workdir))
         assert "stopped after step 4, which is saved" in capsys.readouterr().out
-        assert [int(state.step) for state in states] == [4]
+        assert states == []
         assert not (workdir / "finetune.json").exists()
 
         with at_moment(9, kill), pytest.raises(Killed):
             finetune.finetune(config, str(workdir))
         assert "resumed from step 4" in capsys.readouterr().out
-        assert [int(state.step) for state in states] == [4, 7]
+        assert [int(state.step) for state in states] == [7]
 
         result = finetune.finetune(config, str(workdir))
         assert "resumed from step 4" in capsys.readouterr().out
-        assert [int(state.step) for state in states] == [4, 7, 7]  # the first one is not repeated
+        assert [int(state.step) for state in states] == [7, 7]  # the first one is not repeated
     assert result == expected
     assert metrics_of(workdir / "finetune") == metrics_of(whole / "finetune")
 
@@ -449,7 +450,7 @@ def test_a_signal_in_the_last_step_ends_what_would_come_next(run, one_device):
             with last, pytest.raises(Killed):
                 finetune.finetune(config, str(workdir))
             assert states == []
-            assert finetune.finetune(config, str(workdir)) is not None
+            finetune.finetune(config, str(workdir))
             assert [int(state.step) for state in states] == [7, 7]
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -470,7 +471,7 @@ def begun(run, monkeypatch, one_device):
         folder = type(workdir)(run.workdir)
         names.append(f"{folder.parent.name}/{folder.name}")
         (folder / "checkpoints").mkdir()
-        return job.init(), True
+        return job.init()
 
     monkeypatch.setattr(classifier_training, "fit", fit)
     return config, workdir, names

@@ -221,7 +221,7 @@ def sick_of_the_learning_rate(options, patch, tmp_path):
 )
 def test_runs_made_sick_on_purpose_are_named(plain, tmp_path, capsys, monkeypatch, sick, expected):
     sick(plain, monkeypatch, tmp_path)
-    assert pretrain(plain, str(tmp_path / "w"))
+    pretrain(plain, str(tmp_path / "w"))
     assert health_of(tmp_path / "w") == expected
     said = capsys.readouterr().out
     assert f"health      {expected}: " in said
@@ -233,7 +233,7 @@ def test_runs_made_sick_on_purpose_are_named(plain, tmp_path, capsys, monkeypatc
 def test_a_healthy_run_raises_no_alarm_and_its_metrics_are_there(plain, tmp_path, capsys):
     plain.eval.after_training = "knn"
     plain.train.log_every_steps = 8  # of 8 steps on noise none is after the warm-up
-    assert pretrain_and_evaluate(plain, str(tmp_path / "w")) is True
+    pretrain_and_evaluate(plain, str(tmp_path / "w"))
     assert health_of(tmp_path / "w") in ("sound", "no better than untrained")  # 8 steps on noise
     said = capsys.readouterr().out
     assert "health      sound: loss " in said
@@ -257,7 +257,7 @@ def test_a_run_measures_the_rank_of_its_encoder_on_the_way(plain, tmp_path):
     """Of all 48 images, as the encoder that is saved at that step has it."""
     config.set_options(plain, {"health.every_steps": 4, "checkpoint.every_steps": 4})
     workdir = tmp_path / "w"
-    assert pretrain(plain, str(workdir))
+    pretrain(plain, str(workdir))
     lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
     found = {line["step"]: line["rank_h"] for line in lines if "rank_h" in line}
     assert set(found) == {4, 8}

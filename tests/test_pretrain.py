@@ -16,7 +16,7 @@ from PIL import Image
 from test_loop import config_file, metrics_of
 
 import simclr_jax
-from simclr_jax import assemble, data, load_encoder, main
+from simclr_jax import assemble, data, load_encoder, main, shell
 from simclr_jax.config import from_dict, set_options
 from simclr_jax.data.order import Order, batch_positions
 from simclr_jax.errors import UserError
@@ -110,7 +110,7 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_was_never_stopped(
         with pytest.raises(Stopped):
             pretrain(watched, str(tmp_path / "w"))
     assert saved_steps(tmp_path / "w") == [2, 4]
-    assert pretrain(watched, str(tmp_path / "w"))
+    pretrain(watched, str(tmp_path / "w"))
     assert_same_run(tmp_path / "w", whole)
     steps = [line["step"] for line in metrics_of(whole) if "knn_accuracy" in line]
     assert steps == [2, 4, 6, 8]
@@ -129,10 +129,10 @@ EVERYTHING = HOST | {
 @pytest.mark.whole
 def test_views_of_the_host_go_on_where_they_were(tiny, tmp_path, options):
     set_options(tiny, options | {"train.log_every_steps": 3})
-    assert pretrain(tiny, str(tmp_path / "whole"))
+    pretrain(tiny, str(tmp_path / "whole"))
     workdir = without(shutil.copytree(tmp_path / "whole", tmp_path / "w"), 8)
     assert saved_steps(workdir) == [4]
-    assert pretrain(tiny, str(workdir))
+    pretrain(tiny, str(workdir))
     assert_same_run(workdir, tmp_path / "whole")
     assert [line["step"] for line in metrics_of(workdir)] == [3, 6, 8]
 
@@ -152,7 +152,7 @@ def test_another_thread_than_the_main_one_can_pretrain(watched, copy, whole):
 
 def test_a_finished_run_is_left_as_it_is(watched, copy, capsys):
     before = (copy / "metrics.jsonl").read_text()
-    assert pretrain(watched, str(copy))
+    pretrain(watched, str(copy))
     assert (copy / "metrics.jsonl").read_text() == before
     said = capsys.readouterr().out
     assert f"trained to step 8: {copy}/checkpoints, {copy}/metrics.jsonl" in said
@@ -161,7 +161,7 @@ def test_a_finished_run_is_left_as_it_is(watched, copy, capsys):
 def test_a_workdir_that_another_program_trains_in_is_refused(watched, copy):
     with locked(copy, ""), pytest.raises(UserError, match="another program is writing into"):
         pretrain(watched, str(copy))
-    assert pretrain(watched, str(copy))
+    pretrain(watched, str(copy))
 
 
 def test_another_configuration_is_refused_with_what_differs(watched, copy, tmp_path):
@@ -254,7 +254,7 @@ def test_what_a_configuration_comes_to_is_said(tiny_resnet, capsys):
 def error_at_the_terminal(capfd, *arguments):
     """Runs the command, which must fail, in this process. Returns the one line of its error."""
     with pytest.raises(SystemExit) as caught:
-        main.shell(main.main, [*arguments])
+        shell.call(main.main, [*arguments])
     assert "Traceback" not in "".join(capfd.readouterr())
     line = caught.value.code  # Python prints it and exits with status 1
     assert isinstance(line, str)
@@ -351,7 +351,7 @@ def test_a_step_that_is_not_finite_can_be_skipped(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(Resident, "fetch", poisoned_fetch)
     monkeypatch.setattr(Resident, "views", poisoned_views)
     tiny.train.skip_not_finite = True
-    assert pretrain(tiny, str(tmp_path / "w"))
+    pretrain(tiny, str(tmp_path / "w"))
     assert [line["skipped_steps"] for line in metrics_of(tmp_path / "w")] == [0, 1, 0, 0]
     for leaf in jax.tree.leaves(variables_of(tmp_path / "w")):
         assert np.all(np.isfinite(leaf))
@@ -400,7 +400,7 @@ def test_a_probe_on_the_way_is_that_of_the_checkpoint_of_its_step(tiny, tmp_path
         "checkpoint.every_steps": 6,
     }
     set_options(tiny, options)
-    assert pretrain(tiny, str(tmp_path / "w"))
+    pretrain(tiny, str(tmp_path / "w"))
     (line,) = (line for line in metrics_of(tmp_path / "w") if "probe_accuracy" in line)
     copied = shutil.copytree(tmp_path / "w/checkpoints/6", tmp_path / "copied")
     row = evaluate_features("probe", tiny, str(copied))["rows"][-1]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from simclr_jax import load_encoder, main, mesh, processes
+from simclr_jax import load_encoder, main, mesh, processes, shell
 from simclr_jax.errors import UserError
 from simclr_jax.training.workdir import check_data
 
@@ -318,9 +318,9 @@ def test_local_sh_says_how_it_is_used(arguments):
 
 STUCK_AT_EXIT = """
 import sys, threading, time
-from simclr_jax import main, processes
+from simclr_jax import main, shell
 
-processes.exit_within.__defaults__ = (1.0,)
+shell.exit_within.__defaults__ = (1.0,)
 
 def end(_):
     {ends}
@@ -351,9 +351,9 @@ def test_an_exit_that_waits_for_a_thread_is_bounded(ends, expected, says):
 
 STUCK_IN_THE_WAY_OUT = """
 import ctypes, os, signal, threading, time
-from simclr_jax import main, processes
+from simclr_jax import main, shell
 
-processes.exit_within.__defaults__ = (1.0,)
+shell.exit_within.__defaults__ = (1.0,)
 
 def interrupted(_):
     threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
@@ -369,7 +369,7 @@ main.run()
 
 @pytest.mark.parametrize(
     ("library", "expected"),
-    [("CDLL", processes.INTERRUPTED), ("PyDLL", -signal.SIGALRM)],  # PyDLL keeps Python's lock
+    [("CDLL", shell.INTERRUPTED), ("PyDLL", -signal.SIGALRM)],  # PyDLL keeps Python's lock
 )
 def test_ctrl_c_ends_a_command_that_is_stuck(library, expected):
     program = STUCK_IN_THE_WAY_OUT.format(library=library)
@@ -382,10 +382,10 @@ def test_ctrl_c_ends_a_command_that_is_stuck(library, expected):
 FREED = """
 import os, resource
 import jax, jax.numpy as jnp
-from simclr_jax import processes
+from simclr_jax import shell
 os.environ.update({environment})
 if {keeps}:
-    processes.keep_freed_memory(os.environ)
+    shell.keep_freed_memory(os.environ)
 add = jax.jit(lambda x: x + 1)
 x = jnp.zeros(20_000_000)
 for _ in range(3):
@@ -411,7 +411,7 @@ def test_a_process_on_cpus_keeps_the_memory_it_frees():
     if platform.libc_ver()[0] == "glibc" and not huge_pages_always():
         freed = faults(False)
         assert freed > 5 * kept or freed == 0  # 0: this system counts none
-    if platform.libc_ver()[0] == "glibc" and (processes._has_gpu() or processes._has_tpu()):
+    if platform.libc_ver()[0] == "glibc" and (processes.has_gpu() or processes.has_tpu()):
         assert faults(True, "cuda") > 5 * kept  # not beside an accelerator
 
 

@@ -197,7 +197,7 @@ def hostile(tiny, tmp_path):
         Image.fromarray(rng.integers(0, 256, (14, 12, 3)).astype(np.uint8)).save(root / name)
     options = {"data.source": "folder", "data.path": str(root), "data.placement": "host"}
     config.set_options(tiny, options | {"train.steps": 2, "data.batch_size": 8})
-    assert pretrain(tiny, str(tmp_path / "run"))
+    pretrain(tiny, str(tmp_path / "run"))
     return tiny, tmp_path / "run"
 
 
@@ -225,7 +225,7 @@ def test_no_name_of_a_file_can_break_the_page(hostile):
 @pytest.mark.whole
 def test_a_run_without_data_or_checkpoint_still_has_a_page(tiny, tmp_path):
     workdir = tmp_path / "w"
-    assert pretrain(tiny, str(workdir))
+    pretrain(tiny, str(workdir))
     shutil.rmtree(workdir / "checkpoints")
     page = report(tiny, str(workdir)).read_text()
     assert "No pictures: " in page
@@ -239,7 +239,7 @@ def test_a_run_without_data_or_checkpoint_still_has_a_page(tiny, tmp_path):
 @pytest.mark.whole
 def test_a_labelled_run_ends_with_its_page(tiny, tmp_path, capsys):
     config.set_options(tiny, {"train.report": True, "eval.after_training": "knn"})
-    assert pretrain_and_evaluate(tiny, str(tmp_path / "w"))
+    pretrain_and_evaluate(tiny, str(tmp_path / "w"))
     assert "report      " in capsys.readouterr().out
     page = text_of((tmp_path / "w/report.html").read_text())
     assert "What is taken for what" in page

@@ -25,9 +25,9 @@ from test_loop import (
     train,
 )
 
-from simclr_jax import load_encoder
-from simclr_jax.main import STOPPED
+from simclr_jax import errors, load_encoder
 from simclr_jax.modes.pretrain import pretrain
+from simclr_jax.shell import STOPPED
 from simclr_jax.training import stopping
 from simclr_jax.training.saved import saved_steps
 
@@ -59,14 +59,13 @@ def sends(number, at, times=1):
 def test_a_signal_lets_the_step_finish_and_saves(whole, tmp_path, capsys, number, at):
     before = signal.getsignal(number)
     # Twice, as from a terminal and a launcher.
-    _, finished = train(tmp_path / "w", hooks=[Average()], before=sends(number, at, times=2))
-    assert not finished
+    with pytest.raises(errors.Stopped):
+        train(tmp_path / "w", hooks=[Average()], before=sends(number, at, times=2))
     assert signal.getsignal(number) is before
     assert saved_steps(tmp_path / "w") == sorted({at} | ({4} if at > 4 else set()))
     said = capsys.readouterr().out
     assert f"stopped after step {at}, which is saved: the same command goes on from it" in said
-    _, finished = train(tmp_path / "w", hooks=[Average()])
-    assert finished
+    train(tmp_path / "w", hooks=[Average()])
     assert f"resumed from step {at}" in capsys.readouterr().out
     assert_same_training(tmp_path / "w", whole)
 
@@ -80,8 +79,8 @@ def test_a_signal_in_the_last_step_leaves_it_whole_and_is_passed_on(whole, tmp_p
     assert_same_training(tmp_path / "w", whole)
     # One of several processes goes on with the others: they would wait for it.
     monkeypatch.setattr(stopping, "_wishes_are_passed_on", lambda: False)
-    _, finished = train_to_the_end(tmp_path / "v")
-    assert finished
+    state = train_to_the_end(tmp_path / "v")
+    assert int(state.step) == STEPS
 
 
 def test_a_second_signal_seconds_later_ends_the_run_at_once(whole, tmp_path, monkeypatch):
@@ -110,6 +109,7 @@ screen, terminal = pty.openpty()
 for stream in (1, 2):
     os.dup2(terminal, stream)
 os.close(terminal)
+from simclr_jax.errors import Stopped
 from test_loop import Average, train
 
 def close_the_terminal(step, _):
@@ -117,8 +117,10 @@ def close_the_terminal(step, _):
         os.close(screen)  # what is written from now on is an OSError
         os.kill(os.getpid(), signal.SIGHUP)
 
-_, finished = train(pathlib.Path(sys.argv[1]), hooks=[Average()], before=close_the_terminal)
-os._exit(10 + finished)
+try:
+    train(pathlib.Path(sys.argv[1]), hooks=[Average()], before=close_the_terminal)
+except Stopped:
+    os._exit(10)
 """
 
 
@@ -133,10 +135,9 @@ def test_a_terminal_that_is_closed_costs_nothing(whole, tmp_path):
 def test_nohup_lets_a_training_go_on_without_its_terminal(whole, tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        _, finished = train(tmp_path / "w", hooks=[Average()], before=sends(signal.SIGHUP, 6))
+        train(tmp_path / "w", hooks=[Average()], before=sends(signal.SIGHUP, 6))
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert finished
     assert_same_training(tmp_path / "w", whole)
 
 
@@ -225,7 +226,7 @@ def wait_for(text, process, log):
 def test_the_command_stops_when_it_is_told_and_goes_on_where_it_was(tiny, tmp_path):
     """The real command, stopped; the rest, and the run that is never stopped, in this process."""
     file = config_file(tiny, tmp_path)
-    assert pretrain(tiny, str(tmp_path / "whole"))
+    pretrain(tiny, str(tmp_path / "whole"))
     # A save at each step, so that there is time to send a signal.
     process, log = start([f"--config={file}", "--config.checkpoint.every_steps=1"], tmp_path / "w")
     wait_for("step 2/", process, log)
@@ -239,7 +240,7 @@ def test_the_command_stops_when_it_is_told_and_goes_on_where_it_was(tiny, tmp_pa
     assert 2 <= step < tiny.train.steps
     assert saved_steps(tmp_path / "w")[-1] == step
     assert "probe" not in said
-    assert pretrain(tiny, str(tmp_path / "w"))
+    pretrain(tiny, str(tmp_path / "w"))
     assert_same_run(tmp_path / "w", tmp_path / "whole")
 
 

@@ -230,7 +230,7 @@ def test_the_grid_is_chosen_on_validation_and_the_choice_trained_on_all(
             if hook.due(job.steps):
                 hook.run(job.steps, state)
         epath.Path(run.workdir, "checkpoints").mkdir()
-        return state, True
+        return state
 
     monkeypatch.setattr(classifier_training, "fit", fit)
     monkeypatch.setattr(classifier_training, "make_mesh", lambda: make_mesh(jax.devices()[:1]))

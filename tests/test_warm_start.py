@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from simclr_jax import assemble, load_encoder
 from simclr_jax.config import set_options
 from simclr_jax.encoders import init_encoder
-from simclr_jax.errors import UserError
+from simclr_jax.errors import Stopped, UserError
 from simclr_jax.mesh import make_mesh
 from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.modes.warm_start import begun_with, find_start, read_start
@@ -67,21 +67,25 @@ def test_the_head_comes_along_where_asked_for(tiny, source):
 
 
 def run(c, workdir, steps=None):
+    if steps is None:
+        pretrain(c, str(workdir))
+        return
     with pytest.MonkeyPatch.context() as patch:
-        if steps is not None:  # a signal comes in this step
-            step = itertools.count(1)
-            patch.setattr("simclr_jax.training.stopping.Stop.now", lambda self: next(step) == steps)
-        return pretrain(c, str(workdir))
+        step = itertools.count(1)
+        # A signal comes in this step.
+        patch.setattr("simclr_jax.training.stopping.Stop.now", lambda self: next(step) == steps)
+        with pytest.raises(Stopped):
+            pretrain(c, str(workdir))
 
 
 @pytest.mark.whole
 def test_a_warm_run_goes_on_as_if_never_stopped(tiny, source, tmp_path, capsys):
     tiny.model.init_from = source
-    assert run(tiny, tmp_path / "whole")
+    run(tiny, tmp_path / "whole")
     assert f"begins      with the encoder of {source}, step 1" in capsys.readouterr().out
-    assert not run(tiny, tmp_path / "parts", steps=3)
+    run(tiny, tmp_path / "parts", steps=3)
     shutil.rmtree(source)  # no longer needed
-    assert run(tiny, tmp_path / "parts")
+    run(tiny, tmp_path / "parts")
     a, b = (load_encoder(tmp_path / name) for name in ("whole", "parts"))
     assert equal(weights_of(a), weights_of(b))
     about = read_options(find(str(tmp_path / "parts"), None))["init_from"]
@@ -90,7 +94,7 @@ def test_a_warm_run_goes_on_as_if_never_stopped(tiny, source, tmp_path, capsys):
     assert len(about["digest"]) == 32
     cold = tiny.copy_and_resolve_references()
     cold.model.init_from = ""
-    assert run(cold, tmp_path / "cold")
+    run(cold, tmp_path / "cold")
     assert not equal(weights_of(a), weights_of(load_encoder(tmp_path / "cold")))
 
 

@@ -16,7 +16,7 @@ from simclr_jax.config.overrides import load
 from simclr_jax.console import duration, say, show_table
 from simclr_jax.errors import UserError
 from simclr_jax.files import write_json
-from simclr_jax.main import keep_compiled_programs, run
+from simclr_jax.shell import keep_compiled_programs, run
 
 # column of the table: how its value is written.
 _COLUMNS: dict[str, tuple[str, Callable]] = {

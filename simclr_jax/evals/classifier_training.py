@@ -47,10 +47,6 @@ from simclr_jax.training.workdir import about_classifier
 from simclr_jax.views.placement import stream
 
 
-class Stopped(Exception):
-    """A signal has ended a training, which is saved."""
-
-
 class Setup:
     """The data, the starts and the compiled programs of a protocol.
 
@@ -132,7 +128,7 @@ class Setup:
           images trained on, "learning_rate" and "weight_decay".
 
         Raises:
-          Stopped: a signal has ended it.
+          Stopped: a signal has stopped it.
           NotFinite: no candidate's training stayed finite.
         """
         images = self._labels(training.fraction, draw)
@@ -226,13 +222,11 @@ class Setup:
         saving, hang = Saving(self.config.checkpoint.every_steps), self.config.train.hang_seconds
         run = Run(str(folder), {}, saving, reporting, hang_seconds=hang)
         try:
-            state, done = fit(job, stream(self._views, images), run, (selection,))
+            state = fit(job, stream(self._views, images), run, (selection,))
         except NotFinite as error:
             if not may_fail:
                 raise
             return self._finish(folder, _said({"failed": str(error)}))
-        if not done:
-            raise Stopped
         outcome = selection.outcome(state) | {"steps": steps, "images": images.split.count}
         if setting.kind == ENCODER and setting.draw == 0:
             outcome["classifier"] = self._keep(folder / "classifier", state, steps)

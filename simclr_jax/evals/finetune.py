@@ -16,20 +16,23 @@ from ml_collections import ConfigDict
 from simclr_jax import processes
 from simclr_jax.console import say
 from simclr_jax.evals import results
-from simclr_jax.evals.classifier_training import Setup, Stopped
+from simclr_jax.evals.classifier_training import Setup
 from simclr_jax.evals.contract import Table
 from simclr_jax.evals.protocol import Length, Protocol, Training
 from simclr_jax.evals.scores import METRIC_NAMES
 from simclr_jax.evals.subjects import ENCODER
 
 
-def linear(config: ConfigDict, workdir: str) -> dict | None:
+def linear(config: ConfigDict, workdir: str) -> dict:
     """Evaluates linearly as in appendix B.6: f frozen, SGD on random crops, all labels.
 
     Writes WORKDIR/linear.json and shows a table.
 
     Returns:
-      the result; None if a signal stopped it: the same command goes on.
+      the result.
+
+    Raises:
+      Stopped: a signal has stopped it.
     """
     options = config.linear
     title = "Linear evaluation by SGD (appendix B.6), test accuracy"
@@ -37,7 +40,7 @@ def linear(config: ConfigDict, workdir: str) -> dict | None:
     return _run(config, workdir, Protocol("linear", title, options, False, 0, lambda _: trainings))
 
 
-def finetune(config: ConfigDict, workdir: str) -> dict | None:
+def finetune(config: ConfigDict, workdir: str) -> dict:
     """Fine-tunes the whole network with fractions of the labels (appendix B.5), from h or from a layer
     of the projection head. The untrained encoder beside it is trained in the same way from its random
     start.
@@ -45,7 +48,10 @@ def finetune(config: ConfigDict, workdir: str) -> dict | None:
     Writes WORKDIR/finetune.json and shows a table.
 
     Returns:
-      the result; None if a signal stopped it: the same command goes on.
+      the result.
+
+    Raises:
+      Stopped: a signal has stopped it.
     """
     options = config.finetune
     title = "Fine-tuning (appendix B.5), test accuracy"
@@ -59,7 +65,7 @@ def finetune(config: ConfigDict, workdir: str) -> dict | None:
     return _run(config, workdir, protocol)
 
 
-def transfer_finetune(config: ConfigDict, workdir: str) -> dict | None:
+def transfer_finetune(config: ConfigDict, workdir: str) -> dict:
     """Fine-tunes the whole network as for transfer to other data (appendix B.8): trains with a grid of learning
     rates and weight decays, chooses a pair on the validation part, and trains with it once more on all training
     images. The untrained encoder beside it is trained for longer, with a grid of its own.
@@ -67,7 +73,10 @@ def transfer_finetune(config: ConfigDict, workdir: str) -> dict | None:
     Writes WORKDIR/transfer_finetune.json and shows a table.
 
     Returns:
-      the result; None if a signal stopped it: the same command goes on.
+      the result.
+
+    Raises:
+      Stopped: a signal has stopped it.
     """
     options = config.transfer_finetune
 
@@ -91,10 +100,11 @@ def _candidates(options: ConfigDict, prefix: str = "") -> list[tuple[float, floa
     return list(itertools.product(rates, decays))
 
 
-def _run(config: ConfigDict, workdir: str, protocol: Protocol) -> dict | None:
+def _run(config: ConfigDict, workdir: str, protocol: Protocol) -> dict:
     """Trains with each fraction of the labels from each start, and returns the result.
 
     Raises:
+      Stopped: a signal has stopped it.
       UserError: another program does so in this workdir, the data do not fit, or a training cannot go on.
     """
     setup = Setup(config, workdir, protocol)
@@ -103,7 +113,7 @@ def _run(config: ConfigDict, workdir: str, protocol: Protocol) -> dict | None:
         return _rows(config, setup, protocol)
 
 
-def _rows(config: ConfigDict, setup: Setup, protocol: Protocol) -> dict | None:
+def _rows(config: ConfigDict, setup: Setup, protocol: Protocol) -> dict:
     """Does the work of `_run`. The result is saved as it comes: on many images each row takes hours."""
     rows: list[dict] = []
     result = {
@@ -115,17 +125,14 @@ def _rows(config: ConfigDict, setup: Setup, protocol: Protocol) -> dict | None:
         "settings": protocol.options.to_dict() | {"seed": config.seed, "metric": setup.metric},
     }
     path = setup.path
-    try:
-        for kind in setup.starts:
-            for training in protocol.trainings(kind):
-                fraction = training.fraction
-                draws = 1 if fraction == 1 else config.eval.seeds
-                runs = [setup.best_of(kind, training, draw) for draw in range(draws)]
-                per_class = None if fraction == 1 else setup.per_class(fraction)
-                rows.append(_row(kind, per_class, fraction, runs))
-                results.save(path, config, result)
-    except Stopped:
-        return None
+    for kind in setup.starts:
+        for training in protocol.trainings(kind):
+            fraction = training.fraction
+            draws = 1 if fraction == 1 else config.eval.seeds
+            runs = [setup.best_of(kind, training, draw) for draw in range(draws)]
+            per_class = None if fraction == 1 else setup.per_class(fraction)
+            rows.append(_row(kind, per_class, fraction, runs))
+            results.save(path, config, result)
     title = protocol.title + (f" {METRIC_NAMES[setup.metric]}" if protocol.refit else "")
     results.show(path, result, title, (_chosen if protocol.refit else _at_steps)(rows))
     for row in rows:

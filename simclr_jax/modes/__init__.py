@@ -1,8 +1,11 @@
-"""The modes of the command line, one row each: those of `MODES`, and one for each evaluation of features.
+"""The modes of the command line, and the flags that belong to some of them.
 
-To add one, write its file and a row in `MODES`.
+To add a mode, write its file and a row in `MODES`; for a flag that it alone has, a row in `FLAGS`. An evaluation of
+features is a mode by its row in `EVALUATIONS`.
 """
 
+import argparse
+from collections.abc import Callable
 from typing import NamedTuple
 
 from simclr_jax.evals import EVALUATIONS
@@ -16,8 +19,8 @@ class Mode(NamedTuple):
       text: what it does, for --help.
       needs: names of the flags that must be given.
       takes: names of the flags that may be given besides.
-      trains: a signal may stop it; then it returns False or None, and the same command goes on.
       begins: it makes the workdir; so without --config the defaults apply, with ImageNet as the data.
+      leading: arguments of the function before the configuration.
     """
 
     module: str
@@ -25,8 +28,77 @@ class Mode(NamedTuple):
     text: str
     needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
-    trains: bool = False
     begins: bool = False
+    leading: tuple[str, ...] = ()
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Returns the names of all flags that may be given."""
+        return (*self.needs, *self.takes)
+
+
+class Flag(NamedTuple):
+    """A flag of the command line that belongs to the modes which need or take it.
+
+    Attributes:
+      meaning: for --help, after the names of the modes.
+      metavar: stands for the value in --help; None: the flag has no value, or `choices`.
+      choices: allowed values; None: any.
+      read: makes the value of its text.
+    """
+
+    meaning: str
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None
+    read: Callable[[str], object] = str
+
+
+def _count(text: str) -> int:
+    """Reads a whole number of 1 or more, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of 1 or more")
+    return int(text)
+
+
+FLAGS = {
+    "topology": Flag(
+        "the slice, such as v5e:16x16, or several: 2xv5e:16x16", metavar="[Nx]KIND:SHAPE"
+    ),
+    "format": Flag(
+        "what to write", choices=("safetensors", "stablehlo", "savedmodel", "huggingface")
+    ),
+    "input": Flag(
+        "what to read. embed: a folder, FILE.npz, FILES.parquet, NAME:SPLIT of a TFDS data set, or train or test for "
+        "the run's own data (./train is a folder); neighbours: the file that --mode=embed wrote; import: a file of "
+        "weights",
+        metavar="WHAT",
+    ),
+    "output": Flag(
+        "the file to write, by default in the workdir. embed: FILE.parquet or FILE.npz, no default; neighbours: "
+        "FILE.parquet is a table, any other name a picture",
+        metavar="PATH",
+    ),
+    "with_z": Flag("write the projections z too"),
+    "query": Flag(
+        "names of images, one with commas in double quotes; default: eight, evenly spaced, for a picture, all for a "
+        "table",
+        metavar="A,B,...",
+    ),
+    "k": Flag("how many; default: 8", metavar="N", read=_count),
+    "follow": Flag(
+        "evaluate each new checkpoint of a run that another process trains, until its last step"
+    ),
+    "runs": Flag("compare these workdirs, in WORKDIR/runs.html", metavar="'A B RUNS/*'"),
+    "extend": Flag("go on, with other train.epochs or train.steps than before"),
+    "study": Flag(
+        "such as configs/studies/loss.py; some have the paper's levels, too",
+        metavar="FILE.py[:paper]",
+    ),
+    "part": Flag(
+        "only every N-th run from the I-th on, so that N programs share a study", metavar="I/N"
+    ),
+    "dry_run": Flag("list the runs and estimate their time"),
+}
 
 
 MODES = {
@@ -35,32 +107,32 @@ MODES = {
         "pretrain_and_evaluate",
         "train the encoder; ends with a probe where the data have labels",
         takes=("extend",),
-        trains=True,
     ),
     **{
-        name: Mode("evals.evaluate", "evaluate_features", evaluation.text, takes=("follow",))
+        name: Mode(
+            "evals.evaluate",
+            "evaluate_features",
+            evaluation.text,
+            takes=("follow",),
+            leading=(name,),
+        )
         for name, evaluation in EVALUATIONS.items()
     },
-    "linear": Mode(
-        "evals.finetune", "linear", "linear evaluation by SGD on random crops", trains=True
-    ),
+    "linear": Mode("evals.finetune", "linear", "linear evaluation by SGD on random crops"),
     "finetune": Mode(
         "evals.finetune",
         "finetune",
         "train the whole network with all labels and with few",
-        trains=True,
     ),
     "transfer_finetune": Mode(
         "evals.finetune",
         "transfer_finetune",
         "train the whole network with a grid of settings, as for transfer to other data",
-        trains=True,
     ),
     "distill": Mode(
         "modes.distill",
         "distill",
         "train a student to classify as a teacher does, without labels",
-        trains=True,
     ),
     "embed": Mode(
         "modes.embed",
@@ -96,7 +168,6 @@ MODES = {
         "a table or figure of the paper, from runs of its own; see configs/studies",
         needs=("study",),
         takes=("part", "dry_run"),
-        trains=True,
     ),
     "report": Mode(
         "modes.report",
@@ -123,3 +194,9 @@ MODES = {
         needs=("topology",),
     ),
 }
+
+
+def owners(flag: str) -> str:
+    """Returns the names of the modes that have a flag, such as "embed, neighbours and import"."""
+    *others, last = [name for name, mode in MODES.items() if flag in mode.flags]
+    return f"{', '.join(others)} and {last}" if others else last

@@ -53,27 +53,24 @@ _WITHOUT_EFFECT = ("model.init_from", "eval.every_steps", "eval.every_epochs", "
 _ADVICE = "in another --workdir, try a lower optimizer.learning_rate or a longer warm-up"
 
 
-def distill(config: ConfigDict, workdir: str) -> bool:
+def distill(config: ConfigDict, workdir: str) -> None:
     """Trains a student to the end, from the workdir's newest checkpoint or from the start. Then writes
     WORKDIR/distill.json with the accuracies of teacher and student, if the data have a labelled test split, and the
     report, if train.report says so.
 
-    On SIGTERM or SIGINT it finishes the step, saves, and returns.
-
-    Returns:
-      whether it came to the end.
+    On SIGTERM or SIGINT it finishes the step and saves.
 
     Raises:
+      Stopped: a signal has stopped it.
       UserError: there is no teacher, the workdir holds another run, or what `pretrain` raises it for.
     """
     with alone_in(workdir):
-        finished = _distill(config, workdir)
-    if finished and config.train.report:
+        _distill(config, workdir)
+    if config.train.report:
         report_at_end(config, workdir)
-    return finished
 
 
-def _distill(config: ConfigDict, workdir: str) -> bool:
+def _distill(config: ConfigDict, workdir: str) -> None:
     if not config.distill.teacher:
         raise UserError(
             "distill.teacher is empty: expected the folder of a classifier, such as the one that "
@@ -103,13 +100,12 @@ def _distill(config: ConfigDict, workdir: str) -> bool:
     sinks = functools.partial(Sinks, config.train.sinks, workdir, config_lib.flatten(config))
     hang, saving = config.train.hang_seconds, Saving(**config.checkpoint.to_dict())
     run = Run(workdir, record, saving, reporting, sinks, hang)
-    state, finished = fit(job, stream(views, images), run)
-    if finished and subjects.is_labelled(data):
+    state = fit(job, stream(views, images), run)
+    if subjects.is_labelled(data):
         if other := _other_classes(data, teacher):
             say(f"compared    none: {other}, so its classes are not the labels of the test images")
         else:
             _compare(config, workdir, student, teacher, state, views, data)
-    return finished
 
 
 def student_of(config: ConfigDict, outputs: int) -> Classified:

@@ -44,41 +44,37 @@ _ADVICE = (
 )
 
 
-def pretrain(config: ConfigDict, workdir: str, extend: bool = False) -> bool:
+def pretrain(config: ConfigDict, workdir: str, extend: bool = False) -> None:
     """Trains the encoder from the workdir's newest checkpoint, or from the start, to the end.
 
-    On SIGTERM or SIGINT it finishes the step, saves, and returns; all processes stop at the same step.
+    On SIGTERM or SIGINT it finishes the step and saves; all processes stop at the same step.
 
     Args:
       config: the run's configuration.
       workdir: its folder.
       extend: the run may have another length than it was begun with.
 
-    Returns:
-      whether it came to the end.
-
     Raises:
+      Stopped: a signal has stopped it.
       UserError: the batch does not divide, the data are not there, the workdir holds a run of
         another configuration, another program trains in it, too many images cannot be read, the loss or the gradient is not
         finite, or a checkpoint cannot be read or written.
     """
     with alone_in(workdir):
-        return _pretrain(config, workdir, extend)
+        _pretrain(config, workdir, extend)
 
 
-def pretrain_and_evaluate(config: ConfigDict, workdir: str, extend: bool = False) -> bool:
+def pretrain_and_evaluate(config: ConfigDict, workdir: str, extend: bool = False) -> None:
     """Pretrains, then evaluates as eval.after_training says, where the data have labels, and then writes the
     report if train.report says so.
 
-    The arguments, the result and the errors are those of `pretrain`.
+    The arguments and the errors are those of `pretrain`.
     """
-    if not pretrain(config, workdir, extend):
-        return False
+    pretrain(config, workdir, extend)
     if config.eval.after_training != "none":
         _evaluate(config, workdir)
     if config.train.report:
         report_at_end(config, workdir)
-    return True
 
 
 def _evaluate(config: ConfigDict, workdir: str) -> None:
@@ -111,7 +107,7 @@ def _forget_evaluation(config: ConfigDict, workdir: str, last: dict[str, float])
         _say_verdict(workdir, judge(int(last["step"]), last, assemble.references(config, plan)))
 
 
-def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
+def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> None:
     saved = check_workdir(config, workdir, extend)
     made = assemble.pretraining(config)
     train, plan = made.train, made.plan
@@ -142,14 +138,11 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> bool:
     hang = config.train.hang_seconds
     run = Run(workdir, record, Saving(**config.checkpoint.to_dict()), reporting, sinks, hang)
     hooks = [*watch(config, made), *([Spread(config, made)] if config.health.every_steps else [])]
-    _, finished = fit(job, stream(made.views, images), run, hooks)
-    if not finished:
-        return False
+    fit(job, stream(made.views, images), run, hooks)
     images.broken.say_how_many()
     say(f"trained to step {plan.steps}: {workdir}/checkpoints, {workdir}/metrics.jsonl")
     if verdicts:  # empty if the training was finished before
         _say_verdict(workdir, verdicts[0])
-    return True
 
 
 def _say_verdict(workdir: str, verdict: Verdict) -> None:

@@ -65,7 +65,7 @@ _OF_OTHER_MODES = ("finetune.", "linear.", "transfer_finetune.", "distill.")
 
 def run_study(
     config: ConfigDict, workdir: str, study: str, part: str = "1/1", dry_run: bool = False
-) -> dict | None:
+) -> dict:
     """Makes the unfinished runs of a study, each in a workdir of its own below `workdir`; then writes
     WORKDIR/study.json, table.md, figure.png and figure.svg from all finished runs.
 
@@ -77,9 +77,10 @@ def run_study(
       dry_run: list the runs that are not finished and estimate their training time; train nothing.
 
     Returns:
-      what study.json holds, {} for a dry run; None if a signal stopped it: the same command goes on.
+      what study.json holds; {} for a dry run.
 
     Raises:
+      Stopped: a signal has stopped it.
       UserError: the study is not sound, the data have no labels, matplotlib is not installed, or a run was
         finished with other options or data.
     """
@@ -110,8 +111,7 @@ def run_study(
             return {}
         if not waiting:  # and the outcomes ask for no further run
             return _show(config, found, folder)
-        if not _finish_all({run.name: configs[run.name] for run in waiting}, found, folder, about):
-            return None
+        _finish_all({run.name: configs[run.name] for run in waiting}, found, folder, about)
 
 
 def check_study(folder: epath.Path, study: Study) -> None:
@@ -156,8 +156,8 @@ def about_run(config: ConfigDict, study: Study, images: str) -> str:
 
 def _finish_all(
     configs: dict[str, ConfigDict], study: Study, folder: epath.Path, about: dict[str, str]
-) -> bool:
-    """Trains and evaluates runs, {name: configuration}. Returns False if a signal stopped one."""
+) -> None:
+    """Trains and evaluates runs, {name: configuration}."""
     began = time.monotonic()
     for number, (name, config) in enumerate(configs.items()):
         left = ""
@@ -166,32 +166,27 @@ def _finish_all(
             left = f", left {duration(seconds)}"
         say(f"run         {number + 1} of {len(configs)}{left}: {name}")
         outcome = _outcome(config, study, str(folder / name))
-        if outcome is None:
-            return False
         if jax.process_index() == 0:
             write_json(folder / name / OUTCOME, {"about": about[name]} | outcome)
         multihost_utils.sync_global_devices("the outcome of a run is written")  # and read by all
-    return True
 
 
-def _outcome(config: ConfigDict, study: Study, workdir: str) -> dict | None:
+def _outcome(config: ConfigDict, study: Study, workdir: str) -> dict:
     """Trains and evaluates one run. Returns {"readings"}, or {"failed": why} if its loss did not stay finite, as
-    it would not the next time either; None if a signal stopped it.
+    it would not the next time either.
     """
     try:
-        readings = _read(config, study, workdir) if pretrain(config, workdir) else None
+        pretrain(config, workdir)
+        return {"readings": _read(config, study, workdir)}
     except NotFinite as error:
         say(f"failed      {error}")
         return {"failed": str(error)}
-    return None if readings is None else {"readings": readings}
 
 
-def _read(config: ConfigDict, study: Study, workdir: str) -> dict[str, dict] | None:
-    """Evaluates a run: {reading: {"accuracy", "validation"}}; None if a signal stopped it."""
+def _read(config: ConfigDict, study: Study, workdir: str) -> dict[str, dict]:
+    """Evaluates a run: {reading: {"accuracy", "validation"}}."""
     if study.evaluation in BY_NAME:
         known = _known(config, study, workdir)
-        if known is None:
-            return None
         return {name: {"accuracy": known[name], "validation": None} for name in study.readings}
     outcome = {}
     for reading, overrides in study.readings.items():
@@ -200,8 +195,6 @@ def _read(config: ConfigDict, study: Study, workdir: str) -> dict[str, dict] | N
             result = transfer_finetune(own, workdir)
         else:
             result = evaluate_features(study.evaluation, own, workdir)
-        if result is None:
-            return None
         rows = {r["labels_per_class"]: r for r in result["rows"] if r["features"] == ENCODER}
         outcome[reading] = {
             "accuracy": rows[study.labels_per_class]["accuracy"],
@@ -210,14 +203,12 @@ def _read(config: ConfigDict, study: Study, workdir: str) -> dict[str, dict] | N
     return outcome
 
 
-def _known(config: ConfigDict, study: Study, workdir: str) -> dict[str, float] | None:
-    """Returns {name: accuracy} of an evaluation that has several of its own; None if a signal stopped it."""
+def _known(config: ConfigDict, study: Study, workdir: str) -> dict[str, float]:
+    """Returns {name: accuracy} of an evaluation that has several of its own."""
     if study.evaluation == "transformations":
         rows = what_is_known(config, workdir)
         return {f"{row['task']}, {row['features']}": row["accuracy"] for row in rows}
     result = finetune(config, workdir)
-    if result is None:
-        return None
     rows = [row for row in result["rows"] if row["features"] == ENCODER]
     return {_share(row["label_fraction"]): row["accuracy"] for row in rows}
 

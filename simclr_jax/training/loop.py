@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from simclr_jax.console import Progress, say
-from simclr_jax.errors import UserError
+from simclr_jax.errors import Stopped, UserError
 from simclr_jax.mesh import replicated, state_shardings, traced_on
 from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.clock import Clock
@@ -113,13 +113,10 @@ class Hook(Protocol):
         """Runs on all processes together. Returns metrics of this step, written as one line."""
 
 
-def fit(
-    job: Job, batches: Batches, run: Run, hooks: Sequence[Hook] = ()
-) -> tuple[TrainState, bool]:
-    """Trains from the workdir's newest checkpoint, or from the start, to the last step.
+def fit(job: Job, batches: Batches, run: Run, hooks: Sequence[Hook] = ()) -> TrainState:
+    """Trains from the workdir's newest checkpoint, or from the start, to the last step, and returns its state.
 
-    On SIGTERM, SIGINT or SIGHUP it finishes the step, saves and returns, at the same step on all processes. With
-    one process, a signal that comes in the last step is delivered again once everything is saved.
+    On SIGTERM, SIGINT or SIGHUP it finishes the step and saves, at the same step on all processes. With one process, a signal that comes in the last step is delivered again once everything is saved.
 
     Args:
       job: the step and how its state starts.
@@ -127,10 +124,8 @@ def fit(
       run: where to write.
       hooks: run in this order after each step at which they are due, before it is saved.
 
-    Returns:
-      the state, and whether it is that of the last step.
-
     Raises:
+      Stopped: a signal came before the last step.
       UserError: the checkpoints are of a longer training, the loss or the state is not finite, or a
         checkpoint cannot be read or written.
     """
@@ -149,6 +144,7 @@ def fit(
         log = Log(run.workdir, writer, progress, run.reporting, saved["window"], clock)
         watch = stack.enter_context(Watch(run.workdir, run.hang_seconds))
         stop = stack.enter_context(Stop(job.mesh))
+        stopping = False
         for step in range(start + 1, job.steps + 1):
             with clock.spending("input"), watch.doing("input"):
                 batch, images = next(stream)
@@ -187,10 +183,12 @@ def fit(
                 with watch.doing("saving"):
                     checkpoints.wait(step)  # while `stop` still keeps a signal from ending it
             if stopping:
-                say(f"stopped after step {step}, which is saved: the same command goes on from it")
-                return state, False
+                break
+    if stopping:  # once everything is closed, as of a run that has come to its end
+        say(f"stopped after step {step}, which is saved: the same command goes on from it")
+        raise Stopped(f"after step {step}, which is saved")
     stop.pass_on()
-    return state, True
+    return state
 
 
 def _restore_or_begin(
