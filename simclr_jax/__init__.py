@@ -63,25 +63,16 @@ def evaluate(
       UserError: the user can mend the cause; the message says how.
     """
     from simclr_jax.config import from_dict
-    from simclr_jax.errors import UserError
-    from simclr_jax.evals import EVALUATIONS, finetune
-    from simclr_jax.evals.evaluate import evaluate_features
+    from simclr_jax.errors import Stopped
+    from simclr_jax.evals.evaluate import evaluate
     from simclr_jax.training.workdir import saved_config
 
     if config is None:
         config = from_dict(saved_config(workdir))
-    config = _with_options(config, options)
-    trained = {
-        "linear": finetune.linear,
-        "finetune": finetune.finetune,
-        "transfer_finetune": finetune.transfer_finetune,
-    }
-    if name in trained:
-        return trained[name](config, workdir)
-    if name not in EVALUATIONS:
-        expected = ", ".join([*EVALUATIONS, *trained])
-        raise UserError(f"unknown evaluation {name!r}: expected one of {expected}")
-    return evaluate_features(name, config, workdir)
+    try:
+        return evaluate(name, _with_options(config, options), workdir)
+    except Stopped:
+        return None
 
 
 def _with_options(config: ConfigDict | str | os.PathLike, options: dict[str, Any]) -> ConfigDict:

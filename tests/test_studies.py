@@ -137,7 +137,7 @@ def test_parts_make_the_table_of_the_whole_and_say_what_is_missing(
         return {"rows": [row | {"validation_accuracy": 1 - accuracy}]}
 
     monkeypatch.setattr(mode, "pretrain", pretrain)
-    monkeypatch.setattr(mode, "evaluate_features", evaluate)
+    monkeypatch.setattr(mode, "evaluate", evaluate)
     monkeypatch.setattr(mode, "draw", lambda *_: [])
     folder = str(tmp_path / "S")
     first = run_study(short, folder, file, part="1/2")
@@ -171,7 +171,7 @@ def pretended(monkeypatch):
         return {"rows": [row | {"validation_accuracy": own.loss.margin}]}
 
     monkeypatch.setattr(mode, "pretrain", pretrain)
-    monkeypatch.setattr(mode, "evaluate_features", evaluate)
+    monkeypatch.setattr(mode, "evaluate", evaluate)
     monkeypatch.setattr(mode, "draw", lambda *_: [])
     return told
 
@@ -239,7 +239,7 @@ def test_a_fine_tuning_that_does_not_stay_finite_does_not_hold_up_the_others(
     def evaluate(name, own, workdir):
         raise NotFinite("step 3: loss inf not finite.")
 
-    monkeypatch.setattr(mode, "evaluate_features", evaluate)
+    monkeypatch.setattr(mode, "evaluate", evaluate)
     assert len(run_study(short, str(tmp_path / "S"), file)["failed"]) == 6
 
 
@@ -301,7 +301,7 @@ def test_only_the_best_and_the_worst_get_further_seeds(short, tmp_path, monkeypa
         return {"rows": [row | {"validation_accuracy": accuracy}]}
 
     monkeypatch.setattr(mode, "pretrain", pretrain)
-    monkeypatch.setattr(mode, "evaluate_features", evaluate)
+    monkeypatch.setattr(mode, "evaluate", evaluate)
     monkeypatch.setattr(mode, "draw", lambda *_: [])
     folder = str(tmp_path / "S")
     run_study(short, folder, str(file), part="1/2")

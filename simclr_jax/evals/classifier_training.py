@@ -4,16 +4,12 @@ Every training runs through `training.loop.fit` in a folder of its own below WOR
 command goes on where it was stopped, and nothing that was finished is trained again.
 """
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble
@@ -25,14 +21,14 @@ from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.errors import NotFinite, UserError
 from simclr_jax.evals import results, subjects
-from simclr_jax.evals.protocol import Protocol, Setting, Training, what_decides
+from simclr_jax.evals.protocol import Protocol, Search, Training, what_decides
 from simclr_jax.evals.scores import METRICS
 from simclr_jax.evals.selection import VALIDATIONS, Selection
 from simclr_jax.evals.subjects import ENCODER, UNTRAINED
-from simclr_jax.files import write_json
+from simclr_jax.evals.training_folder import TrainingFolder
 from simclr_jax.losses.classification import loss_of_labels
 from simclr_jax.mesh import check_divides, make_mesh, replicated
-from simclr_jax.training.checkpoint import Saving, save_once
+from simclr_jax.training.checkpoint import Saving
 from simclr_jax.training.log import Reporting
 from simclr_jax.training.loop import Job, Run, fit, job_of
 from simclr_jax.training.objectives import no_loss, supervised
@@ -79,7 +75,7 @@ class Setup:
         if fraction > 0:
             part, held = self.whole.divided(fraction, config.seed)
             self.validation = assemble.images_of(config, held, whole=self.whole)
-        elif any(len(training.candidates) > 1 for training in protocol.trainings(ENCODER)):
+        elif any(len(search.candidates) > 1 for search in protocol.searches(ENCODER)):
             raise UserError(
                 f"{name}.learning_rate and weight_decay name several values, and "
                 "eval.validation_fraction=0 leaves nothing to choose them on"
@@ -114,12 +110,12 @@ class Setup:
     def check_memory(self) -> None:
         """Raises a UserError, before hours of training, if a fraction will not fit into memory."""
         assert self.whole.classes
-        for training in self.protocol.trainings(ENCODER):
-            if training.fraction < 1:
-                count = self.per_class(training.fraction) * len(self.whole.classes)
+        for search in self.protocol.searches(ENCODER):
+            if search.fraction < 1:
+                count = self.per_class(search.fraction) * len(self.whole.classes)
                 self.part.split.check_subset(count)
 
-    def best_of(self, kind: str, training: Training, draw: int) -> dict:
+    def best_of(self, kind: str, search: Search, draw: int) -> dict:
         """Trains with every candidate; the validation part chooses one, if there are several. Of several, one whose
         loss or state does not stay finite is left out.
 
@@ -131,25 +127,25 @@ class Setup:
           Stopped: a signal has stopped it.
           NotFinite: no candidate's training stayed finite.
         """
-        images = self._labels(training.fraction, draw)
-        start = Setting(kind, training.fraction, draw, training.length, 0.0, 0.0)
+        images = self._labels(search.fraction, draw)
+        start = Training(kind, search.fraction, draw, search.length, 0.0, 0.0)
         outcomes = []
-        several = len(training.candidates) > 1
-        for number, (rate, decay) in enumerate(training.candidates):
-            setting = start._replace(learning_rate=rate, weight_decay=decay)
-            which = f"{number + 1} of {len(training.candidates)}: " * several
-            outcomes.append((setting, self._train(images, setting, which, may_fail=several)))
+        several = len(search.candidates) > 1
+        for number, (rate, decay) in enumerate(search.candidates):
+            training = start._replace(learning_rate=rate, weight_decay=decay)
+            which = f"{number + 1} of {len(search.candidates)}: " * several
+            outcomes.append((training, self._train(images, training, which, may_fail=several)))
         finite = [pair for pair in outcomes if "failed" not in pair[1]]
         if not finite:
             raise NotFinite(f"of all candidates: {outcomes[-1][1]['failed']}")
-        setting, outcome = max(finite, key=lambda pair: pair[1]["validation"] or 0.0)
+        training, outcome = max(finite, key=lambda pair: pair[1]["validation"] or 0.0)
         if self.protocol.refit and self.validation is not None:
             everything = assemble.images_of(self.config, self.whole)
-            chosen = {"validation": outcome["validation"], "candidates": len(training.candidates)}
-            outcome = self._train(everything, setting._replace(refit=True), "chosen: ") | chosen
+            chosen = {"validation": outcome["validation"], "candidates": len(search.candidates)}
+            outcome = self._train(everything, training._replace(refit=True), "chosen: ") | chosen
         return outcome | {
-            "learning_rate": setting.learning_rate,
-            "weight_decay": setting.weight_decay,
+            "learning_rate": training.learning_rate,
+            "weight_decay": training.weight_decay,
         }
 
     def _share(self, fraction: float) -> float:
@@ -195,57 +191,58 @@ class Setup:
             train_encoder=self.protocol.train_encoder,
         )
 
-    def _train(self, images: Images, setting: Setting, which: str, may_fail: bool = False) -> dict:
-        """Trains with one setting, or reads its outcome where it was trained before.
+    def _train(
+        self, images: Images, training: Training, which: str, may_fail: bool = False
+    ) -> dict:
+        """Trains, or reads the outcome where it was trained before.
 
         Args:
           images: to train on.
-          setting: see `Setting`.
+          training: see `Training`.
           which: begins the line that says so.
           may_fail: a loss or a state that is not finite is an outcome, {"failed": why}, not an error.
         """
         batch_size = self.protocol.options.batch_size
-        rate = scaling_in_words(setting.learning_rate, self._scaling, batch_size)
-        say(which + setting.describe(images.split.count, rate))
-        steps = setting.length.steps(images.split.count, batch_size)
-        folder = self.folder / setting.folder
-        finished = folder / "outcome.json"
-        self._begin(folder, setting, images)
-        if finished.exists():
-            return _said(json.loads(finished.read_text()))
-        job = self._job(setting, steps, round(images.split.count / batch_size))
+        rate = scaling_in_words(training.learning_rate, self._scaling, batch_size)
+        say(which + training.describe(images.split.count, rate))
+        steps = training.length.steps(images.split.count, batch_size)
+        folder = TrainingFolder(self.folder / training.folder)
+        finished = folder.begin(self._about(training, images))
+        if finished is not None:
+            return _said(finished)
+        job = self._job(training, steps, round(images.split.count / batch_size))
         # A refit has the validation part among its training images.
-        judge = None if setting.refit else self.validation
+        judge = None if training.refit else self.validation
         selection = Selection(steps, self._score, judge, self.test, self.protocol.moments)
         advice = f"try a lower {self.protocol.mode}.learning_rate"
         reporting = Reporting(max(1, steps // VALIDATIONS), batch_size, steps, advice)
         saving, hang = Saving(self.config.checkpoint.every_steps), self.config.train.hang_seconds
-        run = Run(str(folder), {}, saving, reporting, hang_seconds=hang)
+        run = Run(str(folder.path), {}, saving, reporting, hang_seconds=hang)
         try:
             state = fit(job, stream(self._views, images), run, (selection,))
         except NotFinite as error:
             if not may_fail:
                 raise
-            return self._finish(folder, _said({"failed": str(error)}))
+            return folder.finish(_said({"failed": str(error)}))
         outcome = selection.outcome(state) | {"steps": steps, "images": images.split.count}
-        if setting.kind == ENCODER and setting.draw == 0:
-            outcome["classifier"] = self._keep(folder / "classifier", state, steps)
-        return self._finish(folder, outcome)
+        if training.kind == ENCODER and training.draw == 0:
+            kept = folder.keep_classifier(steps, state, self._record(state))
+            # Relative to the folder of the result, because a workdir may be moved.
+            outcome["classifier"] = str(kept.relative_to(self.path.parent))
+        return folder.finish(outcome)
 
-    def _finish(self, folder: epath.Path, outcome: dict) -> dict:
-        """Writes and returns the outcome of a training, and removes its checkpoints."""
-        if jax.process_index() == 0:
-            write_json(folder / "outcome.json", outcome)
-            (folder / "checkpoints").rmtree(missing_ok=True)
-        return outcome
+    def _about(self, training: Training, images: Images) -> dict:
+        """Returns everything that decides what a training learns; see `what_decides`."""
+        digests: dict = {"start": self._digest, "images": images.split.fingerprint()}
+        digests |= {"judged_on": self._judged_on}
+        crops = repr(self._views.making.distortion)
+        return what_decides(self.config, self.protocol, training, digests, crops, self.metric)
 
-    def _keep(self, folder: epath.Path, state: TrainState, steps: int) -> str:
-        """Saves a trained classifier, with the encoder and the head below it, for `load_classifier`. Returns its
-        folder relative to the folder of the result, because a workdir may be moved.
-        """
+    def _record(self, state: TrainState) -> dict:
+        """Returns what is saved beside a trained classifier, for `load_classifier`."""
         outputs = int(state.params["classifier"]["dense"]["bias"].shape[0])
         names = None if self.members is not None else self.whole.classes
-        record = {
+        return {
             "config": self.config.to_dict(),
             "classifier": about_classifier(self.protocol.layer, outputs, names),
             "classes": self.whole.classes,
@@ -253,30 +250,9 @@ class Setup:
             "data_fingerprint": self.whole.fingerprint(),
             "encoder": self._digest,
         }
-        if folder.exists() and jax.process_index() == 0:
-            folder.rmtree()  # of a training that ended between this and its outcome
-        save_once(str(folder), steps, dataclasses.replace(state, opt_state=()), record)
-        return str(folder.relative_to(self.path.parent))
 
-    def _begin(self, folder: epath.Path, setting: Setting, images: Images) -> None:
-        """Makes the folder of a training; first empties a folder whose about.json is not that of this training."""
-        digests: dict = {"start": self._digest, "images": images.split.fingerprint()}
-        digests |= {"judged_on": self._judged_on}
-        crops = repr(self._views.making.distortion)
-        about = what_decides(self.config, self.protocol, setting, digests, crops, self.metric)
-        digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
-        file = folder / "about.json"
-        if jax.process_index() == 0 and not (
-            file.exists() and json.loads(file.read_text())["digest"] == digest
-        ):
-            if folder.exists():
-                folder.rmtree()
-            write_json(file, about | {"digest": digest})
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"{folder} is begun")
-
-    def _job(self, setting: Setting, steps: int, steps_per_epoch: int) -> Job:
-        """Compiles the step of a setting; draws, starts, learning rates and weight decays share the program."""
+    def _job(self, training: Training, steps: int, steps_per_epoch: int) -> Job:
+        """Compiles the step of a training; draws, starts, learning rates and weight decays share the program."""
         model = self._model(steps_per_epoch)
         options, trained = self.protocol.options, model.trained
         name = options.get("optimizer", "sgd")
@@ -303,14 +279,14 @@ class Setup:
             )
             return update(state, images)
 
-        start = (*self.starts[setting.kind], jax.random.key(self.config.seed))
+        start = (*self.starts[training.kind], jax.random.key(self.config.seed))
         if self._compiled is None or self._compiled[0] != (steps, steps_per_epoch):
             begin: Callable = jax.jit(init, out_shardings=replicated(self.mesh))
             job = job_of(step, init, start, steps, self.mesh)
             self._compiled = (steps, steps_per_epoch), job, begin
         _, job, begin = self._compiled
-        rate = scaled_learning_rate(setting.learning_rate, self._scaling, options.batch_size)
-        candidate = np.float32(rate), np.float32(setting.weight_decay)
+        rate = scaled_learning_rate(training.learning_rate, self._scaling, options.batch_size)
+        candidate = np.float32(rate), np.float32(training.weight_decay)
         return job._replace(
             step=lambda state, batch: job.step(state, (batch, candidate)),
             init=lambda: begin(*start),

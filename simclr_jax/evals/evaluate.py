@@ -22,6 +22,7 @@ from simclr_jax.errors import UserError
 from simclr_jax.evals import EVALUATIONS, results, subjects
 from simclr_jax.evals.contract import Evaluation, Features
 from simclr_jax.evals.features import raw_pixels
+from simclr_jax.evals.finetune import TRAININGS
 from simclr_jax.evals.subjects import ENCODER, RAW_PIXELS, UNTRAINED, Trained
 from simclr_jax.files import write_text
 from simclr_jax.mesh import make_mesh
@@ -65,6 +66,21 @@ def evaluate_features(name: str, config: ConfigDict, workdir: str, follow: bool 
     trained = subjects.trained(config, workdir, mesh, head=of_z)
     path = results.path_of(config, trained.saved, data, workdir, _file_of(name, config))
     return _evaluate(name, _Subject(config, data, trained, path, mesh))
+
+
+def evaluate(name: str, config: ConfigDict, workdir: str) -> dict:
+    """Runs one of `EVALUATIONS` or of `finetune.TRAININGS`, and returns its result.
+
+    Raises:
+      Stopped: a signal has stopped a training.
+      UserError: there is no evaluation of this name, or what the evaluation raises it for.
+    """
+    if name in TRAININGS:
+        return TRAININGS[name](config, workdir)
+    if name not in EVALUATIONS:
+        expected = ", ".join([*EVALUATIONS, *TRAININGS])
+        raise UserError(f"unknown evaluation {name!r}: expected one of {expected}")
+    return evaluate_features(name, config, workdir)
 
 
 def _file_of(name: str, config: ConfigDict) -> str:

@@ -18,7 +18,7 @@ from simclr_jax.console import say
 from simclr_jax.evals import results
 from simclr_jax.evals.classifier_training import Setup
 from simclr_jax.evals.contract import Table
-from simclr_jax.evals.protocol import Length, Protocol, Training
+from simclr_jax.evals.protocol import Length, Protocol, Search
 from simclr_jax.evals.scores import METRIC_NAMES
 from simclr_jax.evals.subjects import ENCODER
 
@@ -36,8 +36,11 @@ def linear(config: ConfigDict, workdir: str) -> dict:
     """
     options = config.linear
     title = "Linear evaluation by SGD (appendix B.6), test accuracy"
-    trainings = [Training(1.0, Length(options.epochs, "epochs"), _candidates(options))]
-    return _run(config, workdir, Protocol("linear", title, options, False, 0, lambda _: trainings))
+    searches = [Search(1.0, Length(options.epochs, "epochs"), _candidates(options))]
+    protocol = Protocol(
+        "linear", title, options, train_encoder=False, layer=0, searches=lambda _: searches
+    )
+    return _run(config, workdir, protocol)
 
 
 def finetune(config: ConfigDict, workdir: str) -> dict:
@@ -57,11 +60,18 @@ def finetune(config: ConfigDict, workdir: str) -> dict:
     title = "Fine-tuning (appendix B.5), test accuracy"
     if options.from_layer:
         title = f"Fine-tuning from layer {options.from_layer} of the head, test accuracy"
-    trainings = [
-        Training(fraction, Length(epochs, "epochs"), _candidates(options))
+    searches = [
+        Search(fraction, Length(epochs, "epochs"), _candidates(options))
         for fraction, epochs in zip(options.label_fractions, options.epochs, strict=True)
     ]
-    protocol = Protocol("finetune", title, options, True, options.from_layer, lambda _: trainings)
+    protocol = Protocol(
+        "finetune",
+        title,
+        options,
+        train_encoder=True,
+        layer=options.from_layer,
+        searches=lambda _: searches,
+    )
     return _run(config, workdir, protocol)
 
 
@@ -80,18 +90,30 @@ def transfer_finetune(config: ConfigDict, workdir: str) -> dict:
     """
     options = config.transfer_finetune
 
-    def trainings(kind: str) -> list[Training]:
+    def searches(kind: str) -> list[Search]:
         own = "" if kind == ENCODER else "untrained_"
         steps = options[f"{own}steps"]
         # Appendix B.8: "We divide these values of weight decay by the learning rate".
         grid = [(r, d / r) for r, d in _candidates(options, own)]
-        return [Training(1.0, Length(steps, "steps"), grid)]
+        return [Search(1.0, Length(steps, "steps"), grid)]
 
     title = "Fine-tuning for transfer (appendix B.8), test"
     protocol = Protocol(
-        "transfer_finetune", title, options, True, 0, trainings, moments=1, refit=True, sets=True
+        "transfer_finetune",
+        title,
+        options,
+        train_encoder=True,
+        layer=0,
+        searches=searches,
+        moments=1,
+        refit=True,
+        sets=True,
     )
     return _run(config, workdir, protocol)
+
+
+# Evaluations that train a classifier, by the names of their modes.
+TRAININGS = {"linear": linear, "finetune": finetune, "transfer_finetune": transfer_finetune}
 
 
 def _candidates(options: ConfigDict, prefix: str = "") -> list[tuple[float, float]]:
@@ -126,10 +148,10 @@ def _rows(config: ConfigDict, setup: Setup, protocol: Protocol) -> dict:
     }
     path = setup.path
     for kind in setup.starts:
-        for training in protocol.trainings(kind):
-            fraction = training.fraction
+        for search in protocol.searches(kind):
+            fraction = search.fraction
             draws = 1 if fraction == 1 else config.eval.seeds
-            runs = [setup.best_of(kind, training, draw) for draw in range(draws)]
+            runs = [setup.best_of(kind, search, draw) for draw in range(draws)]
             per_class = None if fraction == 1 else setup.per_class(fraction)
             rows.append(_row(kind, per_class, fraction, runs))
             results.save(path, config, result)

@@ -24,8 +24,8 @@ class Length(NamedTuple):
         return max(1, round(self.number * per_unit))
 
 
-class Training(NamedTuple):
-    """A share of the labels, a length and candidate settings: what makes one row of the result.
+class Search(NamedTuple):
+    """Trains one candidate after the other with a share of the labels; the best makes one row of the result.
 
     Attributes:
       fraction: share of each class's labels that is used.
@@ -47,7 +47,7 @@ class Protocol(NamedTuple):
       options: batch_size and momentum.
       train_encoder: train f and g too, or only the classifier.
       layer: layer of the projection head whose output is classified; 0 is h.
-      trainings: function from a start, one of `subjects.KINDS`, to its list of `Training`.
+      searches: function from a start, one of `subjects.KINDS`, to its list of `Search`.
       moments: evenly spaced moments of a training at which the validation part is looked at.
       refit: train once more, with the chosen candidate, on the validation part too.
       sets: whether images may have several labels each.
@@ -58,13 +58,13 @@ class Protocol(NamedTuple):
     options: ConfigDict
     train_encoder: bool
     layer: int
-    trainings: Callable[[str], list[Training]]
+    searches: Callable[[str], list[Search]]
     moments: int = VALIDATIONS
     refit: bool = False
     sets: bool = False
 
 
-class Setting(NamedTuple):
+class Training(NamedTuple):
     """One training: from which start, with how many of the labels, how long and how fast.
 
     Attributes:
@@ -115,7 +115,7 @@ class Setting(NamedTuple):
 def what_decides(
     config: ConfigDict,
     protocol: Protocol,
-    setting: Setting,
+    training: Training,
     digests: dict,
     crops: str,
     metric: str,
@@ -127,7 +127,7 @@ def what_decides(
     Args:
       config: the evaluation's configuration.
       protocol: the one that asks for the training.
-      setting: says which training it is.
+      training: says which it is.
       digests: "start", a digest of the weights that the training starts from; "images", a digest of the images that it
         trains on; "judged_on", the digests of the images that choose and of the test images.
       crops: the views, in words.
@@ -138,7 +138,7 @@ def what_decides(
     usual = {"optimizer": "sgd", "scaling": "linear"}
     options |= {name: own[name] for name, x in usual.items() if own.get(name, x) != x}
     about = {
-        "setting": setting.record(),
+        "setting": training.record(),
         **digests,
         "options": options | {"layer": protocol.layer},
         "data": {name: config.data[name] for name in ("image_size", "placement", "eval_crop")},

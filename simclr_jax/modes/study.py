@@ -16,8 +16,8 @@ from simclr_jax.console import duration, say, show_table
 from simclr_jax.data import name_of
 from simclr_jax.errors import NotFinite, UserError
 from simclr_jax.evals import subjects
-from simclr_jax.evals.evaluate import evaluate_features
-from simclr_jax.evals.finetune import finetune, transfer_finetune
+from simclr_jax.evals.evaluate import evaluate
+from simclr_jax.evals.finetune import finetune
 from simclr_jax.evals.subjects import ENCODER
 from simclr_jax.evals.transformations import TASKS, what_is_known
 from simclr_jax.files import write_json, write_text
@@ -191,10 +191,7 @@ def _read(config: ConfigDict, study: Study, workdir: str) -> dict[str, dict]:
     outcome = {}
     for reading, overrides in study.readings.items():
         own = reading_of(config, overrides)
-        if study.evaluation == "transfer_finetune":
-            result = transfer_finetune(own, workdir)
-        else:
-            result = evaluate_features(study.evaluation, own, workdir)
+        result = evaluate(study.evaluation, own, workdir)
         rows = {r["labels_per_class"]: r for r in result["rows"] if r["features"] == ENCODER}
         outcome[reading] = {
             "accuracy": rows[study.labels_per_class]["accuracy"],

@@ -11,13 +11,15 @@ from etils import epath
 from simclr_jax.assemble import references
 from simclr_jax.config import flatten, from_dict
 from simclr_jax.errors import UserError
+from simclr_jax.evals import EVALUATIONS
+from simclr_jax.evals.finetune import TRAININGS
 from simclr_jax.files import absolute
 from simclr_jax.training.log import SKIPPED_IN_A_ROW
 from simclr_jax.training.plan import Plan
 from simclr_jax.training.verdict import References, judge
 
-# Results of evaluations: WORKDIR/NAME.json, and WORKDIR/NAME_DATA_DIGEST.json on other data.
-_RESULTS = ("probe", "knn", "linear", "finetune", "transfer", "transfer_finetune", "distill")
+# Results are in WORKDIR/NAME.json, and in WORKDIR/NAME_DATA_DIGEST.json on other data.
+_RESULTS = (*EVALUATIONS, *TRAININGS, "distill")
 
 
 @dataclasses.dataclass(frozen=True)
