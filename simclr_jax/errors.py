@@ -12,7 +12,7 @@ class Unavailable(UserError):
 
 
 class NotFinite(UserError):
-    """Says that a training cannot go on, as its loss or gradient is not finite: the same command ends there again."""
+    """Says that a loss, a gradient or features are not finite: the same command ends there again."""
 
 
 class Stopped(Exception):

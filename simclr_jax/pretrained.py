@@ -67,6 +67,15 @@ class Encoder:
         """(variables, images [N, H, W, 3], uint8 or float in [0, 1]) -> [N, width], to be jitted."""
         return functools.partial(_represent, self.network)
 
+    @property
+    def _encoder_network(self) -> Any:
+        return self.network
+
+    def check_size(self, *sides: int) -> None:
+        """Raises a UserError if the network cannot take images with sides of so many pixels."""
+        for side in sides:
+            self._encoder_network.check_image_size(side)
+
     @functools.cached_property
     def _apply(self) -> Any:
         return jax.jit(self.function)
@@ -84,13 +93,18 @@ class Encoder:
         Works through 256 images at a time, so N may be large.
 
         Raises:
-          ValueError: images of another shape or type, or floats that are not in [0, 1].
+          ValueError: images of another shape or type, of a size that the network cannot take, or floats that are
+            not in [0, 1].
         """
         images = np.asarray(images)
         if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:]:
             raise ValueError(
                 f"images have shape {images.shape}: expected [N, H, W, 3], H and W 1 or more"
             )
+        try:
+            self.check_size(*images.shape[1:3])
+        except UserError as error:
+            raise ValueError(f"images have shape {images.shape}: {error}") from error
         if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
             raise ValueError(f"images are {images.dtype}: expected uint8, or float in [0, 1]")
         if images.dtype != np.uint8 and images.size and not _are_within_0_and_1(images):
@@ -182,6 +196,10 @@ class Classifier(Encoder):
     def __init__(self, *encoder: Any, classes: list[str] | None, **preprocessing: Any):
         super().__init__(*encoder, **preprocessing)
         self.classes = classes
+
+    @property
+    def _encoder_network(self) -> Any:
+        return self.network.encoder
 
     @property
     def function(self) -> Callable[[dict, Any], jax.Array]:

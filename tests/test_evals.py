@@ -17,7 +17,7 @@ from simclr_jax import assemble, config
 from simclr_jax.data import name_of
 from simclr_jax.data.order import few_labels, split_validation
 from simclr_jax.data.split import DataSet
-from simclr_jax.errors import UserError
+from simclr_jax.errors import NotFinite, UserError
 from simclr_jax.evals import (
     EVALUATIONS,
     evaluate,
@@ -30,7 +30,7 @@ from simclr_jax.evals import (
     transfer,
 )
 from simclr_jax.evals.contract import Evaluation, Features
-from simclr_jax.evals.evaluate import can_evaluate, evaluate_features
+from simclr_jax.evals.evaluate import can_evaluate, evaluate_features, pair
 from simclr_jax.evals.features import Extractor, raw_pixels
 from simclr_jax.evals.knn import knn_accuracy
 from simclr_jax.evals.logistic import accuracy, fit_lambdas, fit_logistic, scale
@@ -159,6 +159,20 @@ def test_a_path_of_fits_is_rough_but_for_its_end(digits):
     assert 1e-4 < max(above[logistic.ROUGHLY]) < 0.05
     with pytest.raises(UserError, match="not finite"):
         fit_lambdas(np.full((4, 2), np.nan, np.float32), np.arange(4) % 2, lambdas, 2, 10)
+
+
+@pytest.mark.parametrize(("split", "kind"), [(0, "encoder"), (1, "untrained encoder")])
+def test_features_that_are_not_finite_are_no_accuracy(split, kind):
+    """kNN and probe would find the accuracy of chance."""
+    rng = np.random.default_rng(0)
+    kinds = ("encoder", "untrained encoder")
+    parts = [({k: rng.normal(size=(6, 4)) for k in kinds}, np.arange(6) % 3) for _ in range(2)]
+    assert set(pair(*parts, 3, None)) == set(kinds)
+    parts[split][0][kind][5, 3] = np.inf
+    with pytest.raises(
+        NotFinite, match=f"the features of the {kind} hold numbers that are not finite"
+    ):
+        pair(*parts, 3, None)
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -55,6 +55,17 @@ def test_value_metrics_and_gradient_are_the_dense_ones(chunk, devices):
     np.testing.assert_allclose(loss, expected, rtol=max(1e-5, 1e-6 / tau))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_64_bit_numbers_change_no_contract(dtype):
+    z = random_pairs(pairs=32).astype(dtype)
+    with jax.enable_x64(True):
+        (loss, _), gradient = both(lambda z: nt_xent_chunked(z, 0.5, chunk=6), jnp.asarray(z))
+    (expected, _), dense_gradient = both(lambda z: nt_xent(z, 0.5), z.astype(np.float32))
+    assert gradient.dtype == dtype
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, dense_gradient, atol=1e-5 * np.abs(dense_gradient).max())
+
+
 def test_the_cotangent_scales_the_gradient_and_the_metrics_have_none():
     z = jnp.asarray(random_pairs())
 

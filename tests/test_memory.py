@@ -107,6 +107,20 @@ def test_nothing_stored_is_minus_infinity_and_keys_have_no_gradient():
     assert not np.any(jax.grad(total)(jnp.asarray(keys)))
 
 
+def test_64_bit_numbers_change_no_contract():
+    params: dict = {"encoder": {}, "head": {}}
+    z, keys = random_pairs(PAIRS, WIDTH), some_keys()
+    with jax.enable_x64(True):
+        held = memory.begin(params, BATCHES, PAIRS, WIDTH)
+        for batch_keys in keys:
+            held = memory.advance(held, params, jnp.asarray(batch_keys), 0.9)
+        found = jax.grad(lambda z: jnp.sum(stored.log_sum_of(memory.stored_in(held), z, 0.2)))(z)
+    expected = jax.grad(
+        lambda z: jnp.sum(stored.log_sum_of(Stored(keys, np.int32(BATCHES)), z, 0.2))
+    )(z)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_memory_of_65536_negatives_takes_a_tile():
     """A twentieth of the similarities, which are 134 MB."""
     z = jax.ShapeDtypeStruct((512, 128), jnp.float32)

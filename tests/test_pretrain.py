@@ -226,6 +226,14 @@ def test_a_run_gets_another_length_only_when_told_so(watched, copy):
     assert "--extend" not in str(caught.value)
 
 
+def test_a_run_is_not_made_shorter_than_it_is(watched, copy):
+    before = (copy / "config.json").read_text()
+    watched.train.steps = 6
+    with pytest.raises(UserError, match="is at step 8 already, of 6 now asked for"):
+        pretrain(watched, str(copy), extend=True)
+    assert (copy / "config.json").read_text() == before
+
+
 def test_the_record_holds_what_a_reader_needs(whole):
     record = json.loads((whole / "config.json").read_text())
     assert record["config"]["loss"]["temperature"] == 0.5
@@ -406,6 +414,20 @@ def test_a_probe_on_the_way_is_that_of_the_checkpoint_of_its_step(tiny, tmp_path
     row = evaluate_features("probe", tiny, str(copied))["rows"][-1]
     assert row["labels_per_class"] is None
     assert line == {"step": 6, "probe_accuracy": row["accuracy"]}
+
+
+def test_an_evaluation_on_the_way_is_of_the_features_that_are_asked_for(watched, copy):
+    made, state = assemble.pretraining(watched), {}
+    with Checkpoints(str(copy), Saving(**watched.checkpoint.to_dict())) as checkpoints:
+        saved, _ = checkpoints.restore_newest(made.job.abstract_state)
+    assert saved is not None
+    for features in ("h", "z"):
+        watched.eval.features = features
+        (hook,) = watch(watched, made)
+        state[features] = hook.run(8, saved)["knn_accuracy"]
+        result = evaluate_features("knn", watched, str(copy))
+        assert state[features] == result["rows"][-1]["accuracy"]
+    assert state["h"] != state["z"]
 
 
 def test_evaluations_on_the_way_are_due_after_steps_or_epochs(tiny):

@@ -12,6 +12,7 @@ from simclr_jax import assemble, config
 from simclr_jax.encoders import init_encoder
 from simclr_jax.encoders.vit import ViT, positions
 from simclr_jax.errors import UserError
+from simclr_jax.modes.export import export
 from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.state import count_parameters
 
@@ -183,6 +184,15 @@ def test_without_any_batchnorm_a_run_is_saved_restored_loaded_and_evaluated(tiny
         np.testing.assert_array_equal, encoder.variables["params"], state.params["encoder"]
     )
     assert encoder(np.zeros((2, 12, 12, 3), np.uint8)).shape == (2, 16)
+    for shape in ((2, 14, 12, 3), (2, 12, 14, 3), (2, 3, 3, 3)):  # patches have 4 px
+        with pytest.raises(
+            ValueError, match=r"patch_size=4 does not divide data.image_size=(14|3)$"
+        ):
+            encoder(np.zeros(shape, np.uint8))
+    tiny.data.image_size = 14
+    with pytest.raises(UserError, match="does not divide data.image_size"):
+        export(tiny, workdir, "stablehlo")
+    assert not (tmp_path / "w" / "encoder.stablehlo").exists()
     result = simclr_jax.evaluate("knn", workdir)
     assert result is not None
     kinds = [row["features"] for row in result["rows"]]

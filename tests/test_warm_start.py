@@ -185,6 +185,21 @@ def test_a_file_of_torchvisions_names_is_a_beginning(tiny, tmp_path):
         read_start(tiny)
 
 
+def test_a_width_that_is_no_multiple_of_a_channel_is_that_of_its_file(tiny, tmp_path):
+    """0.02 and 1 / 64 are both one channel."""
+    set_options(tiny, RESNET | {"model.width": 0.02})
+    variables = jax.device_get(init_encoder(assemble.encoder(tiny), 12, jax.random.key(9)))
+    path = tmp_path / "w.safetensors"
+    save_file(torchvision.torchvision_weights(variables), path)
+    tiny.model.init_from = str(path)
+    start = read_start(tiny)
+    assert equal(start.parts, {"encoder": variables})
+    assert not any(note.startswith("model.width") for note in start.notes)
+    tiny.model.width = 0.03
+    with pytest.raises(UserError, match=r"model.width: 0.015625 there, 0.03 here"):
+        read_start(tiny)
+
+
 def test_a_kernel_of_another_size_is_refused(tiny, tmp_path):
     set_options(tiny, RESNET)
     network = assemble.encoder(tiny)

@@ -344,6 +344,10 @@ def test_torchvisions_weights_get_torchvisions_pixels_and_padding(tmp_path):
         ({"layer1.7.conv1.weight": np.zeros((8, 8, 3, 3))}, "blocks in the stages"),
         ({"bn1.weight": np.zeros(3)}, "bn1.weight has shape"),
         ({"fc.weight": np.zeros((7, 3))}, "fc.weight and fc.bias"),
+        (
+            {"bn1.bias": np.array([0, np.nan, 0, np.inf, 0, 0, 0, 0], np.float32)},
+            "is damaged: of encoder/params/stem_norm/bias, 2 numbers are not finite",
+        ),
     ],
 )
 def test_other_networks_of_torchvision_are_refused(more, message, tmp_path):
@@ -403,6 +407,19 @@ def test_an_imported_workdir_serves(tmp_path, capsys):
         run("--mode=import", f"--input={PUBLISHED / 'tf1_sk0'}", f"--workdir={workdir}")
     with pytest.raises(UserError, match="holds imported weights"):
         run(f"--workdir={workdir}", "--config=configs/digits.py")
+
+
+def test_a_classifier_on_a_layer_that_the_file_lacks_is_refused(tmp_path):
+    classifier = {"fc.weight": np.ones((7, 64), np.float32), "fc.bias": np.ones(7, np.float32)}
+    torchvision_file(tmp_path / "w.safetensors", **classifier)
+    with pytest.raises(UserError, match="from_layer=1: the projection head has 0 layers"):
+        run(
+            "--mode=import",
+            f"--input={tmp_path / 'w.safetensors'}",
+            f"--workdir={tmp_path / 'w'}",
+            "--config.finetune.from_layer=1",
+        )
+    assert not (tmp_path / "w").exists()
 
 
 def test_the_head_of_an_import_is_the_published_one(tmp_path):

@@ -85,6 +85,11 @@ OPTIONS = (
 )
 
 
+def channels_of(factor: float) -> int:
+    """Returns the channels of the stem of a ResNet of this width factor."""
+    return round(64 * factor)
+
+
 def fields(model: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the attributes of a `ResNet` by the options "model.*", without the group's name."""
     return {
@@ -216,7 +221,7 @@ class ResNet(nn.Module):
     @property
     def channels(self) -> int:
         """Channels of the stem and, within their blocks, of the first stage."""
-        return round(64 * self.channel_factor)
+        return channels_of(self.channel_factor)
 
     @property
     def width(self) -> int:

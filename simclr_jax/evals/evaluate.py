@@ -18,7 +18,7 @@ from simclr_jax import config as config_lib
 from simclr_jax.console import Progress, say
 from simclr_jax.data.broken import Images
 from simclr_jax.data.split import DataSet
-from simclr_jax.errors import UserError
+from simclr_jax.errors import NotFinite, UserError
 from simclr_jax.evals import EVALUATIONS, results, subjects
 from simclr_jax.evals.contract import Evaluation, Features
 from simclr_jax.evals.features import raw_pixels
@@ -193,7 +193,9 @@ def pair(
 ) -> dict[str, Features]:
     """Turns ({kind: features}, labels) of both splits into {kind: Features}, baselines first.
 
-    Raises a UserError if there are too few images.
+    Raises:
+      NotFinite: features are not finite.
+      UserError: there are too few images.
     """
     (train_features, train_labels), (test_features, test_labels) = train, test
     if len(train_labels) < 2 or not len(test_labels):
@@ -201,6 +203,12 @@ def pair(
             f"{len(train_labels)} labelled training images and {len(test_labels)} labelled test images "
             "can be read: expected two or more to train on, and one or more to test on"
         )
+    for kind in train_features:
+        if not (np.isfinite(train_features[kind]).all() and np.isfinite(test_features[kind]).all()):
+            raise NotFinite(
+                f"the features of the {kind} hold numbers that are not finite: its weights are damaged, or its "
+                "training has diverged"
+            )
     return {
         kind: Features(
             (train_features[kind], train_labels),

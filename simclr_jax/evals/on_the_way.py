@@ -41,7 +41,7 @@ class Watch:
         config.eval.labels_per_class, config.eval.label_fraction = (), 0.0  # all labels only
         self._every, self._config, self._mesh = every_steps, config, made.job.mesh
         self._data, self._views = subjects.labelled(config), assemble.views(config, self._mesh)
-        represent = subjects.representations(config, with_z=False)
+        represent = subjects.representations(config, with_z=config.eval.features == "z")
         self._extractor = subjects.extractor(config, self._mesh, represent)
 
     def due(self, step: int) -> bool:
@@ -49,23 +49,23 @@ class Watch:
 
     def run(self, step: int, state: TrainState) -> dict[str, float]:
         """Returns {metric of the evaluation: accuracy in [0, 1] with all labels}."""
-        encoder = {
-            "params": state.params["encoder"],
-            "batch_stats": state.batch_stats["encoder"],
-        }
+        variables = tuple(
+            {"params": state.params[part], "batch_stats": state.batch_stats[part]}
+            for part in ("encoder", "head")
+        )
         evaluation = EVALUATIONS[self.name]
         assert self._data.test is not None
-        train, test = (self._features(encoder, s) for s in (self._data.train, self._data.test))
+        train, test = (self._features(variables, s) for s in (self._data.train, self._data.test))
         features = pair(train, test, len(self._data.train.classes or ()), self._mesh)
         score = score_of(result_of(evaluation, self._config, features, step))
         say(f"step {step}  {evaluation.metric} {score:.1%}")
         return {evaluation.metric: score}
 
-    def _features(self, encoder: dict, split: Split) -> tuple[dict, np.ndarray]:
+    def _features(self, variables: tuple, split: Split) -> tuple[dict, np.ndarray]:
         images = assemble.images_of(self._config, split)
         batches = self._views.evaluation_batches(images, self._extractor.batch_size)
-        found, labels = self._extractor.extract((encoder, None), batches, split.count)
-        return {ENCODER: found["h"]}, labels
+        found, labels = self._extractor.extract(variables, batches, split.count)
+        return {ENCODER: found[self._config.eval.features]}, labels
 
 
 def watch(config: ConfigDict, made: Pretraining) -> Sequence[Hook]:

@@ -231,7 +231,7 @@ class _Softmax(NamedTuple):
 
     @classmethod
     def of_nothing(cls, anchors: int) -> "_Softmax":
-        zeros = jnp.zeros(anchors)
+        zeros = jnp.zeros(anchors, jnp.float32)
         return cls(zeros + MASKED, zeros, zeros)
 
     def add(self, s, counted) -> "_Softmax":

@@ -60,7 +60,7 @@ def log_sum_of(
             tiles = padded.reshape(-1, chunk, z.shape[1]), is_key.reshape(-1, chunk)
             return lax.scan(add_tile, total, tiles)
 
-        nothing = jnp.full(len(z), MASKED)
+        nothing = jnp.full(len(z), MASKED, jnp.float32)
         return lax.scan(add_batch, nothing, (keys, jnp.arange(len(keys))))[0]
 
     if mesh is None or mesh.size == 1:

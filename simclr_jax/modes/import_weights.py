@@ -34,6 +34,7 @@ def import_weights(config: ConfigDict, workdir: str, input: str) -> None:
     weights = weights_lib.read(input)
     config = config.copy_and_resolve_references()
     config_lib.set_options(config, {f"model.{name}": x for name, x in weights.model.items()})
+    config_lib.validate(config)
     _describe(config, weights)
     source = {
         "path": absolute(input),

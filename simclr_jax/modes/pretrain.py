@@ -23,7 +23,7 @@ from simclr_jax.modes.report import report_at_end
 from simclr_jax.modes.warm_start import begun_with, describe_start, find_start
 from simclr_jax.training.checkpoint import Saving
 from simclr_jax.training.log import Reporting
-from simclr_jax.training.loop import Run, fit
+from simclr_jax.training.loop import Run, check_length, fit
 from simclr_jax.training.optimizer import scaling_in_words
 from simclr_jax.training.sinks import Sinks
 from simclr_jax.training.state import count_parameters
@@ -111,6 +111,8 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> None:
     saved = check_workdir(config, workdir, extend)
     made = assemble.pretraining(config)
     train, plan = made.train, made.plan
+    if saved is not None:  # before config.json is replaced
+        check_length(workdir, saved["step"], plan.steps)
     fingerprint = train.fingerprint()
     check_data(train, fingerprint, saved, workdir)
     start, began_with = find_start(config, saved, workdir)

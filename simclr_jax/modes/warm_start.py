@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble, encoders, processes, weights
 from simclr_jax import config as config_lib
 from simclr_jax.console import say
+from simclr_jax.encoders.resnet import channels_of
 from simclr_jax.errors import UserError
 from simclr_jax.files import absolute, located
 from simclr_jax.mesh import laid_out, make_mesh, replicated
@@ -110,7 +111,7 @@ def _compared(path: str, source: ConfigDict, config: ConfigDict, with_head: bool
     changes = {
         name: f"{name}: {before[name]} there, {after[name]} here"
         for name in dict.fromkeys(("model.name", *names))
-        if before[name] != after[name]
+        if not _alike(name, before[name], after[name])
     }
     needed = ("model.name", "model.vit.", *_RESNET, *_HEAD)
     wrong = [text for name, text in changes.items() if name.startswith(needed)]
@@ -120,6 +121,13 @@ def _compared(path: str, source: ConfigDict, config: ConfigDict, with_head: bool
             "as they are there"
         )
     return [text for name, text in changes.items() if name != "model.zero_init_residual"]
+
+
+def _alike(name: str, before: Any, after: Any) -> bool:
+    """Returns whether two values of an option make the same model. A file has a number of channels, not a width."""
+    if name == "model.width":
+        return channels_of(before) == channels_of(after)
+    return before == after
 
 
 def begun_with(start: Start, job: Job) -> Job:

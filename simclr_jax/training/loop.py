@@ -204,13 +204,16 @@ def _restore_or_begin(
         state = job.init()
     else:
         say(f"resumed from step {saved['step']}")
-    if saved["step"] > job.steps:
-        raise UserError(
-            f"{workdir} is at step {saved['step']} already, of {job.steps} now asked for"
-        )
+    check_length(workdir, saved["step"], job.steps)
     for hook in hooks:
         hook.memory = saved.get("hooks", {}).get(hook.name, hook.memory)
     return state, saved
+
+
+def check_length(workdir: str, step: int, steps: int) -> None:
+    """Raises a UserError if a training of `steps` steps would go on from a later `step`."""
+    if step > steps:
+        raise UserError(f"{workdir} is at step {step} already, of {steps} now asked for")
 
 
 def check_state(step: int, state: TrainState, advice: str) -> None:

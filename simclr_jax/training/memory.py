@@ -78,7 +78,7 @@ def begin(params: dict, batches: int, images: int, width: int) -> Memory:
     """
     return Memory(
         params={name: params[name] for name in ("encoder", "head")},
-        keys=jnp.zeros((batches, images, width)),
+        keys=jnp.zeros((batches, images, width), jnp.float32),
         written=jnp.zeros((), jnp.int32),
     )
 

@@ -7,6 +7,8 @@ Nothing of a file is executed, and no pickle is read.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+import numpy as np
 from etils import epath
 
 from simclr_jax.errors import UserError
@@ -47,7 +49,7 @@ def read(path: str) -> Weights:
 
     Raises:
       UserError: there is nothing at `path`, it lies in a bucket, it is of no known kind, or a weight is missing,
-        is one too many, or has another shape than expected.
+        is one too many, has another shape than expected, or is not finite.
     """
     if in_bucket(path):
         raise UserError(
@@ -66,4 +68,17 @@ def read(path: str) -> Weights:
             f"{path} {what}: expected a TensorFlow checkpoint (its prefix, its folder, or a SavedModel's "
             f"folder) or a .safetensors file of torchvision's or timm's ResNets{hint}"
         )
-    return READERS[kind].read(file)
+    found = READERS[kind].read(file)
+    _check_finite(path, found)
+    return found
+
+
+def _check_finite(path: str, weights: Weights) -> None:
+    """Raises a UserError if a weight is not a finite number."""
+    parts = {"encoder": weights.encoder, "head": weights.head, "classifier": weights.classifier}
+    for place, array in jax.tree_util.tree_leaves_with_path(parts):
+        if not np.isfinite(array).all():
+            name = jax.tree_util.keystr(place, simple=True, separator="/")
+            raise UserError(
+                f"{path} is damaged: of {name}, {np.sum(~np.isfinite(array))} numbers are not finite"
+            )
