@@ -167,12 +167,12 @@ def test_features_that_are_not_finite_are_no_accuracy(split, kind):
     rng = np.random.default_rng(0)
     kinds = ("encoder", "untrained encoder")
     parts = [({k: rng.normal(size=(6, 4)) for k in kinds}, np.arange(6) % 3) for _ in range(2)]
-    assert set(pair(*parts, 3, None)) == set(kinds)
+    assert set(pair(parts[0], parts[1], 3, make_mesh())) == set(kinds)
     parts[split][0][kind][5, 3] = np.inf
     with pytest.raises(
         NotFinite, match=f"the features of the {kind} hold numbers that are not finite"
     ):
-        pair(*parts, 3, None)
+        pair(parts[0], parts[1], 3, make_mesh())
 
 
 @pytest.mark.parametrize("several", [False, True])

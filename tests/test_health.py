@@ -13,7 +13,7 @@ from test_losses import random_pairs
 import simclr_jax
 from simclr_jax import assemble, config
 from simclr_jax.evals.spread import rank_of, uniformity_of
-from simclr_jax.losses import contract, nt_xent, nt_xent_dense
+from simclr_jax.losses import contract, nt_xent, softmax
 from simclr_jax.losses.contract import positives
 from simclr_jax.losses.health import chance, lower_bound, spread_of
 from simclr_jax.modes.pretrain import pretrain, pretrain_and_evaluate
@@ -186,7 +186,7 @@ def sick_of_constant_images(options, patch, tmp_path):
 def sick_of_wrong_partners(options, patch, tmp_path):
     """The positive of an image is a view of the next one."""
     patch.setattr(
-        nt_xent_dense, "positives", lambda s, is_partner: positives(s, jnp.roll(is_partner, 2, 1))
+        softmax, "positives", lambda s, is_partner: positives(s, jnp.roll(is_partner, 2, 1))
     )
     options.loss.temperature = 5.0
 

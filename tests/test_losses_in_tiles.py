@@ -11,7 +11,7 @@ import pytest
 from test_losses import algorithm_1, random_pairs
 
 from simclr_jax.losses import nt_xent, nt_xent_chunked
-from simclr_jax.losses.nt_xent_tiles import terms_in_tiles
+from simclr_jax.losses.softmax_tiles import terms_in_tiles
 from simclr_jax.mesh import batch_sharded, make_mesh
 
 # Tiles of 2B = 64 rows that divide them, that do not, that hold all, and that are larger; with the

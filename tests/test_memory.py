@@ -13,7 +13,7 @@ from test_device_invariance import use_one_block
 from test_losses import random_pairs
 
 from simclr_jax import assemble, config
-from simclr_jax.errors import UserError
+from simclr_jax.errors import Stopped, UserError
 from simclr_jax.losses import LOSSES, stored
 from simclr_jax.losses.contract import MASKED
 from simclr_jax.losses.stored import Stored
@@ -254,7 +254,8 @@ def test_a_run_with_a_memory_is_resumed_bit_for_bit(tiny, tmp_path, monkeypatch)
     step = itertools.count(1)
     with monkeypatch.context() as patch:
         patch.setattr("simclr_jax.training.stopping.Stop.now", lambda self: next(step) == 5)
-        pretrain(tiny, str(tmp_path / "parts"))
+        with pytest.raises(Stopped):
+            pretrain(tiny, str(tmp_path / "parts"))
     pretrain(tiny, str(tmp_path / "parts"))
     whole, parts = (
         (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")

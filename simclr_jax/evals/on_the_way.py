@@ -49,9 +49,9 @@ class Watch:
 
     def run(self, step: int, state: TrainState) -> dict[str, float]:
         """Returns {metric of the evaluation: accuracy in [0, 1] with all labels}."""
+        parts = ("encoder", "head") if self._config.eval.features == "z" else ("encoder",)
         variables = tuple(
-            {"params": state.params[part], "batch_stats": state.batch_stats[part]}
-            for part in ("encoder", "head")
+            {"params": state.params[part], "batch_stats": state.batch_stats[part]} for part in parts
         )
         evaluation = EVALUATIONS[self.name]
         assert self._data.test is not None

@@ -10,17 +10,16 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from simclr_jax.losses import decoupled, nt_xent_dense, pairwise
+from simclr_jax.losses import pairwise, softmax
 from simclr_jax.losses.contract import Loss
-from simclr_jax.losses.decoupled import dcl
-from simclr_jax.losses.nt_xent_dense import nt_xent
-from simclr_jax.losses.nt_xent_tiles import nt_xent_chunked
+from simclr_jax.losses.softmax import dcl, nt_xent
+from simclr_jax.losses.softmax_tiles import nt_xent_chunked
 from simclr_jax.options import Option, flag, name_in, number, one_of, whole
 
 # name: ({option of the group "loss", without the group: value}, mesh, B) -> Loss
 LOSSES: dict[str, Callable[[Mapping[str, Any], Mesh, int], Loss]] = {
-    "nt_xent": nt_xent_dense.build,
-    "dcl": decoupled.build,
+    "nt_xent": functools.partial(softmax.build, name="NT-Xent", positive_in_sum=True),
+    "dcl": functools.partial(softmax.build, name="DCL", positive_in_sum=False),
     "nt_logistic": functools.partial(pairwise.build_nt_logistic, semihard=False),
     "nt_logistic_semihard": functools.partial(pairwise.build_nt_logistic, semihard=True),
     "margin": functools.partial(pairwise.build_margin, semihard=False),

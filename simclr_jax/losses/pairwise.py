@@ -94,7 +94,7 @@ def over_negatives(terms, negatives, total: bool) -> jax.Array:
 def build_nt_logistic(
     options: Mapping[str, Any], mesh: Mesh, batch_size: int, semihard: bool
 ) -> Loss:
-    """Returns NT-Logistic. The arguments are those of `nt_xent_dense.build`; `semihard`: keep one negative an
+    """Returns NT-Logistic. The arguments are those of `softmax.build`; `semihard`: keep one negative an
     anchor, see the module.
     """
     temperature = options["temperature"]
@@ -105,7 +105,7 @@ def build_nt_logistic(
 
 
 def build_margin(options: Mapping[str, Any], mesh: Mesh, batch_size: int, semihard: bool) -> Loss:
-    """Returns the triplet loss. The arguments are those of `nt_xent_dense.build`; `semihard`: keep one negative
+    """Returns the triplet loss. The arguments are those of `softmax.build`; `semihard`: keep one negative
     an anchor, see the module.
     """
     total = options["over_negatives"] == "sum"
@@ -115,7 +115,7 @@ def build_margin(options: Mapping[str, Any], mesh: Mesh, batch_size: int, semiha
 
 
 def build_supcon(options: Mapping[str, Any], mesh: Mesh, batch_size: int) -> Loss:
-    """Returns SupCon, which needs labels. The arguments are those of `nt_xent_dense.build`."""
+    """Returns SupCon, which needs labels. The arguments are those of `softmax.build`."""
     temperature = options["temperature"]
     loss = functools.partial(supcon, temperature=temperature)
     found = _built("SupCon", loss, (f"tau {temperature:g}",), (options, mesh, batch_size))

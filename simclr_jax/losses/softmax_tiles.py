@@ -17,8 +17,7 @@ Over a mesh a device keeps its own anchors as rows. z is gathered once, and the 
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +26,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from simclr_jax.losses.contract import (
     MASKED,
-    Loss,
     SoftmaxTerms,
     check_pairs,
-    described,
     embedded,
-    implementation_of,
     metrics_of,
 )
-from simclr_jax.losses.stored import Stored, log_sum_of
 
 CHUNK = 1024
 
@@ -81,8 +76,8 @@ def terms_in_tiles(
     """Computes the terms of a softmax loss; see `nt_xent_chunked`.
 
     Args:
-      z, temperature, mesh, chunk, normalized, other_view: see `nt_xent_chunked` and `nt_xent`.
-      positive_in_sum: the normaliser counts the positive (NT-Xent), or only the negatives (DCL).
+      z, temperature, mesh, chunk: see `nt_xent_chunked`.
+      positive_in_sum, normalized, other_view: see `softmax.dense_terms`.
     """
     if chunk % 2:
         raise ValueError(f"chunk={chunk}: expected an even number, as two rows are one image")
@@ -92,43 +87,6 @@ def terms_in_tiles(
     tiles = _Tiles(float(temperature), chunk, positive_in_sum, other_view, bounded)
     log_normalizer, positive, told = _softmax(embedded(z, normalized), tiles, mesh)
     return SoftmaxTerms(log_normalizer, positive, metrics_of(*told))
-
-
-def build_softmax(
-    name: str,
-    dense: Callable,
-    run: tuple[Mapping[str, Any], Mesh, int],
-    *,
-    positive_in_sum: bool,
-) -> Loss:
-    """Returns a softmax loss with its options bound, dense or in tiles.
-
-    Args:
-      name: the loss's name, for messages.
-      dense: (z, tau, normalized=..., other_view=...) -> `SoftmaxTerms`, without tiles.
-      run: (options, mesh, B), the arguments of `nt_xent_dense.build`.
-      positive_in_sum: see `terms_in_tiles`.
-    """
-    options, mesh, batch_size = run
-    implementation = implementation_of(options["implementation"], batch_size, mesh)
-    terms: Callable = dense
-    if implementation == "chunked":
-        own_mesh = mesh if mesh.size > 1 else None
-        terms = functools.partial(terms_in_tiles, mesh=own_mesh, positive_in_sum=positive_in_sum)
-    temperature, normalized = options["temperature"], options["normalize"]
-    other_view = options["negatives"] == "other_view"
-
-    def apply(z, labels, stored: Stored | None = None):
-        del labels
-        found = terms(z, temperature, normalized=normalized, other_view=other_view)
-        if stored is None:
-            return found.loss()
-        return found.loss(log_sum_of(stored, z, temperature, normalized=normalized, mesh=mesh))
-
-    more = [f"tau {temperature:g}"]
-    if options["memory"]:
-        more.append(f"{options['memory']:,} negatives of earlier batches")
-    return Loss(apply, described(name, implementation, options, *more), takes_stored=True)
 
 
 _OWN, _EVERY = "a device's own rows", "all rows"
