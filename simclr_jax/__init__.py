@@ -78,7 +78,7 @@ def evaluate(
 def _with_options(config: ConfigDict | str | os.PathLike, options: dict[str, Any]) -> ConfigDict:
     """Returns the validated configuration with `options` set; a ConfigDict of the caller's is copied, not changed."""
     from simclr_jax.config import flatten, set_options, validate
-    from simclr_jax.config.overrides import check_name_is_read, read_file
+    from simclr_jax.config.overrides import check_is_known, check_name_is_read, read_file
     from simclr_jax.errors import UserError
 
     if isinstance(config, ConfigDict):
@@ -90,10 +90,8 @@ def _with_options(config: ConfigDict | str | os.PathLike, options: dict[str, Any
             f"a configuration is a {type(config).__name__}: expected a ConfigDict, or the path of a file that makes "
             "one, such as 'folder:FILE.npz' for images in FILE.npz"
         )
-    known = flatten(config)
     for name in options:
-        if name not in known:
-            raise UserError(f"unknown option {name!r}; see simclr_jax/config/rows.py")
+        check_is_known(name, flatten(config))
     set_options(config, options)
     validate(config)
     check_name_is_read(config, list(options))

@@ -11,6 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from simclr_jax.config import check_value
 from simclr_jax.data import open_source
 from simclr_jax.data.broken import Broken, Images
 from simclr_jax.data.order import Order, Share
@@ -274,6 +275,7 @@ def images_of_a_norm(config: ConfigDict, mesh: Mesh) -> int:
 
 def contrastive_loss(config: ConfigDict, mesh: Mesh) -> Loss:
     """Makes the loss over all projections of the batch."""
+    check_value("loss.name", config.loss.name)  # `overrides.load` does not always
     return LOSSES[config.loss.name](config.loss.to_dict(), mesh, config.data.batch_size)
 
 

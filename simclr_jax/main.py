@@ -1,9 +1,11 @@
 """The command line: flags to a mode. `python -m simclr_jax.main --help`."""
 
 import argparse
+import difflib
 import importlib
 import os
 import textwrap
+from typing import NoReturn
 
 from simclr_jax import processes, shell
 from simclr_jax.config.overrides import load
@@ -55,8 +57,24 @@ def _flags_of(args: argparse.Namespace) -> dict:
     return given
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, as for every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help names all flags and modes")
+
+
+def _mode(text: str) -> str:
+    """Reads the name of a mode, for argparse."""
+    if text not in MODES:
+        near = difflib.get_close_matches(text, MODES, cutoff=0.5)
+        hint = f"; near names: {', '.join(near)}" if near else ""
+        raise argparse.ArgumentTypeError(f"there is no mode {text!r}{hint}")
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m simclr_jax.main",
         usage="%(prog)s --workdir=DIR [--config=FILE.py[:ARG]] [--mode=MODE]\n"
         "       [--config.GROUP.OPTION=VALUE ...] [flags of the mode]",
@@ -81,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         help="where everything is written; needed by all modes but compile",
     )
     parser.add_argument(
-        "--mode", choices=MODES, default="pretrain", metavar="MODE", help="default: pretrain"
+        "--mode", type=_mode, default="pretrain", metavar="MODE", help="default: pretrain"
     )
     of_modes = parser.add_argument_group("flags of the modes")
     for name in FLAGS:

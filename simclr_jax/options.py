@@ -108,7 +108,7 @@ def name_in(table: Mapping[str, Any]) -> Allowed:
     """Allows the names of a table, also those that are added to it later: a loss of one's own, say."""
     return Allowed(
         lambda value: isinstance(value, str) and value in table,
-        lambda: f"one of {', '.join(table)}",
+        lambda: f"one of {', '.join(table)}, or one that the file given as --config adds",
     )
 
 

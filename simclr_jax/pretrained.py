@@ -131,13 +131,17 @@ class Encoder:
 
         Raises:
           OSError: the file cannot be read.
-          ValueError: the file is no image (the message names it), or the array has another shape or type.
+          ValueError: the file is a folder or no image (the message names it), or the array has another shape or type.
         """
         if isinstance(image, Image.Image):
             x = pixels.pixels(image, self.upright)
         elif isinstance(image, str | os.PathLike):
             try:
                 x = pixels.read(expanded(image).read_bytes(), self.upright)
+            except IsADirectoryError as error:
+                raise ValueError(
+                    f"{os.fspath(image)} is a folder: expected an image file; --mode=embed takes folders"
+                ) from error
             except ValueError as error:
                 raise ValueError(f"{os.fspath(image)}: {error}") from error
         else:

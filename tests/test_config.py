@@ -109,6 +109,35 @@ def test_bad_files_and_arguments_say_what_was_expected(spec, says):
         read_file(str(CONFIGS / spec))
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--config.train.steps=abc"], r"^train\.steps=abc: expected a whole number from 0 to"),
+        (["--config.data.image_size=32.5"], r"^data\.image_size=32\.5: expected a whole number"),
+        (
+            ["--config.data.batch_size=64", "--config.train.report=no"],
+            r"^train\.report=no: expected True or False$",
+        ),
+        (["--config.train.report"], r"^--config\.train\.report has no value: expected --config"),
+        (["--config.train.epochs=1", "20"], "^unknown argument '20': options are given as"),
+        (
+            ["--config.data.batchsize=4"],
+            r"^unknown option 'data\.batchsize'; near names: data\.batch",
+        ),
+    ],
+)
+def test_flags_that_cannot_be_read_name_the_option_and_its_values(flags, says):
+    with pytest.raises(UserError, match=says):
+        override(config.default(), flags)
+
+
+def test_blanks_around_the_sign_are_no_mistake():
+    for flags in (["=", "20"], ["=20"], ["20"]):
+        c = override(config.default(), ["--config.train.epochs", *flags])
+        assert c.train.epochs == 20
+    assert override(config.default(), ["--config.train.epochs=", "20"]).train.epochs == 20
+
+
 def test_overrides_are_read_as_the_type_of_the_default():
     c = override(
         config.default(),
@@ -308,7 +337,7 @@ def test_configurations_that_come_with_the_package_have_names(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert load("digits", []).data.name == "digits"
     assert load("imagenet:depth=101", []).model.depth == 101
-    with pytest.raises(UserError, match=r"expected --config=FILE\.py.* or one of cifar10, digits"):
+    with pytest.raises(UserError, match=r"expected FILE\.py.* or one of cifar10, digits"):
         load("nowhere", [])
 
 

@@ -14,6 +14,7 @@ from test_loop import config_file
 from simclr_jax.config.overrides import load
 from simclr_jax.errors import UserError
 from simclr_jax.losses import LOSSES
+from simclr_jax.main import main
 from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.views import make_distortion
 
@@ -59,6 +60,12 @@ def test_the_loss_is_that_of_a_loop_and_trains(tiny, tmp_path, monkeypatch):
     pretrain(load(str(own), options), str(tmp_path / "w"))
     lines = (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()
     assert {"loss", "alignment", "uniformity"} <= set(json.loads(lines[0]))
+    # What is done with the run does not need the loss; to train on needs it.
+    monkeypatch.delitem(LOSSES, "uniformity")
+    main([f"--workdir={tmp_path / 'w'}", "--mode=knn"])
+    assert (tmp_path / "w" / "knn.json").exists()
+    with pytest.raises(UserError, match=r"'uniformity': expected .* or one that the file given as"):
+        main([f"--workdir={tmp_path / 'w'}"])
 
 
 def test_the_distortion_is_the_same_on_host_and_device():

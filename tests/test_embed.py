@@ -144,6 +144,8 @@ def test_preprocess_is_the_view_of_evaluation(embedded, tmp_path):
     for prepared in (lambda: encoder.preprocess(text), lambda: encoder.embed([path, str(text)])):
         with pytest.raises(ValueError, match=re.escape(f"{text}: not an image")):
             prepared()
+    with pytest.raises(ValueError, match="is a folder: expected an image file; --mode=embed takes"):
+        encoder.embed([tmp_path])
 
 
 def test_embed_refuses_one_image_where_it_expects_several(embedded, tmp_path):
@@ -465,7 +467,7 @@ def test_a_table_of_the_nearest_of_every_image(tmp_path, monkeypatch, capsys):
         neighbours.neighbours(default(), str(tmp_path), str(path), k=41)
 
 
-def test_a_picture_of_neighbours(run, tmp_path):
+def test_a_picture_of_neighbours(run, tmp_path, capsys):
     config, workdir, root = run
     features = tmp_path / "f.parquet"
     # A copy of an image is its nearest neighbour.
@@ -484,7 +486,7 @@ def test_a_picture_of_neighbours(run, tmp_path):
     rows = {row["image"]: row["neighbours"] for row in pq.read_table(table).to_pylist()}
     assert len(rows) == COUNT - 1  # two are broken, one was added
     assert rows["class0/02.png"][0] == "class0/zz.png"
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="--k: 0: expected a whole number of 1 or more"):
         main([f"--workdir={workdir}", "--mode=neighbours", f"--input={features}", "--k=0"])
     with pytest.raises(UserError, match="no image 'x'"):
         neighbours.neighbours(config, workdir, str(features), str(picture), "x")
@@ -492,7 +494,19 @@ def test_a_picture_of_neighbours(run, tmp_path):
         other.touch()
         with pytest.raises(UserError, match="is not what --mode=embed wrote"):
             neighbours.neighbours(config, workdir, str(other), None)
+    root.rename(tmp_path / "moved")
+    with pytest.raises(
+        UserError, match=r"made of are not there any more .*: put them back, or run"
+    ):
+        neighbours.neighbours(config, workdir, str(features), str(picture), queries)
+    (tmp_path / "moved").rename(root)
     (root / "class0" / "zz.png").unlink()
+    capsys.readouterr()
+    embed(config, workdir, str(root), str(tmp_path / "copy.parquet"))
+    assert "replaces" not in capsys.readouterr().out
+    shutil.copy(features, tmp_path / "copy.parquet")
+    embed(config, workdir, str(root), str(tmp_path / "copy.parquet"))
+    assert "copy.parquet, which holds features of other images" in capsys.readouterr().out
     with pytest.raises(
         UserError, match=r"photos' holds other images than .* run --mode=embed again"
     ):

@@ -99,6 +99,9 @@ def test_a_mistake_ends_in_one_line(tmp_path):
         (("--config=configs/digits.py", "--config.data.name=digit"), "near names: digits"),
         (("--config=configs/folder.py:/nowhere",), "no folder '/nowhere'"),
         (("--mode=knn",), "config.json"),
+        (("--mode=knn", "--workdir=/nowhere"), "no folder '/nowhere': expected the --workdir of a"),
+        (("--mode=prob",), "argument --mode: there is no mode 'prob'; near names: probe"),
+        (("--mode=neighbours", "--k=x"), "argument --k: x: expected a whole number"),
         (("--mode=probe", "--config=configs/digits.py"), "no checkpoint"),
         (("--mode=knn", "--format=stablehlo"), "belongs to --mode=export, not to --mode=knn"),
         (
@@ -113,7 +116,7 @@ def test_a_mistake_ends_in_one_line(tmp_path):
 def test_mistakes_leave_nothing_behind(arguments, says, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError) as caught:
-        main([*arguments, f"--workdir={tmp_path}"])
+        main([f"--workdir={tmp_path}", *arguments])
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []

@@ -61,7 +61,7 @@ def test_the_index_is_of_every_image_file(photos):
     ]
     assert found.paths == expected
     assert found.sizes.tolist() == [(photos / path).stat().st_size for path in expected]
-    assert found.passed_over == {".txt": 1, ".png": 1}
+    assert found.passed_over == {".txt": 1, "hidden": 1}
 
 
 def test_hidden_files_and_what_services_make_are_no_images(photos):
@@ -191,13 +191,32 @@ def test_folders_that_are_gone_and_links_in_circles(photos):
     assert len(index.index(photos).paths) == 4
 
 
+def test_a_link_to_a_folder_above_is_not_followed(photos):
+    """It would take in whatever lies beside the folder, such as the test images."""
+    above = photos.parent / "beside"
+    above.mkdir()
+    Image.new("RGB", (2, 3)).save(above / "test.png")
+    before = index.index(photos).paths
+    for name, target in (("loop", photos.parent), ("root", "/")):
+        (photos / "a" / name).symlink_to(target, target_is_directory=True)
+    assert index.index(photos).paths == before
+    (photos / "a" / "beside").symlink_to(above, target_is_directory=True)
+    assert index.index(photos).paths == sorted([*before, "a/beside/test.png"])
+
+
+def test_a_dead_link_is_not_an_empty_file(photos):
+    (photos / "gone.png").symlink_to(photos / "nowhere.png")
+    said = "\n".join(index.summary_lines(index.look(photos)))
+    assert "0 empty; 1 of 7 cannot be read, such as gone.png: No such file or directory\n" in said
+
+
 def test_a_link_that_cannot_be_followed_costs_nothing_but_itself(photos):
     """In a circle: a name without a suffix is counted, one of an image is an image that cannot be read."""
     (photos / "a" / "loop").symlink_to("loop")
     (photos / "x.png").symlink_to("x.png")
     found = index.look(photos)
     assert found.images == 7
-    assert found.passed_over == {".txt": 1, ".png": 1, "": 1}
+    assert found.passed_over == {".txt": 1, "hidden": 1, "": 1}
     assert found.unreadable.keys() == {"x.png"}
 
 
@@ -221,10 +240,24 @@ def test_the_summary_says_what_a_person_would_ask(photos):
     said = "\n".join(index.summary_lines(index.look(photos)))
     assert "8 files" in said
     assert "6 PNG, 1 JPEG, 1 TIFF" in said
-    assert "2 x 3 px to 20 x 10 px, shorter side 2 px in the middle" in said
+    assert "2 to 20 px wide, 3 to 10 px high, shorter side 2 px in the middle" in said
     assert "channels 6 RGB, 1 L (of 8 looked at)" in said
     assert "1 empty; 1 of 8 cannot be read, such as empty.jpg: " in said
-    assert "passed over 2 files that are no images: 1 .png, 1 .txt" in said
+    assert "passed over 2 files that are hidden or no images: 1 hidden, 1 .txt" in said
+
+
+@pytest.mark.parametrize(
+    ("count", "epochs", "reason"),
+    [
+        (300, 300, "90,000 images in all; from 10 to 300 epochs"),
+        (4000, 100, "400,000 images in all, a quarter of an hour on two cores; more is better"),
+        (100_000, 10, "1,000,000 images in all; from 10 to 300 epochs"),
+    ],
+)
+def test_the_reason_for_the_epochs_is_true(count, epochs, reason):
+    chosen = {c.option: c for c in suggest.suggest_settings(count, 32, False)}["train.epochs"]
+    assert chosen.value == epochs
+    assert chosen.reason.startswith(reason)
 
 
 @pytest.mark.parametrize("accelerator", [False, True])

@@ -10,6 +10,7 @@ from PIL import Image
 
 from simclr_jax import assemble, config
 from simclr_jax.data import open_source
+from simclr_jax.data.folder import read_labels
 from simclr_jax.data.order import few_labels, share_of_labels
 from simclr_jax.errors import UserError
 from simclr_jax.evals import finetune
@@ -248,16 +249,54 @@ def test_a_csv_file_labels_test_images_as_test_images(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("file,class\n0/0.png,cat\n", "has the columns file, class: expected image and label"),
-        ("image,label\n9/9.png,cat\n", r"names no image below .*, such as '9/9\.png'"),
+        (
+            "file,class\n0/0.png,cat\n",
+            "has the columns 'file', 'class': expected image,label in the first line",
+        ),
+        (
+            "image,label\n9/9.png,cat\n",
+            r"has no label of an image below .*: it has '9/9\.png', and the folder '0/0\.png'",
+        ),
         ("image,label\n0/0.png,cat\n0/0.png,dog\n", "labels '0/0.png' twice, cat and dog"),
         ("", "is empty: expected"),
+        ("image, label\n0/0.png, cat\n", "has the columns 'image', ' label': expected image,label"),
+        (
+            "image;label\n0/0.png;cat\n",
+            "has the columns 'image;label': .* with a comma and no blank",
+        ),
     ],
 )
 def test_a_file_of_labels_that_does_not_fit_is_one_line(tmp_path, text, says):
     with pytest.raises(UserError, match=says) as caught:
         labelled_by(tmp_path, text)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_labels_that_cannot_be_read_is_one_line(tmp_path):
+    labelled_by(tmp_path, "image,label\n0/0.png,cat\n")
+    with pytest.raises(
+        UserError, match=r"as a CSV file of labels: No such file or directory \(data"
+    ):
+        read_labels(f"{tmp_path}/none.csv")
+    (tmp_path / "labels.csv").write_bytes("image,label\n0/0.png,K\u00e4tzchen\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"is not in UTF-8 \(byte 21\): save it as UTF-8"):
+        read_labels(f"{tmp_path}/labels.csv")
+
+
+def test_images_without_a_label_are_counted(tmp_path, capsys):
+    labelled_by(tmp_path, "image,label\n0/0.png,cat\n0/1.png,dog\n")
+    assert (
+        f"labels      2 of the 5 images below {tmp_path}/photos have one\n"
+        in capsys.readouterr().out
+    )
+    every = "".join(f"{i // 3}/{i}.png,cat\n" for i in range(5))
+    labelled_by(tmp_path, f"image,label\n{every}")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_misspelt_folder_of_test_images_is_blamed_on_its_option(tmp_path):
+    with pytest.raises(UserError, match=r"no folder .*tset'.*\(data\.test_path\)"):
+        labelled_by(tmp_path, "image,label\n0/0.png,cat\n", test_path=f"{tmp_path}/tset")
 
 
 def test_held_out_images_without_a_label_are_no_labelled_test_split(tmp_path):

@@ -296,7 +296,7 @@ def test_a_finished_training_is_left_as_it_is(whole):
 
 
 def test_a_shorter_training_than_the_saved_one_is_refused(whole):
-    with pytest.raises(UserError, match="is at step 8 already, of 6 now asked for"):
+    with pytest.raises(UserError, match="is at step 8 already, and 6 steps are asked for"):
         train(whole, steps=6)
 
 

@@ -177,12 +177,16 @@ def test_another_configuration_is_refused_with_what_differs(watched, copy, tmp_p
     # Nothing was saved: nothing to protect.
     (tmp_path / "new").mkdir()
     (copy / "config.json").rename(tmp_path / "new" / "config.json")
-    assert check_workdir(watched, str(tmp_path / "new")) is None
+    train = assemble.data_set(watched).train
+    assert check_workdir(watched, str(tmp_path / "new"), train, train.fingerprint()) is None
 
 
 def test_batchnorm_per_device_does_not_go_on_on_other_devices(tiny_resnet, tmp_path):
     tiny_resnet.model.norm_group = -1
+    train = assemble.data_set(tiny_resnet).train
+    known = train, train.fingerprint()
     record = {"step": 4, "window": [], "config": tiny_resnet.to_dict()}
+    record |= {"data_fingerprint": known[1]}
     for devices in (8, 4):
         workdir = str(tmp_path / f"{devices}")
         names = [f"cpu:{i}" for i in range(devices)]
@@ -190,10 +194,10 @@ def test_batchnorm_per_device_does_not_go_on_on_other_devices(tiny_resnet, tmp_p
         with Checkpoints(workdir, Saving(every_steps=4)) as checkpoints:
             checkpoints.save(4, state, record | {"devices": names})
         if devices == jax.device_count():
-            assert check_workdir(tiny_resnet, workdir) is not None
+            assert check_workdir(tiny_resnet, workdir, *known) is not None
         else:
             with pytest.raises(UserError, match="per device on 4 devices, and there are 8 now"):
-                check_workdir(tiny_resnet, workdir)
+                check_workdir(tiny_resnet, workdir, *known)
 
 
 def simple_state():
@@ -229,7 +233,9 @@ def test_a_run_gets_another_length_only_when_told_so(watched, copy):
 def test_a_run_is_not_made_shorter_than_it_is(watched, copy):
     before = (copy / "config.json").read_text()
     watched.train.steps = 6
-    with pytest.raises(UserError, match="is at step 8 already, of 6 now asked for"):
+    with pytest.raises(
+        UserError, match="is at step 8 already, and 6 steps are asked for: give 8 or more"
+    ):
         pretrain(watched, str(copy), extend=True)
     assert (copy / "config.json").read_text() == before
 
@@ -527,7 +533,7 @@ def test_python_evaluates_with_the_runs_configuration_or_another(watched, copy, 
     ("options", "says"),
     [
         ({"train.step": 4}, r"unknown option 'train\.step'"),
-        ({"temperature": 0.1}, "unknown option 'temperature'"),
+        ({"temperature": 0.1}, "unknown option 'temperature'.*loss.temperature.*docs/options.md"),
         ({"loss": 3}, "unknown option 'loss'"),
         ({"loss.temperature": -1.0}, r"loss\.temperature=-1\.0: expected a number from"),
         ({"train.steps": "4"}, r"train\.steps='4': expected a whole number"),

@@ -1,6 +1,7 @@
 """Every operation of the host's views against an independent one, and the draws against their odds."""
 
 import colorsys
+import logging
 
 import numpy as np
 import pytest
@@ -236,6 +237,23 @@ HAPPENS = {
     "blur": (0.5, lambda view, plain: not np.array_equal(view, plain)),
     "solarize": (0.3, lambda view, plain: np.array_equal(view, np.minimum(plain, 255 - plain))),
 }
+
+
+def test_images_of_many_sizes_are_no_warning():
+    """Each size is compiled, of which TensorFlow warns from the fifth on."""
+    said: list[logging.LogRecord] = []
+    kind = Distortion(Crop(), ())
+    handler = logging.Handler()
+    handler.emit = said.append
+    logger = tf.get_logger()
+    logger.addHandler(handler)
+    try:
+        for side in range(8, 16):
+            host.make_views(tf.zeros([side, 8, 3], tf.uint8), tf.zeros([2, kind.draws]), 8, kind)
+        logger.error("an error is said")
+    finally:
+        logger.removeHandler(handler)
+    assert [record.getMessage() for record in said] == ["an error is said"]
 
 
 def test_each_step_happens_as_often_as_asked():

@@ -373,6 +373,14 @@ def test_what_is_no_file_of_weights_is_refused(name, content, message, tmp_path)
     assert "\n" not in str(error.value)
 
 
+def test_a_workdir_needs_no_import(tmp_path):
+    (tmp_path / "w" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(
+        UserError, match="is a workdir, which needs no import: give it as --workdir"
+    ):
+        weights.read(str(tmp_path / "w"))
+
+
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     shutil.copytree(PUBLISHED / "tf1_sk0", tmp_path / "w")
     (data,) = (tmp_path / "w").glob("*.data-*")

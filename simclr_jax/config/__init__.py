@@ -84,12 +84,15 @@ def from_dict(values: dict) -> ConfigDict:
     return config
 
 
-def validate(config: ConfigDict) -> None:
-    """Raises a UserError for the first value that no run could use."""
+def validate(config: ConfigDict, leaving_out: Sequence[str] = ()) -> None:
+    """Raises a UserError for the first value that no run could use.
+
+    `leaving_out`: names of options whose own values are not looked at.
+    """
     values = flatten(config)
     for name, value in values.items():
-        if problem := _BY_NAME[name].problem(value):
-            raise UserError(problem)
+        if name not in leaving_out:
+            check_value(name, value)
     if config.train.steps == 0 and config.train.epochs == 0:
         raise UserError("train.epochs=0 and train.steps=0: set one of them")
     fractions, epochs = config.finetune.label_fractions, config.finetune.epochs
@@ -105,6 +108,17 @@ def validate(config: ConfigDict) -> None:
             "layers"
         )
     data.check(config.data.to_dict())
+
+
+def allowed_values(name: str) -> str:
+    """Returns in words what an option may be."""
+    return _BY_NAME[name].allowed.text
+
+
+def check_value(name: str, value: Any) -> None:
+    """Raises a UserError if an option may not have a value."""
+    if problem := _BY_NAME[name].problem(value):
+        raise UserError(problem)
 
 
 def differences(old: ConfigDict, new: ConfigDict, may_change: Sequence[str] = ()) -> list[str]:

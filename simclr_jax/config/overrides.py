@@ -6,14 +6,14 @@ import inspect
 import pathlib
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from simclr_jax.config import flatten, from_dict, validate
-from simclr_jax.errors import UserError
+from simclr_jax.config import allowed_values, flatten, from_dict, validate
+from simclr_jax.errors import UserError, one_line
 
 
 def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) -> ConfigDict:
@@ -30,8 +30,10 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
     """
     config = read_file(spec) if spec else from_dict(saved or {})
     config = override(config, overrides)
-    validate(config)
     given = [flag.partition("=")[0].removeprefix("--config.") for flag in _join_values(overrides)]
+    # A run may have a loss that its own configuration file adds. What is done with a finished run needs no loss.
+    unknown = ("loss.name",) if spec is None and "loss.name" not in given else ()
+    validate(config, unknown)
     check_name_is_read(config, given)
     return config
 
@@ -46,7 +48,7 @@ def read_file(spec: str) -> ConfigDict:
     path = packaged().get(name, name)
     if not pathlib.Path(path).is_file() or not path.endswith(".py"):
         raise UserError(
-            f"no configuration file {path!r}: expected --config=FILE.py[:ARGUMENT], or one of "
+            f"no configuration file {path!r}: expected FILE.py[:ARGUMENT], or one of "
             f"{', '.join(sorted(packaged()))}"
         )
     config = run_file(path, "get_config", argument)
@@ -124,25 +126,50 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     known = flatten(config)
     overrides = _join_values(overrides)
     for flag in overrides:
-        name = flag.partition("=")[0].removeprefix("--config.")
-        if not flag.startswith("--config.") or "=" not in flag:
+        name, equals, _ = flag.removeprefix("--config.").partition("=")
+        if not flag.startswith("--config."):
             raise UserError(f"unknown argument {flag!r}: options are given as --config.NAME=VALUE")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            near += [
-                k
-                for k in known
-                if k.rpartition(".")[2] == name.rpartition(".")[2] and k not in near
-            ]
-            hint = f"; near names: {', '.join(near)}" if near else ""
-            raise UserError(f"unknown option {name!r}{hint}")
-    values, argv = flags.FlagValues(), ["simclr_jax", *overrides]
+        check_is_known(name, known)
+        if not equals:
+            raise UserError(f"{flag} has no value: expected {flag}=VALUE")
     try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-        values(argv)
-    except (flags.Error, TypeError, ValueError, SyntaxError) as error:
-        raise UserError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from error
+        return _parsed(config, overrides)
+    except _UNREADABLE as error:
+        for flag in overrides:
+            _check_can_be_read(config, flag)
+        raise UserError(f"{' '.join(overrides)}: {one_line(error)}") from error
+
+
+# Exceptions of absl and ml_collections for a value of another type than the option's.
+_UNREADABLE = (flags.Error, TypeError, ValueError, SyntaxError)
+
+
+def _parsed(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    values, argv = flags.FlagValues(), ["simclr_jax", *overrides]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    values(argv)
     return values["config"].value
+
+
+def _check_can_be_read(config: ConfigDict, flag: str) -> None:
+    """Raises a UserError if the value of one flag is of another type than its option's."""
+    name, _, value = flag.removeprefix("--config.").partition("=")
+    try:
+        _parsed(config.copy_and_resolve_references(), [flag])
+    except _UNREADABLE as error:
+        raise UserError(f"{name}={value}: expected {allowed_values(name)}") from error
+
+
+def check_is_known(name: str, known: Iterable[str]) -> None:
+    """Raises a UserError, with names that are near, unless there is an option of this name."""
+    known = list(known)
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    last = name.rpartition(".")[2]
+    near += [k for k in known if k.rpartition(".")[2] == last and k not in near]
+    hint = f"near names: {', '.join(near)}; " if near else ""
+    raise UserError(f"unknown option {name!r}; {hint}docs/options.md has all")
 
 
 def check_name_is_read(config: ConfigDict, given: Sequence[str]) -> None:
@@ -165,11 +192,13 @@ def check_name_is_read(config: ConfigDict, given: Sequence[str]) -> None:
 
 
 def _join_values(arguments: Sequence[str]) -> list[str]:
-    """Turns ["--config.a", "1"] into ["--config.a=1"]; what is joined already passes."""
+    """Turns ["--config.a", "1"] and ["--config.a", "=", "1"] into ["--config.a=1"]; what is joined already passes."""
     joined: list[str] = []
     for argument in arguments:
-        if joined and "=" not in joined[-1] and not argument.startswith("--"):
-            joined[-1] += f"={argument}"
+        if joined and joined[-1].endswith("=") and argument and not argument.startswith("--"):
+            joined[-1] += argument
+        elif joined and "=" not in joined[-1] and not argument.startswith("--"):
+            joined[-1] += argument if argument.startswith("=") else f"={argument}"
         else:
             joined.append(argument)
     return joined

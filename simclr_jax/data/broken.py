@@ -71,10 +71,11 @@ class Broken:
         if bad > self._limit * self._limit_of or bad == count:
             some = sorted(self._problems.items())[:3]
             names = ", ".join(f"{self._split.name_of(i)} ({problem})" for i, problem in some)
+            where = f"; {self.report} names all that were met" if self.report else ""
             raise UserError(
                 f"{bad} of {count} images cannot be read, more than the "
                 f"share of {self._limit:g} that data.max_broken allows, such as {names}: mend or "
-                "remove them, or raise it"
+                f"remove them, or raise data.max_broken{where}"
             )
 
     def _note(self, indices: Iterable[int], say_it: bool) -> None:

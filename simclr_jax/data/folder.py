@@ -16,7 +16,7 @@ from simclr_jax.data.index import SUFFIXES, index, most_common
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.source import Classes, Example, Source, codes_of
 from simclr_jax.data.split import DataSet
-from simclr_jax.errors import UserError
+from simclr_jax.errors import UserError, one_line
 from simclr_jax.files import absolute, check_local, expanded
 
 
@@ -96,11 +96,12 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
         check_local(f"data.{option}", data[option])
     named = read_labels(data["labels_file"]) if data["labels_file"] else None
     splits: list[IndexedSplit] = []
-    for path in paths:
+    for path, option in zip(paths, ("data.path", "data.test_path"), strict=False):
         labels = data["folder_labels"] if named is None else _labels_below(path, paths, named)
-        splits.append(open_split(path, labels, splits[0].classes if splits else None))
+        splits.append(open_split(path, labels, splits[0].classes if splits else None, option))
     if named is not None:
         _check_names(data["labels_file"], named, paths, splits)
+        _say_how_many_lack_one(paths, splits)
     return DataSet(splits[0], splits[1] if len(splits) > 1 else None)
 
 
@@ -148,6 +149,13 @@ def _check_names(
         )
 
 
+def _say_how_many_lack_one(paths: list[str], splits: list[IndexedSplit]) -> None:
+    for path, split in zip(paths, splits, strict=True):
+        there = int(np.sum(split.all_labels() >= 0))
+        if there < split.count:
+            say(f"labels      {there} of the {split.count} images below {path} have one")
+
+
 def read_labels(path: str) -> dict[str, str]:
     """Reads the columns "image" and "label" of a CSV file: {path of an image: label}.
 
@@ -162,23 +170,37 @@ def read_labels(path: str) -> dict[str, str]:
             rows = csv.DictReader(file)
             columns = list(rows.fieldnames or ())
             lines = list(rows) if {"image", "label"} <= set(columns) else []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise UserError(
-            f"{path!r} cannot be read as a CSV file of labels ({error}) (data.labels_file)"
+            f"{path!r} is not in UTF-8 (byte {error.start}): save it as UTF-8, in a table program as CSV UTF-8 "
+            "(data.labels_file)"
+        ) from error
+    except (OSError, csv.Error) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
+        raise UserError(
+            f"{path!r} cannot be read as a CSV file of labels: {reason} (data.labels_file)"
         ) from error
     if not {"image", "label"} <= set(columns):
-        what = f"has the columns {', '.join(columns)}" if columns else "is empty"
-        raise UserError(f"{path!r} {what}: expected image and label (data.labels_file)")
+        what = f"has the columns {', '.join(map(repr, columns))}" if columns else "is empty"
+        raise UserError(
+            f"{path!r} {what}: expected image,label in the first line, with a comma and no blank (data.labels_file)"
+        )
     labels: dict[str, str] = {}
     for line in lines:
         name, label = line["image"], line["label"]
         if label and labels.setdefault(name, label) != label:
-            raise UserError(f"{path!r} labels {name!r} twice, {labels[name]} and {label}")
+            raise UserError(
+                f"{path!r} labels {name!r} twice, {labels[name]} and {label}: expected each image once, by its path "
+                "below the folder (data.labels_file)"
+            )
     return labels
 
 
 def open_split(
-    path: str, labels: bool | Mapping[str, str], classes: Classes = None
+    path: str,
+    labels: bool | Mapping[str, str],
+    classes: Classes = None,
+    option: str = "data.path",
 ) -> IndexedSplit:
     """Opens every image file below a folder, sorted by path.
 
@@ -187,6 +209,7 @@ def open_split(
       labels: True: the first folder below `path` is an image's class. False: there are none. A mapping:
         path below the folder -> class; what it does not hold has no label.
       classes: their names, in order; None takes what is there, sorted.
+      option: the one that names the folder, for messages.
 
     Raises:
       UserError: there is no folder, no image, an image in no class folder or in an unknown one.
@@ -195,14 +218,14 @@ def open_split(
         raise UserError(
             f"the name of the folder {os.fsencode(path)!r} is not UTF-8: rename it, or name a link to it"
         )
-    check_local("data.path", path)
+    check_local(option, path)
     root = expanded(path)
     if root.is_file():
         raise UserError(
-            f"{path!r} is a file: expected a folder of images, FILE.npz or FILE.parquet (data.path)"
+            f"{path!r} is a file: expected a folder of images, FILE.npz or FILE.parquet ({option})"
         )
     if not root.is_dir():
-        raise UserError(f"no folder {path!r}: expected a folder of images (data.path)")
+        raise UserError(f"no folder {path!r}: expected a folder of images ({option})")
     found = index(root)
     names, where = found.paths, str(root)
     if not names:
@@ -221,8 +244,8 @@ def open_split(
     else:
         owners = [labels.get(name) for name in names]
         if not any(owners):
-            such = f", such as {next(iter(labels))!r}" if labels else ""
-            raise UserError(f"data.labels_file names no image below {path!r}{such}")
+            such = f": it has {next(iter(labels))!r}, and the folder {names[0]!r}" if labels else ""
+            raise UserError(f"data.labels_file has no label of an image below {path!r}{such}")
     occurring = sorted({owner for owner in owners if owner is not None})
     code = codes_of(occurring, classes, repr(path))
     codes = np.asarray([code[owner] for owner in owners], np.int32)

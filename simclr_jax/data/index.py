@@ -55,8 +55,8 @@ class Index(NamedTuple):
 
     Attributes:
       paths: N, relative to it, sorted.
-      sizes: int64 [N], bytes.
-      passed_over: {suffix, "" for none: number of files with it that are no images, or hidden}.
+      sizes: int64 [N], bytes; -1: a link that leads nowhere.
+      passed_over: {suffix, "" for none, or "hidden": number of files with it that are passed over}.
       workdirs: folders of runs, which are left out with all that is below them.
     """
 
@@ -70,7 +70,8 @@ def index(root: pathlib.Path) -> Index:
     """Lists the image files below `root`, at any depth, each folder once however many links lead to it.
 
     Hidden files, hidden folders, folders of services such as @eaDir and the workdirs of runs are left
-    out. Of several ways to a folder the one without a link counts.
+    out. Of several ways to a folder the one without a link counts. A link to
+    a folder that holds `root` is not followed.
 
     Raises:
       UserError: a folder cannot be read.
@@ -99,7 +100,8 @@ def index(root: pathlib.Path) -> Index:
 
 def _walk(root: pathlib.Path, known: dict[str, dict], folders: dict[str, dict]) -> bool:
     """Fills `folders`; returns whether any had to be read."""
-    changed, seen, waiting, links = False, set(), [""], collections.deque[str]()
+    changed, seen = False, _folders_above(root)
+    waiting, links = [""], collections.deque[str]()
     while waiting or links:
         where = waiting.pop() if waiting else links.popleft()
         path = root / where
@@ -129,6 +131,16 @@ def _walk(root: pathlib.Path, known: dict[str, dict], folders: dict[str, dict]) 
     return changed
 
 
+def _folders_above(root: pathlib.Path) -> set[tuple[int, int]]:
+    """Returns device and inode of each folder that holds `root`."""
+    found = set()
+    for folder in root.resolve().parents:
+        with contextlib.suppress(OSError):
+            status = os.stat(folder)
+            found.add((status.st_dev, status.st_ino))
+    return found
+
+
 def _read_folder(path: pathlib.Path, state: list[int]) -> dict:
     files: dict[str, int] = {}
     folders: list[str] = []
@@ -150,9 +162,9 @@ def _read_folder(path: pathlib.Path, state: list[int]) -> dict:
                     files[entry.name] = status.st_size
                     newest = max(newest, status.st_mtime)
                 except OSError:  # a dead link
-                    files[entry.name] = 0
+                    files[entry.name] = -1
             else:
-                others[suffix] += 1
+                others["hidden" if hidden else suffix] += 1
             # A dead link may work once a drive is mounted, so the folder is read again.
             dead_links |= entry.is_symlink() and not os.path.exists(entry.path)
     return {
@@ -239,7 +251,7 @@ def look(root: pathlib.Path) -> Look:
     whole = [header for header in headers if not isinstance(header, str)]
     return Look(
         count,
-        int(found.sizes.sum()),
+        int(np.maximum(found.sizes, 0).sum()),
         dict(kinds.most_common()),
         found.passed_over,
         found.workdirs,
@@ -263,7 +275,8 @@ def _header(path: pathlib.Path) -> tuple[tuple[int, int], str] | str:
             with Image.open(path) as image:
                 return image.size, image.mode
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return one_line(error).replace(f" {str(path)!r}", "")
+        strerror = error.strerror if isinstance(error, OSError) else None
+        return strerror or one_line(error).replace(f" {str(path)!r}", "")
 
 
 def most_common(passed_over: dict[str, int]) -> str:
@@ -280,8 +293,9 @@ def summary_lines(found: Look) -> list[str]:
         low, high = found.sizes.min(axis=0), found.sizes.max(axis=0)
         sizes = f"{low[0]} x {low[1]} px"
         if (low != high).any():
-            sizes += (
-                f" to {high[0]} x {high[1]} px, shorter side {found.short_side} px in the middle"
+            sizes = (
+                f"{low[0]} to {high[0]} px wide, {low[1]} to {high[1]} px high, shorter side {found.short_side} px "
+                "in the middle"
             )
         modes = ", ".join(f"{n} {mode}" for mode, n in found.modes.items())
         lines.append(f"{sizes}; channels {modes} (of {found.looked_at} looked at)")
@@ -295,7 +309,7 @@ def summary_lines(found: Look) -> list[str]:
     if found.passed_over:
         total = sum(found.passed_over.values())
         lines.append(
-            f"passed over {total} files that are no images: {most_common(found.passed_over)}"
+            f"passed over {total} files that are hidden or no images: {most_common(found.passed_over)}"
         )
     if found.workdirs:
         more = len(found.workdirs) - 3

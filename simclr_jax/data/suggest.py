@@ -69,6 +69,8 @@ def suggest_settings(count: int, short_side: int, accelerator: bool) -> list[Cho
     else:
         epochs = round(min(300, max(10, 4e5 / count)))
         why = "400,000 images in all, a quarter of an hour on two cores; more is better"
+        if not 10 < epochs < 300:
+            why = f"{epochs * count:,} images in all; from 10 to 300 epochs, of 400,000 images where that fits"
     chosen += _model(accelerator)
     chosen += _papers_optimizer() if accelerator and count >= _MANY else _optimizer(epochs)
     most = 256 if size > 64 or not accelerator else 512

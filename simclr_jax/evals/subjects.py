@@ -115,7 +115,7 @@ def labelled(config: ConfigDict, sets: bool = False) -> DataSet:
         lacking = "labelled test split" if _has_labels(data.train) else "labels"
         raise UserError(
             f"the data have no {lacking}, so there is nothing to evaluate on; see "
-            "data.folder_labels, data.test_path and data.test_split"
+            "data.folder_labels, data.labels_file, data.test_path, data.test_fraction and data.test_split"
         )
     if data.members is not None and not sets:
         raise UserError(

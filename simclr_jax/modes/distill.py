@@ -41,7 +41,6 @@ from simclr_jax.training.workdir import (
     about_classifier,
     about_training,
     alone_in,
-    check_data,
     check_workdir,
     write_record,
 )
@@ -79,14 +78,13 @@ def _distill(config: ConfigDict, workdir: str) -> None:
     config = config.copy_and_resolve_references()
     # A student has no projection head, so its fine-tuning can only begin from h.
     config.model.head, config.finetune.from_layer = "none", 0
-    saved = check_workdir(config, workdir, mode="distill")
-    teacher = load_classifier(config.distill.teacher)
     data = assemble.data_set(config)
     train = data.train
+    fingerprint = train.fingerprint()
+    saved = check_workdir(config, workdir, train, fingerprint, mode="distill")
+    teacher = load_classifier(config.distill.teacher)
     about = _about(config, teacher, data)
     _check_teacher(about["teacher"], saved, workdir)
-    fingerprint = train.fingerprint()
-    check_data(train, fingerprint, saved, workdir)
     plan = assemble.plan_of(config, train.count)
     mesh = make_mesh(fsdp=config.mesh.fsdp)
     check_divides(config.data.batch_size, mesh, config.train.microbatches)

@@ -3,6 +3,7 @@
 Images stream through the devices, and their rows to `feature_file.py` as they come.
 """
 
+import contextlib
 import os
 import pathlib
 import time
@@ -26,7 +27,7 @@ from simclr_jax.evals import subjects
 from simclr_jax.evals.features import Extractor
 from simclr_jax.files import absolute, check_local, expanded
 from simclr_jax.mesh import make_mesh
-from simclr_jax.modes.feature_file import OUTPUT_SUFFIXES, Parts, alone
+from simclr_jax.modes.feature_file import OUTPUT_SUFFIXES, Parts, alone, read_feature_file
 from simclr_jax.training.state import digest_of
 
 _EXPECTED = "--input=FOLDER, FILE.npz, FILES.parquet, NAME:SPLIT of a TFDS data set, or train or test for the run's own data"
@@ -126,6 +127,7 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
     mesh = make_mesh()
     report = path.with_name(path.name + ".broken_images.jsonl")
     images = assemble.images_of(config, source.split, report)
+    _say_what_is_replaced(path, source)
     with alone(path.with_name(path.name + ".parts")) as scratch:
         parts = Parts(scratch, subjects.batch_size_of(config, mesh))
         step = parts.begun_with(workdir)
@@ -156,6 +158,13 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
             count = parts.join(path)
             say(f"{count} images, encoder of step {trained.saved['step']}: {path}")
     images.broken.say_how_many()
+
+
+def _say_what_is_replaced(path: pathlib.Path, source: Input) -> None:
+    """Says that a file with the features of other images will be replaced, if there is one."""
+    with contextlib.suppress(UserError):  # there is no file, or another kind of file
+        if read_feature_file(str(path)).about["images"] != source.split.fingerprint():
+            say(f"replaces    {path}, which holds features of other images")
 
 
 def _classes(source: Input, trained: subjects.Trained) -> list[str]:

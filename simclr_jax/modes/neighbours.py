@@ -105,7 +105,13 @@ def neighbours(
         )
     queries = _indices(features, query)
     found, similar = nearest(features, queries, min(k, count - 1))
-    source = open_input(config, features.about["input"])
+    try:
+        source = open_input(config, features.about["input"])
+    except UserError as error:
+        raise UserError(
+            f"the images that {input} was made of are not there any more ({error}): put them back, or run --mode=embed "
+            "again; a table, --output=FILE.parquet, needs no images"
+        ) from error
     if source.split.fingerprint() != features.about["images"]:
         raise UserError(
             f"{features.about['input']!r} holds other images than {input} was made of: run --mode=embed "

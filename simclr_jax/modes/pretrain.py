@@ -32,7 +32,6 @@ from simclr_jax.training.workdir import (
     about_classifier,
     about_training,
     alone_in,
-    check_data,
     check_workdir,
     write_record,
 )
@@ -108,13 +107,13 @@ def _forget_evaluation(config: ConfigDict, workdir: str, last: dict[str, float])
 
 
 def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> None:
-    saved = check_workdir(config, workdir, extend)
+    train = assemble.data_set(config).train
+    fingerprint = train.fingerprint()
+    saved = check_workdir(config, workdir, train, fingerprint, extend)
     made = assemble.pretraining(config)
-    train, plan = made.train, made.plan
+    plan = made.plan
     if saved is not None:  # before config.json is replaced
         check_length(workdir, saved["step"], plan.steps)
-    fingerprint = train.fingerprint()
-    check_data(train, fingerprint, saved, workdir)
     start, began_with = find_start(config, saved, workdir)
     job = begun_with(start, made.job) if start else made.job
     about = about_training(plan, assemble.data_set(config), fingerprint)

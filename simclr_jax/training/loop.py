@@ -213,7 +213,10 @@ def _restore_or_begin(
 def check_length(workdir: str, step: int, steps: int) -> None:
     """Raises a UserError if a training of `steps` steps would go on from a later `step`."""
     if step > steps:
-        raise UserError(f"{workdir} is at step {step} already, of {steps} now asked for")
+        raise UserError(
+            f"{workdir} is at step {step} already, and {steps} steps are asked for: give {step} or more, or another "
+            "--workdir"
+        )
 
 
 def check_state(step: int, state: TrainState, advice: str) -> None:

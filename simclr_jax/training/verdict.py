@@ -63,7 +63,8 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
     if temperature is None:
         return Verdict("sound", seen)
     loss, least, no_better = metrics["loss"], lower_bound(images, temperature), chance(images)
-    where = f"loss {loss:.3f}, at best {least:.3f}, by chance {no_better:.3f}"
+    way = (no_better - loss) / (no_better - least)
+    where = f"loss {loss:.3f}, by chance {no_better:.3f}, at best {least:.3f}: {way:.0%} of the way"
     if loss < least - _BELOW:
         why = "under the exact bound: the mask, the normalisation or the gather is wrong"
         return Verdict("below the lower bound", f"{where}: {why}")

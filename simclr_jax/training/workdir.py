@@ -50,6 +50,10 @@ def saved_config(path: str) -> dict:
       UserError: there is no configuration.
     """
     file = epath.Path(path) / "config.json"
+    if not file.parent.exists():
+        raise UserError(
+            f"no folder {path!r}: expected the --workdir of a run, or a checkpoint folder; a new run needs a --config"
+        )
     if file.exists():
         try:
             return json.loads(file.read_text())["config"]
@@ -88,13 +92,20 @@ def check_encoder(config: ConfigDict, checkpoint: epath.Path) -> dict:
 
 
 def check_workdir(
-    config: ConfigDict, workdir: str, extend: bool = False, mode: str = "pretrain"
+    config: ConfigDict,
+    workdir: str,
+    train: Split,
+    fingerprint: str,
+    extend: bool = False,
+    mode: str = "pretrain",
 ) -> dict | None:
     """Checks that a run may go on in a workdir.
 
     Args:
       config: configuration of the run that is to go on.
       workdir: its folder.
+      train: its training images.
+      fingerprint: `train.fingerprint()`.
       extend: the run may get another length.
       mode: the mode that made the run, "pretrain" or "distill".
 
@@ -102,10 +113,11 @@ def check_workdir(
       the newest checkpoint's record; None if there is no checkpoint, so that nothing can be lost.
 
     Raises:
-      UserError: the checkpoints are of another configuration; says what differs.
+      UserError: the checkpoints are of other images, see `check_data`, or of another configuration; says what differs.
     """
     saved = _newest_options(workdir)
     if saved is None:
+        check_data(train, fingerprint, None, workdir)
         _say_what_is_replaced(config, workdir)
         return None
     if "imported" in saved:
@@ -117,6 +129,8 @@ def check_workdir(
         raise UserError(
             f"{workdir} holds a run of --mode={began}, not of {mode}: use another --workdir"
         )
+    # First the images: options that are chosen by the images differ with them.
+    check_data(train, fingerprint, saved, workdir)
     old = config_lib.from_dict(saved["config"])
     changed = config_lib.differences(old, config, _LENGTH if extend else ())
     if changed:
@@ -136,6 +150,36 @@ def check_workdir(
     return saved
 
 
+def check_data(train: Split, fingerprint: str, saved: dict | None, workdir: str) -> None:
+    """Raises a UserError, on all processes, if they find different training images, or if the saved run began on
+    other training images or other labels of them, from which its online classifier learns.
+
+    Args:
+      train: the training images now.
+      fingerprint: `train.fingerprint()`.
+      saved: the newest checkpoint's record, or None.
+      workdir: for the message.
+    """
+    if differ := processes.that_differ(fingerprint):
+        raise UserError(
+            f"other training images on processes {', '.join(map(str, differ))} than on process 0 (here "
+            f"{train.count}): give all of them the same files, or one folder that they share (data.path)"
+        )
+    if saved is None or saved["data_fingerprint"] == fingerprint:
+        return
+    then, now = saved["training_images"], train.count
+    advice = f"; --config.model.init_from={workdir} begins there with what this run has learned"
+    if then == now:
+        what = "other images, or on other labels of them"
+        advice += "; evaluations, such as --mode=probe, may take other labels"
+    else:
+        what = f"{then} training images and there are {now} now"
+    raise UserError(
+        f"{workdir} holds a run on {what}, so it cannot go on: restore the old data, or use another "
+        f"--workdir{advice}"
+    )
+
+
 def _say_what_is_replaced(config: ConfigDict, workdir: str) -> None:
     """Says how the configuration differs from that of a run which saved nothing, if there was one."""
     with contextlib.suppress(UserError):  # none, or not what training wrote
@@ -151,33 +195,6 @@ def _newest_options(workdir: str) -> dict | None:
         except UserError:  # damaged: what restores the state says so
             continue
     return None
-
-
-def check_data(train: Split, fingerprint: str, saved: dict | None, workdir: str) -> None:
-    """Raises a UserError, on all processes, if they find different training images, or if the saved run began on
-    other training images or other labels of them, from which its online classifier learns.
-
-    Args:
-      train: the training images now.
-      fingerprint: `train.fingerprint()`.
-      saved: what `check_workdir` returned.
-      workdir: for the message.
-    """
-    if differ := processes.that_differ(fingerprint):
-        raise UserError(
-            f"other training images on processes {', '.join(map(str, differ))} than on process 0 (here "
-            f"{train.count}): give all of them the same files, or one folder that they share (data.path)"
-        )
-    if saved is None or saved["data_fingerprint"] == fingerprint:
-        return
-    then, now = saved["training_images"], train.count
-    what = f"{then} training images and there are {now} now"
-    if then == now:
-        what = "other images, or on other labels of them"
-    raise UserError(
-        f"{workdir} holds a run on {what}, so it cannot go on: restore the old data, or use "
-        "another --workdir; evaluations, such as --mode=probe, may take other labels"
-    )
 
 
 def about_training(plan: Plan, data: DataSet, fingerprint: str) -> dict[str, Any]:

@@ -20,6 +20,9 @@ from simclr_jax.views.distortion import Distortion, key_of
 # they compute. Both views are then made by one compiled program, of a whole batch if it is at hand.
 SMALL = 64
 
+# Quiet: views that are looked at are of images of many sizes, and each size is a program of its own.
+tf.get_logger().setLevel("ERROR")
+
 _PHILOX = 1  # tf.random.Algorithm.PHILOX
 
 

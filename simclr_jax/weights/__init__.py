@@ -59,6 +59,11 @@ def read(path: str) -> Weights:
     file = located(path)
     kind = recognised(path)
     if kind is None:
+        if (file / "checkpoints").exists():
+            raise UserError(
+                f"{path} is a workdir, which needs no import: give it as --workdir, or as model.init_from to begin with "
+                "its weights"
+            )
         what = "is none of these" if file.exists() else "does not exist"
         hint = ""
         if path.endswith((".pth", ".pt", ".bin", ".ckpt.tar", ".pkl")):
