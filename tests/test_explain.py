@@ -10,7 +10,8 @@ from simclr_jax import assemble, config
 from simclr_jax.config.rows import OPTIONS
 from simclr_jax.errors import UserError
 from simclr_jax.modes import explain as explain_mode
-from simclr_jax.modes.explain import explain, oddities
+from simclr_jax.modes.explain import explain
+from simclr_jax.modes.oddities import oddities
 from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.training import loop
 from simclr_jax.training.sinks import SINKS

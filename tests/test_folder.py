@@ -16,7 +16,7 @@ from simclr_jax.config.overrides import load
 from simclr_jax.data import count_and_size, index, suggest
 from simclr_jax.data.folder import open_split
 from simclr_jax.errors import UserError
-from simclr_jax.modes.explain import oddities
+from simclr_jax.modes.oddities import oddities
 from simclr_jax.modes.pretrain import describe_choices
 
 

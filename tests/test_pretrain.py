@@ -181,6 +181,15 @@ def test_another_configuration_is_refused_with_what_differs(watched, copy, tmp_p
     assert check_workdir(watched, str(tmp_path / "new"), train, train.fingerprint()) is None
 
 
+def test_what_is_unusual_is_said_before_training(tiny, tmp_path, capsys):
+    tiny.train.steps, tiny.optimizer.name = 1, "sgd"
+    tiny.views.blur_probability = 0.0
+    pretrain(tiny, str(tmp_path / "w"))
+    said = capsys.readouterr().out
+    assert "unusual     data.batch_size=16: 30 negatives" in said
+    assert "            1 steps: enough to see that it runs, not to learn" in said
+
+
 def test_batchnorm_per_device_does_not_go_on_on_other_devices(tiny_resnet, tmp_path):
     tiny_resnet.model.norm_group = -1
     train = assemble.data_set(tiny_resnet).train

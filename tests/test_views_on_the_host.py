@@ -243,9 +243,12 @@ def test_images_of_many_sizes_are_no_warning():
     """Each size is compiled, of which TensorFlow warns from the fifth on."""
     said: list[logging.LogRecord] = []
     kind = Distortion(Crop(), ())
-    handler = logging.Handler()
-    handler.emit = said.append
-    logger = tf.get_logger()
+
+    class Heard(logging.Handler):
+        def emit(self, record):
+            said.append(record)
+
+    handler, logger = Heard(), tf.get_logger()
     logger.addHandler(handler)
     try:
         for side in range(8, 16):

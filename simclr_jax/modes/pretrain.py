@@ -19,6 +19,7 @@ from simclr_jax.evals.spread import Spread
 from simclr_jax.evals.subjects import ENCODER, UNTRAINED
 from simclr_jax.files import expanded, write_json
 from simclr_jax.mesh import FSDP
+from simclr_jax.modes.oddities import oddities, say_unusual
 from simclr_jax.modes.report import report_at_end
 from simclr_jax.modes.warm_start import begun_with, describe_start, find_start
 from simclr_jax.training.checkpoint import Saving
@@ -123,6 +124,7 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> None:
         about["classifier"] = about_classifier(0, len(train.classes), train.classes, online=True)
     record = write_record(config, about, workdir)
     describe_run(config, made)
+    say_unusual(oddities(config, plan, train.count))
     if start:
         say(describe_start(start))
     images = assemble.images_of(config, train, epath.Path(workdir) / "broken_images.jsonl")
