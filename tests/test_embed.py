@@ -417,7 +417,7 @@ def test_the_nearest_are_those_of_largest_cosine(tmp_path, monkeypatch):
     path = tmp_path / "f.npz"
     np.savez(path, image=np.arange(50).astype(str), h=h, about=np.asarray('{"input": "train"}'))
     features = feature_file.read_feature_file(str(path))
-    found, similar = neighbours.nearest(features, np.asarray([3, 49, 8]), 4)
+    found, similar = neighbours.nearest(features.blocks, np.asarray([3, 49, 8]), 4)
     unit = h / np.linalg.norm(h, axis=1, keepdims=True)
     for row, q in enumerate((3, 49, 8)):
         expected = np.argsort(-(unit @ unit[q]))[1:5]  # the first is the query

@@ -417,7 +417,7 @@ def test_an_evaluation_is_one_row_of_the_table(tiny, tmp_path, monkeypatch, caps
     monkeypatch.setitem(EVALUATIONS, "means", MEANS)
     workdir = encoder_checkpoint(tiny, tmp_path / "w")
     tiny.eval.on_the_way = "means"
-    watch = on_the_way.Watch(tiny, 1, assemble.pretraining(tiny))
+    watch = on_the_way.OnTheWay(tiny, 1, assemble.pretraining(tiny))
     trained = subjects.trained(tiny, str(workdir), make_mesh()).encoder
     parts = {part: {"encoder": tree} for part, tree in trained.items()}
     on_the_way_metrics = watch.run(1, TrainState(step=None, opt_state=None, **parts))
@@ -463,7 +463,7 @@ def test_without_a_validation_part_there_is_no_probe(tiny, tmp_path, capsys):
         evaluate_features("probe", tiny, str(tmp_path))
     tiny.eval.on_the_way, tiny.eval.every_steps = "probe", 2
     with pytest.raises(UserError, match=r"eval\.validation_fraction=0: expected a part"):
-        on_the_way.watch(tiny, assemble.pretraining(tiny))
+        on_the_way.evaluations_on_the_way(tiny, assemble.pretraining(tiny))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])

@@ -21,7 +21,7 @@ from simclr_jax.config import from_dict, set_options
 from simclr_jax.data.order import Order, batch_positions
 from simclr_jax.errors import UserError
 from simclr_jax.evals.evaluate import evaluate_features
-from simclr_jax.evals.on_the_way import watch
+from simclr_jax.evals.on_the_way import evaluations_on_the_way
 from simclr_jax.files import locked, write_json
 from simclr_jax.modes import pretrain as pretraining
 from simclr_jax.modes.pretrain import describe_run, pretrain
@@ -438,7 +438,7 @@ def test_an_evaluation_on_the_way_is_of_the_features_that_are_asked_for(watched,
     assert saved is not None
     for features in ("h", "z"):
         watched.eval.features = features
-        (hook,) = watch(watched, made)
+        (hook,) = evaluations_on_the_way(watched, made)
         state[features] = hook.run(8, saved)["knn_accuracy"]
         result = evaluate_features("knn", watched, str(copy))
         assert state[features] == result["rows"][-1]["accuracy"]
@@ -447,7 +447,7 @@ def test_an_evaluation_on_the_way_is_of_the_features_that_are_asked_for(watched,
 
 def test_evaluations_on_the_way_are_due_after_steps_or_epochs(tiny):
     made = assemble.pretraining(tiny)
-    assert watch(tiny, made) == ()
+    assert evaluations_on_the_way(tiny, made) == ()
     for options, expected in (
         ({"eval.every_steps": 3}, [3, 6, 9]),
         ({"eval.every_epochs": 1.0}, [3, 6, 9]),
@@ -455,7 +455,7 @@ def test_evaluations_on_the_way_are_due_after_steps_or_epochs(tiny):
         ({"eval.every_epochs": 0.01}, list(range(1, 10))),
     ):
         set_options(tiny, {"eval.every_steps": 0, "eval.every_epochs": 0.0} | options)
-        (hook,) = watch(tiny, made)
+        (hook,) = evaluations_on_the_way(tiny, made)
         assert [step for step in range(1, 10) if hook.due(step)] == expected
 
 

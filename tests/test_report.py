@@ -118,7 +118,7 @@ def test_neighbours_pairs_and_strays_are_those_of_loops():
     h[17] = h[230] * 2  # a copy, by angle
     h[99] = -h.mean(0)  # unlike all
     some = embedded(h)
-    near = learned.nearest(some)
+    near = learned.nearest_of_each(some)
     unit = some.h.astype(np.float64)
     for i in (0, 17, 255, 256, 299):
         similar = {j: unit[i] @ unit[j] for j in range(300) if j != i}

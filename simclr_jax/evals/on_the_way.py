@@ -17,7 +17,7 @@ from simclr_jax.training.loop import Hook
 from simclr_jax.training.state import TrainState
 
 
-class Watch:
+class OnTheWay:
     """Runs an evaluation of features every so many steps. It keeps nothing between them.
 
     Attributes:
@@ -50,9 +50,7 @@ class Watch:
     def run(self, step: int, state: TrainState) -> dict[str, float]:
         """Returns {metric of the evaluation: accuracy in [0, 1] with all labels}."""
         parts = ("encoder", "head") if self._config.eval.features == "z" else ("encoder",)
-        variables = tuple(
-            {"params": state.params[part], "batch_stats": state.batch_stats[part]} for part in parts
-        )
+        variables = tuple(map(state.variables, parts))
         evaluation = EVALUATIONS[self.name]
         assert self._data.test is not None
         train, test = (self._features(variables, s) for s in (self._data.train, self._data.test))
@@ -68,7 +66,7 @@ class Watch:
         return {ENCODER: found[self._config.eval.features]}, labels
 
 
-def watch(config: ConfigDict, made: Pretraining) -> Sequence[Hook]:
+def evaluations_on_the_way(config: ConfigDict, made: Pretraining) -> Sequence[Hook]:
     """Returns the hook that eval.every_steps or eval.every_epochs asks for, if any.
 
     Raises:
@@ -82,4 +80,4 @@ def watch(config: ConfigDict, made: Pretraining) -> Sequence[Hook]:
         )
     if epochs:
         steps = max(1, round(epochs * made.train.count / config.data.batch_size))
-    return (Watch(config, steps, made),) if steps else ()
+    return (OnTheWay(config, steps, made),) if steps else ()

@@ -64,10 +64,7 @@ class Spread:
 
     def run(self, step: int, state: TrainState) -> dict[str, float]:
         """Returns {"rank_h", "rank_z", "uniformity"} of evaluation views."""
-        variables = tuple(
-            {"params": state.params[name], "batch_stats": state.batch_stats[name]}
-            for name in ("encoder", "head")
-        )
+        variables = state.variables("encoder"), state.variables("head")
         batches = self._views.evaluation_batches(self._images, self._extractor.batch_size)
         stream = self._extractor.stream(variables, batches, min(_IMAGES, self._images.split.count))
         rows = [found for found, _ in stream]

@@ -239,7 +239,7 @@ def _compare(
     """Writes and shows the test accuracies of teacher and student."""
     assert data.test is not None
     images = assemble.images_of(config, subjects.with_labels(data.test))
-    taught = {kind: getattr(state, kind)["teacher"] for kind in ("params", "batch_stats")}
+    taught = state.variables("teacher")
     own = {"params": state.params, "batch_stats": state.batch_stats}
     rows = [
         results.row(kind, None, [_accuracy(config, network, variables, views, images)])

@@ -4,7 +4,6 @@ import csv
 import os
 import pathlib
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
@@ -15,10 +14,10 @@ from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import evenly
 from simclr_jax.data.source import Example
 from simclr_jax.errors import UserError
+from simclr_jax.evals.nearest import nearest
 from simclr_jax.files import check_local, expanded, replacing, writing
 from simclr_jax.modes.embed import Input, open_input
 from simclr_jax.modes.feature_file import FeatureFile, read_feature_file, write_columns
-from simclr_jax.report.learned import unit
 
 _NEIGHBOURS = 8
 _QUERIES = 8
@@ -26,39 +25,6 @@ _MOST_IN_A_PICTURE = 40
 _TOGETHER = 4096  # rows of a table that are searched for in one pass through the file
 _TILE = 96  # pixels
 _LINE = 14  # height of the similarity below an image
-
-
-def nearest(features: FeatureFile, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the k images of largest cosine similarity to each query, without itself.
-
-    Args:
-      features: those of all images; read twice, a block at a time.
-      queries: indices [q].
-      k: at most the number of images less one.
-
-    Returns:
-      indices [q, k] and similarities [q, k], the largest first.
-    """
-    asked: dict[int, np.ndarray] = {}
-    start = 0
-    for block in features.blocks():
-        asked |= {i: block[i - start] for i in queries.tolist() if start <= i < start + len(block)}
-        start += len(block)
-    wanted = unit(np.stack([asked[i] for i in queries.tolist()]))
-    best = np.zeros((len(queries), 0), np.int64)
-    scores = np.zeros((len(queries), 0), np.float32)
-    start = 0
-    for block in features.blocks():
-        indices = np.arange(start, start + len(block))
-        similar = wanted @ unit(block).T
-        similar[queries[:, None] == indices] = -np.inf
-        best = np.concatenate([best, np.broadcast_to(indices, similar.shape)], axis=1)
-        scores = np.concatenate([scores, similar], axis=1)
-        found = jax.lax.top_k(scores, min(k, scores.shape[1]))  # of equals the first
-        scores, order = (np.asarray(x) for x in found)
-        best = np.take_along_axis(best, order, axis=1)
-        start += len(block)
-    return best, scores
 
 
 def neighbours(
@@ -104,7 +70,7 @@ def neighbours(
             f"--k={k}: a picture shows at most {_MOST_IN_A_PICTURE}; --output=FILE.parquet takes more"
         )
     queries = _indices(features, query)
-    found, similar = nearest(features, queries, min(k, count - 1))
+    found, similar = nearest(features.blocks, queries, min(k, count - 1))
     try:
         source = open_input(config, features.about["input"])
     except UserError as error:
@@ -137,7 +103,7 @@ def _write_table(path: pathlib.Path, features: FeatureFile, queries: np.ndarray,
 
     def columns(start: int) -> dict[str, np.ndarray]:
         asked = queries[start : start + _TOGETHER]
-        found, similar = nearest(features, asked, k)
+        found, similar = nearest(features.blocks, asked, k)
         names = features.images
         return {"image": names[asked], "neighbours": names[found], "similarities": similar}
 

@@ -14,7 +14,7 @@ from simclr_jax.assemble import Pretraining
 from simclr_jax.console import say
 from simclr_jax.data import count_and_size, index, suggest
 from simclr_jax.evals.evaluate import can_evaluate, evaluate_features
-from simclr_jax.evals.on_the_way import watch
+from simclr_jax.evals.on_the_way import evaluations_on_the_way
 from simclr_jax.evals.spread import Spread
 from simclr_jax.evals.subjects import ENCODER, UNTRAINED
 from simclr_jax.files import expanded, write_json
@@ -140,7 +140,10 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> None:
     sinks = functools.partial(Sinks, config.train.sinks, workdir, config_lib.flatten(config))
     hang = config.train.hang_seconds
     run = Run(workdir, record, Saving(**config.checkpoint.to_dict()), reporting, sinks, hang)
-    hooks = [*watch(config, made), *([Spread(config, made)] if config.health.every_steps else [])]
+    hooks = [
+        *evaluations_on_the_way(config, made),
+        *([Spread(config, made)] if config.health.every_steps else []),
+    ]
     fit(job, stream(made.views, images), run, hooks)
     images.broken.say_how_many()
     say(f"trained to step {plan.steps}: {workdir}/checkpoints, {workdir}/metrics.jsonl")

@@ -10,6 +10,7 @@ from PIL import Image
 
 from simclr_jax.data.pictures import Picture, pictures_of
 from simclr_jax.data.split import Split
+from simclr_jax.evals.nearest import nearest, unit
 from simclr_jax.pretrained import Encoder
 
 _THUMBNAIL = 72  # pixels
@@ -83,30 +84,21 @@ def embed_sample(encoder: Encoder, split: Split, count: int, upright: bool) -> E
     return Embedded(unit(h), h, thumbnails, np.asarray(places), np.asarray(labels))
 
 
-def unit(h: np.ndarray) -> np.ndarray:
-    """Scales each row of h [n, D] to length 1; zeros stay."""
-    return h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), 1e-12)
-
-
 def _thumbnail(image: np.ndarray) -> np.ndarray:
     picture = Image.fromarray(np.ascontiguousarray(image))
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
     return np.asarray(picture)
 
 
-def nearest(embedded: Embedded) -> Near:
+def nearest_of_each(embedded: Embedded) -> Near:
     """Finds the 10 images nearest to each, or all others where there are fewer."""
-    h = embedded.h
-    k = min(_NEIGHBOURS, len(h) - 1)
-    indices, similarities = np.zeros((len(h), k), int), np.zeros((len(h), k), np.float32)
-    for start in range(0, len(h), _BATCH):
-        similar = h[start : start + _BATCH] @ h.T
-        own = np.arange(len(similar))
-        similar[own, start + own] = -np.inf
-        order = np.argsort(-similar, axis=1, kind="stable")[:, :k]
-        indices[start : start + _BATCH] = order
-        similarities[start : start + _BATCH] = np.take_along_axis(similar, order, axis=1)
-    return Near(indices, similarities)
+    count = len(embedded.h)
+    k = min(_NEIGHBOURS, count - 1)
+    found = [
+        nearest(lambda: [embedded.h], np.arange(start, min(start + _BATCH, count)), k)
+        for start in range(0, count, _BATCH)
+    ]
+    return Near(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
 def most_isolated(near: Near, count: int) -> np.ndarray:

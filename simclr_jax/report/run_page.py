@@ -120,7 +120,7 @@ def _pictures(config: ConfigDict, record: Record, data: Any) -> dict[str, Any]:
     some = learned.embed_sample(encoder, split, _EMBEDDED, config.data.upright)
     if len(some.h) < 2:
         return {}
-    near = learned.nearest(some)
+    near = learned.nearest_of_each(some)
     sample = _sample(len(some.h), split)
     names = [name_of_image(config, split, int(i)) for i in some.indices]
     classes = split.classes if data.members is None else None

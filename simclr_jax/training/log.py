@@ -20,7 +20,7 @@ from simclr_jax.training.verdict import Verdict
 
 # Steps that may be under way before the loop waits for the oldest: the device always has the next
 # one queued, and no more than this many batches lie in its memory.
-_STEPS_AHEAD = 2
+STEPS_AHEAD = 2
 
 # Steps in a row that may be skipped for a loss or gradient that is not finite. A training that only some batches upset
 # recovers within a few; an encoder that has blown up never does.
@@ -85,7 +85,7 @@ class Log:
     def add(self, step: int, metrics: Any, images: dict[str, np.ndarray]) -> None:
         """Takes the metrics of `step`, still being computed, and {"epoch", "index"} of its images."""
         self._pending.append((step, metrics, images))
-        if len(self._pending) > _STEPS_AHEAD:
+        if len(self._pending) > STEPS_AHEAD:
             self._read(*self._pending.popleft())
 
     def drain(self) -> None:

@@ -1,5 +1,6 @@
 """Learning-rate schedules, masks and the optimizers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -99,10 +100,11 @@ def make_optimizer(
     weight_decay: float,
     momentum: float,
     trust_coefficient: float,
+    decayed: Callable[[Any], Any] = adapted,
 ) -> optax.GradientTransformation:
-    """Makes the optimizer called `name`, with weight decay on `adapted` parameters only.
+    """Makes the optimizer called `name`, with weight decay on the parameters that `decayed` marks.
 
-    `trust_coefficient` is LARS's factor of |parameter| / |gradient|.
+    `trust_coefficient` is LARS's factor of |parameter| / |gradient|; `decayed` does not apply to Muon.
 
     "lars": LARS (You et al. 2017), the learning rate inside the momentum as in the published code;
     "sgd": SGD with Nesterov momentum, the decay added to the gradient;
@@ -115,18 +117,18 @@ def make_optimizer(
         return optax.lars(
             learning_rate,
             weight_decay=weight_decay,
-            weight_decay_mask=adapted,
+            weight_decay_mask=decayed,
             trust_coefficient=trust_coefficient,
             trust_ratio_mask=adapted,
             momentum=momentum,
         )
     if name == "sgd":
         return optax.chain(
-            optax.add_decayed_weights(weight_decay, mask=adapted),
+            optax.add_decayed_weights(weight_decay, mask=decayed),
             optax.sgd(learning_rate, momentum=momentum, nesterov=True),
         )
     if name == "adamw":
-        return optax.adamw(learning_rate, weight_decay=weight_decay, mask=adapted)
+        return optax.adamw(learning_rate, weight_decay=weight_decay, mask=decayed)
     if name == "muon":
         return contrib.muon(
             learning_rate,
@@ -198,15 +200,14 @@ def make_classifier_optimizer(
     def kernels(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
-    if name == "lars":
-        training = make_optimizer(
-            "lars", schedule, weight_decay=weight_decay, momentum=momentum, trust_coefficient=1e-3
-        )
-    else:
-        training = optax.chain(
-            optax.add_decayed_weights(weight_decay, mask=kernels),
-            optax.sgd(schedule, momentum=momentum, nesterov=True),
-        )
+    training = make_optimizer(
+        name,
+        schedule,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        trust_coefficient=1e-3,
+        decayed=adapted if name == "lars" else kernels,
+    )
     return of_parts(training, trained), schedule
 
 

@@ -42,6 +42,10 @@ class TrainState:
     opt_state: optax.OptState
     memory: Memory | None = None
 
+    def variables(self, part: str) -> dict[str, Any]:
+        """Returns {"params", "batch_stats"} of a part, such as "encoder"."""
+        return {"params": self.params[part], "batch_stats": self.batch_stats[part]}
+
 
 def init_head(network: ProjectionHead, width: int, key: jax.Array) -> dict:
     """Returns {"params", "batch_stats"} of a projection head before training.

@@ -19,6 +19,7 @@ import jax
 from etils import epath
 
 from simclr_jax.errors import LOST
+from simclr_jax.training.log import STEPS_AHEAD
 
 # The limit is this many times longer where storage may be slow: while a checkpoint is written, while the first images
 # are read, and in the steps after a save or an evaluation, with which other processes may still be busy.
@@ -29,9 +30,6 @@ _LISTENING = 5.0
 _WRITING = 30.0
 
 _UNTIL_DONE = "evaluating", "compiling"  # may take any time
-# The loop reads the metrics of a step this many steps late. Only the first metrics show that all processes have
-# compiled the step.
-_STEPS_AHEAD = 2
 
 
 class Watch:
@@ -75,7 +73,7 @@ class Watch:
         self._beats += 1
         self._eased = max(0, self._eased - 1)
         self._step, self._waited = step, 0.0
-        if self._beats > _STEPS_AHEAD:
+        if self._beats > STEPS_AHEAD:
             self._doing = "between steps"
 
     @contextlib.contextmanager
@@ -86,7 +84,7 @@ class Watch:
             yield
             return
         if what in ("saving", "evaluating") or not self._beats:
-            self._eased = _STEPS_AHEAD + 1
+            self._eased = STEPS_AHEAD + 1
         self._waited, self._doing = 0.0, what
         yield
         self._waited, self._doing = 0.0, before
