@@ -102,6 +102,6 @@ def test_what_saving_costs_is_said_once_where_it_is_much(turn):
 
     (line,) = lines(1.0)
     assert line.startswith(
-        "saving     takes 38 % of the time, 0.5 s each"
+        "saving      takes 38 % of the time, 0.5 s each"
     )  # 5 x 0.5 of 4 + 5 x 0.5
     assert lines(10.0) == []

@@ -181,9 +181,8 @@ def check_name_is_read(config: ConfigDict, given: Sequence[str]) -> None:
     data = config.data
     if "data.name" in given and data.name and data.source != "tfds":
         needed = {"source": "tfds"}
-        needed |= {
-            name: "" for name in ("path", "test_path") if data[name]
-        }  # set for a run on files
+        # Set for a run on files.
+        needed |= {name: "" for name in ("path", "test_path") if data[name]}
         needed |= {"test_fraction": "0"} if data.test_fraction else {}
         more = " ".join(f"--config.data.{name}={value}" for name, value in needed.items())
         raise UserError(

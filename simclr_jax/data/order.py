@@ -217,9 +217,8 @@ def windows(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yields (epoch, shards int [k], positions int [n]) of a lane's windows, without end.
 
-    A window is one list of the examples of its k shards, read in turns. The positions are the places in that list
-    of the examples for this process's rows, in the order in which they come. Windows before the first step are
-    passed over.
+    A window is the list of all examples of its k shards, which are read in turns. `positions` are places in that
+    list: the examples that this process needs, in the order of its rows. Windows before the first step are left out.
 
     Args:
       order: seed and batch size.
@@ -227,26 +226,26 @@ def windows(
       lane: one of `lanes`.
       start_step: the first batch.
     """
-    size, total = order.batch_size // lane.count, int(lengths.sum())
-    each = max(
-        1, min(round(total / WINDOW), len(lengths) // lane.count)
-    )  # windows of a lane in an epoch
-    count = each * lane.count
-    first, before, epoch = start_step * size, 0, 0  # examples of the lane
+    lane_batch, total = order.batch_size // lane.count, int(lengths.sum())
+    windows_a_lane = max(1, min(round(total / WINDOW), len(lengths) // lane.count))
+    windows_an_epoch = windows_a_lane * lane.count
+    # Counted in examples of the lane since step 0.
+    skipped, read = start_step * lane_batch, 0
+    epoch = 0
     while True:
         shards = epoch_order(order.seed, epoch, len(lengths))
         # Windows of equal length, to within a shard's: lanes come to the ends of epochs together.
-        middle = np.cumsum(lengths[shards]) - lengths[shards] / 2
-        number = (middle * count / total).astype(int)
+        middles = np.cumsum(lengths[shards]) - lengths[shards] / 2
+        window_of = (middles * windows_an_epoch / total).astype(int)
         # The lanes trade windows in each epoch: where windows differ, no lane falls behind for ever.
-        for i in range((lane.index - epoch) % lane.count, count, lane.count):
-            members = shards[number == i]
+        for window in range((lane.index - epoch) % lane.count, windows_an_epoch, lane.count):
+            members = shards[window_of == window]
             n = int(lengths[members].sum())
-            if before + n > first:
-                rng = np.random.default_rng([order.seed, epoch, i])
-                places = np.arange(before, before + n)
-                row = places % size
-                own = (places >= first) & (lane.start <= row) & (row < lane.stop)
+            if read + n > skipped:
+                rng = np.random.default_rng([order.seed, epoch, window])
+                places = np.arange(read, read + n)
+                row = places % lane_batch
+                own = (places >= skipped) & (lane.start <= row) & (row < lane.stop)
                 yield epoch, members, rng.permutation(n)[own]
-            before += n
+            read += n
         epoch += 1

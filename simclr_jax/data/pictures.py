@@ -14,9 +14,8 @@ from simclr_jax.data.source import Source, in_order
 from simclr_jax.data.split import Split
 from simclr_jax.data.streamed import StreamedSplit
 
-_AT_ONCE = (
-    16  # images that are read before the first of them is needed: photographs have 36 MB each
-)
+# Images that are read before the first of them is needed: photographs have 36 MB each.
+_AT_ONCE = 16
 
 
 class Picture(NamedTuple):

@@ -182,5 +182,5 @@ def _upper_8_bits(x: np.ndarray) -> np.ndarray:
 @functools.cache
 def _say_once(bits: int) -> None:
     say(
-        f"pixels     a 16-bit image uses {bits} bits at most: such images are scaled by {bits} bits"
+        f"pixels      a 16-bit image uses {bits} bits at most: such images are scaled by {bits} bits"
     )

@@ -93,9 +93,8 @@ class Setup:
         self._judged_on = [images.split.fingerprint() for images in judges]
         self._views = assemble.classifier_views(config, self.mesh, options.batch_size)
         self._predict = subjects.extractor(config, self.mesh, self._model(1).predict)
-        self._compiled: tuple[Any, Job, Callable] | None = (
-            None  # trainings of one length follow each other
-        )
+        # The newest alone: trainings of one length follow each other.
+        self._compiled: tuple[Any, Job, Callable] | None = None
 
     def per_class(self, fraction: float) -> int:
         """Returns the mean number of labels of a class if this fraction of all labels is used, at least one."""

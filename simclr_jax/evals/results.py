@@ -76,7 +76,7 @@ def path_of(config: ConfigDict, saved: dict, data: DataSet, workdir: str, mode: 
     path = epath.Path(workdir) / f"{mode}_{name}_{digest}.json"
     which = "training" if train != then[0] else "test"
     say(
-        f"data       other {which} images or labels than the run's, so the result goes to {path.name}"
+        f"data        other {which} images or labels than the run's, so the result goes to {path.name}"
     )
     return path
 

@@ -57,9 +57,7 @@ def report_at_end(config: ConfigDict, workdir: str) -> None:
         return
     try:
         report(config, workdir)
-    except (
-        Exception
-    ) as error:  # the training is finished and saved: nothing may make it look failed
+    except Exception as error:  # the training is saved: nothing may make it look failed
         say(f"report      none: {one_line(error)}")
 
 

@@ -13,9 +13,8 @@ EVALUATIONS = (*evals.EVALUATIONS, "transfer_finetune", *BY_NAME)
 CHOOSING = ("probe",)
 
 Overrides = Mapping[str, Any]  # {"group.option": value}
-Key = tuple[
-    str, ...
-]  # one level of each factor, in their order, and the reading if there are several
+# One level of each factor, in their order, and the reading if there are several.
+Key = tuple[str, ...]
 Scores = Mapping[Key, Mapping[int, float]]  # accuracy in [0, 1] of each seed
 
 

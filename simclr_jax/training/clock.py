@@ -36,11 +36,11 @@ class Clock:
         self._began = memory["began"] if memory else time.time()
         self._trained = memory["trained"] if memory else 0.0
         self._gather = gather
-        self._reported = time.monotonic()
-        self._since: float | None = None  # the last step; None: nothing is timed until the next
-        self._saved = 0.0  # seconds of saving since the last step
-        self._saves: list[float] = []  # seconds of each
-        self._first: float | None = None  # when the first step had ended
+        self._reported_at = time.monotonic()
+        self._last_step_at: float | None = None  # None: nothing is timed until the next step
+        self._saved_since_step = 0.0  # seconds
+        self._save_seconds: list[float] = []  # of each save
+        self._first_step_at: float | None = None
         self._warned = False
         self._spent: dict[str, float] = {}
         self._forget()
@@ -63,12 +63,12 @@ class Clock:
         seconds = time.monotonic() - began
         self._spent[on] = self._spent.get(on, 0.0) + seconds
         if on == "saving":
-            self._saved += seconds
-            self._saves.append(seconds)
+            self._saved_since_step += seconds
+            self._save_seconds.append(seconds)
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        """Counts the block as time in which this process may wait for the devices, and so for other processes."""
+        """Counts the time of the block as spent on the devices, where processes wait for each other."""
         began = time.monotonic()
         yield
         self._computed += time.monotonic() - began
@@ -76,29 +76,33 @@ class Clock:
     def step(self) -> None:
         """Says that a step has ended."""
         now = time.monotonic()
-        self._first = now if self._first is None else self._first
-        if self._since is not None:
+        self._first_step_at = now if self._first_step_at is None else self._first_step_at
+        if self._last_step_at is not None:
             self._steps += 1
-            self._seconds += now - self._since
-            self._trained += max(0.0, now - self._since - self._saved)
-        self._since, self._saved = now, 0.0
+            self._seconds += now - self._last_step_at
+            self._trained += max(0.0, now - self._last_step_at - self._saved_since_step)
+        self._last_step_at, self._saved_since_step = now, 0.0
 
     def pause(self) -> None:
         """Leaves the time since the last step out."""
-        if self._since is not None:
-            self._since, self._saved = time.monotonic(), 0.0
+        if self._last_step_at is not None:
+            self._last_step_at, self._saved_since_step = time.monotonic(), 0.0
 
     def costly_saving(self) -> str | None:
         """Returns, once, a line that says what saves cost, if five or more took over a tenth of the time."""
-        if self._warned or len(self._saves) < _SAVES_THAT_TELL or self._first is None:
+        if (
+            self._warned
+            or len(self._save_seconds) < _SAVES_THAT_TELL
+            or self._first_step_at is None
+        ):
             return None
-        share = sum(self._saves) / max(time.monotonic() - self._first, 1e-9)
+        share = sum(self._save_seconds) / max(time.monotonic() - self._first_step_at, 1e-9)
         if share < _COSTLY:
             return None
         self._warned = True
-        each = sum(self._saves) / len(self._saves)
+        each = sum(self._save_seconds) / len(self._save_seconds)
         return (
-            f"saving     takes {100 * share:.0f} % of the time, {each:.2g} s each: a larger "
+            f"saving      takes {100 * share:.0f} % of the time, {each:.2g} s each: a larger "
             "checkpoint.every_steps costs less, and a stop that cannot save loses up to as many steps"
         )
 
@@ -116,7 +120,7 @@ class Clock:
         if self._steps:
             found["images_per_second"] = self._steps * batch_size / self._seconds
         now = time.monotonic()
-        passed = max(now - self._reported, 1e-9)
+        passed = max(now - self._reported_at, 1e-9)
         for on, seconds in self._spent.items():
             found[f"share_of_time_{on}"] = seconds / passed
         found["goodput"] = min(1.0, self._trained / max(time.time() - self._began, 1e-9))
@@ -124,8 +128,7 @@ class Clock:
         if len(busy) > 1:
             found["slowest_process"] = float(np.argmax(busy))
             found["slowest_process_share"] = max(busy)
-        self._reported = (
-            time.monotonic()
-        )  # after the gathering, in which processes wait for each other
+        # After the gathering, in which processes wait for each other.
+        self._reported_at = time.monotonic()
         self._forget()
         return found

@@ -185,7 +185,7 @@ def _say_what_is_replaced(config: ConfigDict, workdir: str) -> None:
     with contextlib.suppress(UserError):  # none, or not what training wrote
         old = config_lib.from_dict(saved_config(workdir))
         if changed := config_lib.differences(old, config):
-            say(f"workdir    a run that saved nothing is replaced ({'; '.join(changed)})")
+            say(f"workdir     a run that saved nothing is replaced ({'; '.join(changed)})")
 
 
 def _newest_options(workdir: str) -> dict | None:
