@@ -31,7 +31,7 @@ from simclr_jax.training.state import Networks, init_state
 from simclr_jax.training.step import UpdateRule, make_step
 from simclr_jax.training.verdict import References
 from simclr_jax.views import crops_for_classifiers, make_distortion
-from simclr_jax.views.placement import HostCrops, HostViews, Making, Resident, Views
+from simclr_jax.views.placement import HostCrops, HostViews, Resident, Views, ViewSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,23 +171,27 @@ def plan_of(config: ConfigDict, images: int) -> Plan:
 def views(config: ConfigDict, mesh: Mesh) -> Views:
     """Makes the views of pretraining: two of each image, as distorted as the configuration says."""
     distortion = make_distortion(config.views.to_dict())
-    making = _making(config, mesh, config.data.batch_size, distortion)
+    settings = _view_settings(config, mesh, config.data.batch_size, distortion)
     if config.data.placement == "device":
-        return Resident(making)
-    return HostCrops(making) if config.data.color_on == "device" else HostViews(making)
+        return Resident(settings)
+    return HostCrops(settings) if config.data.color_on == "device" else HostViews(settings)
 
 
 def classifier_views(config: ConfigDict, mesh: Mesh, batch_size: int) -> Views:
     """Makes the views that classifiers are trained on: one of each image, only cropped and flipped."""
-    making = _making(config, mesh, batch_size, crops_for_classifiers(config.views.to_dict()))
-    return Resident(making) if config.data.placement == "device" else HostViews(making)
+    settings = _view_settings(
+        config, mesh, batch_size, crops_for_classifiers(config.views.to_dict())
+    )
+    return Resident(settings) if config.data.placement == "device" else HostViews(settings)
 
 
-def _making(config: ConfigDict, mesh: Mesh, batch_size: int, distortion: Any) -> Making:
+def _view_settings(
+    config: ConfigDict, mesh: Mesh, batch_size: int, distortion: Any
+) -> ViewSettings:
     share = Share(jax.process_index(), jax.process_count())
     order = Order(config.seed, batch_size, share)
     data = config.data
-    return Making(order, data.image_size, distortion, data.eval_crop, data.upright, mesh)
+    return ViewSettings(order, data.image_size, distortion, data.eval_crop, data.upright, mesh)
 
 
 def images_of(

@@ -212,7 +212,7 @@ def test_options_of_training_are_followed_or_said_to_have_no_effect(
 def one_step(c, teacher, devices, fsdp=1):
     mesh = make_mesh(jax.devices()[:devices], fsdp)
     made = assemble.classifier_views(c, mesh, c.data.batch_size)
-    views = HostViews(made.making)  # views that are given
+    views = HostViews(made.settings)  # views that are given
     classifier = load_classifier(teacher)
     student = student_of(c, CLASSES)
     job = distillation_job(c, assemble.plan_of(c, 48), student, classifier, views)

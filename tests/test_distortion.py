@@ -405,8 +405,8 @@ def test_classifiers_train_on_crops_and_flips_and_nothing_else(tiny):
     for placement in ("host", "device"):
         tiny.data.placement = placement
         made = assemble.classifier_views(tiny, make_mesh(jax.devices()[:1]), 16)
-        assert made.making.distortion == Distortion(Crop(), (Flip(),), views=1)
-        assert "solarize" in assemble.views(tiny, made.making.mesh).making.distortion.sizes
+        assert made.settings.distortion == Distortion(Crop(), (Flip(),), views=1)
+        assert "solarize" in assemble.views(tiny, made.settings.mesh).settings.distortion.sizes
 
     kind = dataclasses.replace(kind, crop=Whole())
     x = images()

@@ -27,7 +27,7 @@ from simclr_jax.views import device, pipeline
 from simclr_jax.views.color import Flip, Grey
 from simclr_jax.views.crop import Crop
 from simclr_jax.views.distortion import Distortion
-from simclr_jax.views.placement import HostCrops, HostViews, Making, Resident, stream
+from simclr_jax.views.placement import HostCrops, HostViews, Resident, ViewSettings, stream
 from simclr_jax.views.solarize import Solarize
 
 WAYS = {"host": HostViews, "host but for the colour": HostCrops, "device": Resident}
@@ -67,7 +67,7 @@ def images(split=SPLIT):
 
 def views_of(way, share=Share(), size=SIZE, devices=8, batch_size=8):
     mesh = make_mesh(jax.devices()[:devices])
-    return way(Making(Order(1, batch_size, share), size, DISTORTION, 1.0, True, mesh))
+    return way(ViewSettings(Order(1, batch_size, share), size, DISTORTION, 1.0, True, mesh))
 
 
 def batches(way, steps=STEPS, start=0, share=Share()):
@@ -102,7 +102,7 @@ def test_a_batch_says_which_images_it_holds_in_the_order_of_the_run(whole, way):
 @EACH
 def test_the_global_batch_lies_over_the_mesh_and_every_array_has_a_row_for_each_image(whole, way):
     views = views_of(way)
-    sharding = batch_sharded(views.making.mesh)
+    sharding = batch_sharded(views.settings.mesh)
     put = views.placer(SPLIT)
     batch = whole[way][3]
     if way is Resident:

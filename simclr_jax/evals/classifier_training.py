@@ -234,7 +234,7 @@ class Setup:
         """Returns everything that decides what a training learns; see `what_decides`."""
         digests: dict = {"start": self._digest, "images": images.split.fingerprint()}
         digests |= {"judged_on": self._judged_on}
-        crops = repr(self._views.making.distortion)
+        crops = repr(self._views.settings.distortion)
         return what_decides(self.config, self.protocol, training, digests, crops, self.metric)
 
     def _record(self, state: TrainState) -> dict:

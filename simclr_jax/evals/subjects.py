@@ -198,8 +198,8 @@ def untrained(config: ConfigDict, images: Images, mesh: Mesh) -> dict:
     config.data.batch_size = min(_CALIBRATION_IMAGES, images.split.count)
     alone = make_mesh(jax.local_devices()[:1])
     made: Any = assemble.views(config, alone)
-    order = dataclasses.replace(made.making.order, share=Share())
-    made = dataclasses.replace(made, making=dataclasses.replace(made.making, order=order))
+    order = dataclasses.replace(made.settings.order, share=Share())
+    made = dataclasses.replace(made, settings=dataclasses.replace(made.settings, order=order))
     with contextlib.closing(made.batches(images, 0)) as batches:
         batch = made.placer(images.split)(next(batches))
 

@@ -128,7 +128,7 @@ def distillation_job(
       teacher: the classifier that it learns from.
       views: crops of the training images.
     """
-    mesh = views.making.mesh
+    mesh = views.settings.mesh
     optimizer, schedule = assemble.pretraining_optimizer(config, plan)
     optimizer = of_parts(optimizer, student.trained)
     step = make_step(
@@ -270,7 +270,7 @@ def _compare(
 def _accuracy(
     config: ConfigDict, network: Classified, variables: dict, views: Views, images: Images
 ) -> float:
-    extractor = subjects.extractor(config, views.making.mesh, network.predict)
+    extractor = subjects.extractor(config, views.settings.mesh, network.predict)
     batches = views.evaluation_batches(images, extractor.batch_size)
     found, labels = extractor.extract(variables, batches, images.split.count)
     return METRICS["accuracy"](found["logits"], labels)

@@ -26,7 +26,7 @@ from simclr_jax.views.distortion import Distortion
 
 
 @dataclasses.dataclass(frozen=True)
-class Making:
+class ViewSettings:
     """The settings that all ways of making views share.
 
     Attributes:
@@ -50,7 +50,7 @@ class Views(Protocol):
     """From a split to the views of a global batch."""
 
     @property
-    def making(self) -> Making:
+    def settings(self) -> ViewSettings:
         """The settings of the views."""
 
     def batches(self, images: Images, start_step: int) -> Generator[dict[str, np.ndarray]]:
@@ -99,23 +99,23 @@ class HostViews:
     """Whole views, made on the host by tf.data.
 
     Attributes:
-      making: see `Making`.
+      settings: see `ViewSettings`.
     """
 
-    making: Making
+    settings: ViewSettings
     whole = True
 
     def batches(self, images: Images, start_step: int) -> Generator[dict[str, np.ndarray]]:
         # Imported here: this needs TensorFlow, which takes 10 s to import.
         from simclr_jax.views import pipeline
 
-        making = self.making
-        work = pipeline.HostWork(making.size, making.distortion, self.whole, making.upright)
-        return pipeline.training_batches(images, making.order, start_step, work)
+        settings = self.settings
+        work = pipeline.HostWork(settings.size, settings.distortion, self.whole, settings.upright)
+        return pipeline.training_batches(images, settings.order, start_step, work)
 
     def placer(self, split: Split) -> Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]:
         names = self.abstract().keys()
-        return lambda batch: to_global(self.making.mesh, {name: batch[name] for name in names})
+        return lambda batch: to_global(self.settings.mesh, {name: batch[name] for name in names})
 
     def fetch(self, batch: dict[str, Any]) -> dict[str, Any]:
         return batch
@@ -124,22 +124,22 @@ class HostViews:
         return to_float(batch["views"])
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
-        making = self.making
-        views = making.order.batch_size, making.distortion.views
+        settings = self.settings
+        views = settings.order.batch_size, settings.distortion.views
         shapes = {
-            "views": ((*views, making.size, making.size, 3), np.uint8),
+            "views": ((*views, settings.size, settings.size, 3), np.uint8),
             "label": (views[:1], np.int32),
         }
-        return _abstract(making, shapes)
+        return _abstract(settings, shapes)
 
     def evaluation_batches(
         self, images: Images, batch_size: int, start: int = 0
     ) -> Iterator[dict[str, np.ndarray]]:
         from simclr_jax.views import pipeline
 
-        making, share = self.making, self.making.order.share
+        settings, share = self.settings, self.settings.order.share
         view = pipeline.EvaluationView(
-            making.size, making.eval_crop, making.distortion.crop.antialias, making.upright
+            settings.size, settings.eval_crop, settings.distortion.crop.antialias, settings.upright
         )
         return pipeline.evaluation_batches(images, batch_size // share.count, share, view, start)
 
@@ -151,13 +151,13 @@ class HostCrops(HostViews):
     whole = False
 
     def views(self, batch: dict[str, Any]) -> jax.Array:
-        return device.distort(batch["views"], batch["draws"], self.making.distortion)
+        return device.distort(batch["views"], batch["draws"], self.settings.distortion)
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
-        making = self.making
-        views = making.order.batch_size, making.distortion.views
-        draws = {"draws": ((*views, making.distortion.draws), np.float32)}
-        return super().abstract() | _abstract(making, draws)
+        settings = self.settings
+        views = settings.order.batch_size, settings.distortion.views
+        draws = {"draws": ((*views, settings.distortion.draws), np.float32)}
+        return super().abstract() | _abstract(settings, draws)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,19 +168,19 @@ class Resident:
     for a view are others.
 
     Attributes:
-      making: see `Making`.
+      settings: see `ViewSettings`.
     """
 
-    making: Making
+    settings: ViewSettings
 
     def batches(self, images: Images, start_step: int) -> Generator[dict[str, np.ndarray]]:
         split, _ = _resident(images.split)
-        for epochs, indices in split.entries(self.making.order, start_step):
+        for epochs, indices in split.entries(self.settings.order, start_step):
             yield {"epoch": epochs, "index": indices}
 
     def placer(self, split: Split) -> Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]:
         _, source = _resident(split)
-        mesh = self.making.mesh
+        mesh = self.settings.mesh
         try:
             placed = {
                 name: laid_out(whole, replicated(mesh))
@@ -202,14 +202,19 @@ class Resident:
 
     def fetch(self, batch: dict[str, Any]) -> dict[str, Any]:
         epochs, indices = batch["epoch"], batch["index"]
-        making = self.making
+        settings = self.settings
         crops, draws = device.crops_of(
-            batch["images"], making.order.seed, epochs, indices, making.size, making.distortion
+            batch["images"],
+            settings.order.seed,
+            epochs,
+            indices,
+            settings.size,
+            settings.distortion,
         )
         return {"views": crops, "draws": draws, "label": batch["labels"][indices]}
 
     def views(self, batch: dict[str, Any]) -> jax.Array:
-        return device.distort(batch["views"], batch["draws"], self.making.distortion)
+        return device.distort(batch["views"], batch["draws"], self.settings.distortion)
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         raise UserError(
@@ -221,9 +226,9 @@ class Resident:
         self, images: Images, batch_size: int, start: int = 0
     ) -> Iterator[dict[str, np.ndarray]]:
         _, source = _resident(images.split)
-        share, making = self.making.order.share, self.making
+        share, settings = self.settings.order.share, self.settings
         cropped = jax.jit(device.center_crop, static_argnums=(1, 2, 3))
-        how = making.size, making.eval_crop, making.distortion.crop.antialias
+        how = settings.size, settings.eval_crop, settings.distortion.crop.antialias
         own_size = batch_size // share.count
         stride = own_size * share.count
         for first in range(share.index + start * stride, len(source), stride):
@@ -252,8 +257,8 @@ def stream(views: Views, images: Images) -> Callable[[int], Generator]:
     return batches
 
 
-def _abstract(making: Making, shapes: dict[str, tuple]) -> dict[str, jax.ShapeDtypeStruct]:
-    sharding = batch_sharded(making.mesh)
+def _abstract(settings: ViewSettings, shapes: dict[str, tuple]) -> dict[str, jax.ShapeDtypeStruct]:
+    sharding = batch_sharded(settings.mesh)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         for name, (shape, dtype) in shapes.items()

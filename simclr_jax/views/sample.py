@@ -7,7 +7,7 @@ import numpy as np
 
 from simclr_jax.views import device
 from simclr_jax.views.distortion import Distortion
-from simclr_jax.views.placement import HostCrops, Making, Resident, Views
+from simclr_jax.views.placement import HostCrops, Resident, Views, ViewSettings
 
 
 class SampledView(NamedTuple):
@@ -34,36 +34,36 @@ def sample_views(views: Views, image: np.ndarray, index: int, epochs: int) -> li
     Returns:
       both views of each epoch.
     """
-    making = views.making
+    settings = views.settings
     found = []
     for epoch in range(epochs):
         made, draws = _made(views, image, epoch, index)
-        for one, numbers in zip(made, draws[: making.distortion.views], strict=True):
-            found.append(SampledView(one, making.distortion.describe(image.shape, numbers)))
+        for one, numbers in zip(made, draws[: settings.distortion.views], strict=True):
+            found.append(SampledView(one, settings.distortion.describe(image.shape, numbers)))
     return found
 
 
 def _made(views: Views, image: np.ndarray, epoch: int, index: int) -> tuple:
     """Returns views uint8 [V, S, S, 3] and the numbers drawn for them, float32 [V or 2, draws]."""
-    making = views.making
-    seed, size, distortion = making.order.seed, making.size, making.distortion
+    settings = views.settings
+    seed, size, distortion = settings.order.seed, settings.size, settings.distortion
     if isinstance(views, Resident):
         draws = device.draw(seed, epoch, index, distortion)[: distortion.views]
         crops = jax.numpy.stack([device.crop(image, one, size, distortion) for one in draws])
         return _distorted(crops, draws, distortion), np.asarray(draws)
-    return _on_the_host(image, epoch, index, making, crops_only=isinstance(views, HostCrops))
+    return _on_the_host(image, epoch, index, settings, crops_only=isinstance(views, HostCrops))
 
 
 def _on_the_host(
-    image: np.ndarray, epoch: int, index: int, making: Making, crops_only: bool
+    image: np.ndarray, epoch: int, index: int, settings: ViewSettings, crops_only: bool
 ) -> tuple:
     # Imported here: this needs TensorFlow, which takes 10 s to import.
     import tensorflow as tf
 
     from simclr_jax.views import host
 
-    size, distortion = making.size, making.distortion
-    seed, epoch, index = (tf.constant(n, tf.int64) for n in (making.order.seed, epoch, index))
+    size, distortion = settings.size, settings.distortion
+    seed, epoch, index = (tf.constant(n, tf.int64) for n in (settings.order.seed, epoch, index))
     draws = host.draw(seed, epoch, index, distortion)
     if not crops_only:
         return host.make_views(tf.constant(image), draws, size, distortion).numpy(), draws.numpy()
