@@ -233,14 +233,14 @@ def load_classifier(path, step: int | None = None) -> Classifier:
 
 def read_classifier(found: epath.Path) -> Classifier:
     """Reads the classifier in the checkpoint folder `found` onto one device."""
-    options = saved.read_options(found)
-    about = options.get("classifier")
+    record = saved.read_record(found)
+    about = record.get("classifier")
     if not about:
         raise UserError(
             f"{found} has no classifier: expected what --mode=linear, finetune or distill wrote, such as "
             "WORKDIR/finetune/.../classifier"
         )
-    config = from_dict(options["config"])
+    config = from_dict(record["config"])
     encoder, head = assemble.encoder(config), assemble.head(config)
     network = Classified(encoder, head, about["layer"], LinearClassifier(about["outputs"]), False)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -262,7 +262,7 @@ def read_classifier(found: epath.Path) -> Classifier:
         network,
         variables,
         data.image_size,
-        options["step"],
+        record["step"],
         data.eval_crop,
         data.upright,
         config.views.antialias,
@@ -287,14 +287,14 @@ def load_encoder(path, step: int | None = None) -> Encoder:
 
 def read_encoder(found: epath.Path) -> Encoder:
     """Reads the encoder in the checkpoint folder `found` onto one device."""
-    options = saved.read_options(found)
-    config = from_dict(options["config"])
+    record = saved.read_record(found)
+    config = from_dict(record["config"])
     network = assemble.encoder(config)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     variables = read_variables(config, network, found, sharding)
     data = config.data
     how = data.eval_crop, data.upright, config.views.antialias
-    return Encoder(network, variables, data.image_size, options["step"], *how)
+    return Encoder(network, variables, data.image_size, record["step"], *how)
 
 
 def read_variables(

@@ -24,7 +24,7 @@ from simclr_jax.training.saved import (
     find,
     read_encoder_arrays,
     read_newest,
-    read_options,
+    read_record,
     saved_steps,
     with_shardings,
 )
@@ -111,7 +111,7 @@ def test_what_the_caller_changes_after_a_save_is_not_in_it(tmp_path, monkeypatch
         checkpoints.save(1, small_state(), {"step": 1, "window": window})
         window.append({"loss": 2.0})
         went_on.set()
-    found = read_options(find(str(tmp_path), 1))
+    found = read_record(find(str(tmp_path), 1))
     assert set(found.pop("checksums")) == {"encoder", "trainer"}
     assert found == {"step": 1, "window": [{"loss": 1.0}]}
 
@@ -149,7 +149,7 @@ def empty(folder):
 
 
 def step_in(checkpoint):
-    return read_options(checkpoint)["step"]
+    return read_record(checkpoint)["step"]
 
 
 def test_what_is_half_deleted_is_read_no_more(tmp_path):

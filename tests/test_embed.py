@@ -25,7 +25,7 @@ from simclr_jax.main import main
 from simclr_jax.mesh import make_mesh
 from simclr_jax.modes import feature_file, neighbours
 from simclr_jax.modes.embed import embed, open_input
-from simclr_jax.training.saved import checkpoint_folder, find, read_newest, read_options
+from simclr_jax.training.saved import checkpoint_folder, find, read_newest, read_record
 from simclr_jax.views import host
 
 COUNT = 40
@@ -401,14 +401,14 @@ def test_a_checkpoint_that_training_deletes_while_it_is_read(run, tmp_path):
         if folder.name == "1":  # training saves step 2, and keeps only the newest
             shutil.copytree(folder, newer)
             shutil.rmtree(folder)
-        return read_options(folder)
+        return read_record(folder)
 
     assert read_newest(workdir, read_slowly)["step"] == 1  # a copy
     assert tried == ["1", "2"]
     (newer / "encoder").rename(newer / "gone")
     shutil.rmtree(newer / "config")
     with pytest.raises(UserError, match="cannot be read"):
-        read_newest(workdir, read_options)
+        read_newest(workdir, read_record)
 
 
 def test_the_nearest_are_those_of_largest_cosine(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ from simclr_jax.evals.probe import probe_all_labels, probe_few_labels
 from simclr_jax.evals.transfer import LAMBDAS, fit_chosen_lambda
 from simclr_jax.mesh import make_mesh
 from simclr_jax.training.checkpoint import Checkpoints, Saving
-from simclr_jax.training.saved import checkpoint_folder, read_options
+from simclr_jax.training.saved import checkpoint_folder, read_record
 from simclr_jax.training.state import TrainState
 from simclr_jax.training.workdir import about_training, saved_config, write_record
 
@@ -617,7 +617,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_passed_over(trained_be
     (workdir / "knn.json").unlink()
     with pytest.raises(UserError, match="cannot be read"):
         evaluate_features("knn", c, str(workdir), follow=True)
-    assert read_options(newest)["step"] == 6
+    assert read_record(newest)["step"] == 6
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-3, 0.1])

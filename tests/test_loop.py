@@ -24,7 +24,7 @@ from simclr_jax.training.gradients import Embedding
 from simclr_jax.training.log import Log, Reporting
 from simclr_jax.training.loop import Run, fit
 from simclr_jax.training.optimizer import make_optimizer
-from simclr_jax.training.saved import find, read_options, saved_steps
+from simclr_jax.training.saved import find, read_record, saved_steps
 from simclr_jax.training.state import start_of
 from simclr_jax.training.step import UpdateRule, make_step
 
@@ -241,7 +241,7 @@ def test_a_hook_that_forgets_is_told_apart(whole, tmp_path):
 def test_the_memory_of_hooks_lies_in_every_checkpoint(whole):
     seen = {}
     for step in (4, 8):
-        options = read_options(find(str(whole), step))
+        options = read_record(find(str(whole), step))
         assert options["step"] == step
         assert options["note"] == "kept"
         seen[step] = options["hooks"]["average"]["seen"]

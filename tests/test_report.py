@@ -24,7 +24,7 @@ from simclr_jax.modes.pretrain import pretrain, pretrain_and_evaluate
 from simclr_jax.modes.report import report, views
 from simclr_jax.report import learned
 from simclr_jax.report.curves import PANELS
-from simclr_jax.report.record import read_record
+from simclr_jax.report.run_files import read_run_files
 from simclr_jax.report.thumbnails import data_url, tile
 from simclr_jax.views import host, make_distortion
 from simclr_jax.views.sample import sample_views
@@ -277,20 +277,20 @@ def write_run(folder, lines, steps=4, about=None, **files):
 
 def test_a_record_says_how_far_its_run_is(tmp_path):
     line = '{"step": 2, "loss": 1.5}\n'
-    going = read_record(str(write_run(tmp_path / "a", line + '{"step": 4, "lo')))
+    going = read_run_files(str(write_run(tmp_path / "a", line + '{"step": 4, "lo')))
     assert (going.state, going.series("loss"), going.last("none")) == (
         "at step 2 of 4",
         ([2], [1.5]),
         None,
     )
     assert not going.verdict()["is_bad"]
-    failed = read_record(str(write_run(tmp_path / "b", line, not_finite_step_3={"step": 3})))
+    failed = read_run_files(str(write_run(tmp_path / "b", line, not_finite_step_3={"step": 3})))
     assert failed.verdict()["is_bad"]
     assert failed.state == "failed after step 2 of 4"
     sick = write_run(tmp_path / "c", line, 2, health={"name": "collapsed", "because": "z"})
-    assert read_record(str(sick)).verdict()["is_bad"]
+    assert read_run_files(str(sick)).verdict()["is_bad"]
     with pytest.raises(UserError, match="no run in"):
-        read_record(str(tmp_path))
+        read_run_files(str(tmp_path))
 
 
 def test_a_distillation_is_not_held_against_the_bounds_of_another_loss(tiny, tmp_path):
@@ -393,19 +393,19 @@ def test_runs_of_many_lines_stay_small_and_are_named_apart(tmp_path):
 def test_a_skipped_step_is_no_failure_and_a_sick_run_that_goes_on_is_judged(tmp_path):
     line = json.dumps({"step": 4000, "loss": 9.2, "z_std": 1e-6}) + "\n"
     folder = write_run(tmp_path / "a", line, 9000, not_finite_step_12={"step": 12})
-    record = read_record(str(folder))
+    record = read_run_files(str(folder))
     assert not record.has_failed
     assert record.verdict()["name"] == "collapsed"
     saved = json.loads((folder / "config.json").read_text())
     saved["config"]["train"]["skip_not_finite"] = True
     (folder / "config.json").write_text(json.dumps(saved))
     for step in range(4001, 4012):
-        assert not read_record(str(folder)).has_failed
+        assert not read_run_files(str(folder)).has_failed
         (folder / f"not_finite_step_{step}.json").write_text("{}")
-    assert read_record(str(folder)).has_failed
+    assert read_run_files(str(folder)).has_failed
     (folder / "not_finite_step_4005.json").unlink()
     (folder / "not_finite_step_4012.json").write_text("{}")
-    assert not read_record(str(folder)).has_failed  # as many, but not in a row
+    assert not read_run_files(str(folder)).has_failed  # as many, but not in a row
 
 
 def test_an_unfinished_fine_tuning_has_empty_cells():

@@ -16,7 +16,7 @@ from simclr_jax.errors import Stopped, UserError
 from simclr_jax.mesh import make_mesh
 from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.modes.warm_start import begun_with, find_start, read_start
-from simclr_jax.training.saved import checkpoint_folder, find, read_options
+from simclr_jax.training.saved import checkpoint_folder, find, read_record
 from simclr_jax.weights import torchvision
 
 
@@ -88,7 +88,7 @@ def test_a_warm_run_goes_on_as_if_never_stopped(tiny, source, tmp_path, capsys):
     run(tiny, tmp_path / "parts")
     a, b = (load_encoder(tmp_path / name) for name in ("whole", "parts"))
     assert equal(weights_of(a), weights_of(b))
-    about = read_options(find(str(tmp_path / "parts"), None))["init_from"]
+    about = read_record(find(str(tmp_path / "parts"), None))["init_from"]
     assert about["path"] == source
     assert about["step"] == 1
     assert len(about["digest"]) == 32

@@ -54,7 +54,7 @@ class Setup:
       starts: kind -> {"params", "batch_stats"} of f and of g before training.
       members: int8 [C, K], see `DataSet`; None: each image has one label.
       metric: name of the metric, a row of `METRICS`, by which candidates are chosen and reported.
-      saved: the record in the encoder's checkpoint.
+      record: the record in the encoder's checkpoint.
       path: WORKDIR/MODE.json, or WORKDIR/MODE_DATA.json for other data than those of training; the
         trainings lie in the folder of the same name.
     """
@@ -83,11 +83,11 @@ class Setup:
         self.part = assemble.images_of(config, part, whole=self.whole)
         trained = subjects.trained(config, workdir, self.mesh, head=True)
         assert trained.head is not None
-        self.saved = trained.saved
+        self.record = trained.record
         self.starts = {ENCODER: (trained.encoder, trained.head)}
         if config.eval.baselines:
             self.starts = {UNTRAINED: self._untrained()} | self.starts
-        self.path = results.path_of(config, self.saved, data, workdir, name)
+        self.path = results.path_of(config, self.record, data, workdir, name)
         self._digest = digest_of({"encoder": trained.encoder, "head": trained.head})
         judges = [images for images in (self.validation, self.test) if images]
         self._judged_on = [images.split.fingerprint() for images in judges]

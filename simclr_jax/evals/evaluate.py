@@ -64,7 +64,7 @@ def evaluate_features(name: str, config: ConfigDict, workdir: str, follow: bool 
         return _follow(name, config, workdir, data, mesh)
     of_z = config.eval.features == "z"
     trained = subjects.trained(config, workdir, mesh, head=of_z)
-    path = results.path_of(config, trained.saved, data, workdir, _file_of(name, config))
+    path = results.path_of(config, trained.record, data, workdir, _file_of(name, config))
     return _evaluate(name, _Subject(config, data, trained, path, mesh))
 
 
@@ -118,7 +118,7 @@ def _evaluate(name: str, subject: _Subject) -> dict:
     evaluation, config, path = EVALUATIONS[name], subject.config, subject.path
     features = _features_of_all(subject)
     metric = subjects.metric_of(config, subject.data)
-    result = result_of(evaluation, config, features, subject.trained.saved["step"], metric)
+    result = result_of(evaluation, config, features, subject.trained.record["step"], metric)
     results.save(path, config, result)
     title = evaluation.title(result["settings"])
     results.show(path, result, title, evaluation.table(result["rows"]))
@@ -175,7 +175,7 @@ def _features_of_all(subject: _Subject) -> dict[str, Features]:
     found = {}
     for name, some in images.items():
         count = some.split.count
-        say(f"features of {count} {name} images, encoder of step {trained.saved['step']}")
+        say(f"features of {count} {name} images, encoder of step {trained.record['step']}")
         with Progress(-(-count // batch_size)) as progress:
             batches = progress.track(views.evaluation_batches(some, batch_size))
             found[name] = extractor.extract(variables, batches, count)

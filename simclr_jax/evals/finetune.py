@@ -139,7 +139,7 @@ def _rows(config: ConfigDict, setup: Setup, protocol: Protocol) -> dict:
     """Does the work of `_run`. The result is saved as it comes: on many images each row takes hours."""
     rows: list[dict] = []
     result = {
-        "step": setup.saved["step"],
+        "step": setup.record["step"],
         "rows": rows,
         "train_images": setup.part.split.count,
         "validation_images": setup.validation.split.count if setup.validation else 0,

@@ -56,18 +56,18 @@ def labels_table(rows: list[dict]) -> Table:
     return header, [[kind, *(by.get(c, "") for c in order)] for kind, by in cells.items()]
 
 
-def path_of(config: ConfigDict, saved: dict, data: DataSet, workdir: str, mode: str) -> epath.Path:
+def path_of(config: ConfigDict, record: dict, data: DataSet, workdir: str, mode: str) -> epath.Path:
     """Returns WORKDIR/MODE.json, or WORKDIR/MODE_NAME_DIGEST.json for other data than the run's; says so.
 
     Args:
       config: the evaluation's configuration.
-      saved: the checkpoint's record, which holds the fingerprints of the run's data.
+      record: the checkpoint's record, which holds the fingerprints of the run's data.
       data: the data of the evaluation.
       workdir: the run's folder.
       mode: the evaluation's name.
     """
     train, test = data.train.fingerprint(), data.test.fingerprint() if data.test else None
-    then = saved["data_fingerprint"], saved.get("test_fingerprint", test)
+    then = record["data_fingerprint"], record.get("test_fingerprint", test)
     if (train, test) == then:
         return epath.Path(workdir) / f"{mode}.json"
     # TFDS has names such as SET/CONFIG.

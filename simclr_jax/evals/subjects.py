@@ -41,12 +41,12 @@ class Trained(NamedTuple):
     Attributes:
       encoder: {"params", "batch_stats"} of f.
       head: {"params", "batch_stats"} of g; None: it was not asked for.
-      saved: the checkpoint's record: {"step", "config", ...}.
+      record: the checkpoint's record: {"step", "config", ...}.
     """
 
     encoder: dict
     head: dict | None
-    saved: dict
+    record: dict
 
 
 def trained(
@@ -66,12 +66,12 @@ def trained(
     """
 
     def read(checkpoint: epath.Path) -> Trained:
-        saved = check_encoder(config, checkpoint)
+        record = check_encoder(config, checkpoint)
         network, everywhere = assemble.encoder(config), replicated(mesh)
         encoder = read_variables(config, network, checkpoint, everywhere)
         if not head:
-            return Trained(encoder, None, saved)
-        return Trained(encoder, read_head_variables(config, network, checkpoint, everywhere), saved)
+            return Trained(encoder, None, record)
+        return Trained(encoder, read_head_variables(config, network, checkpoint, everywhere), record)
 
     return read_newest(workdir, read) if step is None else read(find(workdir, step))
 

@@ -132,12 +132,12 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
         parts = Parts(scratch, subjects.batch_size_of(config, mesh))
         step = parts.begun_with(workdir)
         trained = subjects.trained(config, workdir, mesh, head=with_z, step=step)
-        if input == "train" and source.split.fingerprint() != trained.saved["data_fingerprint"]:
+        if input == "train" and source.split.fingerprint() != trained.record["data_fingerprint"]:
             say("images      other ones than the run was trained on: data.path has changed since")
         classes = _classes(source, trained)
         parts.begin(
             {
-                "step": trained.saved["step"],
+                "step": trained.record["step"],
                 "encoder": digest_of(trained.encoder),
                 "images": source.split.fingerprint(),
                 "crop": [
@@ -156,7 +156,7 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
             parts.add(rows)
         if jax.process_index() == 0:
             count = parts.join(path)
-            say(f"{count} images, encoder of step {trained.saved['step']}: {path}")
+            say(f"{count} images, encoder of step {trained.record['step']}: {path}")
     images.broken.say_how_many()
 
 
@@ -169,7 +169,7 @@ def _say_what_is_replaced(path: pathlib.Path, source: Input) -> None:
 
 def _classes(source: Input, trained: subjects.Trained) -> list[str]:
     """Returns the classes of the run, if it has any, and then those that only the input has."""
-    own = trained.saved.get("classes") or ()
+    own = trained.record.get("classes") or ()
     return [*own, *(name for name in source.split.classes or () if name not in own)]
 
 

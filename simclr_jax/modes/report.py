@@ -14,7 +14,7 @@ from simclr_jax.errors import one_line
 from simclr_jax.files import absolute, write_text
 from simclr_jax.report.curves import need_bokeh
 from simclr_jax.report.page import render
-from simclr_jax.report.record import read_record
+from simclr_jax.report.run_files import read_run_files
 from simclr_jax.report.run_page import page_of_run
 from simclr_jax.report.runs_page import page_of_runs
 from simclr_jax.report.sheet import SHEET_EPOCHS, sheet_of
@@ -42,7 +42,7 @@ def report(config: ConfigDict | None, workdir: str, runs: str = "", output: str 
     else:
         assert config is not None
         path = _page_at(output or os.path.join(workdir, "report.html"))
-        page = page_of_run(config, read_record(workdir))
+        page = page_of_run(config, read_run_files(workdir))
     write_text(path, page)
     say(f"report      {path} ({len(page.encode()) / 1e6:.1f} MB)")
     return path

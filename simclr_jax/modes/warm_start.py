@@ -81,13 +81,13 @@ def _of_checkpoint(
     everywhere = replicated(make_mesh())
 
     def read(folder: Any) -> tuple[ConfigDict, dict[str, dict], int]:
-        options = saved.read_options(folder)
-        source = config_lib.from_dict(options["config"])
+        record = saved.read_record(folder)
+        source = config_lib.from_dict(record["config"])
         network = assemble.encoder(source)
         parts = {"encoder": read_variables(source, network, folder, everywhere)}
         if with_head and source.model.head != "none":
             parts["head"] = read_head_variables(source, network, folder, everywhere)
-        return source, jax.tree.map(np.asarray, parts), options["step"]
+        return source, jax.tree.map(np.asarray, parts), record["step"]
 
     return saved.read_newest(path, read) if step is None else read(saved.find(path, step))
 

@@ -5,7 +5,7 @@ import math
 from typing import Any, NamedTuple
 
 from simclr_jax.errors import UserError
-from simclr_jax.report.record import Record
+from simclr_jax.report.run_files import RunFiles
 
 # Colours that the colour-blind can tell apart, on white and on dark grey (Okabe and Ito 2008).
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8a7f00", "#777777")
@@ -99,30 +99,30 @@ def need_bokeh() -> None:
         ) from error
 
 
-def draw_curves(records: list[Record], references: dict[str, dict[str, float]]) -> list[Any]:
+def draw_curves(runs: list[RunFiles], references: dict[str, dict[str, float]]) -> list[Any]:
     """Draws every panel for which there are metrics.
 
     Args:
-      records: one run, or several, which are then overlaid in colours of their own.
+      runs: one run, or several, which are then overlaid in colours of their own.
       references: {metric: {name of a constant line: its height}}.
 
     Returns:
       Bokeh figures.
     """
     known = {name for panel in PANELS for name in panel.metrics}
-    there = {name for record in records for line in record.lines for name in line}
+    there = {name for run in runs for line in run.lines for name in line}
     rest = sorted(there - known - {"step", "time", "skipped_steps"})
     panels = [*PANELS, *(Panel(name, {name: name}) for name in rest)]
-    if len(records) > 1:  # a colour for each run, and no line styles to tell apart
+    if len(runs) > 1:  # a colour for each run, and no line styles to tell apart
         panels = [
             panel._replace(title=name, metrics={name: name})
             for panel in panels
             for name in panel.metrics
         ]
-    return [_figure(records, panel, references) for panel in panels if there & {*panel.metrics}]
+    return [_figure(runs, panel, references) for panel in panels if there & {*panel.metrics}]
 
 
-def _figure(records: list[Record], panel: Panel, references: dict[str, dict[str, float]]) -> Any:
+def _figure(runs: list[RunFiles], panel: Panel, references: dict[str, dict[str, float]]) -> Any:
     from bokeh.models import BasicTickFormatter, ColumnDataSource, HoverTool
     from bokeh.plotting import figure
 
@@ -139,19 +139,19 @@ def _figure(records: list[Record], panel: Panel, references: dict[str, dict[str,
     factor = 100.0 if panel.percent else 1.0
     marks: list[Any] = []
     # Either several runs with one metric, or one run with several metrics: `number` picks the colour.
-    for number, (record, name) in enumerate(itertools.product(records, panel.metrics)):
-        steps, values = _thinned(*record.series(name), max(2, _MOST_POINTS // len(records)))
+    for number, (run, name) in enumerate(itertools.product(runs, panel.metrics)):
+        steps, values = _thinned(*run.series(name), max(2, _MOST_POINTS // len(runs)))
         if not steps:
             continue
-        label = record.name if len(records) > 1 else panel.metrics[name]
+        label = run.name if len(runs) > 1 else panel.metrics[name]
         source = ColumnDataSource({"x": steps, "y": [factor * v for v in values]})
         colour = COLOURS[number % len(COLOURS)]
-        turn = number // len(COLOURS) if len(records) > 1 else number
+        turn = number // len(COLOURS) if len(runs) > 1 else number
         look: dict[str, Any] = {"source": source, "color": colour, "legend_label": label}
         plot.line("x", "y", line_dash=_DASHES[turn % len(_DASHES)], line_width=2, **look)
         size = 0 if len(steps) > 40 else 5
         marks.append(plot.scatter("x", "y", size=size, name=label, **look))
-    ends = [min(line["step"] for r in records for line in r.lines), max(r.steps for r in records)]
+    ends = [min(line["step"] for r in runs for line in r.lines), max(r.steps for r in runs)]
     for name in panel.metrics:
         for text, height in references.get(name, {}).items():
             level = [factor * height] * 2

@@ -21,7 +21,7 @@ from simclr_jax.report import learned
 from simclr_jax.report.curves import COLOURS, draw_curves
 from simclr_jax.report.map import colours_of, draw_map
 from simclr_jax.report.page import render
-from simclr_jax.report.record import Record
+from simclr_jax.report.run_files import RunFiles
 from simclr_jax.report.sheet import SHEET_EPOCHS, name_of_image, sheet_of
 from simclr_jax.report.thumbnails import tile
 
@@ -34,7 +34,7 @@ _MOST_CLASSES = 20  # for which a matrix can still be read
 _NEIGHBOURS_SHOWN = 8
 
 
-def page_of_run(config: ConfigDict, record: Record) -> str:
+def page_of_run(config: ConfigDict, run: RunFiles) -> str:
     """Makes the page of one run. If the data or the checkpoints are gone, the page says why pictures are missing."""
     problems: list[str] = []
     content: dict[str, Any] = {
@@ -50,35 +50,35 @@ def page_of_run(config: ConfigDict, record: Record) -> str:
     }
     try:
         data = assemble.data_set(config)
-        if data.train.fingerprint() != record.about.get("data_fingerprint"):
+        if data.train.fingerprint() != run.about.get("data_fingerprint"):
             problems.append("The pictures are of other images than the run was trained on.")
-        if record.is_contrastive:
+        if run.is_contrastive:
             content["views"] = sheet_of(config, data.train)
-        content |= _pictures(config, record, data)
+        content |= _pictures(config, run, data)
     except UserError as error:
         problems.append(f"No pictures: {error}.")
-    planned, about = record.about["plan"], record.about
-    figures = {"curves": draw_curves([record], _references(record)), "map": content.pop("map")}
-    options = _options(record)
+    planned, about = run.about["plan"], run.about
+    figures = {"curves": draw_curves([run], _references(run)), "map": content.pop("map")}
+    options = _options(run)
     return render(
         "report.html",
         figures,
-        title=record.name,
+        title=run.name,
         subtitle=f"{name_of(config.data.to_dict())}, {about['training_images']} training images, last started {about.get('time', 'at an unknown time')}",
-        verdict=record.verdict(),
-        cards=_cards(record, planned),
+        verdict=run.verdict(),
+        cards=_cards(run, planned),
         problems=problems,
-        results=[_result(name, found) for name, found in record.results.items()],
+        results=[_result(name, found) for name, found in run.results.items()],
         epochs=SHEET_EPOCHS,
         options=options,
         changed=sum(option["changed"] for option in options),
-        environment=_environment(record),
+        environment=_environment(run),
         **content,
     )
 
 
-def _cards(record: Record, planned: dict) -> list[tuple[str, str]]:
-    found = [("state", record.state), ("peak learning rate", f"{planned['learning_rate']:.4g}")]
+def _cards(run: RunFiles, planned: dict) -> list[tuple[str, str]]:
+    found = [("state", run.state), ("peak learning rate", f"{planned['learning_rate']:.4g}")]
     shown = {
         "loss": ("loss", "{:.3f}"),
         "contrastive_top1": ("contrastive accuracy", "{:.1%}"),
@@ -87,19 +87,19 @@ def _cards(record: Record, planned: dict) -> list[tuple[str, str]]:
         "images_per_second": ("images a second", "{:.0f}"),
     }
     for name, (text, form) in shown.items():
-        value = record.last(name)
+        value = run.last(name)
         if value is not None:
             found.append((text, form.format(value)))
     return found
 
 
-def _references(record: Record) -> dict[str, dict[str, float]]:
+def _references(run: RunFiles) -> dict[str, dict[str, float]]:
     """Returns the constant lines of the curves: the bounds of NT-Xent, and an even spread of z. A distillation has
     another loss, and no z.
     """
-    if not record.is_contrastive:
+    if not run.is_contrastive:
         return {}
-    known = record.references
+    known = run.references
     found = {"z_std": {"evenly spread": known.width**-0.5}}
     if known.temperature is not None:
         found["loss"] = {
@@ -109,13 +109,13 @@ def _references(record: Record) -> dict[str, dict[str, float]]:
     return found
 
 
-def _pictures(config: ConfigDict, record: Record, data: Any) -> dict[str, Any]:
+def _pictures(config: ConfigDict, run: RunFiles, data: Any) -> dict[str, Any]:
     """Embeds a sample of the training images by the newest checkpoint, and makes the pictures of the page from it.
 
     Raises:
       UserError: there is no checkpoint.
     """
-    encoder = load_encoder(str(record.workdir))
+    encoder = load_encoder(str(run.workdir))
     split = data.train
     some = learned.embed_sample(encoder, split, _EMBEDDED, config.data.upright)
     if len(some.h) < 2:
@@ -233,7 +233,7 @@ def _result(name: str, found: dict) -> dict:
     return {"title": name, "header": header, "rows": rows, "note": f"{note}{spread}."}
 
 
-def _options(record: Record) -> list[dict]:
+def _options(run: RunFiles) -> list[dict]:
     defaults = config_lib.flatten(config_lib.default())
     return [
         {
@@ -242,16 +242,16 @@ def _options(record: Record) -> list[dict]:
             "default": str(defaults.get(name)),
             "changed": value != defaults.get(name),
         }
-        for name, value in record.options.items()
+        for name, value in run.options.items()
     ]
 
 
-def _environment(record: Record) -> list[tuple[str, str]]:
-    about = record.about
+def _environment(run: RunFiles) -> list[tuple[str, str]]:
+    about = run.about
     versions = ", ".join(f"{name} {number}" for name, number in about.get("versions", {}).items())
     devices = about.get("devices", [])
     return [
-        ("workdir", str(record.workdir.absolute())),
+        ("workdir", str(run.workdir.absolute())),
         ("command", " ".join(about.get("command", []))),
         ("last started", about.get("time", "")),
         ("commit", about.get("commit") or "no checkout"),

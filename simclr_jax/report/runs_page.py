@@ -11,7 +11,7 @@ from simclr_jax.errors import UserError
 from simclr_jax.files import absolute, in_bucket
 from simclr_jax.report.curves import draw_curves
 from simclr_jax.report.page import render
-from simclr_jax.report.record import Record, read_record
+from simclr_jax.report.run_files import RunFiles, read_run_files
 
 _SCORES = {  # heading: metric
     "loss": "loss",
@@ -23,28 +23,28 @@ _SCORES = {  # heading: metric
 
 def page_of_runs(patterns: Sequence[str], folder: str) -> str:
     """Makes the page of several runs, with links relative to `folder`."""
-    records, skipped = [], []
+    runs, skipped = [], []
     for path in dict.fromkeys(path for pattern in patterns for path in _paths(pattern)):
         try:
-            records.append(read_record(path))
+            runs.append(read_run_files(path))
         except UserError as error:
             skipped.append(str(error))
-    if not records:
+    if not runs:
         raise UserError(
             f"no run in {' '.join(patterns)} ({'; '.join(skipped)}): expected workdirs, or a pattern such as 'RUNS/*'"
         )
-    flat = [record.options for record in records]
-    records = _named_apart(records)
-    names = [record.name for record in records]
+    flat = [run.options for run in runs]
+    runs = _named_apart(runs)
+    names = [run.name for run in runs]
     differing = [
         (option, [str(options.get(option)) for options in flat])
         for option in flat[0]
         if len({str(options.get(option)) for options in flat}) > 1
     ]
-    columns, rows = _runs_table(records, folder)
+    columns, rows = _runs_table(runs, folder)
     return render(
         "runs.html",
-        {"curves": draw_curves(records, {})},
+        {"curves": draw_curves(runs, {})},
         title="Runs",
         header=columns,
         rows=rows,
@@ -62,35 +62,35 @@ def _paths(pattern: str) -> list[str]:
     return sorted(found for found in glob.glob(path) if os.path.isdir(found)) or [path]
 
 
-def _named_apart(records: list[Record]) -> list[Record]:
-    """Returns the records with names that no two share: the last folder's, or more of the path."""
-    paths = [str(record.workdir).split("/") for record in records]
+def _named_apart(runs: list[RunFiles]) -> list[RunFiles]:
+    """Returns the runs with names that no two share: the last folder's, or more of the path."""
+    paths = [str(run.workdir).split("/") for run in runs]
     for parts in range(1, max(map(len, paths)) + 1):
         names = ["/".join(path[-parts:]) for path in paths]
         if len(set(names)) == len(names):
             break
-    return [dataclasses.replace(r, title=name) for r, name in zip(records, names, strict=True)]
+    return [dataclasses.replace(r, title=name) for r, name in zip(runs, names, strict=True)]
 
 
-def _runs_table(records: list[Record], folder: str) -> tuple[list[str], list[list[dict]]]:
+def _runs_table(runs: list[RunFiles], folder: str) -> tuple[list[str], list[list[dict]]]:
     """Returns the headings and the cells {"text", "value" to sort by, "link"}."""
-    evaluations = sorted({name for record in records for name in record.results})
+    evaluations = sorted({name for run in runs for name in run.results})
     rows = []
-    for record in records:
-        page = record.workdir / "report.html"
+    for run in runs:
+        page = run.workdir / "report.html"
         link = quote(os.path.relpath(page, folder)) if page.exists() else ""
-        cells = [_cell(record.name, record.name, link), _cell(record.state, record.steps)]
-        health = record.verdict()["name"]
+        cells = [_cell(run.name, run.name, link), _cell(run.state, run.steps)]
+        health = run.verdict()["name"]
         cells.append(_cell(health, health))
         for metric in _SCORES.values():
-            value = record.last(metric)
+            value = run.last(metric)
             is_share = metric.endswith(("top1", "accuracy"))
             text = "" if value is None else f"{value:.1%}" if is_share else f"{value:.4g}"
             cells.append(_cell(text, "" if value is None else value))
         for name in evaluations:
             best = [
                 r["accuracy"]
-                for r in record.results.get(name, {"rows": []})["rows"]
+                for r in run.results.get(name, {"rows": []})["rows"]
                 if r["features"] in ("encoder", "student") and r["labels_per_class"] is None
             ]
             cells.append(_cell(f"{best[0]:.1%}" if best else "", best[0] if best else ""))

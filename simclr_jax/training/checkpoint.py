@@ -17,7 +17,7 @@ from simclr_jax.files import raise_if_away, storage_error
 from simclr_jax.training.saved import (
     ENCODER,
     HANDLERS,
-    OPTIONS,
+    RECORD,
     TRAINER,
     checkpoint_folder,
     checksum,
@@ -106,8 +106,8 @@ class Checkpoints:
         """Returns whether a save is due at `step`."""
         return step % self._every_steps == 0
 
-    def save(self, step: int, state: TrainState, options: dict) -> None:
-        """Saves a state, and returns once it and the options are copied; the writing goes on.
+    def save(self, step: int, state: TrainState, record: dict) -> None:
+        """Saves a state, and returns once it and the record are copied; the writing goes on.
 
         Raises:
           UserError: this checkpoint or the last one cannot be written.
@@ -118,8 +118,8 @@ class Checkpoints:
             **{
                 ENCODER: ocp.args.StandardSave(encoder),
                 TRAINER: ocp.args.StandardSave(trainer),
-                # A copy: a thread writes the options while the caller goes on and may change them.
-                OPTIONS: ocp.args.JsonSave(copy.deepcopy(options) | {"checksums": sums}),
+                # A copy: a thread writes the record while the caller goes on and may change it.
+                RECORD: ocp.args.JsonSave(copy.deepcopy(record) | {"checksums": sums}),
             }
         )
         self._guard(step, lambda: self._manager.save(step, args=arguments, force=True))
@@ -134,7 +134,7 @@ class Checkpoints:
           abstract: shapes, dtypes and shardings of the state.
 
         Returns:
-          the state, laid out as `abstract` says, and the options saved with it; (None,
+          the state, laid out as `abstract` says, and the record saved with it; (None,
           {"step": 0, "window": []}) where nothing was saved.
 
         Raises:
@@ -143,10 +143,10 @@ class Checkpoints:
         reasons, failed = [], []
         for step in reversed(saved_steps(self._workdir)):
             state: TrainState | None = None
-            options: dict = {}
+            record: dict = {}
             reason = "another process cannot read it"
             try:
-                state, options = self._restore(step, abstract)
+                state, record = self._restore(step, abstract)
             except Exception as error:  # whatever a damaged file may lead to
                 raise_if_away(error)
                 reason = short_reason(error)
@@ -158,7 +158,7 @@ class Checkpoints:
             for reason in reasons:
                 say(f"cannot read the checkpoint of {reason}")
             self._set_aside(failed)
-            return state, options
+            return state, record
         if reasons:
             raise UserError(
                 f"no checkpoint in {self._workdir} can be read ({'; '.join(reasons)}): use another "
@@ -188,13 +188,13 @@ class Checkpoints:
                 **{
                     ENCODER: ocp.args.StandardRestore(encoder),
                     TRAINER: ocp.args.StandardRestore(trainer),
-                    OPTIONS: ocp.args.JsonRestore(),
+                    RECORD: ocp.args.JsonRestore(),
                 }
             ),
         )
         for item in (ENCODER, TRAINER):
-            verify(item, restored[item], restored[OPTIONS])
-        return _join(restored[ENCODER], restored[TRAINER]), restored[OPTIONS]
+            verify(item, restored[item], restored[RECORD])
+        return _join(restored[ENCODER], restored[TRAINER]), restored[RECORD]
 
 
 def save_once(folder: str, step: int, state: TrainState, record: dict) -> None:

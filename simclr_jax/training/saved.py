@@ -1,7 +1,7 @@
 """Reading checkpoints: WORKDIR/checkpoints/STEP/, or such a folder copied anywhere.
 
 The encoder lies in an item of its own, so that reading it never reads the optimizer's state; the
-options lie beside it, so that a checkpoint folder can be copied anywhere and still be loaded.
+record lies beside it, so that a checkpoint folder can be copied anywhere and still be loaded.
 """
 
 import re
@@ -18,11 +18,11 @@ from jax.experimental import multihost_utils
 from simclr_jax.errors import UserError, one_line
 from simclr_jax.files import in_bucket, located, raise_if_away
 
-ENCODER, TRAINER, OPTIONS = "encoder", "trainer", "config"  # items of a checkpoint
+ENCODER, TRAINER, RECORD = "encoder", "trainer", "config"  # items of a checkpoint
 HANDLERS = {
     ENCODER: ocp.StandardCheckpointHandler,
     TRAINER: ocp.StandardCheckpointHandler,
-    OPTIONS: ocp.JsonCheckpointHandler,
+    RECORD: ocp.JsonCheckpointHandler,
 }
 _T = TypeVar("_T")
 _OF_A_DISK = r"No space left on device|Disk quota exceeded|Read-only file system"
@@ -73,8 +73,8 @@ def find(path: str, step: int | None) -> epath.Path:
         raise UserError(f"no folder {path!r}: expected a workdir or a checkpoint folder")
     steps = saved_steps(root)
     # A checkpoint itself. A workdir may have folders of these names too, beside its checkpoints.
-    if not steps and (root / ENCODER).is_dir() and (root / OPTIONS).is_dir():
-        if step is not None and step != (found := read_options(root)["step"]):
+    if not steps and (root / ENCODER).is_dir() and (root / RECORD).is_dir():
+        if step is not None and step != (found := read_record(root)["step"]):
             raise UserError(f"{path!r} is the checkpoint of step {found}, not of step {step}")
         return root
     if not steps:
@@ -87,16 +87,16 @@ def find(path: str, step: int | None) -> epath.Path:
     return _folder(path) / str(steps[-1] if step is None else step)
 
 
-def read_options(checkpoint: epath.Path) -> dict:
+def read_record(checkpoint: epath.Path) -> dict:
     """Reads what was saved beside the arrays: {"step", "config", ...}."""
-    return _read(checkpoint, OPTIONS, ocp.args.JsonRestore())
+    return _read(checkpoint, RECORD, ocp.args.JsonRestore())
 
 
 def read_encoder_arrays(checkpoint: epath.Path, abstract: dict) -> dict:
     """Reads {"params", "batch_stats"} of the encoder alone, laid out as the abstract tree says."""
     found = _read(checkpoint, ENCODER, ocp.args.StandardRestore(abstract))
     try:
-        verify(ENCODER, found, read_options(checkpoint))
+        verify(ENCODER, found, read_record(checkpoint))
     except ValueError as error:
         raise _unreadable(checkpoint, error) from error
     return found
@@ -199,9 +199,9 @@ def _checksum(tree: Any) -> jax.Array:
     return total
 
 
-def verify(item: str, tree: Any, options: dict) -> None:
-    """Raises a ValueError if an item of a checkpoint is not what was saved, by its options."""
-    expected = options.get("checksums", {}).get(item)  # None: an older version saved it
+def verify(item: str, tree: Any, record: dict) -> None:
+    """Raises a ValueError if an item of a checkpoint is not what was saved, by its record."""
+    expected = record.get("checksums", {}).get(item)  # None: an older version saved it
     if expected is not None and checksum(tree) != expected:
         raise ValueError(f"the arrays of {item} differ from those that were saved: damaged on disk")
 

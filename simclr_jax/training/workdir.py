@@ -21,7 +21,7 @@ from simclr_jax.data.split import DataSet, Split
 from simclr_jax.errors import UserError
 from simclr_jax.files import absolute, write_json
 from simclr_jax.training.plan import Plan
-from simclr_jax.training.saved import find, read_newest, read_options, saved_steps
+from simclr_jax.training.saved import find, read_newest, read_record, saved_steps
 
 _PACKAGES = ("simclr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -62,7 +62,7 @@ def saved_config(path: str) -> dict:
                 f"{file} is not what training wrote: give a --config, or a checkpoint folder as --workdir"
             ) from error
     try:
-        return read_newest(path, read_options)["config"]
+        return read_newest(path, read_record)["config"]
     except UserError as error:
         raise UserError(
             f"no {file}: name the run's --workdir, or a checkpoint folder, or give a --config"
@@ -80,7 +80,7 @@ def check_encoder(config: ConfigDict, checkpoint: epath.Path) -> dict:
     Raises:
       UserError: the checkpoint is of another model than `config` says.
     """
-    saved = read_options(checkpoint)
+    saved = read_record(checkpoint)
     changed = config_lib.differences(config_lib.from_dict(saved["config"]), config)
     changed = [change for change in changed if change.startswith("model.")]
     if changed:
@@ -115,7 +115,7 @@ def check_workdir(
     Raises:
       UserError: the checkpoints are of other images, see `check_data`, or of another configuration; says what differs.
     """
-    saved = _newest_options(workdir)
+    saved = _newest_record(workdir)
     if saved is None:
         check_data(train, fingerprint, None, workdir)
         _say_what_is_replaced(config, workdir)
@@ -188,10 +188,10 @@ def _say_what_is_replaced(config: ConfigDict, workdir: str) -> None:
             say(f"workdir     a run that saved nothing is replaced ({'; '.join(changed)})")
 
 
-def _newest_options(workdir: str) -> dict | None:
+def _newest_record(workdir: str) -> dict | None:
     for step in reversed(saved_steps(workdir)):
         try:
-            return read_options(find(workdir, step))
+            return read_record(find(workdir, step))
         except UserError:  # damaged: what restores the state says so
             continue
     return None

@@ -23,7 +23,7 @@ _RESULTS = (*EVALUATIONS, *TRAININGS, "distill")
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class RunFiles:
     """A run's files.
 
     Attributes:
@@ -121,7 +121,7 @@ class Record:
         return values[-1] if values else None
 
 
-def read_record(workdir: str) -> Record:
+def read_run_files(workdir: str) -> RunFiles:
     """Reads a workdir. Raises a UserError if it holds no run, or a file of it cannot be read."""
     root = epath.Path(absolute(workdir))
     about = _json(root / "config.json")
@@ -138,7 +138,7 @@ def read_record(workdir: str) -> Record:
         for path in sorted(root.glob("*.json"))
         if path.stem.startswith(_RESULTS)
     }
-    return Record(
+    return RunFiles(
         root,
         about,
         _lines(root / "metrics.jsonl"),
