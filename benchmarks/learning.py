@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -382,10 +382,18 @@ def run_of(
     changes: list[str],
 ) -> Run:
     """Makes a run of the command's arguments, the automatic settings and changes to them, ["OPTION=VALUE"]."""
-    given = {k: ast.literal_eval(v) for k, v in (x.split("=", 1) for x in changes)}
+    given = {name: read_value(text) for name, text in (x.split("=", 1) for x in changes)}
     options = automatic | given | ({"train.epochs": epochs} if epochs else {})
     options = {k: v for k, v in options.items() if k in READ.get(kind, options)}
     return Run(pathlib.Path(arguments.data), kind, seed, options, not arguments.no_flip)
+
+
+def read_value(text: str) -> Any:
+    """Reads a Python number, tuple or the like; anything else is itself, such as adamw."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def show(done: dict[str, list[dict]]) -> None:
@@ -393,14 +401,14 @@ def show(done: dict[str, list[dict]]) -> None:
     columns = {"ten": 100, "all": 100, "knn": 100, "held": 100, "contrastive": 100}
     columns |= {"rank": 1, "seconds": 1}
     names = ["10 labels", "all", "20-NN", "held out", "contrastive", "rank of h", "seconds"]
-    print(f"{'':14}" + "".join(f"{name:>14}" for name in names))
+    print(f"{'':16}" + "".join(f"{name:>16}" for name in names))
     for kind, rows in done.items():
         cells = []
         for column, factor in columns.items():
             values = [factor * row[column] for row in rows if column in row]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{statistics.mean(values):.1f} +- {spread:.1f}" if values else "")
-        print(f"{kind:14}" + "".join(f"{cell:>14}" for cell in cells))
+        print(f"{kind:16}" + "".join(f"{cell:>16}" for cell in cells))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,9 @@ def trained(
         encoder = read_variables(config, network, checkpoint, everywhere)
         if not head:
             return Trained(encoder, None, record)
-        return Trained(encoder, read_head_variables(config, network, checkpoint, everywhere), record)
+        return Trained(
+            encoder, read_head_variables(config, network, checkpoint, everywhere), record
+        )
 
     return read_newest(workdir, read) if step is None else read(find(workdir, step))
 
