@@ -279,7 +279,8 @@ def images_of_a_norm(config: ConfigDict, mesh: Mesh) -> int:
 
 def contrastive_loss(config: ConfigDict, mesh: Mesh) -> Loss:
     """Makes the loss over all projections of the batch."""
-    check_value("loss.name", config.loss.name)  # `overrides.load` does not always
+    # `overrides.load` leaves the loss of a saved run unchecked.
+    check_value("loss.name", config.loss.name)
     return LOSSES[config.loss.name](config.loss.to_dict(), mesh, config.data.batch_size)
 
 

@@ -60,7 +60,7 @@ def test_the_loss_is_that_of_a_loop_and_trains(tiny, tmp_path, monkeypatch):
     pretrain(load(str(own), options), str(tmp_path / "w"))
     lines = (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()
     assert {"loss", "alignment", "uniformity"} <= set(json.loads(lines[0]))
-    # What is done with the run does not need the loss; to train on needs it.
+    # Later commands do not need the loss, but to train on does.
     monkeypatch.delitem(LOSSES, "uniformity")
     main([f"--workdir={tmp_path / 'w'}", "--mode=knn"])
     assert (tmp_path / "w" / "knn.json").exists()

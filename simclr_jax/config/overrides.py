@@ -31,7 +31,7 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
     config = read_file(spec) if spec else from_dict(saved or {})
     config = override(config, overrides)
     given = [flag.partition("=")[0].removeprefix("--config.") for flag in _join_values(overrides)]
-    # A run may have a loss that its own configuration file adds. What is done with a finished run needs no loss.
+    # A run may have a loss that its own configuration file adds, and commands that do not train need no loss.
     unknown = ("loss.name",) if spec is None and "loss.name" not in given else ()
     validate(config, unknown)
     check_name_is_read(config, given)

@@ -101,7 +101,7 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
         splits.append(open_split(path, labels, splits[0].classes if splits else None, option))
     if named is not None:
         _check_names(data["labels_file"], named, paths, splits)
-        _say_how_many_lack_one(paths, splits)
+        _say_how_many_are_labelled(paths, splits)
     return DataSet(splits[0], splits[1] if len(splits) > 1 else None)
 
 
@@ -149,7 +149,7 @@ def _check_names(
         )
 
 
-def _say_how_many_lack_one(paths: list[str], splits: list[IndexedSplit]) -> None:
+def _say_how_many_are_labelled(paths: list[str], splits: list[IndexedSplit]) -> None:
     for path, split in zip(paths, splits, strict=True):
         there = int(np.sum(split.all_labels() >= 0))
         if there < split.count:
