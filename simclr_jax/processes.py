@@ -145,6 +145,19 @@ def alone(folder: epath.PathLike, advice: str) -> Iterator[None]:
         yield
 
 
+def wait_for_all(why: str) -> None:
+    """Returns once every process has come here; `why` says in an error of JAX what they waited for."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(why)
+
+
+def of_all(number: float) -> list[float]:
+    """Returns the number of each process; all processes must call this together."""
+    if jax.process_count() == 1:
+        return [number]
+    return multihost_utils.process_allgather(np.float32(number)).tolist()
+
+
 def as_first_process_says(number: int) -> int:
     """Returns process 0's `number` on every process; all processes must call this together."""
     if jax.process_count() == 1:

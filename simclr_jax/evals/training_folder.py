@@ -6,8 +6,8 @@ import json
 
 import jax
 from etils import epath
-from jax.experimental import multihost_utils
 
+from simclr_jax import processes
 from simclr_jax.files import write_json
 from simclr_jax.training.checkpoint import save_once
 from simclr_jax.training.state import TrainState
@@ -41,8 +41,7 @@ class TrainingFolder:
             if self.path.exists():
                 self.path.rmtree()
             write_json(file, about | {"digest": digest})
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"{self.path} is begun")
+        processes.wait_for_all(f"{self.path} is begun")
         finished = self.path / "outcome.json"
         return json.loads(finished.read_text()) if finished.exists() else None
 

@@ -6,10 +6,9 @@ import time
 
 import jax
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from simclr_jax import assemble
+from simclr_jax import assemble, processes
 from simclr_jax import config as config_lib
 from simclr_jax.bench.e2e import measure_e2e
 from simclr_jax.console import duration, say, show_table
@@ -168,7 +167,7 @@ def _finish_all(
         outcome = _outcome(config, study, str(folder / name))
         if jax.process_index() == 0:
             write_json(folder / name / OUTCOME, {"about": about[name]} | outcome)
-        multihost_utils.sync_global_devices("the outcome of a run is written")  # and read by all
+        processes.wait_for_all("the outcome of a run is written")  # which all read
 
 
 def _outcome(config: ConfigDict, study: Study, workdir: str) -> dict:

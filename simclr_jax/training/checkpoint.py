@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Self
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from simclr_jax import processes
 from simclr_jax.console import say
 from simclr_jax.errors import Unavailable, UserError, one_line
 from simclr_jax.files import raise_if_away, storage_error
@@ -151,7 +150,7 @@ class Checkpoints:
                 raise_if_away(error)
                 reason = short_reason(error)
             # A step is taken by all processes or by none.
-            if not np.all(multihost_utils.process_allgather(np.array(state is not None))):
+            if not all(processes.of_all(state is not None)):
                 reasons.append(f"step {step}: {reason}")
                 failed.append(step)
                 continue
@@ -177,7 +176,7 @@ class Checkpoints:
                 while target.exists():
                     target = target.with_name(f"{target.name}_again")
                 (checkpoint_folder(self._workdir) / str(step)).rename(target)
-        multihost_utils.sync_global_devices("broken checkpoints are set aside")
+        processes.wait_for_all("broken checkpoints are set aside")
         self._manager.reload()
 
     def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:

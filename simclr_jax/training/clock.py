@@ -4,19 +4,12 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
+
+from simclr_jax import processes
 
 _SAVES_THAT_TELL = 5
 _COSTLY = 0.1  # share of the time
-
-
-def of_all_processes(seconds: float) -> list[float]:
-    """Returns the number of each process; all call it together. With several it waits for the steps under way."""
-    if jax.process_count() == 1:
-        return [seconds]
-    return multihost_utils.process_allgather(np.float32(seconds)).tolist()
 
 
 class Clock:
@@ -25,13 +18,13 @@ class Clock:
     def __init__(
         self,
         memory: dict[str, float] | None = None,
-        gather: Callable[[float], list[float]] = of_all_processes,
+        gather: Callable[[float], list[float]] = processes.of_all,
     ):
         """Begins with the first step, which compiles, under way.
 
         Args:
           memory: `memory` of the clock that this one goes on from; None: the run begins now.
-          gather: this process's number -> those of all processes.
+          gather: this process's number -> those of all processes. With several it waits for the steps under way.
         """
         self._began = memory["began"] if memory else time.time()
         self._trained = memory["trained"] if memory else 0.0

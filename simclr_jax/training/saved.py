@@ -10,11 +10,10 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
+from simclr_jax import processes
 from simclr_jax.errors import UserError, one_line
 from simclr_jax.files import in_bucket, located, raise_if_away
 
@@ -148,7 +147,7 @@ def _agreed_step(path: str) -> int | None:
     if jax.process_count() == 1:
         return None
     steps = saved_steps(path)
-    step = int(multihost_utils.broadcast_one_to_all(np.int32(steps[-1] if steps else -1)))
+    step = processes.as_first_process_says(steps[-1] if steps else -1)
     return step if step >= 0 else None
 
 
