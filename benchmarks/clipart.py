@@ -8,27 +8,22 @@ of one series; a quarter of the series, picked by a digest of that word, is for 
 """
 
 import argparse
-import hashlib
 import pathlib
 import re
 
+from emoji import digest, is_test, on_white
 from PIL import Image
 
-FEWEST, MOST, LARGEST, TEST_SHARE, SIDE = 100, 400, 100_000, 4, 64
+FEWEST, MOST, LARGEST, SIDE = 100, 400, 100_000, 64
 # Folders of the package that are no classes; of its shapes five in six are stars.
 LEFT_OUT = ("shapes", "special", "unsorted")
 
 
-def digest(text: str) -> int:
-    """Returns a number that depends on the text alone."""
-    return int(hashlib.sha1(text.encode()).hexdigest(), 16)
-
-
-def is_test(name: str) -> bool:
-    """Returns whether the series of a picture of this name is one to test on."""
-    series = re.match("[a-z]*", name.lower())
-    assert series is not None
-    return digest(series.group()) % TEST_SHARE == 0
+def series_of(name: str) -> str:
+    """Returns the word that the name of a picture begins with, or ""."""
+    found = re.match("[a-z]*", name.lower())
+    assert found is not None
+    return found.group()
 
 
 def different(files: list[pathlib.Path]) -> list[pathlib.Path]:
@@ -40,14 +35,12 @@ def different(files: list[pathlib.Path]) -> list[pathlib.Path]:
     return list(first.values())
 
 
-def on_white(path: pathlib.Path) -> Image.Image:
-    """Draws a transparent picture on white, of at most 64 px."""
+def small(path: pathlib.Path) -> Image.Image:
+    """Reads a picture, RGBA of at most 64 px."""
     with Image.open(path) as file:
         picture = file.convert("RGBA")
     picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    paper = Image.new("RGBA", picture.size, "white")
-    paper.alpha_composite(picture)
-    return paper.convert("RGB")
+    return picture
 
 
 def main() -> None:
@@ -62,10 +55,10 @@ def main() -> None:
         if folder.name in LEFT_OUT or len(files) < FEWEST:
             continue
         for file in sorted(files, key=lambda f: digest(str(f.relative_to(given.png))))[:MOST]:
-            split = "test" if is_test(file.name) else "train"
+            split = "test" if is_test(series_of(file.name)) else "train"
             path = given.out / split / folder.name / "_".join(file.relative_to(folder).parts)
             path.parent.mkdir(parents=True, exist_ok=True)
-            on_white(file).save(path)
+            on_white(small(file)).save(path)
             count[split] += 1
     print(f"{count['train']} pictures to train on and {count['test']} to test on in {given.out}")
 

@@ -43,14 +43,18 @@ def pictures(vendor: str, folder: str) -> Iterator[tuple[dict, bytes]]:
                 yield emoji, image.read()
 
 
-def is_test(code: str) -> bool:
-    """Returns whether the emoji of these code points is one to test on."""
-    return int(hashlib.sha1(code.encode()).hexdigest(), 16) % TEST_SHARE == 0
+def digest(text: str) -> int:
+    """Returns a number that depends on the text alone."""
+    return int(hashlib.sha1(text.encode()).hexdigest(), 16)
 
 
-def on_white(png: bytes) -> Image.Image:
-    """Draws a transparent picture on white."""
-    picture = Image.open(io.BytesIO(png)).convert("RGBA")
+def is_test(text: str) -> bool:
+    """Returns whether what this text names, such as the code points of an emoji, is to test on: a quarter is."""
+    return digest(text) % TEST_SHARE == 0
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """Draws a transparent picture, RGBA, on white."""
     paper = Image.new("RGBA", picture.size, "white")
     paper.alpha_composite(picture)
     return paper.convert("RGB")
@@ -69,7 +73,7 @@ def main() -> None:
                 category = emoji["category"].replace(" & ", "_").replace(" ", "_")
                 path = out / split / category / f"{vendor}_{emoji['image']}"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                on_white(png).save(path)
+                on_white(Image.open(io.BytesIO(png)).convert("RGBA")).save(path)
                 count[split] += 1
     print(f"{count['train']} pictures to train on and {count['test']} to test on in {out}")
 

@@ -90,8 +90,9 @@ def _with_options(config: ConfigDict | str | os.PathLike, options: dict[str, Any
             f"a configuration is a {type(config).__name__}: expected a ConfigDict, or the path of a file that makes "
             "one, such as 'folder:FILE.npz' for images in FILE.npz"
         )
+    known = flatten(config)
     for name in options:
-        check_is_known(name, flatten(config))
+        check_is_known(name, known)
     set_options(config, options)
     validate(config)
     check_name_is_read(config, list(options))

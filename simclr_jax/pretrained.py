@@ -67,15 +67,6 @@ class Encoder:
         """(variables, images [N, H, W, 3], uint8 or float in [0, 1]) -> [N, width], to be jitted."""
         return functools.partial(_represent, self.network)
 
-    @property
-    def _encoder_network(self) -> Any:
-        return self.network
-
-    def check_size(self, *sides: int) -> None:
-        """Raises a UserError if the network cannot take images with sides of so many pixels."""
-        for side in sides:
-            self._encoder_network.check_image_size(side)
-
     @functools.cached_property
     def _apply(self) -> Any:
         return jax.jit(self.function)
@@ -102,7 +93,8 @@ class Encoder:
                 f"images have shape {images.shape}: expected [N, H, W, 3], H and W 1 or more"
             )
         try:
-            self.check_size(*images.shape[1:3])
+            for side in images.shape[1:3]:
+                self.network.check_image_size(side)
         except UserError as error:
             raise ValueError(f"images have shape {images.shape}: {error}") from error
         if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
@@ -200,10 +192,6 @@ class Classifier(Encoder):
     def __init__(self, *encoder: Any, classes: list[str] | None, **preprocessing: Any):
         super().__init__(*encoder, **preprocessing)
         self.classes = classes
-
-    @property
-    def _encoder_network(self) -> Any:
-        return self.network.encoder
 
     @property
     def function(self) -> Callable[[dict, Any], jax.Array]:

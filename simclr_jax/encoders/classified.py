@@ -32,6 +32,10 @@ class Classified(NamedTuple):
         """C, the number of logits."""
         return self.classifier.classes
 
+    def check_image_size(self, size: int) -> None:
+        """Raises a UserError if the encoder cannot take images of size x size px."""
+        self.encoder.check_image_size(size)
+
     @property
     def trained(self) -> frozenset[str]:
         """Names of the trained parts of the parameters: "encoder", "head", "classifier"."""

@@ -29,6 +29,7 @@ from simclr_jax.mesh import make_mesh
 from simclr_jax.training.saved import saved_steps
 
 _LOOK_EVERY_SECONDS = 10.0  # of a run that is followed
+_BLOCK = 4096  # rows
 _NONE_YET, _NO_MORE = -1, -2  # in place of the step of a checkpoint
 
 
@@ -204,7 +205,7 @@ def pair(
             "can be read: expected two or more to train on, and one or more to test on"
         )
     for kind in train_features:
-        if not (np.isfinite(train_features[kind]).all() and np.isfinite(test_features[kind]).all()):
+        if not (_are_finite(train_features[kind]) and _are_finite(test_features[kind])):
             raise NotFinite(
                 f"the features of the {kind} hold numbers that are not finite: its weights are damaged, or its "
                 "training has diverged"
@@ -220,6 +221,12 @@ def pair(
         for kind in subjects.KINDS
         if kind in train_features
     }
+
+
+def _are_finite(features: np.ndarray) -> bool:
+    """Returns whether all numbers are finite; by blocks of rows, as ImageNet's features fill most of the memory."""
+    starts = range(0, len(features), _BLOCK)
+    return all(np.isfinite(features[start : start + _BLOCK]).all() for start in starts)
 
 
 def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Mesh) -> dict:

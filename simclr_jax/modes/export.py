@@ -59,7 +59,7 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
 
     encoder, head = read_newest(workdir, read)
     encoder.image_size = config.data.image_size
-    encoder.check_size(encoder.image_size)
+    encoder.network.check_image_size(encoder.image_size)
     path = located(output or os.path.join(workdir, f"encoder.{format}"))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
