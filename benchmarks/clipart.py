@@ -3,8 +3,8 @@
 PNG is the folder of Debian's package openclipart-png 0.18 (`apt-get install openclipart-png`,
 /usr/share/openclipart/png). OUT/train and OUT/test hold CLASS/FILE.png: pictures of at most 64 px, on white,
 of the classes with 100 pictures or more, at most 400 of each. Files of over 100 kB are left out: some hold
-hundreds of millions of pixels. Names that begin with the same word are drawings
-of one series; a quarter of the series, picked by a digest of that word, is for testing.
+hundreds of millions of pixels. Names that begin with the same word are drawings of one series; a quarter of the
+series, picked by a digest of that word, is for testing.
 """
 
 import argparse

@@ -70,8 +70,8 @@ def index(root: pathlib.Path) -> Index:
     """Lists the image files below `root`, at any depth, each folder once however many links lead to it.
 
     Hidden files, hidden folders, folders of services such as @eaDir and the workdirs of runs are left
-    out. Of several ways to a folder the one without a link counts. A link to
-    a folder that holds `root` is not followed.
+    out. Of several ways to a folder the one without a link counts. A link to a folder that holds `root` is not
+    followed.
 
     Raises:
       UserError: a folder cannot be read.

@@ -116,7 +116,8 @@ class Hook(Protocol):
 def fit(job: Job, batches: Batches, run: Run, hooks: Sequence[Hook] = ()) -> TrainState:
     """Trains from the workdir's newest checkpoint, or from the start, to the last step, and returns its state.
 
-    On SIGTERM, SIGINT or SIGHUP it finishes the step and saves, at the same step on all processes. With one process, a signal that comes in the last step is delivered again once everything is saved.
+    On SIGTERM, SIGINT or SIGHUP it finishes the step and saves, at the same step on all processes. With one process,
+    a signal that comes in the last step is delivered again once everything is saved.
 
     Args:
       job: the step and how its state starts.
