@@ -5,7 +5,6 @@ import difflib
 import importlib
 import os
 import textwrap
-from typing import NoReturn
 
 from simclr_jax import processes, shell
 from simclr_jax.config.overrides import load
@@ -57,13 +56,6 @@ def _flags_of(args: argparse.Namespace) -> dict:
     return given
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, as for every other mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help names all flags and modes")
-
-
 def _mode(text: str) -> str:
     """Reads the name of a mode, for argparse."""
     if text not in MODES:
@@ -74,7 +66,7 @@ def _mode(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = shell.Parser(
         prog="python -m simclr_jax.main",
         usage="%(prog)s --workdir=DIR [--config=FILE.py[:ARG]] [--mode=MODE]\n"
         "       [--config.GROUP.OPTION=VALUE ...] [flags of the mode]",

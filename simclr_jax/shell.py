@@ -1,5 +1,6 @@
 """A command of the shell: its exit status, its errors in one line, Ctrl-C, and what its process keeps."""
 
+import argparse
 import ctypes
 import logging
 import math
@@ -29,6 +30,13 @@ INTERRUPTED = 130
 
 # Seconds after which a process that is done no longer waits for threads of libraries.
 _EXIT_SECONDS = 15.0
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads flags, and says in one line what is wrong with them, as for every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help names all flags")
 
 
 def run(command: Callable[[list[str]], None]) -> None:

@@ -83,6 +83,8 @@ def test_what_cannot_be_measured_is_refused():
         bench.main(["step"])
     with pytest.raises(UserError, match="takes no configuration"):
         bench.main(["loss", "--config.seed=1"])
+    with pytest.raises(UserError, match="invalid choice: 'stp'.*--help names all flags"):
+        bench.main(["stp"])
 
 
 def test_the_page_about_speed_has_the_table_of_the_newest_results():

@@ -1,6 +1,5 @@
 """The command line of the benchmarks: `python -m simclr_jax.bench --help`."""
 
-import argparse
 import datetime
 import importlib.metadata
 import pathlib
@@ -16,7 +15,7 @@ from simclr_jax.config.overrides import load
 from simclr_jax.console import duration, say, show_table
 from simclr_jax.errors import UserError
 from simclr_jax.files import write_json
-from simclr_jax.shell import keep_compiled_programs, run
+from simclr_jax.shell import Parser, keep_compiled_programs, run
 
 # column of the table: how its value is written.
 _COLUMNS: dict[str, tuple[str, Callable]] = {
@@ -53,7 +52,7 @@ def _show(title: str, rows: list[dict]) -> None:
 
 def main(argv: list[str]) -> None:
     """Measures, shows a table and writes JSON. Raises UserError for what the user can mend."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m simclr_jax.bench",
         description="How fast the parts of a run are.",
         epilog="Any option can be set, as in simclr_jax.main: --config.data.batch_size=512",
