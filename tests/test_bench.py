@@ -83,7 +83,7 @@ def test_what_cannot_be_measured_is_refused():
         bench.main(["step"])
     with pytest.raises(UserError, match="takes no configuration"):
         bench.main(["loss", "--config.seed=1"])
-    with pytest.raises(UserError, match="invalid choice: 'stp'.*--help names all flags"):
+    with pytest.raises(UserError, match=r"invalid choice: 'stp'.*--help names all flags"):
         bench.main(["stp"])
 
 

@@ -104,6 +104,13 @@ class IndexedSplit:
     def all_labels(self) -> np.ndarray:
         return self.source.labels
 
+    def has_labels(self) -> bool:
+        return bool(self.classes) and bool(np.any(self.all_labels() >= 0))
+
+    def labelled(self) -> "IndexedSplit":
+        labelled = self.all_labels() >= 0
+        return self if labelled.all() else self.subset(np.flatnonzero(labelled))
+
     def subset(self, indices: np.ndarray) -> "IndexedSplit":
         return IndexedSplit(self.source.take(indices))
 

@@ -53,6 +53,16 @@ class Split(Protocol):
     def all_labels(self) -> np.ndarray:
         """Returns int32 [N], in the split's order; decodes no image."""
 
+    def has_labels(self) -> bool:
+        """Returns whether any image has a label: a part of a split may have classes but no labels. A stream answers
+        whether it has classes, because to look for labels is to read it.
+        """
+
+    def labelled(self) -> "Split":
+        """Returns the images that have a label; a stream whole, as its images without a label count in no loss and
+        no accuracy.
+        """
+
     def subset(self, indices: np.ndarray) -> "Split":
         """Returns these images as a split. Raises a UserError if they do not fit into memory."""
 

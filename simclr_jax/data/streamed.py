@@ -218,6 +218,12 @@ class StreamedSplit:
     def all_labels(self) -> np.ndarray:
         return self.source.labels(self._shards)
 
+    def has_labels(self) -> bool:
+        return bool(self.classes)
+
+    def labelled(self) -> "StreamedSplit":
+        return self
+
     def subset(self, indices: np.ndarray) -> IndexedSplit:
         self.check_subset(len(indices))
         wanted, images, labels = set(map(int, indices)), [], []

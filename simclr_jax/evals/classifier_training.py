@@ -68,8 +68,8 @@ class Setup:
         self.metric = subjects.metric_of(config, data) if protocol.sets else "accuracy"
         self.mesh = make_mesh()
         check_divides(options.batch_size, self.mesh, option=f"{name}.batch_size")
-        self.whole = subjects.with_labels(data.train)
-        self.test = assemble.images_of(config, subjects.with_labels(data.test))
+        self.whole = data.train.labelled()
+        self.test = assemble.images_of(config, data.test.labelled())
         part, self.validation = self.whole, None
         fraction = config.eval.validation_fraction
         if fraction > 0:

@@ -13,9 +13,8 @@ from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax.data.broken import Images
-from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Share
-from simclr_jax.data.split import DataSet, Split
+from simclr_jax.data.split import DataSet
 from simclr_jax.encoders import apply_network, init_encoder, to_float
 from simclr_jax.errors import UserError
 from simclr_jax.evals import scores
@@ -90,16 +89,7 @@ def fingerprint(data: DataSet) -> str:
 
 
 def _has_classes(data: DataSet) -> bool:
-    return data.test is not None and _has_labels(data.train) and _has_labels(data.test)
-
-
-def _has_labels(split: Split) -> bool:
-    """Returns whether any image has a label: a part of a split may have classes but no labels. For a stream, returns
-    whether it has classes, because to look for labels is to read it.
-    """
-    if not isinstance(split, IndexedSplit):
-        return bool(split.classes)
-    return bool(split.classes) and bool(np.any(split.all_labels() >= 0))
+    return data.test is not None and data.train.has_labels() and data.test.has_labels()
 
 
 def labelled(config: ConfigDict, sets: bool = False) -> DataSet:
@@ -114,7 +104,7 @@ def labelled(config: ConfigDict, sets: bool = False) -> DataSet:
     """
     data = assemble.data_set(config)
     if not _has_classes(data):
-        lacking = "labelled test split" if _has_labels(data.train) else "labels"
+        lacking = "labelled test split" if data.train.has_labels() else "labels"
         raise UserError(
             f"the data have no {lacking}, so there is nothing to evaluate on; see "
             "data.folder_labels, data.labels_file, data.test_path, data.test_fraction and data.test_split"
@@ -147,16 +137,6 @@ def metric_of(config: ConfigDict, data: DataSet) -> str:
             "11_point_map"
         )
     return "11_point_map"
-
-
-def with_labels(split: Split) -> Split:
-    """Returns the images that have a label. Returns a stream whole: its images without a label count in no loss
-    and no accuracy.
-    """
-    if not isinstance(split, IndexedSplit):
-        return split
-    labelled = split.all_labels() >= 0
-    return split if labelled.all() else split.subset(np.flatnonzero(labelled))
 
 
 def batch_size_of(config: ConfigDict, mesh: Mesh) -> int:

@@ -238,7 +238,7 @@ def _compare(
 ) -> None:
     """Writes and shows the test accuracies of teacher and student."""
     assert data.test is not None
-    images = assemble.images_of(config, subjects.with_labels(data.test))
+    images = assemble.images_of(config, data.test.labelled())
     taught = state.variables("teacher")
     own = {"params": state.params, "batch_stats": state.batch_stats}
     rows = [
