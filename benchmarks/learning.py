@@ -246,7 +246,7 @@ def torch_resnet(t, factor: float):
 
 
 def judge(features: dict[str, np.ndarray], data: dict[str, Part]) -> dict:
-    """Returns accuracies: on the test images with 10 labels a class, all labels and by 20 nearest neighbours, and
+    """Returns accuracies: on the test images with 10 labels per class, all labels and by 20 nearest neighbours, and
     with all labels on the held-out part of the training images.
     """
     from sklearn.linear_model import LogisticRegression

@@ -13,8 +13,8 @@ TFDS downloads the data (170 MB).
 temperature are those that configs/folder.py chooses for as many images.
 
     python -m simclr_jax.main --config=configs/cifar10.py --workdir=/tmp/simclr_cifar10
-    python -m simclr_jax.main --config=configs/cifar10.py:resnet18 --workdir=/tmp/simclr_cifar10
-    python -m simclr_jax.main --config=configs/cifar10.py:cpu --workdir=/tmp/simclr_cifar10
+    python -m simclr_jax.main --config=configs/cifar10.py:resnet18 --workdir=/tmp/simclr_cifar10_resnet18
+    python -m simclr_jax.main --config=configs/cifar10.py:cpu --workdir=/tmp/simclr_cifar10_cpu
 
 and, for the figures above, linear evaluation on all training images:
 

@@ -5,7 +5,8 @@ Linear evaluation, top-1, on the validation split (not reproduced here; each fig
     imagenet.py:epochs=1000                   1000 epochs   69.3 %   paper, table 6
     imagenet.py:epochs=1000,width=2           1000 epochs   74.2 %   paper, table 6
     imagenet.py:epochs=1000,width=4           1000 epochs   76.5 %   paper, table 6
-Hardware in the paper: 32 to 128 TPU v3 cores; 32 train ResNet-50 for 100 epochs in some 6 hours.
+Hardware: ResNet-50 takes some 6 hours for 100 epochs on 32 TPU v3 cores (README of the published code), 1.5 hours on 128
+(paper, appendix B.3).
 Compiled for those 32 (--mode=compile --topology=v3:4x4) it takes 9.0 of 15.5 GiB a core.
 Everything else is the defaults of simclr_jax/config/: batch 4096, LARS, learning rate 4.8,
 tau 0.1, views of appendix A.
@@ -34,5 +35,5 @@ def get_config(argument: str = ""):
     c.model.depth = given.get("depth", 50)
     c.model.width = given.get("width", 1.0)
     c.train.epochs = given.get("epochs", 100.0)
-    c.eval.labels_per_class = ()  # the 1 % split alone: 13 labels a class
+    c.eval.labels_per_class = ()  # the 1 % split alone: 13 labels per class
     return c

@@ -1,7 +1,7 @@
 """SimCLR v2 on ImageNet (arXiv 2006.10029): selective kernels, a head of three layers, 800 epochs.
 
 Top-1 on the validation split, as the README of google-research/simclr lists it; not reproduced here. The paper's memory
-of negatives (memory=65536 below) is worth 0.6 points of the 71.7, by simclr#77. Columns: millions of parameters;
+of negatives (argument memory=65536) is worth 0.6 points of the 71.7, by simclr#77. Columns: millions of parameters;
 fine-tuned with 1, 10 and 100 % of the labels; linear evaluation:
     imagenet_v2.py                                 24   57.9  68.4  76.3   71.7
     imagenet_v2.py:sk=1                            35   64.5  72.1  78.7   74.6
@@ -51,7 +51,7 @@ def get_config(argument: str = ""):
     c.optimizer.weight_decay = 1e-4
     c.train.epochs = given.get("epochs", 800.0)
     c.optimizer.warmup_epochs = 0.05 * c.train.get_ref("epochs")  # follows --config.train.epochs
-    c.eval.labels_per_class = ()  # the 1 % split alone: 13 labels a class
+    c.eval.labels_per_class = ()  # the 1 % split alone: 13 labels per class
     c.finetune.optimizer = "lars"
     c.finetune.scaling = "sqrt"
     c.finetune.learning_rate = (0.005,)

@@ -1,7 +1,8 @@
 """SimCLR pretraining in JAX: from a laptop CPU to a TPU pod with one code path.
 
-From Python: `pretrain(config, workdir)`, `evaluate("probe", workdir)` and `load_encoder(workdir)`, the
-same as from the shell. Importing this package does not import TensorFlow.
+From Python: `pretrain(config, workdir)` trains as --mode=pretrain does, without the probe and the report at its
+end; `evaluate("probe", workdir)` makes the probe, and `load_encoder(workdir)` the encoder. Importing this package does
+not import TensorFlow.
 """
 
 import os
@@ -20,8 +21,8 @@ def pretrain(
     """Pretrains an encoder, from the workdir's newest checkpoint or from the start.
 
     Args:
-      config: a configuration, such as `simclr_jax.config.default()` with changes, or the path of a
-        file in configs/, as "FILE.py" or "FILE.py:ARGUMENT".
+      config: a configuration, such as `simclr_jax.config.default()` with changes, or the name or file of one, with
+        its argument if it takes one: "digits", "folder:PHOTOS", "FILE.py:ARGUMENT".
       workdir: folder of everything that is written.
       extend: allow a length that differs from the one that the run was begun with.
       options: values of options, by name: pretrain(..., **{"train.steps": 100}).
@@ -46,8 +47,7 @@ def pretrain(
 def evaluate(
     name: str, workdir: str, config: ConfigDict | str | os.PathLike | None = None, **options: Any
 ) -> dict | None:
-    """Evaluates the newest checkpoint of a workdir, beside raw pixels and the untrained encoder; shows a
-    table.
+    """Evaluates the newest checkpoint of a workdir, beside its baselines; shows a table.
 
     Args:
       name: "probe", "knn", "transfer", "linear", "finetune" or "transfer_finetune".

@@ -35,7 +35,8 @@ class Encoder:
       network: the Flax module, for use inside your own jitted code:
         `encoder.network.apply(encoder.variables, images, train=False)`.
       variables: {"params", "batch_stats"}, float32.
-      image_size: height and width, in pixels, of the images it was trained on. Other sizes work.
+      image_size: height and width, in pixels, of the images it was trained on. A ResNet takes other sizes too, a ViT
+        multiples of its patch.
       eval_crop: share of the centred square's side that `preprocess` keeps.
       upright: whether `preprocess` turns images as their EXIF data say.
       antialias: whether `preprocess` averages all pixels where it makes an image smaller.

@@ -71,7 +71,7 @@ def start(coordinator: str | None, count: int | None, index: int | None) -> None
 
 
 def is_one_of_many(environment: Mapping[str, str], tpu: bool) -> bool:
-    """Whether this process may be one of several that JAX can find by itself."""
+    """Returns whether this process may be one of several that JAX can find by itself."""
     if environment.get("JAX_PLATFORMS", "tpu") != "cpu" and tpu:
         return True  # the VM's metadata say how many hosts there are, even if only one
     return _tasks_of_slurm(environment) > 1

@@ -330,7 +330,7 @@ def test_the_few_labels_of_a_probe_are_given_as_numbers_and_as_a_share(monkeypat
     assert found[0.02] == [(1, 2, pytest.approx(0.1)), *few_and_all]
     assert "have fewer" not in capsys.readouterr().out
     probe.rows(features, options | {"labels_per_class": (60,)}, "encoder")
-    assert "60 labels a class (3 classes have fewer: all of theirs)" in capsys.readouterr().out
+    assert "60 labels per class (3 classes have fewer: all of theirs)" in capsys.readouterr().out
 
 
 @pytest.mark.whole
@@ -663,13 +663,13 @@ def test_data_are_called_what_a_person_calls_them(options, expected):
 
 
 def test_two_shares_of_as_many_labels_a_class_have_a_column_each():
-    """100 images of 10 classes: 1 % and 10 % are one label a class."""
+    """100 images of 10 classes: 1 % and 10 % are one label per class."""
     rows = [
         results.row("encoder", per_class, [accuracy]) | {"label_fraction": share}
         for per_class, share, accuracy in ((1, 0.01, 0.1), (1, 0.1, 0.2), (None, 1.0, 0.3))
     ]
     header, lines = results.labels_table(rows)
-    assert header == ["labels a class", "1 (1%)", "1 (10%)", "all"]
+    assert header == ["labels per class", "1 (1%)", "1 (10%)", "all"]
     assert lines == [["encoder", "10.0%", "20.0%", "30.0%"]]
 
 

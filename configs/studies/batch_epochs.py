@@ -19,7 +19,7 @@ _SMALL = ("64", "128", "256"), ("4", "8", "16")
 
 
 def get_study(argument: str = "") -> Study:
-    """`argument`: "" or "paper". 9 runs a seed, or 60 and one seed."""
+    """`argument`: "" or "paper". 9 runs per seed, or 60 and one seed."""
     batches, epochs = of_scale(argument, small=_SMALL, paper=_PAPER)
     sizes = {b: Level({"data.batch_size": int(b)}) for b in batches}
     lengths = {f"{e} epochs": Level({"train.epochs": float(e)}) for e in epochs}

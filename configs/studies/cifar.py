@@ -23,7 +23,7 @@ SETTINGS = tuple(
 
 
 def get_study() -> Study:
-    """450 runs a seed."""
+    """450 runs per seed."""
     epochs = {e: Level({"train.epochs": float(e)}, SETTINGS) for e in EPOCHS}
     batches = {f"batch {b}": Level({"data.batch_size": int(b)}) for b in BATCHES}
     published: dict[tuple[str, ...], float] = {

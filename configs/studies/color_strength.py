@@ -13,7 +13,7 @@ _PUBLISHED = {
 
 
 def get_study() -> Study:
-    """10 runs a seed."""
+    """10 runs per seed."""
     names = ("0.125", "0.25", "0.5", "1")
     strengths = {
         name: Level({"views.color_strength": float(name), "views.blur_probability": 0.0})

@@ -4,7 +4,7 @@ from simclr_jax.studies import Factor, Level, Published, Study, above
 
 
 def get_study() -> Study:
-    """3 runs a seed."""
+    """3 runs per seed."""
     levels = {
         "all": Level({"views.flip": True, "views.blur_probability": 0.5}),
         "no flip": Level({"views.flip": False, "views.blur_probability": 0.5}),

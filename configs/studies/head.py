@@ -15,7 +15,7 @@ _FIGURE_8 = {
 
 
 def get_study(argument: str = "") -> Study:
-    """`argument`: "" or "paper". 9 runs a seed, or 21 and one seed; without a head z is h, whatever the width."""
+    """`argument`: "" or "paper". 9 runs per seed, or 21 and one seed; without a head z is h, whatever the width."""
     names = of_scale(argument, small=_SMALL, paper=_PAPER)
     kinds = {
         "none": Level({"model.head": "none"}),

@@ -14,7 +14,7 @@ _PUBLISHED = {
 
 
 def get_study() -> Study:
-    """1 run a seed."""
+    """1 run per seed."""
     transformations = {
         "views.rotation_probability": 0.75,  # so that each of the four angles is equally frequent
         "views.noise_probability": 0.5,

@@ -16,7 +16,7 @@ def level(name: str, settings) -> Level:
 
 
 def get_study() -> Study:
-    """10 runs a seed."""
+    """10 runs per seed."""
     losses = {
         "margin": level("margin", MARGINS),
         "NT-Logistic": level("nt_logistic", TEMPERATURES),

@@ -23,7 +23,7 @@ _RATES = {"linear": 0.3, "sqrt": 0.075}
 
 
 def get_study(argument: str = "") -> Study:
-    """`argument`: "" or "paper". 12 runs a seed, or 36 and one seed."""
+    """`argument`: "" or "paper". 12 runs per seed, or 36 and one seed."""
     batches, epochs = of_scale(argument, small=_SMALL, paper=_PAPER)
     lars = {"optimizer.name": "lars", "optimizer.momentum": 0.9}
     sizes = {b: Level(lars | {"data.batch_size": int(b)}) for b in batches}

@@ -21,7 +21,7 @@ _FIGURE_7 = {
 
 
 def get_study(argument: str = "") -> Study:
-    """`argument`: "" or "paper". 12 runs a seed, or 18 and one seed."""
+    """`argument`: "" or "paper". 12 runs per seed, or 18 and one seed."""
     widths, depths = of_scale(argument, small=_SMALL, paper=_PAPER)
     encoders = {
         f"ResNet-{d}{suffix}": Level({"model.depth": int(d)} | options)

@@ -17,7 +17,7 @@ def level(name: str, rates: tuple[float, float], momentum: float) -> Level:
 
 
 def get_study() -> Study:
-    """8 runs a seed."""
+    """8 runs per seed."""
     rules = (("linear", 0.3), ("sqrt", 0.075))
     optimizers = {
         "SGD": level("sgd", (0.03, 0.12), 0.9),

@@ -19,7 +19,7 @@ _TABLE_B4 = {
 
 
 def get_study(argument: str = "") -> Study:
-    """`argument`: "" or "paper". 6 runs a seed, or 6 and one seed."""
+    """`argument`: "" or "paper". 6 runs per seed, or 6 and one seed."""
     names = of_scale(argument, small=_SMALL, paper=_PAPER)
     widths = {width: Level({"model.width": float(width)}) for width in names}
     pretraining = {

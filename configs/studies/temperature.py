@@ -7,7 +7,7 @@ NOT = {"10": 57.2, "100": 57.0}
 
 
 def get_study() -> Study:
-    """6 runs a seed."""
+    """6 runs per seed."""
     levels = {
         f"tau {tau}": Level({"loss.temperature": float(tau), "loss.normalize": True})
         for tau in NORMALISED

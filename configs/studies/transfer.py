@@ -27,7 +27,7 @@ DATA_SETS = {
 
 
 def get_study() -> Study:
-    """2 runs a seed: pretrained, and the encoder as it was initialised."""
+    """2 runs per seed: pretrained, and the encoder as it was initialised."""
     there = {name: row for name, row in DATA_SETS.items() if is_prepared(row[0])}
     if not there:
         raise UserError(

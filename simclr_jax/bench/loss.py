@@ -17,6 +17,9 @@ _DENSE_MOST_PAIRS = 8192  # of the dense loss: 1 GB of similarities, of which so
 def measure_loss(seconds: float) -> list[dict]:
     """Measures NT-Xent forward and backward on one device, dense and in tiles, in turns.
 
+    Args:
+      seconds: time for all sizes together.
+
     Returns:
       a row for each number of pairs and implementation: seconds of one forward and backward pass (the
       median), temporary_bytes that the compiler plans.

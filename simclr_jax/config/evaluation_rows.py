@@ -41,8 +41,8 @@ _ROWS = (
         "eval.batch_size",
         256,
         whole(1, _MOST_IMAGES),
-        "images embedded at once by all devices together; each device gets at least 16, or as many as "
-        "this option says if it says less",
+        "images embedded at once by all devices together; where that makes less than 16 a device, a device takes "
+        "16, or as many as this option says if it says less",
     ),
     Option(
         "eval.validation_fraction",
@@ -67,7 +67,7 @@ _ROWS = (
         "eval.seeds",
         5,
         whole(1, 1000),
-        "how many times the few labels are drawn; results are means over the draws",
+        "how many times the few labels are drawn (of one training); results are means over the draws",
     ),
     Option(
         "eval.baselines",

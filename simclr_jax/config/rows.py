@@ -144,8 +144,9 @@ OPTIONS: tuple[Option, ...] = (
         "optimizer.name",
         "lars",
         one_of("lars", "sgd", "adamw", "muon"),
-        '"lars": the paper\'s, for large batches; "sgd": with Nesterov momentum; "muon": for batches '
-        "of up to some hundred, with learning_rate 0.008 and scaling none",
+        '"lars": the paper\'s, for large batches; "sgd": with Nesterov momentum; "adamw": with scaling '
+        'none and a learning_rate such as 0.002; "muon": for batches of up to some hundred, with '
+        "scaling none and a learning_rate such as 0.008",
     ),
     Option(
         "optimizer.learning_rate",

@@ -49,7 +49,7 @@ class Broken:
 
     @property
     def indices(self) -> set[int]:
-        """Which images of the split are broken."""
+        """Returns the indices of the broken images."""
         return set(self._problems)
 
     def find(self, indices: Iterable[int]) -> bool:

@@ -39,8 +39,8 @@ OPTIONS = (
         "data.parquet.label_column",
         "label",
         text(),
-        "column that holds the labels: whole numbers, where -1 means no label, or texts, where an "
-        'empty one does; empty, or where there is no column "label": the images have no labels',
+        "column that holds the labels: whole numbers (-1: no label) or texts (empty: no label). If this option is "
+        'empty, or is "label" and there is no such column, the images have no labels',
     ),
 )
 

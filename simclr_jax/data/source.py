@@ -116,8 +116,8 @@ class Source(Decoding, abc.ABC):
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """int32 [N], -1 where there is none. By default every image is read for it, if there are
-        classes.
+        """Returns the labels, int32 [N], -1 where there is none. By default every image is read for it, if there
+        are classes.
         """
         if self.classes is None:
             return np.full(len(self), -1, np.int32)

@@ -53,10 +53,10 @@ def suggest_settings(count: int, short_side: int, accelerator: bool) -> list[Cho
         chosen.append(Choice("views.blur_probability", 0.0, "as in the paper for small images"))
     if size <= 32:
         chosen.append(Choice("views.color_strength", 0.5, "the paper's for 32 px"))
-        # This and the paper's (0.08, 1) by AdamW, 10 labels a class, other settings equal: emoji 42.2 % (3 seeds) and
+        # This and the paper's (0.08, 1) by AdamW, 10 labels per class, other settings equal: emoji 42.2 % (3 seeds) and
         # 40.1 % (2), digits at 32 px 97.9 % (2) and 97.1 % (3), Fashion-MNIST 71.7 and 71.5 % (1).
         chosen.append(Choice("views.crop_area", (0.2, 1.0), "smaller crops of 32 px show nothing"))
-        # 0.2 and this 0.5, by AdamW with 10 labels a class, all labels and 20-NN, means of 3 seeds: emoji 42.6, 58.8,
+        # 0.2 and this 0.5, by AdamW with 10 labels per class, all labels and 20-NN, means of 3 seeds: emoji 42.6, 58.8,
         # 56.3 and 42.2, 58.1, 54.6 %; Fashion-MNIST 71.7, 84.0, 80.8 and 71.3, 83.2, 79.8 %; but digits 97.3, 98.6,
         # 98.4 and (2 seeds) 97.9, 99.2, 98.8 %: 0.2 is better on two of three only, so it is not taken.
         # By Muon at 0.004, 2 seeds, on emoji: 42.6, 59.9, 58.0 and 43.2, 60.8, 56.7 %.
@@ -149,7 +149,7 @@ def _papers_optimizer() -> list[Choice]:
 def _optimizer(epochs: int) -> list[Choice]:
     """Chooses Muon.
 
-    Muon against LARS by the paper's rule on emoji, batch 64, seed 0, 10 labels a class and all labels: 54.0, 68.2 %
+    Muon against LARS by the paper's rule on emoji, batch 64, seed 0, 10 labels per class and all labels: 54.0, 68.2 %
     against 49.2, 64.2 % with the settings for a CPU, all 136 epochs; 47.9, 63.9 % against 43.2, 64.0 % with ResNet-50
     at 32 px, 12 epochs. There a step takes 1.9 times as long on a CPU: the cost of Muon's products does not grow with
     the batch, and this batch is small.
@@ -161,7 +161,7 @@ def _optimizer(epochs: int) -> list[Choice]:
         Choice("optimizer.scaling", "none", "for muon"),
         Choice("optimizer.weight_decay", 1e-4, "for muon"),
         # Where fewer epochs are given it is at most half of them. Less does not help: a tenth, emoji, 8 epochs, 3 seeds,
-        # 10 labels a class, all labels, 20-NN: 44.8, 61.7, 57.1 % beside 44.5, 61.8, 57.7 %.
+        # 10 labels per class, all labels, 20-NN: 44.8, 61.7, 57.1 % beside 44.5, 61.8, 57.7 %.
         Choice(
             "optimizer.warmup_epochs",
             min(5.0, epochs / 10),

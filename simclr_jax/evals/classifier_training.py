@@ -55,7 +55,7 @@ class Setup:
       members: int8 [C, K], see `DataSet`; None: each image has one label.
       metric: name of the metric, a row of `METRICS`, by which candidates are chosen and reported.
       record: the record in the encoder's checkpoint.
-      path: WORKDIR/MODE.json, or WORKDIR/MODE_DATA.json for other data than those of training; the
+      path: WORKDIR/MODE.json, or WORKDIR/MODE_NAME_DIGEST.json for other data than those of training; the
         trainings lie in the folder of the same name.
     """
 

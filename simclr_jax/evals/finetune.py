@@ -5,7 +5,7 @@ They report the accuracy of the last step and, if a validation part was held out
 the step that did best on it. The test split chooses nothing.
 
 Every training runs through `training.loop.fit` in a folder of its own below WORKDIR/MODE (for other
-data than those of pretraining: WORKDIR/MODE_DATA), so the same command goes on where it was stopped,
+data than those of pretraining: WORKDIR/MODE_NAME_DIGEST), so the same command goes on where it was stopped,
 and nothing that was finished is trained again.
 """
 

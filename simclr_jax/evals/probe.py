@@ -17,7 +17,7 @@ from simclr_jax.evals.logistic import accuracy, divided, fit_logistic, scale, to
 
 
 def rows(features: Features, options: Options, kind: str) -> list[dict]:
-    """Probes with each number of "labels_per_class", with the number of labels a class that
+    """Probes with each number of "labels_per_class", with the number of labels per class that
     "label_fraction" of the data gives, and with all labels.
     """
     x_train, x_test = scale(features.train[0], features.test[0])

@@ -40,7 +40,7 @@ def cell(of: dict, which: str = "") -> str:
 
 
 def labels_table(rows: list[dict]) -> Table:
-    """Makes a table of rows: kinds of features down, labels a class across."""
+    """Makes a table of rows: kinds of features down, labels per class across."""
     columns: dict[tuple, str] = {}
     cells: dict[str, dict[tuple, str]] = {}
     for r in rows:
@@ -50,7 +50,7 @@ def labels_table(rows: list[dict]) -> Table:
     order = sorted(columns)
     names = list(columns.values())
     # Two shares of the labels of few images may be as many a class.
-    header = ["labels a class"] + [
+    header = ["labels per class"] + [
         columns[c] + (f" ({c[1]:.0%})" if names.count(columns[c]) > 1 else "") for c in order
     ]
     return header, [[kind, *(by.get(c, "") for c in order)] for kind, by in cells.items()]

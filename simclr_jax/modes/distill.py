@@ -57,7 +57,7 @@ def distill(config: ConfigDict, workdir: str) -> None:
     WORKDIR/distill.json with the accuracies of teacher and student, if the data have a labelled test split, and the
     report, if train.report says so.
 
-    On SIGTERM or SIGINT it finishes the step and saves.
+    On SIGTERM, SIGINT or SIGHUP it finishes the step and saves.
 
     Raises:
       Stopped: a signal has stopped it.

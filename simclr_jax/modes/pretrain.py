@@ -47,7 +47,7 @@ _ADVICE = (
 def pretrain(config: ConfigDict, workdir: str, extend: bool = False) -> None:
     """Trains the encoder from the workdir's newest checkpoint, or from the start, to the end.
 
-    On SIGTERM or SIGINT it finishes the step and saves; all processes stop at the same step.
+    On SIGTERM, SIGINT or SIGHUP it finishes the step and saves; all processes stop at the same step.
 
     Args:
       config: the run's configuration.

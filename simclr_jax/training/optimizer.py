@@ -12,7 +12,7 @@ from optax import contrib
 # serves both (Liu et al. 2025, arXiv 2502.16982, section 2.2).
 _MUON_RMS = 0.2
 # Newton-Schulz iterations. Jordan takes 5; 3 take 0.6 of their time, and accuracies are within the spread (emoji,
-# 8 epochs, 2 seeds; 10 labels a class, all labels, 20-NN): 44.4 +- 0.8, 63.2 +- 0.3, 57.7 +- 1.3 % with 3 and
+# 8 epochs, 2 seeds; 10 labels per class, all labels, 20-NN): 44.4 +- 0.8, 63.2 +- 0.3, 57.7 +- 1.3 % with 3 and
 # 45.2 +- 1.5, 61.7 +- 1.1, 57.7 +- 1.2 % with 5.
 _MUON_ITERATIONS = 3
 

@@ -35,7 +35,7 @@ class Operation(abc.ABC):
     @property
     @abc.abstractmethod
     def is_on(self) -> bool:
-        """Whether its options let it change any view."""
+        """Returns whether its options let it change any view."""
 
     @abc.abstractmethod
     def host(self, x: Any, u: dict[str, Any]) -> Any:
