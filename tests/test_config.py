@@ -197,6 +197,7 @@ def test_unknown_options_name_the_near_ones(flag, says):
         ("optimizer.learning_rate", math.inf, "0 to 1e"),
         ("finetune.epochs", (30.0,), "one number of epochs for each"),
         ("finetune.label_fractions", (0.0, 0.1, 1.0), "fractions above 0"),
+        ("finetune.label_fractions", (0.1, 0.1, 1.0), "one or more different fractions"),
         ("finetune.from_layer", 3, "the projection head has 2 layers"),
         ("optimizer.name", "adam", "lars, sgd, adamw, muon"),
         ("data.name", "", "TFDS"),

@@ -38,7 +38,7 @@ from simclr_jax.evals.probe import probe_all_labels, probe_few_labels
 from simclr_jax.evals.transfer import LAMBDAS, fit_chosen_lambda
 from simclr_jax.mesh import make_mesh
 from simclr_jax.training.checkpoint import Checkpoints, Saving
-from simclr_jax.training.saved import checkpoint_folder, read_record
+from simclr_jax.training.saved import checkpoint_folder, read_record, saved_steps
 from simclr_jax.training.state import TrainState
 from simclr_jax.training.workdir import about_training, saved_config, write_record
 
@@ -216,6 +216,21 @@ def test_the_lambda_is_chosen_on_validation_and_fitted_to_all(digits):
     right = theirs.predict(x_test) == y_test
     by_class = np.mean([right[y_test == c].mean() for c in range(10)])
     assert found["mean_per_class_accuracy"] == pytest.approx(by_class, abs=0.01)
+
+
+def test_a_reported_fit_that_has_not_converged_is_said(digits, monkeypatch, capsys):
+    """Where all fits on the part have, and that on all training images has not."""
+    lambdas = (1e-2, 1.0, 1e2)
+
+    def fitted(x, y, values, *how):
+        fits, _ = fit_lambdas(x, y, values, *how)
+        return fits, [min(values)] if len(x) == len(digits.train[0]) else []
+
+    monkeypatch.setattr(transfer, "fit_lambdas", fitted)
+    options = {"validation_fraction": 0.2, "seed": 0, "max_iterations": 50, "metric": "accuracy"}
+    found = fit_chosen_lambda(digits, options, lambdas)
+    assert found["unfinished"] == [found["lambda"]]
+    assert "the fit that is reported" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("count", [3, 8])  # devices; neither divides 398
@@ -582,7 +597,8 @@ def test_a_run_is_followed_to_its_last_step(trained_beside):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3, 5, 6]
     assert result["step"] == 6
-    assert lines[-1] == {"step": 6, "probe_accuracy": result["rows"][0]["accuracy"]}
+    last = {name: lines[-1][name] for name in ("step", "probe_accuracy")}
+    assert last == {"step": 6, "probe_accuracy": result["rows"][0]["accuracy"]}
     assert json.loads((workdir / "probe.json").read_text())["rows"] == result["rows"]
     # Once more, with nothing left to do.
     again = evaluate_features("probe", c, str(workdir), follow=True)
@@ -591,6 +607,25 @@ def test_a_run_is_followed_to_its_last_step(trained_beside):
     assert [json.loads(line) for line in file.read_text().splitlines()] == lines
     # Each line is what the evaluation of that checkpoint says.
     assert evaluate_features("probe", c, str(workdir))["rows"] == result["rows"]
+
+
+def test_a_run_is_followed_anew_with_other_settings(trained_beside):
+    c, workdir, moments, evaluated = trained_beside
+    moments += ["begins", 5, 6]
+    evaluate_features("knn", c, str(workdir), follow=True)
+    assert evaluated == [5, 6]
+    evaluated.clear()
+    c.eval.knn_k = 3
+    assert evaluate_features("knn", c, str(workdir), follow=True)["settings"]["k"] == 3
+    assert evaluated == saved_steps(workdir)
+    assert len((workdir / "knn_followed.jsonl").read_text().splitlines()) == len(evaluated)
+    # Another call has replaced the result of the last step: that step alone is evaluated again.
+    c.eval.knn_k = 2
+    evaluate_features("knn", c, str(workdir))
+    evaluated.clear()
+    c.eval.knn_k = 3
+    assert evaluate_features("knn", c, str(workdir), follow=True)["settings"]["k"] == 3
+    assert evaluated == [6]
 
 
 def test_a_checkpoint_that_is_deleted_while_it_is_read_is_passed_over(trained_beside, monkeypatch):

@@ -46,6 +46,10 @@ def test_the_papers_recipe_is_not_unusual():
         ({"views__color_strength": 0.0, "views__grey_probability": 0.0}, "no colour distortion"),
         ({"loss__temperature": 0.01}, "loss.temperature=0.01"),
         (
+            {"loss__temperature": 1.0, "loss__normalize": False},
+            "loss.normalize=False the paper tries 10 to 100 (Table 5)",
+        ),
+        (
             {"train__steps": 50, "optimizer__warmup_epochs": 0.0},
             "50 steps: enough to see that it runs",
         ),

@@ -21,7 +21,8 @@ from simclr_jax.encoders import apply_network, init_encoder
 from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.errors import Stopped, UserError
-from simclr_jax.evals import classifier_training, finetune
+from simclr_jax.evals import classifier_training, finetune, subjects
+from simclr_jax.evals.features import Extractor
 from simclr_jax.files import locked
 from simclr_jax.mesh import make_mesh, to_global
 from simclr_jax.training.loop import job_of
@@ -477,7 +478,9 @@ def begun(run, monkeypatch, one_device):
     return config, workdir, names
 
 
-def test_what_was_trained_is_not_trained_again_unless_something_else_is_asked(begun, tmp_path):
+def test_what_was_trained_is_not_trained_again_unless_something_else_is_asked(
+    begun, tmp_path, monkeypatch
+):
     config, workdir, names = begun
 
     def trains():
@@ -501,6 +504,19 @@ def test_what_was_trained_is_not_trained_again_unless_something_else_is_asked(be
     assert trains() == 0
     config.eval.validation_fraction = 0.5
     assert trains() == 1
+
+    # Another untrained encoder: such as by the statistics of other views.
+    config.eval.baselines = True
+    assert trains() == 1
+    untrained = subjects.untrained
+
+    def moved(*arguments):
+        return jax.tree.map(lambda x: x + 1, untrained(*arguments))
+
+    monkeypatch.setattr(subjects, "untrained", moved)
+    assert trains() == 1
+    assert names[0].startswith("linear/untrained")
+    config.eval.baselines = False
 
     # Another encoder in the workdir.
     shutil.rmtree(workdir / "checkpoints")
@@ -590,8 +606,38 @@ def test_without_a_validation_part_all_is_trained_on_and_nothing_chosen(begun):
         finetune.linear(config, str(workdir))
 
 
+def test_accuracies_are_of_the_test_images_that_can_be_read(begun, monkeypatch):
+    """Also where everything was trained before."""
+    config, workdir, names = begun
+    extract = Extractor.extract
+
+    def without_two(self, variables, batches, count):
+        found, labels = extract(self, variables, batches, count)
+        if count == 21:  # the test images
+            return {name: x[2:] for name, x in found.items()}, labels[2:]
+        return found, labels
+
+    monkeypatch.setattr(Extractor, "extract", without_two)
+    for trained in (1, 1):
+        assert finetune.linear(config, str(workdir))["test_images"] == 19
+        assert len(names) == trained
+
+
+def test_a_share_of_the_labels_is_written_as_it_was_given(begun, capsys):
+    config, workdir, _ = begun
+    config.finetune.label_fractions, config.finetune.epochs = (0.075, 0.751), (1.0, 1.0)
+    config.eval.seeds = 1
+    finetune.finetune(config, str(workdir))
+    said = capsys.readouterr().out
+    assert "7.5%, 3 images" in said
+    assert "classifier  of 75.1% of the labels" in said
+
+
 def test_mistakes(run):
     config, workdir = run
+    set_options(config, {"finetune.label_fractions": (0.8, 1.0)})
+    with pytest.raises(UserError, match=r"names 0\.8, and .* leaves 0\.75 of the images"):
+        finetune.finetune(config, str(workdir))
     config.linear.batch_size = 12
     with pytest.raises(UserError, match=r"linear\.batch_size=12 does not divide over 8 devices"):
         finetune.linear(config, str(workdir))

@@ -407,7 +407,9 @@ def test_an_evaluation_on_the_way_is_that_of_the_checkpoint_of_its_step(watched,
     evaluate_features("knn", watched, str(copy), follow=True)
     followed = [json.loads(line) for line in (copy / "knn_followed.jsonl").open()]
     on_the_way = [line for line in metrics_of(copy) if "knn_accuracy" in line]
-    assert on_the_way == followed
+    assert on_the_way == [
+        {name: x for name, x in line.items() if name != "settings"} for line in followed
+    ]
     values = [line["knn_accuracy"] for line in on_the_way]
     assert values[1:] != values[:-1]
 
@@ -504,6 +506,23 @@ def test_a_verdict_of_an_earlier_evaluation_does_not_stay(copy, monkeypatch):
         main.main([f"--workdir={copy}", "--config.eval.after_training=knn"])
         assert json.loads(file.read_text())["name"] == expected
     assert json.loads(file.read_text()) == of_training
+
+
+def test_a_bad_verdict_of_the_training_outlasts_that_of_the_evaluation(copy, monkeypatch):
+    """docs/health.md: the first verdict of the table that applies. "Collapsed" stands above "no better"."""
+    metrics = copy / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = [line | ({"z_std": 1e-9} if "loss" in line else {}) for line in lines]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    collapsed = {"name": "collapsed", "because": "z_std 1e-9"}
+    write_json(copy / "health.json", collapsed)
+    rows = [
+        {"features": kind, "labels_per_class": None, "accuracy": accuracy}
+        for kind, accuracy in (("encoder", 0.1), ("untrained encoder", 0.5))
+    ]
+    monkeypatch.setattr(pretraining, "evaluate_features", lambda *_: {"rows": rows})
+    main.main([f"--workdir={copy}", "--config.eval.after_training=knn"])
+    assert json.loads((copy / "health.json").read_text()) == collapsed
 
 
 def test_python_takes_a_configuration_file_and_options_by_name(watched, copy, whole, tmp_path):

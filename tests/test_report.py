@@ -1,6 +1,7 @@
 """The pages about runs: what they say, that they show it, and that no file name can break them."""
 
 import base64
+import dataclasses
 import importlib.util
 import json
 import re
@@ -22,8 +23,8 @@ from simclr_jax.main import main
 from simclr_jax.mesh import make_mesh
 from simclr_jax.modes.pretrain import pretrain, pretrain_and_evaluate
 from simclr_jax.modes.report import report, views
-from simclr_jax.report import learned
-from simclr_jax.report.curves import PANELS
+from simclr_jax.report import learned, run_page
+from simclr_jax.report.curves import PANELS, draw_curves
 from simclr_jax.report.run_files import read_run_files
 from simclr_jax.report.thumbnails import data_url, tile
 from simclr_jax.views import host, make_distortion
@@ -236,6 +237,37 @@ def test_a_run_without_data_or_checkpoint_still_has_a_page(tiny, tmp_path):
     assert "<h2>Curves</h2>" in page
 
 
+def test_a_run_whose_features_are_not_finite_still_has_a_page(hostile, monkeypatch):
+    options, workdir = hostile
+    embedded = learned.embed_sample
+
+    def diverged(*arguments):
+        some = embedded(*arguments)
+        return dataclasses.replace(some, features=np.full_like(some.features, np.nan))
+
+    monkeypatch.setattr(learned, "embed_sample", diverged)
+    page = text_of(report(options, str(workdir)).read_text())
+    assert "features hold numbers that are not finite." in page
+    assert "<h2>Curves</h2>" in page
+
+
+def test_a_map_needs_five_images():
+    few = learned.Embedded(np.eye(4), np.eye(4), [], np.arange(4), np.zeros(4, int))
+    assert run_page._map(few, ["a", "b", "c", "d"], None) == {
+        "map_note": "None: there are fewer than five images."
+    }
+
+
+@pytest.mark.parametrize(("name", "unit"), [("nt_xent", "nats"), ("margin_semihard", "")])
+def test_a_loss_has_the_unit_that_it_is_in(tmp_path, name, unit):
+    c = config.default()
+    c.loss.name = name
+    line = json.dumps({"step": 1, "loss": 2.0}) + "\n"
+    folder = write_run(tmp_path / "w", line, about={"config": c.to_dict()})
+    (figure,) = draw_curves([read_run_files(str(folder))], {})
+    assert figure.title.text == (f"Loss, {unit}" if unit else "Loss")
+
+
 @pytest.mark.whole
 def test_a_labelled_run_ends_with_its_page(tiny, tmp_path, capsys):
     config.set_options(tiny, {"train.report": True, "eval.after_training": "knn"})
@@ -378,7 +410,7 @@ def test_a_sample_of_a_stream_and_of_grey_images_is_embedded(tmp_path):
 
 @pytest.mark.whole
 def test_runs_of_many_lines_stay_small_and_are_named_apart(tmp_path):
-    line = {name: 0.5 for panel in PANELS for name in panel.metrics}
+    line = {"loss": 0.5} | {name: 0.5 for panel in PANELS for name in panel.metrics}
     lines = "".join(json.dumps({"step": n, **line}) + "\n" for n in range(1, 2001))
     for i in range(8):
         write_run(tmp_path / f"{i}" / "w", lines.replace("0.5", f"0.{i}"), 2000)

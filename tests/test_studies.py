@@ -530,18 +530,32 @@ def test_runs_of_two_factors_are_their_product_seed_after_seed():
     assert sorted(run.name for part in parts for run in part) == sorted(run.name for run in runs)
 
 
-def test_a_table_says_what_is_missing(tmp_path):
-    levels = {"x": Level({}), "y": Level({})}
+def test_a_table_says_what_is_missing_and_what_has_failed(tmp_path):
+    levels = {"x": Level({}), "y": Level({}), "z|": Level({})}
     study = Study("t", (Factor("a", levels),), published=Published("p", {("x",): 50.0}), seeds=2)
     for seed, accuracy in ((0, 0.5), (1, 0.6)):
         folder = tmp_path / f"x_seed-{seed}"
         folder.mkdir()
         outcome = {"about": "", "readings": {"h": {"accuracy": accuracy, "validation": 0.1}}}
         (folder / OUTCOME).write_text(json.dumps(outcome))
-    header, lines = table_of(study, outcomes_of(study, epath.Path(tmp_path)))
+    name = next(run.name for run in runs_of(study) if run.key == ("z|",))
+    (tmp_path / name).mkdir()
+    (tmp_path / name / OUTCOME).write_text(json.dumps({"about": "", "failed": "step 1: loss nan"}))
+    outcomes = outcomes_of(study, epath.Path(tmp_path))
+    header, lines = table_of(study, outcomes)
     assert header == ["a", "accuracy, %", "seeds", "paper, %"]
     spread = 100 * np.std([0.5, 0.6], ddof=1)
-    assert lines == [["x", f"55.0 ± {spread:.1f}", "2", "50.0"], ["y", "missing", "0", ""]]
+    assert lines == [
+        ["x", f"55.0 ± {spread:.1f}", "2", "50.0"],
+        ["y", "missing", "0", ""],
+        ["z|", "failed", "0", ""],
+    ]
+    text = mode._markdown("t", header, lines, [], outcomes.failed)
+    assert "| z\\| | failed | 0 |  |" in text
+    assert f"- **Failed**: {name}: step 1: loss nan" in text
+    # The metric of transfer depends on the data set.
+    other = study._replace(evaluation="transfer")
+    assert table_of(other, outcomes)[0][1] == "metric of B.8.1, %"
 
 
 @pytest.mark.parametrize(
@@ -682,6 +696,8 @@ def test_what_a_probe_is_told_it_finds():
         return transformations.probe(x[0], y[0], x[1], y[1], seed=0)
 
     assert score(telling) > 0.95
+    with pytest.raises(UserError, match="no probe can be fitted to the features of 4 images"):
+        transformations.probe(telling[:4], answers[:4], telling, answers, seed=0)
     assert score(silent) < 0.65
 
 

@@ -96,10 +96,11 @@ def validate(config: ConfigDict, leaving_out: Sequence[str] = ()) -> None:
     if config.train.steps == 0 and config.train.epochs == 0:
         raise UserError("train.epochs=0 and train.steps=0: set one of them")
     fractions, epochs = config.finetune.label_fractions, config.finetune.epochs
-    if len(fractions) != len(epochs) or not all(fractions):
+    different = len(set(fractions)) == len(fractions) > 0
+    if len(fractions) != len(epochs) or not all(fractions) or not different:
         raise UserError(
-            f"finetune.label_fractions={fractions} and finetune.epochs={epochs}: expected fractions "
-            "above 0, and one number of epochs for each"
+            f"finetune.label_fractions={fractions} and finetune.epochs={epochs}: expected one or more different "
+            "fractions above 0, and one number of epochs for each"
         )
     layers = {"none": 0, "linear": 1, "nonlinear": config.model.head_layers}[config.model.head]
     if config.finetune.from_layer > layers:

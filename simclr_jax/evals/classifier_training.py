@@ -88,13 +88,17 @@ class Setup:
         if config.eval.baselines:
             self.starts = {UNTRAINED: self._untrained()} | self.starts
         self.path = results.path_of(config, self.record, data, workdir, name)
-        self._digest = digest_of({"encoder": trained.encoder, "head": trained.head})
+        self._digests = {
+            kind: digest_of({"encoder": encoder, "head": head})
+            for kind, (encoder, head) in self.starts.items()
+        }
         judges = [images for images in (self.validation, self.test) if images]
         self._judged_on = [images.split.fingerprint() for images in judges]
         self._views = assemble.classifier_views(config, self.mesh, options.batch_size)
         self._predict = subjects.extractor(config, self.mesh, self._model(1).predict)
         # The newest alone: trainings of one length follow each other.
         self._compiled: tuple[Any, Job, Callable] | None = None
+        self._tested: int | None = None  # test images that could be read; None: none was tried yet
 
     def per_class(self, fraction: float) -> int:
         """Returns the mean number of labels of a class if this fraction of all labels is used, at least one."""
@@ -106,11 +110,18 @@ class Setup:
         """Returns where the trainings lie, each in a folder of its own."""
         return self.path.with_name(self.path.stem)
 
-    def check_memory(self) -> None:
-        """Raises a UserError, before hours of training, if a fraction will not fit into memory."""
+    def check_fractions(self) -> None:
+        """Raises a UserError, before hours of training, if a fraction of the labels is more than the validation part
+        leaves, or will not fit into memory.
+        """
         assert self.whole.classes
         for search in self.protocol.searches(ENCODER):
             if search.fraction < 1:
+                if search.fraction * self.whole.count > self.part.split.count + 0.5:
+                    raise UserError(
+                        f"{self.protocol.mode}.label_fractions names {search.fraction:g}, and the validation part "
+                        f"leaves {1 / self._share(1):.3g} of the images: expected no more, or 1 for all of these"
+                    )
                 count = self.per_class(search.fraction) * len(self.whole.classes)
                 self.part.split.check_subset(count)
 
@@ -224,6 +235,7 @@ class Setup:
                 raise
             return folder.finish(_said({"failed": str(error)}))
         outcome = selection.outcome(state) | {"steps": steps, "images": images.split.count}
+        outcome["test_images"] = self._tested or self.test.split.count
         if training.kind == ENCODER and training.draw == 0:
             kept = folder.keep_classifier(steps, state, self._record(state))
             # Relative to the folder of the result, because a workdir may be moved.
@@ -232,7 +244,10 @@ class Setup:
 
     def _about(self, training: Training, images: Images) -> dict:
         """Returns everything that decides what a training learns; see `what_decides`."""
-        digests: dict = {"start": self._digest, "images": images.split.fingerprint()}
+        digests: dict = {
+            "start": self._digests[training.kind],
+            "images": images.split.fingerprint(),
+        }
         digests |= {"judged_on": self._judged_on}
         crops = repr(self._views.settings.distortion)
         return what_decides(self.config, self.protocol, training, digests, crops, self.metric)
@@ -247,7 +262,7 @@ class Setup:
             "classes": self.whole.classes,
             "training_images": self.whole.count,
             "data_fingerprint": self.whole.fingerprint(),
-            "encoder": self._digest,
+            "encoder": self._digests[ENCODER],
         }
 
     def _job(self, training: Training, steps: int, steps_per_epoch: int) -> Job:
@@ -299,6 +314,8 @@ class Setup:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         batches = self._views.evaluation_batches(images, self._predict.batch_size)
         found, labels = self._predict.extract(variables, batches, images.split.count)
+        if images is self.test:
+            self._tested = len(labels)
         targets = labels if self.members is None else self.members[labels]
         return METRICS[self.metric](found["logits"], targets)
 

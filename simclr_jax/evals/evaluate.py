@@ -3,6 +3,7 @@
 The accuracy of the checkpoint alone, without those of the other two, says nothing: the data may be easy.
 """
 
+import hashlib
 import json
 import time
 from typing import NamedTuple
@@ -232,8 +233,9 @@ def _are_finite(features: np.ndarray) -> bool:
 def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Mesh) -> dict:
     """Evaluates the checkpoints of a run as they appear, until that of its last step.
 
-    Each adds a line to WORKDIR/NAME_followed.jsonl: {"step", metric}. After a restart, it goes on with
-    the first checkpoint after the last line.
+    Each adds a line to WORKDIR/NAME_followed.jsonl: {"step", metric, "settings": digest of the group "eval" and the
+    seed}. After a restart, it goes on with the first checkpoint after the last line. With other settings than those
+    of the last line, it begins a new file with the checkpoints that are there.
 
     Returns:
       the result of the last step.
@@ -244,7 +246,12 @@ def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Me
         time.sleep(_LOOK_EVERY_SECONDS)
     path = results.path_of(config, record, data, workdir, _file_of(name, config))
     file = path.with_name(f"{path.stem}_followed.jsonl")
+    settings = _digest_of_settings(config.to_dict())
     lines = _lines_of(file) if path.exists() else []
+    if lines and lines[-1].get("settings", settings) != settings:
+        lines = []
+    if lines and _digest_of_settings(json.loads(path.read_text())["config"]) != settings:
+        lines.pop()  # another call with other settings has replaced the last result
     done, result = lines[-1]["step"] if lines else -1, None
     while (step := processes.as_first_process_says(_next_step(workdir, done))) != _NO_MORE:
         if step == _NONE_YET:
@@ -255,11 +262,17 @@ def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Me
         if trained is None:
             continue
         result = _evaluate(name, _Subject(config, data, trained, path, mesh))
-        lines.append({"step": step, metric: score_of(result)})
+        lines.append({"step": step, metric: score_of(result), "settings": settings})
         if jax.process_index() == 0:
             write_text(file, "".join(f"{json.dumps(line)}\n" for line in lines))
     say(f"followed to the last step, {done}: {file}")
     return json.loads(path.read_text()) if result is None else result
+
+
+def _digest_of_settings(config: dict) -> str:
+    """Returns 8 letters that differ where the options of evaluations or the seed do."""
+    text = json.dumps([config["eval"], config["seed"]], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 def _next_step(workdir: str, done: int) -> int:

@@ -130,7 +130,7 @@ def _run(config: ConfigDict, workdir: str, protocol: Protocol) -> dict:
       UserError: another program does so in this workdir, the data do not fit, or a training cannot go on.
     """
     setup = Setup(config, workdir, protocol)
-    setup.check_memory()
+    setup.check_fractions()
     with processes.alone(setup.folder, "wait for it, or stop it"):
         return _rows(config, setup, protocol)
 
@@ -154,13 +154,16 @@ def _rows(config: ConfigDict, setup: Setup, protocol: Protocol) -> dict:
             runs = [setup.best_of(kind, search, draw) for draw in range(draws)]
             per_class = None if fraction == 1 else setup.per_class(fraction)
             rows.append(_row(kind, per_class, fraction, runs))
+            result["test_images"] = runs[-1].get("test_images", result["test_images"])
             results.save(path, config, result)
     title = protocol.title + (f" {METRIC_NAMES[setup.metric]}" if protocol.refit else "")
     results.show(path, result, title, (_chosen if protocol.refit else _at_steps)(rows))
     for row in rows:
         where = row["runs"][0].get("classifier")
         if where:  # only for the encoder, and not in results of older versions
-            say(f"classifier  of {row['label_fraction']:.0%} of the labels: {path.parent / where}")
+            say(
+                f"classifier  of {100 * row['label_fraction']:g}% of the labels: {path.parent / where}"
+            )
     return result
 
 
@@ -175,7 +178,7 @@ def _row(kind: str, per_class: int | None, fraction: float, runs: list[dict]) ->
 def _at_steps(rows: list[dict]) -> Table:
     lines = []
     for row in rows:
-        labels = f"{row['label_fraction']:.0%}, {row['runs'][0]['images']} images"
+        labels = f"{100 * row['label_fraction']:g}%, {row['runs'][0]['images']} images"
         held_out = "selected_accuracy" in row
         selected = results.cell(row, "selected_") if held_out else "none held out"
         lines.append([row["features"], labels, results.cell(row), selected])

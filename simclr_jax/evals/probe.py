@@ -32,7 +32,7 @@ def rows(features: Features, options: Options, kind: str) -> list[dict]:
     for per_class in sorted(few):
         fewer = int(np.sum(there < per_class))
         hint = f" ({fewer} classes have fewer: all of theirs)" if fewer else ""
-        say(f"probing {kind}, {per_class} label{'s' if per_class > 1 else ''} a class{hint}")
+        say(f"probing {kind}, {per_class} label{'s' if per_class > 1 else ''} per class{hint}")
         found.append(results.row(kind, per_class, probe_few_labels(scaled, options, per_class)))
     say(f"probing {kind}, all labels")
     best, l2, validation = probe_all_labels(scaled, options)

@@ -51,7 +51,7 @@ def labels_table(rows: list[dict]) -> Table:
     names = list(columns.values())
     # Two shares of the labels of few images may be as many a class.
     header = ["labels per class"] + [
-        columns[c] + (f" ({c[1]:.0%})" if names.count(columns[c]) > 1 else "") for c in order
+        columns[c] + (f" ({100 * c[1]:g}%)" if names.count(columns[c]) > 1 else "") for c in order
     ]
     return header, [[kind, *(by.get(c, "") for c in order)] for kind, by in cells.items()]
 

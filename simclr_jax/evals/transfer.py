@@ -42,8 +42,8 @@ def fit_chosen_lambda(features: Features, options: Options, lambdas: tuple[float
 
     Returns:
       {"accuracy": the metric on the test images, "lambda", "validation_accuracies": the metric for each lambda,
-      ascending, "unfinished": the lambdas whose fit ended at "max_iterations"}, and "mean_per_class_accuracy"
-      where images have one label.
+      ascending, "unfinished": the lambdas of which a fit ended at "max_iterations", be it on the validation part's
+      complement or on all training images}, and "mean_per_class_accuracy" where images have one label.
     """
     x, y = features.train
     part, held = split_validation(y, options["validation_fraction"], options["seed"])
@@ -62,7 +62,13 @@ def fit_chosen_lambda(features: Features, options: Options, lambdas: tuple[float
     best = max(range(len(lambdas)), key=lambda i: (scores[i], lambdas[i]))
     # Start with the strongest, as above: each fit begins where the one before ended. Only the last one, of the chosen
     # lambda, goes on to the full tolerance.
-    (weights, *_), _ = fit_lambdas(x, targets, lambdas[best:], *how)
+    (weights, *_), of_all = fit_lambdas(x, targets, lambdas[best:], *how)
+    if lambdas[best] in of_all:
+        say(
+            f"the fit that is reported, of lambda {lambdas[best]:.2g}, ended at eval.max_iterations="
+            f"{options['max_iterations']} before it had converged"
+        )
+        unfinished = sorted({*unfinished, lambdas[best]})
     x_test, y_test = features.test
     logits = _logits(weights, x_test)
     found = {

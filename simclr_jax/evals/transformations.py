@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble
 from simclr_jax.console import Progress, say
 from simclr_jax.data.split import BROKEN, Split
+from simclr_jax.errors import UserError, one_line
 from simclr_jax.evals import subjects
 from simclr_jax.mesh import make_mesh
 from simclr_jax.views.color import Grey
@@ -137,11 +138,19 @@ def probe(
 
     Returns:
       the accuracy on the test images.
+
+    Raises:
+      UserError: the features are not finite, or too few to hold out a tenth of them.
     """
     from sklearn.neural_network import MLPClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     network = MLPClassifier(_HIDDEN, early_stopping=True, max_iter=100, random_state=seed)
-    fitted = make_pipeline(StandardScaler(), network).fit(train, answers)
+    try:
+        fitted = make_pipeline(StandardScaler(), network).fit(train, answers)
+    except ValueError as error:
+        raise UserError(
+            f"no probe can be fitted to the features of {len(answers)} images: {one_line(error)}"
+        ) from error
     return float(fitted.score(test, expected))

@@ -53,9 +53,11 @@ def oddities(config: ConfigDict, plan: Plan, images: int) -> list[str]:
         found.append(
             "no colour distortion: crops alone let colours give an image away (section 3.1)"
         )
-    if not config.loss.name.startswith("margin") and not 0.05 <= config.loss.temperature <= 1:
+    least, most = (0.05, 1) if config.loss.normalize else (10, 100)
+    if not config.loss.name.startswith("margin") and not least <= config.loss.temperature <= most:
         found.append(
-            f"loss.temperature={config.loss.temperature:g}: the paper tries 0.05 to 1 (Table 5)"
+            f"loss.temperature={config.loss.temperature:g}: with loss.normalize={config.loss.normalize} the paper tries "
+            f"{least:g} to {most:g} (Table 5)"
         )
     if plan.steps < 100:
         found.append(f"{plan.steps} steps: enough to see that it runs, not to learn")

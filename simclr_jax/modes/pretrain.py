@@ -84,10 +84,8 @@ def _evaluate(config: ConfigDict, workdir: str) -> None:
         rows = evaluate_features(evaluation, config, workdir)["rows"]
         last = _last_metrics(workdir)
         verdict = judge_accuracy(rows, last, ENCODER, UNTRAINED)
-        if verdict is not None and not verdict.is_sound:
-            _say_verdict(workdir, verdict)
-        elif verdict is not None:
-            _forget_evaluation(config, workdir, last)
+        if verdict is not None:
+            _judge_at_end(config, workdir, verdict, last)
     else:
         say(
             "next        --mode=embed --input=FOLDER --output=features.parquet writes the features of"
@@ -97,14 +95,30 @@ def _evaluate(config: ConfigDict, workdir: str) -> None:
         )
 
 
-def _forget_evaluation(config: ConfigDict, workdir: str, last: dict[str, float]) -> None:
-    """Restores the verdict of the training, from its last metrics, if WORKDIR/health.json still holds the bad verdict
-    of an earlier evaluation. To be called when the latest evaluation finds the encoder sound.
+def _judge_at_end(
+    config: ConfigDict, workdir: str, evaluated: Verdict, last: dict[str, float]
+) -> None:
+    """Says the verdict of the final evaluation if it is bad, and that of the training, which says more, is not. If the
+    evaluation is sound, restores the verdict of the training where WORKDIR/health.json still holds the bad one of
+    an earlier evaluation.
+
+    Args:
+      config: the run's configuration.
+      workdir: its folder.
+      evaluated: the verdict of the evaluation.
+      last: the last metrics of the training; {}: there are none.
     """
-    file = epath.Path(workdir) / "health.json"
-    if file.exists() and json.loads(file.read_text())["name"] in OF_EVALUATIONS and last:
+    trained = None
+    if last:
         plan = assemble.plan_of(config, assemble.data_set(config).train.count)
-        _say_verdict(workdir, judge(int(last["step"]), last, assemble.references(config, plan)))
+        trained = judge(int(last["step"]), last, assemble.references(config, plan))
+    if not evaluated.is_sound and (trained is None or trained.is_sound):
+        _say_verdict(workdir, evaluated)
+    file = epath.Path(workdir) / "health.json"
+    if not evaluated.is_sound or trained is None or not file.exists():
+        return
+    if json.loads(file.read_text())["name"] in OF_EVALUATIONS:
+        _say_verdict(workdir, trained)
 
 
 def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> None:

@@ -258,11 +258,11 @@ def _show(config: ConfigDict, study: Study, folder: epath.Path) -> dict:
     verdicts = [claim(outcomes.scores) for claim in study.claims]
     header, lines = table_of(study, outcomes)
     data = name_of(config.data.to_dict())
-    title = f"{study.title}; {data}; {study.evaluation}, test accuracy"
+    title = f"{study.title}; {data}; {study.evaluation}, test {study.measure}"
     result = _record(study, outcomes, verdicts)
     if jax.process_index() == 0:
         write_json(folder / "study.json", result)
-        write_text(folder / "table.md", _markdown(title, header, lines, verdicts))
+        write_text(folder / "table.md", _markdown(title, header, lines, verdicts, outcomes.failed))
         files = draw(study, outcomes, data, folder)
         show_table(title, header, lines)
         for verdict in verdicts:
@@ -293,11 +293,19 @@ def _record(study: Study, outcomes: Outcomes, verdicts: list[Verdict]) -> dict:
     }
 
 
-def _markdown(title: str, header: list[str], lines: list[list[str]], verdicts) -> str:
+def _markdown(
+    title: str,
+    header: list[str],
+    lines: list[list[str]],
+    verdicts: list[Verdict],
+    failed: dict[str, str],
+) -> str:
     rows = [header, ["---"] * len(header), *lines]
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     claims = "\n".join(
         f"- **{ {True: 'Holds', False: 'Does not hold', None: 'Open'}[v.held] }**: {v.claim} ({v.because})"
         for v in verdicts
     )
+    claims += "".join(f"\n- **Failed**: {name}: {why}" for name, why in failed.items())
     return f"{title}\n\n{text}\n\n{claims}\n"

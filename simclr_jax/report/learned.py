@@ -117,13 +117,12 @@ def most_alike(near: Near, count: int) -> list[tuple[int, int, float]]:
 
 
 def map_of(h: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Lays images out in a plane [n, 2] so that similar ones lie together, by scikit-learn's t-SNE (van der Maaten
-    and Hinton 2008). It starts from the two largest principal components, so that the map is the same each time.
+    """Lays five or more images out in a plane [n, 2] so that similar ones lie together, by scikit-learn's t-SNE (van
+    der Maaten and Hinton 2008). It starts from the two largest principal components, so that the map is the same each
+    time.
     """
     from sklearn.manifold import TSNE
 
-    if len(h) < 5:
-        return np.zeros((len(h), 2), np.float32)
     perplexity = min(30.0, (len(h) - 1) / 3)
     return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(h)
 

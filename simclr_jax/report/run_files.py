@@ -55,6 +55,12 @@ class RunFiles:
         return self.about.get("mode", "pretrain") == "pretrain"
 
     @property
+    def loss_unit(self) -> str:
+        """Returns "nats", or "" for the margin losses, whose values are differences of cosines."""
+        is_margin = self.options["loss.name"].startswith("margin")
+        return "" if self.is_contrastive and is_margin else "nats"
+
+    @property
     def options(self) -> dict[str, Any]:
         """Returns {option: value} of the configuration."""
         return flatten(from_dict(self.about["config"]))

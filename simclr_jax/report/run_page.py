@@ -113,13 +113,15 @@ def _pictures(config: ConfigDict, run: RunFiles, data: Any) -> dict[str, Any]:
     """Embeds a sample of the training images by the newest checkpoint, and makes the pictures of the page from it.
 
     Raises:
-      UserError: there is no checkpoint.
+      UserError: there is no checkpoint, or its encoder has diverged.
     """
     encoder = load_encoder(str(run.workdir))
     split = data.train
     some = learned.embed_sample(encoder, split, _EMBEDDED, config.data.upright)
     if len(some.h) < 2:
         return {}
+    if not np.isfinite(some.features).all():
+        raise UserError("the encoder's features hold numbers that are not finite")
     near = learned.nearest_of_each(some)
     sample = _sample(len(some.h), split)
     names = [name_of_image(config, split, int(i)) for i in some.indices]
@@ -152,7 +154,9 @@ def _pictures(config: ConfigDict, run: RunFiles, data: Any) -> dict[str, Any]:
 
 
 def _map(some: learned.Embedded, names: list[str], classes: tuple | None) -> dict[str, Any]:
-    """Makes the map of up to 800 of the images; none where all lie in nearly one point."""
+    """Makes the map of up to 800 of the images; none of fewer than five, or where all lie in nearly one point."""
+    if len(some.h) < 5:
+        return {"map_note": "None: there are fewer than five images."}
     if float(np.std(some.h, axis=0).mean()) < _ONE_POINT * some.h.shape[1] ** -0.5:
         return {"map_note": "None: the encoder takes all images for nearly one point."}
     chosen = evenly(len(names), _ON_THE_MAP)

@@ -115,3 +115,8 @@ class Study(NamedTuple):
     seeds: int = 3
     extremes: int | None = None
     matrix: bool = False
+
+    @property
+    def measure(self) -> str:
+        """Names what the evaluation reports: for transfer the metric that the paper has for each data set (B.8.1)."""
+        return "metric of B.8.1" if self.evaluation.startswith("transfer") else "accuracy"

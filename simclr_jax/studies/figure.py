@@ -63,7 +63,7 @@ def draw(study: Study, outcomes: Outcomes, data: str, folder: epath.Path) -> lis
         else:
             _panels(figure, axes, study, outcomes.scores)
         today = datetime.date.today().isoformat()
-        figure.suptitle(f"{study.title}, {today}{_missing(outcomes)}", fontsize=10)
+        figure.suptitle(f"{study.title}, {today}{_incomplete(outcomes)}", fontsize=10)
         files = [folder / f"figure.{kind}" for kind in ("png", "svg")]
         for file, kind in zip(files, ("png", "svg"), strict=True):
             with writing(file), replacing(file) as scratch, scratch.open("wb") as opened:
@@ -71,12 +71,15 @@ def draw(study: Study, outcomes: Outcomes, data: str, folder: epath.Path) -> lis
     return files
 
 
-def _missing(outcomes: Outcomes) -> str:
-    """Says how many runs are missing, to end a title; "" if none are."""
-    if not outcomes.missing:
-        return ""
-    further = all(run.seed > 0 for run in outcomes.missing)
-    return f" ({len(outcomes.missing)} runs{' of further seeds' if further else ''} missing)"
+def _incomplete(outcomes: Outcomes) -> str:
+    """Says how many runs are missing and have failed, to end a title; "" if none are."""
+    said = []
+    if outcomes.missing:
+        further = all(run.seed > 0 for run in outcomes.missing)
+        said.append(f"{len(outcomes.missing)} runs{' of further seeds' if further else ''} missing")
+    if outcomes.failed:
+        said.append(f"{len(outcomes.failed)} failed")
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _seeds(scores: Scores) -> str:
@@ -87,9 +90,9 @@ def _seeds(scores: Scores) -> str:
 
 def _panels(figure: Any, axes: Any, study: Study, scores: Scores) -> None:
     """Draws ours and, beside it, the paper's numbers as points, with one legend for both."""
-    _panel(axes[0], study, scores, f"{study.evaluation}, test accuracy, %")
+    _panel(axes[0], study, scores, f"{study.evaluation}, test {study.measure}, %")
     if study.published:
-        _panel(axes[1], study, _scores_of(study.published), "accuracy, %")
+        _panel(axes[1], study, _scores_of(study.published), f"{study.measure}, %")
         if not study.factors[0].numbers:
             axes[1].set_yticklabels([])  # those of the panel beside it
             axes[1].set(ylabel=None)

@@ -113,15 +113,18 @@ def _best(of_key: dict[int, dict[int, dict]], reading: str) -> int:
 
 
 def table_of(study: Study, outcomes: Outcomes) -> tuple[list[str], list[list[str]]]:
-    """Makes a table: a line for each key, with mean and deviation over seeds, and the paper's number."""
+    """Makes a table: a line for each key, with mean and deviation over seeds, and the paper's number. A key without a
+    score is "failed" if one of its trainings could not go on, else "missing".
+    """
     header = [factor.name for factor in study.factors]
     header += ["of"] if len(study.readings) > 1 else []
-    header += ["accuracy, %", "seeds"]
+    header += [f"{study.measure}, %", "seeds"]
     header += ["paper, %"] if study.published else []
     lines = []
+    failed = {run.key for run in runs_of(study) if run.name in outcomes.failed}
     for key in keys_of(study):
         there = outcomes.scores.get(key, {})
-        cell = "missing"
+        cell = "failed" if key[: len(study.factors)] in failed else "missing"
         if there:
             cell = f"{100 * mean(outcomes.scores, key):.1f}"
             cell += f" ± {100 * deviation(outcomes.scores, key):.1f}" if len(there) > 1 else ""
