@@ -25,7 +25,12 @@ from simclr_jax.mesh import check_divides, make_mesh, replicated
 from simclr_jax.training.loop import Job, job_of
 from simclr_jax.training.memory import MemoryRule, batches_of
 from simclr_jax.training.objectives import contrastive, projection_of_second_views
-from simclr_jax.training.optimizer import lars_trust_ratios, make_optimizer, warmup_cosine
+from simclr_jax.training.optimizer import (
+    lars_trust_ratios,
+    make_optimizer,
+    of_parts,
+    warmup_cosine,
+)
 from simclr_jax.training.plan import Plan, make_plan
 from simclr_jax.training.state import Networks, init_state
 from simclr_jax.training.step import UpdateRule, make_step
@@ -288,6 +293,11 @@ def memory_rule(config: ConfigDict, mesh: Mesh, made: Views) -> MemoryRule:
     """Makes the rule by which each step adds projections of its batch to the memory of negatives."""
     # The memory's network sees one view an image: its BatchNorm groups have half the rows of the trained network's.
     rows = images_of_a_norm(config, mesh)
+    if rows < 2:
+        raise UserError(
+            "loss.memory projects one view an image, and BatchNorm over one image makes that 0: expected model.norm_group "
+            "of 2 images or more"
+        )
     single = Networks(encoder(config, norm_group=rows), head(config, norm_group=rows), None)
     return MemoryRule(projection_of_second_views(single, made.views), config.loss.memory_decay)
 
@@ -309,20 +319,32 @@ def references(config: ConfigDict, plan: Plan) -> References:
 
 def trust_ratios_of(config: ConfigDict) -> Callable | None:
     """Returns the function (params, gradients) -> metrics of LARS's trust ratios; None for other optimizers."""
-    options = config.optimizer
+    options, trained = config.optimizer, _trained(config)
     if options.name != "lars":
         return None
-    return functools.partial(
-        lars_trust_ratios,
-        weight_decay=options.weight_decay,
-        trust_coefficient=options.trust_coefficient,
-    )
+
+    def ratios(params, gradients):
+        own = (
+            {name: tree[name] for name in tree if name in trained} for tree in (params, gradients)
+        )
+        decay, coefficient = options.weight_decay, options.trust_coefficient
+        return lars_trust_ratios(*own, weight_decay=decay, trust_coefficient=coefficient)
+
+    return ratios
+
+
+def _trained(config: ConfigDict) -> frozenset[str]:
+    """Returns the parts of the parameters that are trained. Without a gradient LARS would shrink the head's kernels by
+    its trust ratio of coefficient / decay, 1,000 by default.
+    """
+    head = {"head"} if config.train.objective == "contrastive" else set()
+    return frozenset({"encoder", "classifier"} | head)
 
 
 def pretraining_optimizer(
     config: ConfigDict, plan: Plan
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Makes the optimizer and the schedule it follows."""
+    """Makes the optimizer, of the head too unless labels alone train the encoder, and the schedule it follows."""
     schedule = warmup_cosine(plan.learning_rate, plan.warmup_steps, plan.steps)
     options = config.optimizer
     transformation = make_optimizer(
@@ -332,4 +354,6 @@ def pretraining_optimizer(
         momentum=options.momentum,
         trust_coefficient=options.trust_coefficient,
     )
+    if config.train.objective == "supervised":
+        transformation = of_parts(transformation, _trained(config))
     return transformation, schedule

@@ -193,6 +193,7 @@ def test_unknown_options_name_the_near_ones(flag, says):
         ("eval.labels_per_class", (0.5,), "each a whole number from 1"),
         ("model.norm_momentum", 1.0, "0 to below 1"),
         ("optimizer.momentum", 1.0, "0 to below 1"),
+        ("finetune.momentum", 1.0, "0 to below 1"),
         ("optimizer.trust_coefficient", math.nan, "0 to 1e"),
         ("optimizer.learning_rate", math.inf, "0 to 1e"),
         ("finetune.epochs", (30.0,), "one number of epochs for each"),

@@ -200,11 +200,12 @@ def test_options_of_training_are_followed_or_said_to_have_no_effect(
     monkeypatch.setitem(SINKS, "wandb", Kept)
     monkeypatch.setattr("simclr_jax.modes.report.report", lambda *args: pages.append(args[1]))
     options = {"distill.teacher": teacher, "train.steps": 1, "train.log_every_steps": 1}
-    unused = {"model.init_from": "W", "eval.every_steps": 5}
+    unused = {"model.init_from": "W", "model.norm_group": 4, "eval.every_steps": 5}
     set_options(tiny, options | unused | {"train.report": True, "train.sinks": ("wandb",)})
     workdir = str(tmp_path / "w")
     run(tiny, workdir)
-    assert "no effect   of model.init_from=W, eval.every_steps=5: " in capsys.readouterr().out
+    said = "no effect   of model.init_from=W, model.norm_group=4, eval.every_steps=5: "
+    assert said in capsys.readouterr().out
     assert pages == [workdir]
     assert sent == [teacher, 1, True]
 

@@ -35,6 +35,12 @@ def program(text: str) -> dict:
     return defined
 
 
+def test_every_module_is_in_a_package_that_is_installed():
+    """An editable install imports a folder without __init__.py too; a wheel does not have it."""
+    files = (pathlib.Path(__file__).parent.parent / "simclr_jax").rglob("*.py")
+    assert [f.parent for f in files if not f.with_name("__init__.py").exists()] == []
+
+
 def test_the_loss_is_that_of_a_loop_and_trains(tiny, tmp_path, monkeypatch):
     text = text_with("uniformity")
     build = program(text)["build"]

@@ -49,6 +49,7 @@ def test_the_papers_recipe_is_not_unusual():
             {"loss__temperature": 1.0, "loss__normalize": False},
             "loss.normalize=False the paper tries 10 to 100 (Table 5)",
         ),
+        ({"loss__memory": 313 * 4096}, "more than 1281167 images: earlier views of an image"),
         (
             {"train__steps": 50, "optimizer__warmup_epochs": 0.0},
             "50 steps: enough to see that it runs",

@@ -31,7 +31,7 @@ from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.training import saved
 from simclr_jax.training import workdir as workdirs
 from simclr_jax.training.checkpoint import Checkpoints, Saving
-from simclr_jax.training.saved import saved_steps
+from simclr_jax.training.saved import read_record, saved_steps
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +174,19 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_older_one_taken(whole, tmp_pa
     assert "resumed from step 4" in said
     assert_same_training(tmp_path / "w", whole)
     assert (tmp_path / "w/broken_checkpoints/8").is_dir()
+
+
+def test_a_record_with_one_other_digit_is_set_aside(whole, tmp_path, capsys):
+    """As by a flipped bit: with another step the batches and the learning rate would no longer fit the state."""
+    shutil.copytree(whole, tmp_path / "w")
+    record = tmp_path / "w/checkpoints/8/config/metadata"
+    assert record.read_text().count('"step": 8,') >= 1
+    record.write_text(record.read_text().replace('"step": 8,', '"step": 9,', 1))
+    with pytest.raises(UserError, match="the record differs from the one that was saved"):
+        read_record(record.parent.parent)
+    train(tmp_path / "w", hooks=[Average()])
+    assert "resumed from step 4" in capsys.readouterr().out
+    assert_same_training(tmp_path / "w", whole)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of reads given up

@@ -21,7 +21,7 @@ from simclr_jax.mesh import make_mesh, to_global
 from simclr_jax.training import loop
 from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.gradients import Embedding
-from simclr_jax.training.log import Log, Reporting
+from simclr_jax.training.log import Log, Reporting, mean_of
 from simclr_jax.training.loop import Run, fit
 from simclr_jax.training.optimizer import make_optimizer
 from simclr_jax.training.saved import find, read_record, saved_steps
@@ -352,6 +352,24 @@ def test_nothing_is_saved_after_a_loss_that_is_not_finite(tmp_path):
     with pytest.raises(UserError, match="step 3: loss"):
         train(tmp_path / "w", before=poisoned_at(3), every=1)
     assert saved_steps(tmp_path / "w") == [1, 2]
+
+
+def test_means_of_a_classifier_are_over_the_images_that_have_a_label():
+    """A step without labels says 0 of both; one with twice the labels counts twice. An older step has no share."""
+    steps = [(1.0, 0.5, 0.25), (0.0, 0.0, 0.0), (4.0, 1.0, 0.5)]
+    window = [
+        {"loss": 2.0, "classifier_loss": loss, "classifier_accuracy": accuracy}
+        | {"labelled_share": share, "learning_rate": 0.1}
+        for loss, accuracy, share in steps
+    ]
+    means = mean_of(window)
+    assert means["classifier_loss"] == pytest.approx((0.25 * 1 + 0.5 * 4) / 0.75)
+    assert means["classifier_accuracy"] == pytest.approx((0.25 * 0.5 + 0.5 * 1) / 0.75)
+    assert means["labelled_share"] == pytest.approx(0.25)
+    assert means["loss"] == 2.0
+    assert mean_of(window[1:2]).keys() == {"loss", "labelled_share", "learning_rate"}
+    of_before = [{name: x for name, x in window[0].items() if name != "labelled_share"}]
+    assert mean_of(of_before) == of_before[0]
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "muon"])

@@ -299,6 +299,13 @@ def test_a_memory_that_cannot_be_is_refused(tiny, name, size, message):
         assemble.pretraining(tiny)
 
 
+def test_a_memory_of_groups_of_one_image_is_refused(tiny):
+    """BatchNorm over one row makes each projection 0."""
+    tiny.loss.memory, tiny.model.norm_group = 32, 1
+    with pytest.raises(UserError, match=r"model\.norm_group of 2 images or more"):
+        assemble.pretraining(tiny)
+
+
 def test_a_run_says_how_many_negatives_it_remembers(tiny):
     tiny.loss.memory = 4096
     assert assemble.pretraining(tiny).loss.text.endswith("4,096 negatives of earlier batches")

@@ -26,7 +26,7 @@ from simclr_jax.files import locked, write_json
 from simclr_jax.modes import pretrain as pretraining
 from simclr_jax.modes.pretrain import describe_run, pretrain
 from simclr_jax.training.checkpoint import Checkpoints, Saving
-from simclr_jax.training.saved import find, saved_steps
+from simclr_jax.training.saved import checksum_of_record, find, saved_steps
 from simclr_jax.training.state import TrainState
 from simclr_jax.training.workdir import check_workdir
 from simclr_jax.views.placement import Resident
@@ -228,9 +228,19 @@ def test_a_run_does_not_go_on_with_other_images(watched, copy, tmp_path):
 def test_a_run_gets_another_length_only_when_told_so(watched, copy):
     """The saved run is made to one of 6 steps, so that its 8 steps are compiled already."""
     record = without(copy, 8) / "checkpoints/6/config/metadata"
-    record.write_text(record.read_text().replace('"steps": 8', '"steps": 6'))
+    edited = json.loads(record.read_text().replace('"steps": 8', '"steps": 6'))
+    edited["checksums"]["config"] = checksum_of_record(edited)
+    record.write_text(json.dumps(edited))
     with pytest.raises(UserError, match=r"train\.steps: 6 -> 8.* or --extend"):
         pretrain(watched, str(copy))
+    # A warm-up may follow the length, as in configs/imagenet_v2.py; alone it may not change.
+    watched.optimizer.warmup_epochs *= 2
+    with pytest.raises(UserError, match=r"warmup_epochs: .*train\.steps: 6 -> 8.* or --extend"):
+        pretrain(watched, str(copy))
+    watched.train.steps = 6
+    with pytest.raises(UserError, match=r"warmup_epochs: .*the old values to go on with it$"):
+        pretrain(watched, str(copy), extend=True)
+    watched.train.steps = 8
     assert simclr_jax.pretrain(watched, str(copy), extend=True)
     assert saved_steps(copy) == [2, 4, 6, 8]
     watched.loss.temperature = 0.1

@@ -87,6 +87,7 @@ def test_a_step_changes_every_parameter_and_statistic(three_steps):
         "contrastive_entropy",
         "classifier_loss",
         "classifier_accuracy",
+        "labelled_share",
         "grad_norm",
         "learning_rate",
     }
@@ -200,6 +201,17 @@ def test_supervised_training_moves_the_encoder_by_the_labels_alone(small):
             gradient[name],
         )
     jax.tree.map(np.testing.assert_array_equal, before.params["head"], after.params["head"])
+
+
+def test_supervised_training_by_lars_leaves_the_head(small):
+    """Its gradient is 0, so that LARS's trust ratio would be coefficient / decay: 1,000."""
+    small.train.objective = "supervised"
+    small.optimizer.name, small.optimizer.learning_rate = "lars", 1.0
+    small.optimizer.weight_decay = 1e-6
+    (before, _), (after, _) = steps(small, count=1)
+    jax.tree.map(np.testing.assert_array_equal, before.params["head"], after.params["head"])
+    kernels = [s.params["classifier"]["dense"]["kernel"] for s in (before, after)]
+    assert not np.array_equal(*kernels)
 
 
 def test_supervised_training_needs_labels(small):

@@ -92,6 +92,17 @@ def test_a_second_signal_seconds_later_ends_the_run_at_once(whole, tmp_path, mon
     assert_same_training(tmp_path / "w", whole)
 
 
+def test_an_interrupt_that_was_ignored_before_stays_ignored():
+    """As in the background job of a script: Ctrl-C is for the script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stopping.Stop(mesh()) as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.now()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_processes_stop_together_some_steps_after_the_wish(monkeypatch):
     """No step waits for the others' wishes: they are read two steps late."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)

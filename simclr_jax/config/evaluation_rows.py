@@ -1,6 +1,6 @@
 """The options of evaluation, one row each. A resumed run may change all of them: none changes what is learned."""
 
-from simclr_jax.options import Option, each, flag, number, one_of, whole
+from simclr_jax.options import Option, below, each, flag, number, one_of, whole
 
 _MOST_IMAGES = 2**24  # of any batch
 
@@ -127,7 +127,7 @@ _ROWS = (
     Option(
         "linear.momentum",
         0.9,
-        number(0, 1),
+        below(0, 1),
         "share of earlier gradients that a step keeps (Nesterov momentum)",
     ),
     # Training of the whole network with all labels or few, --mode=finetune (appendix B.5).
@@ -184,7 +184,7 @@ _ROWS = (
     Option(
         "finetune.momentum",
         0.9,
-        number(0, 1),
+        below(0, 1),
         "share of earlier gradients that a step keeps: Nesterov momentum with sgd, plain momentum "
         "with lars",
     ),
@@ -247,7 +247,7 @@ _ROWS = (
     Option(
         "transfer_finetune.momentum",
         0.9,
-        number(0, 1),
+        below(0, 1),
         "share of earlier gradients that a step keeps (Nesterov momentum)",
     ),
 )

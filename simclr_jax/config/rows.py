@@ -220,7 +220,7 @@ OPTIONS: tuple[Option, ...] = (
         "contrastive",
         one_of("contrastive", "supervised"),
         'what f learns from; "supervised": the labels of the same views, as the paper does beside '
-        "SimCLR (Table 1), while the contrastive loss is only reported",
+        "SimCLR (Table 1), while the contrastive loss is only reported and the head stays at its random start",
     ),
     Option(
         "train.microbatches",

@@ -149,7 +149,10 @@ class StreamedSplit:
         def window(shards, first_indices, positions, epoch):
             files = tf.data.Dataset.from_tensor_slices((shards, first_indices))
             whole = files.interleave(
-                numbered, _FILES_AT_ONCE, num_parallel_calls=CORES, deterministic=True
+                numbered,
+                _FILES_AT_ONCE,
+                num_parallel_calls=min(CORES, _FILES_AT_ONCE),  # TensorFlow refuses more
+                deterministic=True,
             ).batch(tf.cast(lengths.sum(), tf.int64))
 
             def in_order(index, record):

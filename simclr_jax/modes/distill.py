@@ -47,7 +47,13 @@ from simclr_jax.training.workdir import (
 from simclr_jax.views.placement import Views, stream
 
 # Options that only pretraining uses.
-_WITHOUT_EFFECT = ("model.init_from", "eval.every_steps", "eval.every_epochs", "health.every_steps")
+_WITHOUT_EFFECT = (
+    "model.init_from",
+    "model.norm_group",
+    "eval.every_steps",
+    "eval.every_epochs",
+    "health.every_steps",
+)
 
 _ADVICE = "in another --workdir, try a lower optimizer.learning_rate or a longer warm-up"
 

@@ -59,6 +59,11 @@ def oddities(config: ConfigDict, plan: Plan, images: int) -> list[str]:
             f"loss.temperature={config.loss.temperature:g}: with loss.normalize={config.loss.normalize} the paper tries "
             f"{least:g} to {most:g} (Table 5)"
         )
+    if config.loss.memory > images - batch:
+        found.append(
+            f"loss.memory={config.loss.memory} and a batch of {batch} are more than {images} images: earlier views of an "
+            "image are negatives of its own views"
+        )
     if plan.steps < 100:
         found.append(f"{plan.steps} steps: enough to see that it runs, not to learn")
     if config.model.stem == "imagenet" and size <= 64 and config.model.name == "resnet":

@@ -193,7 +193,9 @@ def describe_run(config: ConfigDict, made: Pretraining) -> None:
         describe_choices(config, labelled=bool(made.classes))
     say(f"data        {train.count} images, {labels}; views of {config.data.image_size} px")
     say(f"model       {made.encoder.describe()}, {f:.2f} M parameters; head {g:.2f} M")
-    say(f"batch       {batch} images, {2 * batch} views, {2 * batch - 2} negatives an anchor")
+    negatives = 2 * batch - 2 if config.loss.negatives == "both_views" else batch - 1
+    stored = f" and up to {config.loss.memory} of earlier batches" if config.loss.memory else ""
+    say(f"batch       {batch} images, {2 * batch} views, {negatives} negatives an anchor{stored}")
     has_norm = bool(jax.tree.leaves(state.batch_stats))
     say(f"loss        {made.loss.text}" + (f"; BatchNorm over {norm}" if has_norm else ""))
     say(

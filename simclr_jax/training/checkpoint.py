@@ -20,10 +20,12 @@ from simclr_jax.training.saved import (
     TRAINER,
     checkpoint_folder,
     checksum,
+    checksum_of_record,
     is_of_a_disk,
     saved_steps,
     short_reason,
     verify,
+    verify_record,
 )
 from simclr_jax.training.state import TrainState
 
@@ -113,6 +115,7 @@ class Checkpoints:
         """
         encoder, trainer = _split(state)
         sums = {ENCODER: checksum(encoder), TRAINER: checksum(trainer)}
+        sums[RECORD] = checksum_of_record(record)
         arguments = ocp.args.Composite(
             **{
                 ENCODER: ocp.args.StandardSave(encoder),
@@ -191,6 +194,7 @@ class Checkpoints:
                 }
             ),
         )
+        verify_record(restored[RECORD])
         for item in (ENCODER, TRAINER):
             verify(item, restored[item], restored[RECORD])
         return _join(restored[ENCODER], restored[TRAINER]), restored[RECORD]

@@ -160,15 +160,22 @@ def mean_of(window: list[dict[str, float]]) -> dict[str, float]:
       window: the metrics of each step, one or more.
 
     Returns:
-      means over the steps that were not skipped; "skipped_steps", their number, where steps can be
-      skipped; and the newest "learning_rate": a schedule has a value at a step, not a mean over some.
+      means over the steps that were not skipped. Metrics of a classifier are means over the images that have a
+      label, whatever share of a step's images that is; they are left out where no image has one, and
+      "labelled_share" is there where some have none. "skipped_steps" is the number of steps that were skipped, where
+      steps can be. "learning_rate" is the newest: a schedule has a value at a step, not a mean over some.
     """
     taken = [values for values in window if not values.get("skipped_steps")]
-    means = {
-        name: sum(values[name] for values in taken) / len(taken)
-        for name in window[-1]
-        if taken and name != "skipped_steps"
-    }
+    labelled = [values.get("labelled_share", 1.0) for values in taken]
+    means = {}
+    for name in window[-1]:
+        weights = labelled if name.startswith("classifier_") else [1.0] * len(taken)
+        total = sum(weights)
+        if total and name not in ("skipped_steps", "labelled_share"):
+            weighted = (w * values[name] for w, values in zip(weights, taken, strict=True))
+            means[name] = sum(weighted) / total
+    if any(share < 1 for share in labelled):
+        means["labelled_share"] = sum(labelled) / len(labelled)
     means["learning_rate"] = window[-1]["learning_rate"]
     if "skipped_steps" in window[-1]:
         means["skipped_steps"] = len(window) - len(taken)

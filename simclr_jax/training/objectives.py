@@ -17,7 +17,8 @@ def contrastive(
 ) -> Objective:
     """Returns the objective of SimCLR: both views of each image to projections z [2b, D].
 
-    With a classifier the metrics hold classifier_loss and classifier_accuracy, over all training views.
+    With a classifier the metrics hold classifier_loss and classifier_accuracy, over all training views of the images
+    that have a label, and labelled_share, the share of these images.
 
     Args:
       networks: f, g and the online classifier, or None in its place.
@@ -40,7 +41,7 @@ def contrastive(
         logits = networks.classifier.apply({"params": params["classifier"]}, h)
         loss, accuracy = _of_labels(logits, batch)
         metrics = {"classifier_loss": loss, "classifier_accuracy": accuracy}
-        return Embedding(z, loss, metrics, seen)
+        return Embedding(z, loss, metrics | _labelled_share(batch), seen)
 
     return embed
 
@@ -77,7 +78,7 @@ def supervised(
     """Returns the objective of training with labels: the cross-entropy of the logits of all views.
 
     Every image has as many views as `views` makes, one for the classifiers of the paper. The metrics
-    hold loss and classifier_accuracy; z is empty, so use it with `no_loss`. Do not use microbatches if
+    hold loss, classifier_accuracy and labelled_share; z is empty, so use it with `no_loss`. Do not use microbatches if
     some images have no label: `loss_of` takes its mean over the labels of one microbatch alone.
 
     Args:
@@ -91,7 +92,7 @@ def supervised(
         labels = jnp.repeat(batch["label"], x.shape[1])
         logits, seen = classify(params, batch_stats, x.reshape(-1, *x.shape[2:]))
         loss, accuracy = loss_of(logits, labels)
-        metrics = {"loss": loss, "classifier_accuracy": accuracy}
+        metrics = {"loss": loss, "classifier_accuracy": accuracy} | _labelled_share(batch)
         return Embedding(jnp.zeros((len(x), 0)), loss, metrics, seen)
 
     return embed
@@ -108,7 +109,7 @@ def distilled(
     1 - alpha times the cross-entropy of those with a label (SimCLR v2, arXiv 2006.10029, section 2).
 
     The metrics hold loss, teacher_agreement, the share of views that both put into one class, and, with alpha
-    below 1, classifier_accuracy. z is empty, so use it with `no_loss`.
+    below 1, classifier_accuracy and labelled_share. z is empty, so use it with `no_loss`.
 
     Args:
       student: (params, batch_stats, images [n, H, W, 3]) -> (logits [n, C], new batch_stats).
@@ -133,7 +134,7 @@ def distilled(
         if alpha < 1:
             of_labels, accuracy = _of_labels(logits, batch)
             loss += (1 - alpha) * of_labels
-            metrics["classifier_accuracy"] = accuracy
+            metrics |= {"classifier_accuracy": accuracy} | _labelled_share(batch)
         metrics["loss"] = loss
         seen = seen | {"teacher": batch_stats["teacher"]}
         return Embedding(jnp.zeros((len(x) // count, 0)), loss, metrics, seen)
@@ -145,6 +146,10 @@ def no_loss(z, labels) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns a zero loss and no metrics: for objectives that already hold their whole loss."""
     del z, labels
     return jnp.zeros(()), {}
+
+
+def _labelled_share(batch: Any) -> dict[str, jax.Array]:
+    return {"labelled_share": jnp.mean(batch["label"] >= 0, dtype=jnp.float32)}
 
 
 def _of_labels(logits: Any, batch: Any) -> tuple[jax.Array, jax.Array]:

@@ -4,7 +4,9 @@ The encoder lies in an item of its own, so that reading it never reads the optim
 record lies beside it, so that a checkpoint folder can be copied anywhere and still be loaded.
 """
 
+import json
 import re
+import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -88,7 +90,12 @@ def find(path: str, step: int | None) -> epath.Path:
 
 def read_record(checkpoint: epath.Path) -> dict:
     """Reads what was saved beside the arrays: {"step", "config", ...}."""
-    return _read(checkpoint, RECORD, ocp.args.JsonRestore())
+    record = _read(checkpoint, RECORD, ocp.args.JsonRestore())
+    try:
+        verify_record(record)
+    except ValueError as error:
+        raise _unreadable(checkpoint, error) from error
+    return record
 
 
 def read_encoder_arrays(checkpoint: epath.Path, abstract: dict) -> dict:
@@ -203,6 +210,19 @@ def verify(item: str, tree: Any, record: dict) -> None:
     expected = record.get("checksums", {}).get(item)  # None: an older version saved it
     if expected is not None and checksum(tree) != expected:
         raise ValueError(f"the arrays of {item} differ from those that were saved: damaged on disk")
+
+
+def checksum_of_record(record: dict) -> int:
+    """Returns the CRC-32 of a record as JSON, without its checksums."""
+    content = {name: x for name, x in record.items() if name != "checksums"}
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def verify_record(record: dict) -> None:
+    """Raises a ValueError if the record of a checkpoint is not what was saved."""
+    expected = record.get("checksums", {}).get(RECORD)  # None: an older version saved it
+    if expected is not None and checksum_of_record(record) != expected:
+        raise ValueError("the record differs from the one that was saved: damaged on disk")
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:

@@ -41,8 +41,10 @@ class Stop:
     def __enter__(self) -> Self:
         main = threading.current_thread() is threading.main_thread()
         numbers = set(_SIGNALS if main else ())
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: go on without the terminal
-            numbers.discard(signal.SIGHUP)
+        # Ignored before: SIGHUP under nohup, to go on without the terminal; SIGINT in a script's background job.
+        for number in (signal.SIGHUP, signal.SIGINT):
+            if signal.getsignal(number) == signal.SIG_IGN:
+                numbers.discard(number)
         self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
         self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self

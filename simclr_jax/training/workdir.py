@@ -34,8 +34,9 @@ _PATHS = (
     ("distill", "teacher"),
 )
 
-# What --extend lets differ.
+# What --extend lets differ: the length, and a warm-up that a configuration makes follow it.
 _LENGTH = ("train.epochs", "train.steps")
+_FOLLOWS_LENGTH = ("optimizer.warmup_epochs",)
 
 
 def alone_in(workdir: str) -> contextlib.AbstractContextManager[None]:
@@ -132,16 +133,23 @@ def check_workdir(
     # First the images: options that are chosen by the images differ with them.
     check_data(train, fingerprint, saved, workdir)
     old = config_lib.from_dict(saved["config"])
-    changed = config_lib.differences(old, config, _LENGTH if extend else ())
-    if changed:
+    changed = config_lib.differences(old, config)
+    is_length = any(change.startswith(_LENGTH) for change in changed) and all(
+        change.startswith(_LENGTH + _FOLLOWS_LENGTH) for change in changed
+    )
+    if changed and not (extend and is_length):
         hint = ""
-        if all(change.startswith(_LENGTH) for change in changed):
+        if is_length:
             hint = "; or --extend to change its length, and with it the rest of its schedule"
         raise UserError(
             f"{workdir} holds a run of another configuration ({'; '.join(changed)}): use another "
             f"--workdir, or the old values to go on with it{hint}"
         )
-    if config.model.norm_group < 0 and len(saved["devices"]) != jax.device_count():
+    if (
+        mode == "pretrain"
+        and config.model.norm_group < 0
+        and len(saved["devices"]) != jax.device_count()
+    ):
         raise UserError(
             f"{workdir} holds a run with BatchNorm per device on {len(saved['devices'])} devices, "
             f"and there are {jax.device_count()} now: use as many, or model.norm_group=IMAGES in "
