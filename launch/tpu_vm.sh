@@ -114,7 +114,12 @@ run() {
   quoted=$(printf '%q ' "${args[@]}")
   [[ $(workdir_of "${args[@]}") == gs://* ]] ||
     fail "a run on several hosts needs a workdir that all of them see: --workdir=gs://BUCKET/FOLDER"
-  on_hosts all "cd simclr_jax && if [ -e ~/simclr.pid ] && kill -0 \$(cat ~/simclr.pid) 2> /dev/null; then echo 'a run is under way here: see logs' >&2; exit 1; fi; source launch/xla_flags.sh tpu && rm -f ~/simclr.status && { nohup bash -c '.venv/bin/python -u -m simclr_jax.main \"\$@\"; echo \$? > ~/simclr.status' simclr $quoted> ~/simclr.log 2>&1 < /dev/null & } && echo \$! > ~/simclr.pid"
+  on_hosts all "cd simclr_jax && if [ -e ~/simclr.pid ] && kill -0 \$(cat ~/simclr.pid) 2> /dev/null; then echo 'a run is under way here: see logs' >&2; exit 1; fi; source launch/xla_flags.sh tpu && rm -f ~/simclr.status && echo $(digest) > ~/simclr.run && { nohup bash -c '.venv/bin/python -u -m simclr_jax.main \"\$@\"; echo \$? > ~/simclr.status' simclr $quoted> ~/simclr.log 2>&1 < /dev/null & } && echo \$! > ~/simclr.pid"
+}
+
+# Tells runs apart by their arguments: a host keeps the status of its last run until the next one starts.
+digest() {
+  printf '%q ' "${args[@]}" | sha256sum | head -c 12
 }
 
 # What a host says of its run: "running", "ended STATUS" or "no run".
@@ -161,7 +166,8 @@ babysit() {
     if now=$(state); then
       said=lost
       if [[ $now == ACTIVE ]]; then
-        said=$(on_hosts 0 "$said_of_run") || said=unknown
+        # What ended may have been an earlier run, with other arguments.
+        said=$(on_hosts 0 "if ! grep -qsx $(digest) ~/simclr.run; then rm -f ~/simclr.status; fi; $said_of_run") || said=unknown
       fi
     fi
     case $said in

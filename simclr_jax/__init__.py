@@ -37,6 +37,7 @@ def pretrain(
     from simclr_jax.errors import Stopped
     from simclr_jax.modes.pretrain import pretrain
 
+    workdir = _begun(workdir)
     try:
         pretrain(_with_options(config, options), workdir, extend)
     except Stopped:
@@ -67,6 +68,7 @@ def evaluate(
     from simclr_jax.evals.evaluate import evaluate
     from simclr_jax.training.workdir import saved_config
 
+    workdir = _begun(workdir)
     if config is None:
         config = from_dict(saved_config(workdir))
     try:
@@ -75,10 +77,20 @@ def evaluate(
         return None
 
 
+def _begun(workdir: str) -> str:
+    """Returns the path of a workdir with the user's home in place of "~". Forgets the images that an earlier call
+    opened, as their files may have changed since.
+    """
+    from simclr_jax import data
+
+    data.cached.cache_clear()
+    return os.path.expanduser(workdir)
+
+
 def _with_options(config: ConfigDict | str | os.PathLike, options: dict[str, Any]) -> ConfigDict:
     """Returns the validated configuration with `options` set; a ConfigDict of the caller's is copied, not changed."""
     from simclr_jax.config import flatten, set_options, validate
-    from simclr_jax.config.overrides import check_is_known, check_name_is_read, read_file
+    from simclr_jax.config.overrides import check_is_known, check_is_read, read_file
     from simclr_jax.errors import UserError
 
     if isinstance(config, ConfigDict):
@@ -95,5 +107,5 @@ def _with_options(config: ConfigDict | str | os.PathLike, options: dict[str, Any
         check_is_known(name, known)
     set_options(config, options)
     validate(config)
-    check_name_is_read(config, list(options))
+    check_is_read(config, list(options))
     return config

@@ -112,7 +112,7 @@ def test_what_the_caller_changes_after_a_save_is_not_in_it(tmp_path, monkeypatch
         window.append({"loss": 2.0})
         went_on.set()
     found = read_record(find(str(tmp_path), 1))
-    assert set(found.pop("checksums")) == {"encoder", "trainer"}
+    assert set(found.pop("checksums")) == {"encoder", "trainer", "config"}
     assert found == {"step": 1, "window": [{"loss": 1.0}]}
 
 

@@ -171,6 +171,14 @@ def test_what_cannot_be_distilled_is_refused(tiny, teacher, tmp_path, one_device
         run(tiny, tmp_path / "w")
 
 
+def test_a_teacher_that_would_see_a_part_of_each_image_is_refused(tiny, teacher, tmp_path):
+    """Of a ViT whose patches do not divide the student's images."""
+    set_options(tiny, {"distill.teacher": teacher, "train.steps": 1, "data.image_size": 10})
+    set_options(tiny, {"model.name": "resnet", "model.depth": 10, "model.width": 0.125})
+    with pytest.raises(UserError, match="10"):
+        run(tiny, tmp_path / "w")
+
+
 def test_a_teacher_of_other_classes_is_not_compared(tiny, tmp_path, one_device, capsys):
     """distill.alpha is 1: no label counts."""
     other = classifier_at(tiny, tmp_path / "other", names=["0", "2", "1"])

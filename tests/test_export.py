@@ -186,6 +186,9 @@ def test_an_output_that_cannot_be_written_is_one_line(workdir, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         export(small(), str(workdir), "stablehlo", str(tmp_path / "file" / "encoder"))
+    with pytest.raises(UserError, match="cannot write") as caught:
+        export(small(), str(workdir), "savedmodel", str(tmp_path / "file"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,18 @@ def test_a_folder_whose_time_was_set_back_is_read_again(photos):
     assert len(index.index(photos).paths) == 7
 
 
+def test_a_header_may_be_damaged_in_any_way(photos, monkeypatch):
+    """Pillow raises RuntimeError for AVIF, MemoryError for JPEG 2000."""
+
+    def opened(path):
+        raise RuntimeError("Failed to decode image")
+
+    monkeypatch.setattr(index.Image, "open", opened)
+    found = index.look(photos)
+    assert set(found.unreadable.values()) == {"Failed to decode image"}
+    assert found.short_side == 224
+
+
 def test_a_link_to_what_comes_later_is_followed_then(photos, tmp_path):
     (photos / "drive").symlink_to(tmp_path / "drive", target_is_directory=True)
     os.utime(photos, (time.time() - 3600,) * 2)

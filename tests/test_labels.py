@@ -224,6 +224,11 @@ def test_labels_of_a_folder_come_from_a_csv_file(tmp_path):
     assert split.all_labels().tolist() == [0, -1, 1, 1, -1]
 
 
+def test_rows_without_an_image_are_passed_over(tmp_path):
+    (tmp_path / "l.csv").write_text("label,image\ncat,a.png\ndog\n,b.png\n")
+    assert read_labels(str(tmp_path / "l.csv")) == {"a.png": "cat"}
+
+
 def test_images_that_a_csv_file_names_and_are_not_there_are_counted(tmp_path, capsys):
     labelled_by(tmp_path, "image,label\n0/0.png,cat\n0/9.png,dog\n8.png,cat\n")
     assert "2 of 3 images in " in (said := capsys.readouterr().out)

@@ -251,6 +251,30 @@ def test_babysit_resumes_until_the_run_is_done(cloud, tmp_path):
     assert "ended early three times in a row (ended 1): see logs" in process.stderr
 
 
+def test_babysit_does_not_take_the_end_of_an_earlier_run_for_that_of_its_own(cloud, home, tmp_path):
+    said = tmp_path / "said"
+
+    def asked(*arguments):
+        said.write_text("ended 0\n")
+        command = ("launch/tpu_vm.sh", "babysit", *RESUME[2 : -len(RUN)], *arguments)
+        _, calls = cloud(*command, states=("ACTIVE",), STUB_RUN=str(said))
+        return calls[-1][7].removeprefix("--command=")
+
+    _, (started,) = cloud("launch/tpu_vm.sh", "run", "pod", ZONE, "--", *RUN)
+    assert run_on_a_host(started[7].removeprefix("--command="), home).returncode == 0
+    _, (stop,) = cloud("launch/tpu_vm.sh", "stop", "pod")
+    run_on_a_host(stop[7].removeprefix("--command="), home)
+    deadline = time.monotonic() + 30
+    while not (home / "simclr.status").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert run_on_a_host(asked(*RUN), home).stdout == "ended 143\n"
+    other = asked("--mode=linear", "--workdir=gs://b/run")
+    while (told := run_on_a_host(other, home).stdout) != "no run\n":  # its shell ends behind us
+        assert time.monotonic() < deadline, told
+        time.sleep(0.1)
+
+
 GKE = (
     "launch/gke.sh",
     "apply",

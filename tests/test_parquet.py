@@ -4,14 +4,17 @@ How their images are ordered, shared and replaced is tested with the other strea
 """
 
 import contextlib
+import io
 import itertools
 import json
 import os
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from test_sources import STREAMING, labels_once, opened, picture, png
 
 from simclr_jax import config
@@ -224,6 +227,26 @@ def test_a_test_split_has_the_classes_of_training(tmp_path):
     bare = write(tmp_path / "bare.parquet", images=[PNG])
     assert train_on(bare, test_path=same).test.classes is None
     assert train_on(train, test_path=bare).test.classes is None
+
+
+def test_images_of_one_size_are_no_reason_to_take_two_files_for_one(tmp_path):
+    """Their fingerprints, which know sizes, are equal."""
+
+    def bmps(first):
+        images = []
+        for i in range(first, first + 20):
+            content = io.BytesIO()
+            Image.fromarray(picture(i)).convert("RGB").resize((8, 8)).save(content, "BMP")
+            images.append(content.getvalue())
+        return images
+
+    one, two = (write(tmp_path / f"{i}.parquet", images=bmps(i)) for i in (0, 20))
+    found = train_on(one, test_path=two)
+    assert found.train.fingerprint() == found.test.fingerprint()
+    assert train_on(one, test_fraction=0.5).test.count == 10
+    copy = str(shutil.copy(one, tmp_path / "copy.parquet"))
+    with pytest.raises(UserError, match="the test images are the training images"):
+        train_on(one, test_path=copy)
 
 
 def lists(path):

@@ -236,6 +236,24 @@ def test_pictures_of_telephones_stand_upright(kind, orientation):
         np.testing.assert_allclose(as_it_lies, np.asarray(colours(), int), atol=tolerance)
 
 
+def test_an_orientation_in_xmp_alone_turns_no_jpeg():
+    """Neither in training nor in `read`, so that both have the same features."""
+    content = io.BytesIO()
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    Image.new("RGB", (16, 8), "red").save(content, "JPEG", xmp=xmp)
+    assert Image.open(io.BytesIO(content.getvalue())).getexif().get(0x112) == 6  # Pillow's own view
+    assert pixels.read(content.getvalue()).shape == (8, 16, 3)
+    assert decode(tf.constant(content.getvalue())).shape == (8, 16, 3)
+
+
+def test_grey_of_16_bits_where_0_is_white_is_no_negative():
+    content = io.BytesIO()
+    samples = np.asarray([[0, 1000, 30000, 65535]], np.uint16)
+    Image.fromarray(samples).save(content, "TIFF", tiffinfo={262: 0})
+    expected = 255 - (samples >> 8)
+    np.testing.assert_array_equal(pixels.read(content.getvalue())[..., 0], expected)
+
+
 def test_the_orientation_is_found_behind_other_segments():
     content = saved(colours(), "jpeg", exif=exif(6), icc_profile=PROFILE, comment=b"x" * 999)
     start = content.index(b"\xff\xe1")

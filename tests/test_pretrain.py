@@ -249,6 +249,27 @@ def test_a_run_gets_another_length_only_when_told_so(watched, copy):
     assert "--extend" not in str(caught.value)
 
 
+def test_from_python_a_workdir_may_be_in_the_home(tiny, tmp_path, monkeypatch):
+    """And images may have changed since an earlier call."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    tiny.train.steps = 1
+    before = data.open_source(tiny.data.to_dict() | {"seed": 0})
+    assert simclr_jax.pretrain(tiny, "~/w")
+    assert {"config.json", "checkpoints"} <= {x.name for x in (tmp_path / "home/w").iterdir()}
+    assert not (tmp_path / "~").exists()
+    assert data.open_source(tiny.data.to_dict() | {"seed": 0}) is not before
+
+
+@pytest.mark.parametrize("name", ["run [lr=0.1]", "a\\b"])
+def test_a_folder_whose_checkpoints_could_not_be_read_is_refused(tiny, tmp_path, name):
+    with pytest.raises(UserError, match="could not be read again: expected a path without"):
+        pretrain(tiny, str(tmp_path / name / "w"))
+    assert (
+        list(tmp_path.glob("*")) in ([], [tmp_path / "data.npz"]) or not (tmp_path / name).exists()
+    )
+
+
 def test_a_run_is_not_made_shorter_than_it_is(watched, copy):
     before = (copy / "config.json").read_text()
     watched.train.steps = 6

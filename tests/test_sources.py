@@ -19,6 +19,7 @@ from conftest import random_images
 from PIL import Image
 
 from simclr_jax import assemble, config
+from simclr_jax.config.overrides import load
 from simclr_jax.data import kind_of, open_source, order, pixels, streamed
 from simclr_jax.data.arrays import in_memory
 from simclr_jax.data.broken import Broken, Images
@@ -464,7 +465,15 @@ def test_an_empty_folder_and_bad_arrays_are_refused(tmp_path):
     (tmp_path / "cut.npz").write_bytes(cut)
     (tmp_path / "z.npz").write_text("no arrays")
     np.save(tmp_path / "one.npy", np.zeros((3, 8, 8, 3), np.uint8))
-    for name in ("z.npz", "one.npy", "cut.npz"):
+    (tmp_path / "empty.npz").write_bytes(b"")
+    np.savez_compressed(tmp_path / "damaged.npz", train_images=random_images(40))
+    damaged = bytearray((tmp_path / "damaged.npz").read_bytes())
+    damaged[200:260] = bytes(60)
+    (tmp_path / "damaged.npz").write_bytes(damaged)
+    np.savez(tmp_path / "w.npz", train_images=random_images(3), test_labels=[0, 1])
+    with pytest.raises(UserError, match="holds test_labels and no test_images"):
+        opened(source="arrays", path=str(tmp_path / "w.npz"))
+    for name in ("z.npz", "one.npy", "cut.npz", "empty.npz", "damaged.npz"):
         with pytest.raises(UserError, match=r"cannot be read as an .npz file: expected what"):
             opened(source="arrays", path=str(tmp_path / name))
 
@@ -579,6 +588,49 @@ def test_where_all_that_are_read_together_are_broken_a_white_pixel_comes(
     blank = [x for x in examples if x["label"] == BROKEN]
     assert {x["index"] for x in blank} == first
     assert np.all(split.decode(tf.constant(blank[0]["image"])).numpy() == 255)
+
+
+@pytest.mark.parametrize("kind", STREAMED)
+def test_streams_are_read_on_hosts_of_many_cores(kind, request, monkeypatch):
+    """TensorFlow refuses more parallel calls than files that are read in turns, 16."""
+    split = request.getfixturevalue(kind)
+    seen = stream(split, steps=8)
+    monkeypatch.setattr(streamed, "CORES", 64)
+    np.testing.assert_array_equal(stream(split, steps=8), seen)
+    assert len(split.batch_indices(Order(5, 10), 0)) == 10
+
+
+def test_an_image_that_stands_in_has_the_shape_of_the_source(files):
+    (height, width, _) = files.image_shape
+    examples = files.once(Share(), 0, frozenset({0})).as_numpy_iterator()
+    blank = files.decode(tf.constant(next(examples)["image"]))
+    assert blank.shape[:2] == ((height, width) if height else (1, 1))
+
+
+@pytest.mark.parametrize("inner", ["test", "."])
+def test_test_images_below_the_training_images_are_refused(tmp_path, inner):
+    for name in ("a.png", "test/b.png"):
+        write(tmp_path / "pets" / name, random_images(1)[0])
+    (tmp_path / "link").symlink_to(tmp_path / "pets" / inner)
+    paths = [str(tmp_path / "pets"), str(tmp_path / "link")]
+    says = "lies within the other" if inner == "test" else "the test images are the training images"
+    for path, test_path in (paths, paths[::-1]):
+        with pytest.raises(UserError, match=says):
+            opened(source="folder", path=path, test_path=test_path)
+
+
+def test_options_that_a_source_does_not_read_are_refused(tmp_path):
+    saved = config.default()
+    saved.data.source, saved.data.path = "arrays", str(tmp_path / "x.npz")
+    for option in ("test_path=b.npz", "labels_file=b.csv", "folder_labels=True"):
+        says = (
+            rf"source=arrays does not read data\.{option.partition('=')[0]}: it belongs to .*folder"
+        )
+        with pytest.raises(UserError, match=says):
+            load(None, [f"--config.data.{option}"], saved.to_dict())
+    # What a run on a folder left is no mistake of an evaluation on other data.
+    saved.data.labels_file = "b.csv"
+    assert load(None, ["--config.data.path=y.npz"], saved.to_dict()).data.labels_file == "b.csv"
 
 
 def test_fingerprints_tell_contents_apart(small_split, files, row_groups, drawn, tmp_path):

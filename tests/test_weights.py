@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import linen as nn
 from safetensors.numpy import load_file, save_file
 
@@ -17,6 +18,8 @@ from simclr_jax.encoders import ENCODERS, init_encoder
 from simclr_jax.encoders.resnet import ResNet
 from simclr_jax.encoders.sk_resnet import SkResNet
 from simclr_jax.errors import UserError
+from simclr_jax.files import locked
+from simclr_jax.modes.import_weights import import_weights
 from simclr_jax.training.state import count_parameters
 from simclr_jax.weights import published, tensorflow, torchvision
 from simclr_jax.weights.contents import layers_in_order
@@ -344,6 +347,9 @@ def test_torchvisions_weights_get_torchvisions_pixels_and_padding(tmp_path):
         ({"layer1.7.conv1.weight": np.zeros((8, 8, 3, 3))}, "blocks in the stages"),
         ({"bn1.weight": np.zeros(3)}, "bn1.weight has shape"),
         ({"fc.weight": np.zeros((7, 3))}, "fc.weight and fc.bias"),
+        ({"fc.weight": np.zeros(7), "fc.bias": np.zeros(7)}, "fc.weight and fc.bias"),
+        ({"fc.weight": np.zeros((7, 64)), "fc.bias": np.zeros(5)}, "fc.weight and fc.bias"),
+        ({"conv1.weight": np.zeros((8, 3, 7))}, "4 dimensions of a 2-D kernel"),
         (
             {"bn1.bias": np.array([0, np.nan, 0, np.inf, 0, 0, 0, 0], np.float32)},
             "is damaged: of encoder/params/stem_norm/bias, 2 numbers are not finite",
@@ -371,6 +377,22 @@ def test_what_is_no_file_of_weights_is_refused(name, content, message, tmp_path)
     with pytest.raises(UserError, match=message) as error:
         weights.read(str(tmp_path / name))
     assert "\n" not in str(error.value)
+
+
+def test_the_current_folder_is_a_source_like_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="expected"):
+        weights.read(".")
+    (tmp_path / "m-3.index").write_bytes(b"")
+    found = tensorflow.prefix_of(epath.Path("."))
+    assert str(found) == str(tmp_path / "m-3")
+
+
+def test_an_import_waits_for_no_other_program(tmp_path):
+    torchvision_file(tmp_path / "w.safetensors")
+    (tmp_path / "w").mkdir()
+    with locked(tmp_path / "w", ""), pytest.raises(UserError, match="another program"):
+        import_weights(config.default(), str(tmp_path / "w"), str(tmp_path / "w.safetensors"))
 
 
 def test_a_workdir_needs_no_import(tmp_path):

@@ -40,7 +40,7 @@ PEAKS = {
     "TPU v3": CHIPS["v3"].flops,
     "TPU v4": CHIPS["v4"].flops,
     "TPU v5 lite": CHIPS["v5e"].flops,
-    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v5": CHIPS["v5p"].flops,  # after v5 lite, as the first that fits counts
     "TPU v6 lite": CHIPS["v6e"].flops,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,

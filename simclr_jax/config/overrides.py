@@ -13,6 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from simclr_jax.config import allowed_values, flatten, from_dict, validate
+from simclr_jax.data import not_read_by
 from simclr_jax.errors import UserError, one_line
 
 
@@ -34,7 +35,7 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
     # A run may have a loss that its own configuration file adds, and commands that do not train need no loss.
     unknown = ("loss.name",) if spec is None and "loss.name" not in given else ()
     validate(config, unknown)
-    check_name_is_read(config, given)
+    check_is_read(config, given)
     return config
 
 
@@ -172,9 +173,9 @@ def check_is_known(name: str, known: Iterable[str]) -> None:
     raise UserError(f"unknown option {name!r}; {hint}docs/options.md has all")
 
 
-def check_name_is_read(config: ConfigDict, given: Sequence[str]) -> None:
-    """Raises a UserError if data.name was set but data.source does not read it. Otherwise a run on a folder that is
-    to be evaluated on CIFAR-10 would be evaluated on the folder.
+def check_is_read(config: ConfigDict, given: Sequence[str]) -> None:
+    """Raises a UserError if an option was set that data.source does not read, such as data.name: a run on a folder
+    that is to be evaluated on CIFAR-10 would be evaluated on the folder.
 
     `given`: names of the options that were set beside the configuration.
     """
@@ -188,6 +189,11 @@ def check_name_is_read(config: ConfigDict, given: Sequence[str]) -> None:
         raise UserError(
             f"data.name={data.name} names a data set of TFDS, and data.source={data.source} does not read it: add {more}"
         )
+    for name in ("test_path", "labels_file", "folder_labels"):
+        if f"data.{name}" in given and data[name] and (readers := not_read_by(data.source, name)):
+            raise UserError(
+                f"data.source={data.source} does not read data.{name}: it belongs to data.source={' and '.join(readers)}"
+            )
 
 
 def _join_values(arguments: Sequence[str]) -> list[str]:

@@ -7,10 +7,10 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 from simclr_jax.data import arrays, folder, index, parquet, pictures, synthetic, tfds
 from simclr_jax.data.indexed import IndexedSplit
+from simclr_jax.data.order import Share, evenly
+from simclr_jax.data.source import in_order
 from simclr_jax.data.split import DataSet, Split
 from simclr_jax.errors import UserError
 from simclr_jax.files import expanded
@@ -24,6 +24,14 @@ SOURCES: dict[str, Callable[[Mapping[str, Any]], DataSet]] = {
     "parquet": parquet.open_data_set,
     "synthetic": synthetic.open_data_set,
 }
+
+# Options of this package's sources of files that not all of its sources read.
+_READERS = {
+    "test_path": ("folder", "parquet"),
+    "labels_file": ("folder",),
+    "folder_labels": ("folder",),
+}
+_COME_WITH_THE_PACKAGE = frozenset(SOURCES)
 
 _BY_ENDING = {".npz": "arrays", ".parquet": "parquet"}
 
@@ -170,14 +178,26 @@ def _held_out(data: DataSet, fraction: float) -> DataSet:
 
 
 def _are_the_same(train: Split, test: Split) -> bool:
-    """Returns whether two splits hold the same images, by their fingerprints and the content of up to 8 images."""
+    """Returns whether two splits hold the same images, by their fingerprints and the content of up to 8 images: a
+    fingerprint knows sizes, and of a folder names, but no content.
+    """
     if train.count != test.count or train.fingerprint() != test.fingerprint():
         return False
-    if not isinstance(train, IndexedSplit) or not isinstance(test, IndexedSplit):
-        return True
-    # The fingerprint of a folder knows names and sizes only.
-    some = np.unique(np.linspace(0, train.count - 1, 8).astype(int))
-    return all(train.source.encoded(i) == test.source.encoded(i) for i in some)
+    return all(a == b for a, b in zip(_some_of(train), _some_of(test), strict=True))
+
+
+def _some_of(split: Split) -> list[bytes]:
+    """Reads 8 images, evenly spaced, or the first ones of a stream."""
+    if isinstance(split, IndexedSplit):
+        return [split.source.encoded(i) for i in evenly(split.count, 8)]
+    some = in_order(split.once(Share()).take(8)).as_numpy_iterator()
+    return [bytes(example["image"]) for example in some]
+
+
+def not_read_by(source: str, option: str) -> tuple[str, ...]:
+    """Returns the sources that read an option of the group "data" if `source`, of this package, does not; else ()."""
+    readers = _READERS[option]
+    return readers if source in _COME_WITH_THE_PACKAGE and source not in readers else ()
 
 
 def check(data: Mapping[str, Any]) -> None:

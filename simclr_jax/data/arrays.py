@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,11 +31,15 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
     try:
         with np.load(path, allow_pickle=False) as file:
             stored = {key: _read(file, key, path) for key in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged file may lead to, such as zlib.error
         raise UserError(
             f"{path} cannot be read as an .npz file: expected what numpy.savez(path, train_images=...) writes of arrays "
             f"of numbers ({one_line(error)})"
         ) from error
+    if "test_labels" in stored and "test_images" not in stored:
+        raise UserError(f"{path} holds test_labels and no test_images: expected both or neither")
     if "train_images" not in stored or stored.keys() - _KNOWN:
         raise UserError(
             f"{path} holds {sorted(stored)}: expected train_images and any of {sorted(_KNOWN)}"

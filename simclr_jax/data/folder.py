@@ -94,6 +94,7 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
     paths = [path for path in (data["path"], data["test_path"]) if path]
     for option in ("path", "test_path"):
         check_local(f"data.{option}", data[option])
+    _check_apart(paths)
     named = read_labels(data["labels_file"]) if data["labels_file"] else None
     splits: list[IndexedSplit] = []
     for path, option in zip(paths, ("data.path", "data.test_path"), strict=False):
@@ -103,6 +104,16 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
         _check_names(data["labels_file"], named, paths, splits)
         _say_how_many_are_labelled(paths, splits)
     return DataSet(splits[0], splits[1] if len(splits) > 1 else None)
+
+
+def _check_apart(paths: list[str]) -> None:
+    """Raises a UserError if one of two folders lies below the other: its images would be in both splits."""
+    real = [os.path.realpath(os.path.expanduser(path)) for path in paths]
+    if len(real) > 1 and real[0] != real[1] and os.path.commonpath(real) in real:
+        raise UserError(
+            f"one of {' and '.join(paths)} lies within the other, so that test images would be trained on: put them "
+            "beside each other, or hold images out by data.test_fraction (data.path, data.test_path)"
+        )
 
 
 def _labels_below(path: str, paths: list[str], named: dict[str, str]) -> dict[str, str]:
@@ -159,7 +170,7 @@ def _say_how_many_are_labelled(paths: list[str], splits: list[IndexedSplit]) -> 
 def read_labels(path: str) -> dict[str, str]:
     """Reads the columns "image" and "label" of a CSV file: {path of an image: label}.
 
-    An image with an empty label is left out.
+    A row without an image or a label is left out.
 
     Raises:
       UserError: the file cannot be read, lacks a column, or labels an image twice.
@@ -188,7 +199,7 @@ def read_labels(path: str) -> dict[str, str]:
     labels: dict[str, str] = {}
     for line in lines:
         name, label = line["image"], line["label"]
-        if label and labels.setdefault(name, label) != label:
+        if name and label and labels.setdefault(name, label) != label:
             raise UserError(
                 f"{path!r} labels {name!r} twice, {labels[name]} and {label}: expected each image once, by its path "
                 "below the folder (data.labels_file)"

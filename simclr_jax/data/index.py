@@ -274,7 +274,7 @@ def _header(path: pathlib.Path) -> tuple[tuple[int, int], str] | str:
             warnings.simplefilter("ignore")  # of sizes, which pixels.py judges
             with Image.open(path) as image:
                 return image.size, image.mode
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever a damaged file may lead to
         strerror = error.strerror if isinstance(error, OSError) else None
         return strerror or one_line(error).replace(f" {str(path)!r}", "")
 

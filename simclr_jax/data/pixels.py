@@ -100,6 +100,8 @@ def pixels(image: Image.Image, upright: bool = True) -> np.ndarray:
                 "samples below 0, of which nobody can know what is black: expected 0 to 65535"
             )
         grey = _upper_8_bits(samples.astype(np.uint16)[..., np.newaxis])  # Pillow would clip at 255
+        if getattr(image, "tag_v2", {}).get(262) == 0:
+            grey = 255 - grey  # PhotometricInterpretation: 0 is white
         x = np.repeat(grey, 3, axis=-1)
     elif image.mode in ("I", "F"):
         raise ValueError(f"32 bits a sample (mode {image.mode}): expected 8 or 16")
@@ -138,7 +140,14 @@ def on_white(image: Image.Image) -> Image.Image:
 
 def orientation(image: Image.Image) -> int:
     """Returns the orientation in the picture's EXIF data, 1 to 8 (EXIF 2.32, tag 0x112); 1 is upright."""
-    found = image.getexif().get(0x112, 1)
+    exif = image.getexif()
+    if image.format in (
+        "JPEG",
+        "MPO",
+    ):  # `decode` reads EXIF alone, and Pillow XMP where EXIF says nothing
+        exif = Image.Exif()
+        exif.load(image.info.get("exif", b""))
+    found = exif.get(0x112, 1)
     return found if found in range(1, 9) else 1
 
 

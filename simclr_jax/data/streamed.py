@@ -4,12 +4,15 @@ TensorFlow is imported where it is used.
 """
 
 import dataclasses
+import functools
+import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from simclr_jax.data.encoded import Encoded
 from simclr_jax.data.indexed import IndexedSplit
@@ -27,12 +30,6 @@ _FILES_AT_ONCE = 16  # shards that are read in turns
 # A part of a stream may lack classes by chance. Where a random choice of images would lack as many with a chance below
 # this, the stream counts as sorted.
 _BY_CHANCE = 1e-3
-
-# A white pixel: stands for a broken image where images are streamed and only labels tell them apart.
-_PIXEL = bytes.fromhex(
-    "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c494441"
-    "54789c63f8ffff3f0005fe02fe0def46b80000000049454e44ae426082"
-)
 
 
 def memory() -> int:
@@ -177,10 +174,18 @@ class StreamedSplit:
         # The next window is read while this one is used.
         return stream.flat_map(window).prefetch(1).unbatch()
 
+    @functools.cached_property
+    def _stand_in(self) -> bytes:
+        """A white PNG of the images' shape; of one pixel where that varies."""
+        height, width, _ = self.image_shape
+        content = io.BytesIO()
+        Image.new("RGB", (width or 1, height or 1), "white").save(content, "PNG")
+        return content.getvalue()
+
     def _example(self, index: Any, record: Any, broken: Set[int]) -> dict[str, Any]:
         """Parses a record, in the tf.data graph: {"image", "label"}.
 
-        A broken image becomes a white pixel with the label BROKEN. In training it has a stand-in, unless all
+        A broken image becomes a white one with the label BROKEN. In training it has a stand-in, unless all
         images of its window are broken.
         """
         import tensorflow as tf
@@ -190,7 +195,7 @@ class StreamedSplit:
             return found
         is_broken = tf.reduce_any(tf.equal(tf.constant(sorted(broken), tf.int64), index))
         return {
-            "image": tf.where(is_broken, _PIXEL, found["image"]),
+            "image": tf.where(is_broken, self._stand_in, found["image"]),
             "label": tf.where(is_broken, BROKEN, found["label"]),
         }
 

@@ -89,6 +89,7 @@ def _distill(config: ConfigDict, workdir: str) -> None:
     fingerprint = train.fingerprint()
     saved = check_workdir(config, workdir, train, fingerprint, mode="distill")
     teacher = load_classifier(config.distill.teacher)
+    teacher.network.check_image_size(config.data.image_size)
     about = _about(config, teacher, data)
     _check_teacher(about["teacher"], saved, workdir)
     plan = assemble.plan_of(config, train.count)

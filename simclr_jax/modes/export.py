@@ -14,7 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from simclr_jax.console import say
-from simclr_jax.errors import UserError
+from simclr_jax.errors import UserError, one_line
 from simclr_jax.files import located, replacing, writing
 from simclr_jax.modes.hub import torch_weights, write_repository, write_safetensors
 from simclr_jax.pretrained import (
@@ -37,7 +37,8 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
     folder holds a classifier that was fine-tuned, distilled or imported, the classifier is written too.
 
     Args:
-      config: the run's configuration; its data.image_size is that of the images the export takes.
+      config: the run's configuration; its data.image_size, data.eval_crop, data.upright and views.antialias say what
+        images the export takes.
       workdir: a run's folder, or a checkpoint folder.
       format: one of FORMATS.
       output: the file, or for "savedmodel" and "huggingface" the folder; None: WORKDIR/encoder.FORMAT.
@@ -58,7 +59,8 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
         return encoder, read_head_variables(config, encoder.network, checkpoint, here)
 
     encoder, head = read_newest(workdir, read)
-    encoder.image_size = config.data.image_size
+    encoder.image_size, encoder.eval_crop = config.data.image_size, config.data.eval_crop
+    encoder.upright, encoder.antialias = config.data.upright, config.views.antialias
     encoder.network.check_image_size(encoder.image_size)
     path = located(output or os.path.join(workdir, f"encoder.{format}"))
     with writing(path):
@@ -174,7 +176,10 @@ def _write_savedmodel(encoder: Encoder, path: epath.Path) -> str:
             f"TensorFlow {tf.__version__} cannot run what JAX {jax.__version__} exports: use "
             "--format=stablehlo, or a newer TensorFlow or an older JAX"
         ) from error
-    tf.saved_model.save(module, str(path), signatures=module.__call__)
+    try:
+        tf.saved_model.save(module, str(path), signatures=module.__call__)
+    except tf.errors.OpError as error:  # TensorFlow's, in place of an OSError
+        raise UserError(f"cannot write {path}: {one_line(error)[:200]}") from error
     return (
         "import tensorflow as tf\n\n"
         f'encoder = tf.saved_model.load("{path}")\n'

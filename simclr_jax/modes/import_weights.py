@@ -12,7 +12,7 @@ from simclr_jax.files import absolute
 from simclr_jax.training.checkpoint import save_once
 from simclr_jax.training.saved import saved_steps
 from simclr_jax.training.state import TrainState, count_parameters, digest_of
-from simclr_jax.training.workdir import about_classifier, about_imported, write_record
+from simclr_jax.training.workdir import about_classifier, about_imported, alone_in, write_record
 from simclr_jax.weights.contents import Weights
 
 
@@ -26,9 +26,14 @@ def import_weights(config: ConfigDict, workdir: str, input: str) -> None:
       input: the file: what `weights.read` takes.
 
     Raises:
-      UserError: the workdir holds checkpoints, the file cannot be read or is of no known network, or the
+      UserError: the workdir holds checkpoints, another program writes into it, the file cannot be read or is of no known network, or the
         workdir cannot be written.
     """
+    with alone_in(workdir):
+        _import(config, workdir, input)
+
+
+def _import(config: ConfigDict, workdir: str, input: str) -> None:
     if saved_steps(workdir):
         raise UserError(f"{workdir} holds checkpoints already: use another --workdir")
     weights = weights_lib.read(input)

@@ -34,6 +34,18 @@ def checkpoint_folder(workdir: epath.PathLike) -> epath.Path:
     return _absolute(workdir) / "checkpoints"
 
 
+def check_writable(folder: epath.PathLike) -> None:
+    """Raises a UserError if the absolute path of a folder has a character by which Orbax, which looks for its own files
+    by a pattern, would write checkpoints that cannot be read: a bracket or a backslash.
+    """
+    path = str(_absolute(folder))
+    if found := re.search(r"[\[\]\\]", path):
+        raise UserError(
+            f"{path}: checkpoints below a folder with {found[0]!r} in its name could not be read again: expected a path "
+            "without [, ] and backslashes"
+        )
+
+
 def _absolute(path: epath.PathLike) -> epath.Path:
     """Makes a local path absolute; leaves a bucket's, "gs://BUCKET/FOLDER", as it is."""
     path = located(path)

@@ -21,7 +21,7 @@ from simclr_jax.data.split import DataSet, Split
 from simclr_jax.errors import UserError
 from simclr_jax.files import absolute, write_json
 from simclr_jax.training.plan import Plan
-from simclr_jax.training.saved import find, read_newest, read_record, saved_steps
+from simclr_jax.training.saved import check_writable, find, read_newest, read_record, saved_steps
 
 _PACKAGES = ("simclr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -40,7 +40,10 @@ _FOLLOWS_LENGTH = ("optimizer.warmup_epochs",)
 
 
 def alone_in(workdir: str) -> contextlib.AbstractContextManager[None]:
-    """Keeps other programs from training in a workdir while the block runs; raises a UserError if one does."""
+    """Keeps other programs from training in a workdir while the block runs; raises a UserError if one does, or if
+    nothing can be saved there.
+    """
+    check_writable(workdir)
     return processes.alone(workdir, "wait for it, stop it, or use another --workdir")
 
 

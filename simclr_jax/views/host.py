@@ -235,7 +235,7 @@ def center_crop(image, size: int, proportion: float, antialias: bool = False):
     middle `proportion` of each side is kept and resized; `antialias`: see `Crop`.
     """
     height, width = tf.shape(image)[0], tf.shape(image)[1]
-    short = tf.cast(tf.minimum(height, width), tf.float32)
+    short = tf.cast(tf.minimum(height, width), tf.float64)  # as in `crop.center_square`
     side = tf.maximum(1, tf.cast(tf.round(proportion * short), tf.int32))
     top, left = (height - side + 1) // 2, (width - side + 1) // 2
     x = resize(image[top : top + side, left : left + side], size, antialias)

@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 
 from simclr_jax.errors import UserError, one_line
+from simclr_jax.files import in_bucket
 
 _GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 
@@ -21,6 +22,7 @@ def prefix_of(path: epath.Path) -> epath.Path | None:
     Returns:
       the prefix; None: there is no checkpoint.
     """
+    path = path.absolute() if not in_bucket(path) else path  # "." has no name
     if path.suffix == ".index":
         path = path.with_suffix("")
     if path.with_name(f"{path.name}.index").exists():
@@ -29,7 +31,8 @@ def prefix_of(path: epath.Path) -> epath.Path | None:
         return None
     if (path / "variables" / "variables.index").exists():
         return path / "variables" / "variables"
-    found = [file.with_name(file.name.removesuffix(".index")) for file in path.glob("*.index")]
+    files = [file for file in path.iterdir() if file.suffix == ".index"]
+    found = [file.with_name(file.name.removesuffix(".index")) for file in files]
     return max(found, key=_number, default=None)
 
 

@@ -134,9 +134,11 @@ def convert(weights: Mapping[str, np.ndarray], about: Mapping[str, str]) -> Weig
     encoder = filled(abstract, values, names)
     dense = None
     if classifier:
-        if set(classifier) != {"weight", "bias"} or classifier["weight"].shape[1] != network.width:
+        shapes = {name: x.shape for name, x in classifier.items()}
+        outputs = shapes.get("bias", ())
+        if len(outputs) != 1 or shapes.get("weight") != (*outputs, network.width):
             raise UserError(
-                f"fc.weight and fc.bias: expected both, for {network.width} numbers an image"
+                f"fc.weight and fc.bias are {shapes}: expected [C, {network.width}] and [C] for C classes"
             )
         dense = {"dense": {"kernel": classifier["weight"].T.copy(), "bias": classifier["bias"]}}
     return Weights(KIND, model, encoder, None, dense, {})
@@ -158,7 +160,10 @@ def _model_of(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
         raise UserError(
             f"{blocks} blocks in the stages: expected those of a ResNet of depth {', '.join(map(str, STAGES))}"
         )
-    channels, _, size, _ = weights["conv1.weight"].shape
+    first = weights["conv1.weight"].shape
+    if len(first) != 4:
+        raise UserError(f"conv1.weight is {list(first)}: expected the 4 dimensions of a 2-D kernel")
+    channels, _, size, _ = first
     return {
         "name": "resnet",
         "depth": depth,
