@@ -85,6 +85,10 @@ def test_losses_are_measured_by_size(tmp_path, monkeypatch):
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(UserError, match="needs a --config"):
         bench.main(["step"])
+    with pytest.raises(UserError, match="the host makes no views"):
+        bench.main(["input", "--config=digits", "--config.data.placement=device"])
+    with pytest.raises(UserError, match="--seconds=0: expected a number above 0"):
+        bench.main(["loss", "--seconds=0"])
     with pytest.raises(UserError, match="takes no configuration"):
         bench.main(["loss", "--config.seed=1"])
     with pytest.raises(UserError, match=r"invalid choice: 'stp'.*--help names all flags"):

@@ -273,6 +273,15 @@ def test_the_projection_head_lies_beside_the_encoder(layers, tmp_path, capsys):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     assert said.count("torch.nn.ReLU()") == layers - 1
     assert "z = head.eval()(h)" in said
+    # An encoder without a head leaves no head of an earlier export beside it.
+    c = small(head="none")
+    export(
+        c,
+        str(encoder_checkpoint(c, tmp_path / "none")),
+        "safetensors",
+        str(tmp_path / "f.safetensors"),
+    )
+    assert not (tmp_path / "f.head.safetensors").exists()
 
 
 def test_a_classifier_on_a_layer_of_the_head_is_written_with_the_layers_below(tmp_path, capsys):

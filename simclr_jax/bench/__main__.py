@@ -68,6 +68,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="to measure for; default 20")
     parser.add_argument("--output", metavar="FILE.json", help="default: bench_WHAT.json")
     args, overrides = parser.parse_known_args(argv)
+    if args.seconds <= 0:
+        raise UserError(f"--seconds={args.seconds:g}: expected a number above 0")
     keep_compiled_programs()
     if args.what == "loss":
         if args.config or overrides:

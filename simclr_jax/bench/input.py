@@ -6,6 +6,7 @@ import time
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble
+from simclr_jax.errors import UserError
 from simclr_jax.mesh import make_mesh
 
 
@@ -18,7 +19,14 @@ def measure_input(config: ConfigDict, seconds: float) -> list[dict]:
 
     Returns:
       one row: images_per_second, views_per_second, seconds_to_first_batch.
+
+    Raises:
+      UserError: the device makes the views, so that there is nothing to measure.
     """
+    if config.data.placement == "device":
+        raise UserError(
+            "data.placement=device: the host makes no views, so that there is nothing to measure; see bench step and e2e"
+        )
     train = assemble.data_set(config).train
     images = assemble.images_of(config, train)
     began = time.perf_counter()

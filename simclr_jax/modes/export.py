@@ -115,10 +115,11 @@ def _write_head(encoder: Encoder, head: dict | None, path: epath.Path) -> str:
         classifier = encoder.variables["params"]["classifier"]["dense"]
     elif head is not None:
         layers = len(head["batch_stats"])
+    beside = path.with_name(f"{path.name.removesuffix('.safetensors')}.head.safetensors")
     if head is None or not layers:
+        beside.unlink(missing_ok=True)  # of an earlier export
         return ""
     weights = head_weights(head, layers, classifier)
-    beside = path.with_name(f"{path.name.removesuffix('.safetensors')}.head.safetensors")
     loading = head_loading(weights, beside, is_whole=layers == len(head["batch_stats"]))
     write_safetensors(beside, weights, {"loading": loading, "step": str(encoder.step)})
     return f"\n\n{loading}"
