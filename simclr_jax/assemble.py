@@ -22,15 +22,10 @@ from simclr_jax.errors import UserError
 from simclr_jax.losses import LOSSES, Loss
 from simclr_jax.losses.health import with_health
 from simclr_jax.mesh import check_divides, make_mesh, replicated
+from simclr_jax.training import optimizer as optimizers
 from simclr_jax.training.loop import Job, job_of
 from simclr_jax.training.memory import MemoryRule, batches_of
 from simclr_jax.training.objectives import contrastive, projection_of_second_views
-from simclr_jax.training.optimizer import (
-    lars_trust_ratios,
-    make_optimizer,
-    of_parts,
-    warmup_cosine,
-)
 from simclr_jax.training.plan import Plan, make_plan
 from simclr_jax.training.state import Networks, init_state
 from simclr_jax.training.step import UpdateRule, make_step
@@ -227,9 +222,10 @@ def encoder(config: ConfigDict, **changed: Any) -> Any:
     model.norm_group is ignored unless it is in `changed`, as evaluation does not need it.
 
     Raises:
-      UserError: the encoder cannot take images of the configuration's size.
+      UserError: there is no such encoder, or it cannot take images of the configuration's size.
     """
     options = config.model.to_dict() | {"norm_group": 0} | changed
+    check_value("model.name", config.model.name)  # one of a checkpoint may be unknown here
     made = ENCODERS[config.model.name](options)
     made.check_image_size(config.data.image_size)
     return made
@@ -271,9 +267,8 @@ def images_of_a_norm(config: ConfigDict, mesh: Mesh) -> int:
       UserError: the images that a step sees at once do not divide into such groups.
     """
     at_once = config.data.batch_size // config.train.microbatches
-    group = {0: at_once, -1: at_once // mesh.size}.get(
-        config.model.norm_group, config.model.norm_group
-    )
+    asked = config.model.norm_group
+    group = {0: at_once, -1: at_once // mesh.size}.get(asked, asked)
     if at_once % group:
         raise UserError(
             f"model.norm_group={group} does not divide the {at_once} images that are embedded "
@@ -293,11 +288,8 @@ def memory_rule(config: ConfigDict, mesh: Mesh, made: Views) -> MemoryRule:
     """Makes the rule by which each step adds projections of its batch to the memory of negatives."""
     # The memory's network sees one view an image: its BatchNorm groups have half the rows of the trained network's.
     rows = images_of_a_norm(config, mesh)
-    if rows < 2:
-        raise UserError(
-            "loss.memory projects one view an image, and BatchNorm over one image makes that 0: expected model.norm_group "
-            "of 2 images or more"
-        )
+    if rows < 2:  # the head's BatchNorm makes a single projection 0
+        raise UserError("loss.memory needs BatchNorm over model.norm_group of 2 images or more")
     single = Networks(encoder(config, norm_group=rows), head(config, norm_group=rows), None)
     return MemoryRule(projection_of_second_views(single, made.views), config.loss.memory_decay)
 
@@ -319,35 +311,32 @@ def references(config: ConfigDict, plan: Plan) -> References:
 
 def trust_ratios_of(config: ConfigDict) -> Callable | None:
     """Returns the function (params, gradients) -> metrics of LARS's trust ratios; None for other optimizers."""
-    options, trained = config.optimizer, _trained(config)
+    options = config.optimizer
     if options.name != "lars":
         return None
-
-    def ratios(params, gradients):
-        own = (
-            {name: tree[name] for name in tree if name in trained} for tree in (params, gradients)
-        )
-        decay, coefficient = options.weight_decay, options.trust_coefficient
-        return lars_trust_ratios(*own, weight_decay=decay, trust_coefficient=coefficient)
-
-    return ratios
+    return functools.partial(
+        optimizers.lars_trust_ratios,
+        trained=_trained(config),
+        weight_decay=options.weight_decay,
+        trust_coefficient=options.trust_coefficient,
+    )
 
 
 def _trained(config: ConfigDict) -> frozenset[str]:
-    """Returns the parts of the parameters that are trained. Without a gradient LARS would shrink the head's kernels by
-    its trust ratio of coefficient / decay, 1,000 by default.
+    """Returns the parts of the parameters that are trained: not the head if it has no gradient, as LARS would shrink
+    its kernels by a trust ratio of coefficient / decay, 1,000 by default.
     """
-    head = {"head"} if config.train.objective == "contrastive" else set()
-    return frozenset({"encoder", "classifier"} | head)
+    is_contrastive = config.train.objective == "contrastive"
+    return frozenset({"encoder", "classifier", *(["head"] if is_contrastive else [])})
 
 
 def pretraining_optimizer(
     config: ConfigDict, plan: Plan
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Makes the optimizer, of the head too unless labels alone train the encoder, and the schedule it follows."""
-    schedule = warmup_cosine(plan.learning_rate, plan.warmup_steps, plan.steps)
+    schedule = optimizers.warmup_cosine(plan.learning_rate, plan.warmup_steps, plan.steps)
     options = config.optimizer
-    transformation = make_optimizer(
+    transformation = optimizers.make_optimizer(
         options.name,
         schedule,
         weight_decay=options.weight_decay,
@@ -355,5 +344,5 @@ def pretraining_optimizer(
         trust_coefficient=options.trust_coefficient,
     )
     if config.train.objective == "supervised":
-        transformation = of_parts(transformation, _trained(config))
+        transformation = optimizers.of_parts(transformation, _trained(config))
     return transformation, schedule

@@ -318,7 +318,7 @@ def test_the_page_of_options_is_the_one_that_is_printed():
         ("def get_config(_):\n    return 1 / 0\n", "file.py, line 2: ZeroDivisionError: division"),
         ("import nowhere\n", "file.py, line 1: ModuleNotFoundError"),
         ("def get_config(:\n", "file.py, line 1: SyntaxError"),
-        ("x = 1\n", "file.py: AttributeError"),
+        ("x = 1\n", "file.py defines no get_config: expected"),
         (
             "from simclr_jax import config\ndef get_config(_):\n    c = config.default()\n"
             "    c.data.batchsize = 4\n    return c\n",

@@ -219,7 +219,10 @@ def test_a_link_to_a_folder_above_is_not_followed(photos):
 def test_a_dead_link_is_not_an_empty_file(photos):
     (photos / "gone.png").symlink_to(photos / "nowhere.png")
     said = "\n".join(index.summary_lines(index.look(photos)))
-    assert "0 empty; 1 of 7 cannot be read, such as gone.png: No such file or directory\n" in said
+    assert (
+        "1 of 7 looked at cannot be read, such as gone.png: No such file or directory; 0 of all"
+        in said
+    )
 
 
 def test_a_link_that_cannot_be_followed_costs_nothing_but_itself(photos):
@@ -254,7 +257,8 @@ def test_the_summary_says_what_a_person_would_ask(photos):
     assert "6 PNG, 1 JPEG, 1 TIFF" in said
     assert "2 to 20 px wide, 3 to 10 px high, shorter side 2 px in the middle" in said
     assert "channels 6 RGB, 1 L (of 8 looked at)" in said
-    assert "1 empty; 1 of 8 cannot be read, such as empty.jpg: " in said
+    assert "1 of 8 looked at cannot be read, such as empty.jpg: " in said
+    assert "; 1 of all are empty" in said
     assert "passed over 2 files that are hidden or no images: 1 hidden, 1 .txt" in said
 
 
@@ -334,7 +338,15 @@ def test_the_configuration_chooses_from_parquet_and_arrays(tmp_path, capsys):
         describe_choices(c, labelled=False)
         said = capsys.readouterr().out
         assert "data.image_size=32  (the median image's shorter side has 200 px" in said
-        assert "given" not in said
+        assert "the images suggest" not in said
+        c.data.image_size = 224
+        describe_choices(c, labelled=False)
+        # What was chosen for 32 px is held against the size that was given.
+        said = capsys.readouterr().out
+        assert "data.image_size=224  (given; the images suggest 32)" in said
+        assert "views.blur_probability=0.0  (as for 32 px; for 224 px: 0.5)" in said
+        assert "model.stem=strided  (as for 32 px; for 224 px: imagenet)" in said
+        assert "optimizer.name=muon  (needs no large batch" in said
     with pytest.raises(UserError, match=r"a\.npz"):
         load(f"{file}:{tmp_path}/b/a.npz", [])
 

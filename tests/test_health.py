@@ -88,7 +88,8 @@ def test_trust_ratios_are_those_that_lars_applies():
         for _ in range(2)
     )
     how = {"weight_decay": 0.1, "trust_coefficient": 0.01}
-    found = lars_trust_ratios(params, gradients, **how)
+    others = {"c": {"kernel": np.ones((2, 2), np.float32)}}  # not trained
+    found = lars_trust_ratios(params | others, gradients | others, trained=frozenset("ab"), **how)
     optimizer = make_optimizer("lars", 1.0, momentum=0.0, **how)
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     ratios = [
@@ -105,14 +106,14 @@ def test_trust_ratios_are_those_that_lars_applies():
 def test_a_trust_ratio_without_a_norm_is_the_1_that_lars_applies(zero):
     """The gradient of a kernel behind a BatchNorm whose scale is 0, without weight decay."""
     kernel, nothing = np.full((2, 2), 2.0, np.float32), np.zeros((2, 2), np.float32)
-    params = {"kernel": nothing if zero == "parameter" else kernel}
-    gradients = {"kernel": nothing if zero == "gradient" else kernel}
+    params = {"a": {"kernel": nothing if zero == "parameter" else kernel}}
+    gradients = {"a": {"kernel": nothing if zero == "gradient" else kernel}}
     how = {"weight_decay": 0.0, "trust_coefficient": 0.01}
-    found = lars_trust_ratios(params, gradients, **how)
+    found = lars_trust_ratios(params, gradients, trained=frozenset("a"), **how)
     assert set(map(float, found.values())) == {1.0}
     optimizer = make_optimizer("lars", 1.0, momentum=0.0, **how)
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
-    np.testing.assert_array_equal(updates["kernel"], -gradients["kernel"])
+    np.testing.assert_array_equal(updates["a"]["kernel"], -gradients["a"]["kernel"])
 
 
 def is_shape(x):

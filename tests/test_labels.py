@@ -224,6 +224,14 @@ def test_labels_of_a_folder_come_from_a_csv_file(tmp_path):
     assert split.all_labels().tolist() == [0, -1, 1, 1, -1]
 
 
+def test_labels_may_be_as_a_table_program_writes_them(tmp_path):
+    """With semicolons where the comma is a decimal point, and blanks after commas."""
+    (tmp_path / "l.csv").write_text("\ufeffimage;label\na, b.png;cat\nc.png; dog \n")
+    assert read_labels(str(tmp_path / "l.csv")) == {"a, b.png": "cat", "c.png": "dog"}
+    (tmp_path / "l.csv").write_text("image,label\na.png, cat\nb.png,cat\n")
+    assert read_labels(str(tmp_path / "l.csv")) == {"a.png": "cat", "b.png": "cat"}
+
+
 def test_rows_without_an_image_are_passed_over(tmp_path):
     (tmp_path / "l.csv").write_text("label,image\ncat,a.png\ndog\n,b.png\n")
     assert read_labels(str(tmp_path / "l.csv")) == {"a.png": "cat"}
@@ -265,10 +273,6 @@ def test_a_csv_file_labels_test_images_as_test_images(tmp_path, capsys):
         ("image,label\n0/0.png,cat\n0/0.png,dog\n", "labels '0/0.png' twice, cat and dog"),
         ("", "is empty: expected"),
         ("image, label\n0/0.png, cat\n", "has the columns 'image', ' label': expected image,label"),
-        (
-            "image;label\n0/0.png;cat\n",
-            "has the columns 'image;label': .* with a comma and no blank",
-        ),
     ],
 )
 def test_a_file_of_labels_that_does_not_fit_is_one_line(tmp_path, text, says):

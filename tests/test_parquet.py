@@ -249,6 +249,22 @@ def test_images_of_one_size_are_no_reason_to_take_two_files_for_one(tmp_path):
         train_on(one, test_path=copy)
 
 
+def test_test_files_among_the_training_files_are_refused(tmp_path):
+    """As by DATA/*.parquet where DATA has train-* and test-*, as Hugging Face writes them."""
+    write(tmp_path / "train-0.parquet", [0, 1, 2])
+    write(tmp_path / "test-0.parquet", [2, 1])
+    with pytest.raises(UserError, match=r"1 of the 1 Parquet files of data\.test_path are among"):
+        train_on(tmp_path / "*.parquet", test_path=f"{tmp_path}/test*.parquet")
+    found = train_on(tmp_path / "train*.parquet", test_path=f"{tmp_path}/test*.parquet")
+    assert (found.train.count, found.test.count) == (3, 2)
+
+
+def test_a_column_that_may_hold_labels_is_proposed(tmp_path):
+    path = write(tmp_path / "a.parquet", [0, 1], column="fine_label")
+    with pytest.raises(UserError, match="label_column, such as to 'fine_label'"):
+        train_on(path, parquet={"image_column": "image", "label_column": "labels"})
+
+
 def lists(path):
     pq.write_table(pa.table({"image": [PNG], "label": [[1, 2]]}), path)
 

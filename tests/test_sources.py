@@ -628,6 +628,9 @@ def test_options_that_a_source_does_not_read_are_refused(tmp_path):
         )
         with pytest.raises(UserError, match=says):
             load(None, [f"--config.data.{option}"], saved.to_dict())
+    says = r"TFDS would write its data: add --config\.data\.path="
+    with pytest.raises(UserError, match=says):
+        load(None, ["--config.data.source=tfds", "--config.data.name=cifar10"], saved.to_dict())
     # What a run on a folder left is no mistake of an evaluation on other data.
     saved.data.labels_file = "b.csv"
     assert load(None, ["--config.data.path=y.npz"], saved.to_dict()).data.labels_file == "b.csv"

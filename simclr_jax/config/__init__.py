@@ -100,7 +100,7 @@ def validate(config: ConfigDict, leaving_out: Sequence[str] = ()) -> None:
     if len(fractions) != len(epochs) or not all(fractions) or not different:
         raise UserError(
             f"finetune.label_fractions={fractions} and finetune.epochs={epochs}: expected one or more different "
-            "fractions above 0, and one number of epochs for each"
+            "fractions above 0, and one number of epochs for each: give both options"
         )
     layers = {"none": 0, "linear": 1, "nonlinear": config.model.head_layers}[config.model.head]
     if config.finetune.from_layer > layers:

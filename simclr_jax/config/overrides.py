@@ -36,6 +36,12 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
     unknown = ("loss.name",) if spec is None and "loss.name" not in given else ()
     validate(config, unknown)
     check_is_read(config, given)
+    was = (saved or {}).get("data", {}).get("source", "tfds")
+    if config.data.source == "tfds" != was and config.data.path and "data.path" not in given:
+        raise UserError(
+            f"data.source=tfds with data.path={config.data.path}, where the run's own images are and TFDS would write "
+            "its data: add --config.data.path=, for the folder where TFDS keeps data, or another path"
+        )
     return config
 
 
@@ -85,7 +91,9 @@ def run_file(path: str, function: str, argument: str = "") -> Any:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        found = getattr(module, function)
+        found = getattr(module, function, None)
+        if found is None:
+            raise UserError(f"{path} defines no {function}: expected a file that does")
         parameters = inspect.signature(found).parameters.values()
         if argument and not parameters:
             raise ValueError(f"{function} takes no argument")

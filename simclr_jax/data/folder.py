@@ -178,7 +178,10 @@ def read_labels(path: str) -> dict[str, str]:
     try:
         # Excel begins UTF-8 with a byte order mark.
         with expanded(path).open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file)
+            first = file.readline()
+            file.seek(0)
+            # Where the comma is a decimal point, table programs write semicolons.
+            rows = csv.DictReader(file, delimiter=";" if "," not in first else ",")
             columns = list(rows.fieldnames or ())
             lines = list(rows) if {"image", "label"} <= set(columns) else []
     except UnicodeDecodeError as error:
@@ -198,7 +201,7 @@ def read_labels(path: str) -> dict[str, str]:
         )
     labels: dict[str, str] = {}
     for line in lines:
-        name, label = line["image"], line["label"]
+        name, label = line["image"], (line["label"] or "").strip()
         if name and label and labels.setdefault(name, label) != label:
             raise UserError(
                 f"{path!r} labels {name!r} twice, {labels[name]} and {label}: expected each image once, by its path "

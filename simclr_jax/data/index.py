@@ -303,7 +303,9 @@ def summary_lines(found: Look) -> list[str]:
     if bad or found.empty:
         such = next(iter(found.unreadable.items()), None)
         what = f", such as {such[0]}: {such[1]}" if such else ""
-        lines.append(f"{found.empty} empty; {bad} of {found.looked_at} cannot be read{what}")
+        lines.append(
+            f"{bad} of {found.looked_at} looked at cannot be read{what}; {found.empty} of all are empty"
+        )
     else:
         lines.append(f"none empty; all of {found.looked_at} looked at can be opened")
     if found.passed_over:

@@ -7,6 +7,7 @@ index, so that a later start opens no file that has not changed.
 
 import concurrent.futures
 import hashlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -131,6 +132,11 @@ class RowGroups(ShardedSource):
         found = [class_of(x, file.names) for x in table[self._columns.label].to_pylist()]
         return np.asarray([self._code[name] for name in found], np.int32)
 
+    @property
+    def files(self) -> set[str]:
+        """Returns the paths of the files, with links resolved."""
+        return {os.path.realpath(file.path) for file, _ in self._groups}
+
     def name_of(self, index: int) -> str:
         """Returns the path of the file and the row in it, from 0."""
         shard = int(np.searchsorted(np.cumsum(self.lengths), index, side="right"))
@@ -158,5 +164,12 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
     train = RowGroups(data["path"], columns)
     test = None
     if data["test_path"]:
-        test = StreamedSplit(RowGroups(data["test_path"], columns, train.classes or ()))
+        rows = RowGroups(data["test_path"], columns, train.classes or ())
+        # All files are those that training reads: `data` says that in one line for every source.
+        if train.files != rows.files and (both := sorted(train.files & rows.files)):
+            raise UserError(
+                f"{len(both)} of the {len(rows.files)} Parquet files of data.test_path are among those of data.path, "
+                f"such as {both[0]}: expected other ones, such as 'DATA/train*.parquet' and 'DATA/test*.parquet'"
+            )
+        test = StreamedSplit(rows)
     return DataSet(StreamedSplit(train), test)

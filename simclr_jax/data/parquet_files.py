@@ -185,19 +185,27 @@ def _look(system: Any, path: str, state: str, columns: Columns) -> ParquetFile:
     )
 
 
+def _holds_labels(kind: Any) -> bool:
+    """Returns whether a column of this type may hold labels: whole numbers or texts."""
+    import pyarrow.types as types
+
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    may_be = types.is_integer, types.is_string, types.is_large_string, types.is_null
+    return any(is_it(value) for is_it in may_be)
+
+
 def _check_columns(path: str, schema: Any, columns: Columns) -> None:
     """Raises a UserError unless the image column is there and holds bytes, or {bytes, ...}, and the
     label column holds whole numbers or texts, or is "label" and not there.
     """
-    import pyarrow.types as types
-
     for name, option in zip(columns, ("image_column", "label_column"), strict=True):
         may_lack = option == "label_column" and name in ("", "label")
         if name not in schema.names and not may_lack:
-            fit = schema.names
+            fit = [field.name for field in schema if _holds_labels(field.type)]
             if option == "image_column":
                 fit = _image_columns(schema)
-            remedy = f"set data.parquet.{option}, such as to {fit[0]!r}" if fit else _NO_IMAGES
+            none = _NO_IMAGES if option == "image_column" else f"set data.parquet.{option}=''"
+            remedy = f"set data.parquet.{option}, such as to {fit[0]!r}" if fit else none
             raise UserError(
                 f"{path} has no column {name!r}: it has {', '.join(schema.names)}; {remedy}"
             )
@@ -209,9 +217,7 @@ def _check_columns(path: str, schema: Any, columns: Columns) -> None:
     if columns.label not in schema.names:
         return
     kind = schema.field(columns.label).type
-    value = kind.value_type if types.is_dictionary(kind) else kind
-    may_be = types.is_integer, types.is_string, types.is_large_string, types.is_null
-    if not any(is_it(value) for is_it in may_be):
+    if not _holds_labels(kind):
         raise UserError(
             f"column {columns.label!r} of {path} is {kind}: expected whole numbers or texts; "
             "data.parquet.label_column='' reads no labels"

@@ -77,6 +77,8 @@ def _what_it_is(content: bytes) -> str:
     if not content:
         return "there are no bytes"
     if content[4:8] == b"ftyp" and content[8:12] in _HEIF_BRANDS:
+        if "HEIF" in Image.OPEN:
+            return "damaged: HEIC that pillow-heif cannot read"
         return "HEIC, which needs pillow-heif: pip install pillow-heif"
     return "not an image of a known format"
 

@@ -21,7 +21,9 @@ def suggest_options(count: int, short_side: int, accelerator: bool) -> dict[str,
     return {choice.option: choice.value for choice in chosen}
 
 
-def suggest_settings(count: int, short_side: int, accelerator: bool) -> list[Choice]:
+def suggest_settings(
+    count: int, short_side: int, accelerator: bool, given_size: int | None = None
+) -> list[Choice]:
     """Chooses options for training on `count` images.
 
     Args:
@@ -29,6 +31,7 @@ def suggest_settings(count: int, short_side: int, accelerator: bool) -> list[Cho
       short_side: shorter side of the median image, pixels.
       accelerator: True: there is a GPU or TPU; False: two CPU cores, which are to finish in a quarter of
         an hour.
+      given_size: the size of the views, pixels, that the other options are to fit; None: the one that is chosen.
     """
     sizes = (32, 64, 96, 128, 224) if accelerator else (32,)
     # A view shows a part of the image, so it may be a little larger than the image is.
@@ -41,7 +44,8 @@ def suggest_settings(count: int, short_side: int, accelerator: bool) -> list[Cho
             + ("" if accelerator else ", and a CPU has time for no more"),
         )
     ]
-    if not accelerator:
+    size = given_size or size
+    if not accelerator and size <= 64:
         chosen.append(Choice("model.stem", "strided", "halves the resolution once: for CPUs"))
     elif size <= 32:
         chosen.append(Choice("model.stem", "cifar", "keeps all of 32 px (paper, appendix B.9)"))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from simclr_jax.console import say
 from simclr_jax.evals import results
 from simclr_jax.evals.contract import Evaluation, Features, Options
 from simclr_jax.losses.contract import normalize
@@ -16,7 +17,12 @@ _BLOCK = 512  # queries at a time: bounds the similarities held to 512 x trainin
 
 def rows(features: Features, options: Options, kind: str) -> list[dict]:
     """Classifies with all labels: one row."""
-    k = min(options["knn_k"], len(features.train[1]))
+    count = len(features.train[1])
+    k = min(options["knn_k"], count)
+    if k > count / 2:
+        say(
+            f"eval.knn_k={options['knn_k']}: {k} of the {count} training images vote on each; use fewer"
+        )
     score = knn_accuracy(features, k=k, temperature=options["knn_temperature"])
     return [results.row(kind, None, [score])]
 

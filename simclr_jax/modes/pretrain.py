@@ -223,11 +223,19 @@ def describe_choices(config: ConfigDict, labelled: bool) -> None:
         count, short_side = count_and_size(config.data.to_dict() | {"seed": config.seed})
     values = config_lib.flatten(config)
     accelerator = jax.default_backend() != "cpu"
-    choices = suggest.suggest_settings(count, short_side, accelerator)
+    about, size = (count, short_side, accelerator), config.data.image_size
+    choices = suggest.suggest_settings(*about)
+    # For a size that was given, other values of the remaining options would be chosen, or the defaults.
+    fit = config_lib.flatten(config_lib.default())
+    fit |= {c.option: c.value for c in suggest.suggest_settings(*about, given_size=size)}
     if labelled:
-        choices += suggest.suggest_evaluation(count, accelerator)
+        of_evaluation = suggest.suggest_evaluation(count, accelerator)
+        choices += of_evaluation
+        fit |= {c.option: c.value for c in of_evaluation}
     for i, choice in enumerate(choices):
         option, suggested, reason = choice
         given = values[option]
-        why = reason if given == suggested else f"given; the images suggest {suggested}"
+        why = reason if given == suggested else f"given; the images suggest {fit[option]}"
+        if given == suggested != fit[option]:
+            why = f"as for {choices[0].value} px; for {size} px: {fit[option]}"
         say(f"{'' if i else 'settings':<12}{option}={given}  ({why})")

@@ -1,5 +1,6 @@
 """--mode=report: one HTML page of a run, or of several runs side by side; --mode=views: of views only."""
 
+import glob
 import os
 import shlex
 
@@ -38,7 +39,9 @@ def report(config: ConfigDict | None, workdir: str, runs: str = "", output: str 
     need_bokeh()
     if runs:
         path = _page_at(output or os.path.join(workdir, "runs.html"))
-        page = page_of_runs(shlex.split(runs), str(path.parent))
+        # A name with spaces that is there as it stands needs no quotes.
+        is_one = bool(glob.glob(os.path.expanduser(runs)))
+        page = page_of_runs([runs] if is_one else shlex.split(runs), str(path.parent))
     else:
         assert config is not None
         path = _page_at(output or os.path.join(workdir, "report.html"))

@@ -142,10 +142,15 @@ def make_optimizer(
 
 
 def lars_trust_ratios(
-    params: Any, gradients: Any, *, weight_decay: float, trust_coefficient: float
+    params: Any,
+    gradients: Any,
+    *,
+    trained: frozenset[str],
+    weight_decay: float,
+    trust_coefficient: float,
 ) -> dict[str, jax.Array]:
-    """Computes LARS's trust ratio of each `adapted` array: coefficient |w| / |g + decay w| (You et al. 2017,
-    equation 6), and 1 where one of the norms is 0, as optax.lars applies it.
+    """Computes LARS's trust ratio of each `adapted` array of the parts `trained`: coefficient |w| / |g + decay w|
+    (You et al. 2017, equation 6), and 1 where one of the norms is 0, as optax.lars applies it.
 
     Returns:
       {"trust_ratio_min", "trust_ratio_median", "trust_ratio_max"} over the arrays, float32 scalars.
@@ -155,6 +160,10 @@ def lars_trust_ratios(
         of_w, of_g = jnp.linalg.norm(w), jnp.linalg.norm(g + weight_decay * w)
         return jnp.where((of_w == 0) | (of_g == 0), 1, trust_coefficient * of_w / of_g)
 
+    params, gradients = (
+        {name: part for name, part in tree.items() if name in trained}
+        for tree in (params, gradients)
+    )
     ratios = [
         ratio(w, g)
         for w, g, is_adapted in zip(

@@ -64,7 +64,8 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
         return Verdict("sound", seen)
     loss, least, no_better = metrics["loss"], lower_bound(images, temperature), chance(images)
     way = (no_better - loss) / (no_better - least)
-    where = f"loss {loss:.3f}, by chance {no_better:.3f}, at best {least:.3f}: {way:.0%} of the way"
+    far = f"{way:.0%} of the way" if way > -0.005 else "worse than chance"
+    where = f"loss {loss:.3f}, by chance {no_better:.3f}, at best {least:.3f}: {far}"
     if loss < least - _BELOW:
         why = "under the exact bound: the mask, the normalisation or the gather is wrong"
         return Verdict("below the lower bound", f"{where}: {why}")
@@ -104,4 +105,4 @@ def judge_accuracy(
     if told > 0.99:  # ours
         why = "it tells views apart and images not: a shortcut, such as BatchNorm of few images a device"
         return Verdict(_SHORTCUT, f"{said}, contrastive accuracy {told:.1%}: {why} (simclr#114)")
-    return Verdict(_NO_BETTER, f"{said} (ours)")
+    return Verdict(_NO_BETTER, said)

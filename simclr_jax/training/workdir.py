@@ -34,6 +34,16 @@ _PATHS = (
     ("distill", "teacher"),
 )
 
+# Options that decide which images or labels a run finds.
+_CHOOSE_IMAGES = (
+    "data.source",
+    "data.name",
+    "data.train_split",
+    "data.test_fraction",
+    "data.folder_labels",
+    "data.parquet",
+)
+
 # What --extend lets differ: the length, and a warm-up that a configuration makes follow it.
 _LENGTH = ("train.epochs", "train.steps")
 _FOLLOWS_LENGTH = ("optimizer.warmup_epochs",)
@@ -133,10 +143,11 @@ def check_workdir(
         raise UserError(
             f"{workdir} holds a run of --mode={began}, not of {mode}: use another --workdir"
         )
-    # First the images: options that are chosen by the images differ with them.
-    check_data(train, fingerprint, saved, workdir)
     old = config_lib.from_dict(saved["config"])
     changed = config_lib.differences(old, config)
+    # First the images, as options that are chosen by the images differ with them; unless an option says which images.
+    if not any(change.startswith(_CHOOSE_IMAGES) for change in changed):
+        check_data(train, fingerprint, saved, workdir)
     is_length = any(change.startswith(_LENGTH) for change in changed) and all(
         change.startswith(_LENGTH + _FOLLOWS_LENGTH) for change in changed
     )
