@@ -4,7 +4,7 @@
 #     launch/slurm.sh --nodes=N --gpus-per-node=[TYPE:]G [OPTIONS] [SBATCH OPTIONS] -- ARGS of python -m simclr_jax.main
 #
 # Outside of an allocation it submits itself with sbatch; inside (the submitted job, or salloc) it starts the
-# processes with srun, and they find each other by SLURM's variables.
+# processes with srun, and they find each other by SLURM's variables. Relative paths in ARGS begin at the repository.
 #
 # Options, and those of sbatch with a meaning of their own here:
 #     --gpus=[TYPE:]G     of the whole job, as SLURM means it, in place of --gpus-per-node; a multiple of the nodes

@@ -273,6 +273,9 @@ def test_the_projection_head_lies_beside_the_encoder(layers, tmp_path, capsys):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     assert said.count("torch.nn.ReLU()") == layers - 1
     assert "z = head.eval()(h)" in said
+    assert (
+        "They have 24 px: the middle 87.5% of each side of the centred square, resized.\n" in said
+    )
     # An encoder without a head leaves no head of an earlier export beside it.
     c = small(head="none")
     export(

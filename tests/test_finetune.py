@@ -244,6 +244,7 @@ def test_fine_tuning_with_few_labels_and_all(run, capsys, one_device):
         assert {r["images"] for r in row["runs"]} == {9 if fraction < 1 else 36}
         assert 0 <= row["selected_accuracy"] <= 1
     said = capsys.readouterr().out
+    assert "trainings   6, some 12 steps in all" in said
     assert "encoder, 9 labels, draw 2, 2 epochs, learning rate 0.05 x 16 / 256\n" in said
     assert "step 4/4  loss " in said
     assert "training acc" in said

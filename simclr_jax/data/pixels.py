@@ -143,10 +143,8 @@ def on_white(image: Image.Image) -> Image.Image:
 def orientation(image: Image.Image) -> int:
     """Returns the orientation in the picture's EXIF data, 1 to 8 (EXIF 2.32, tag 0x112); 1 is upright."""
     exif = image.getexif()
-    if image.format in (
-        "JPEG",
-        "MPO",
-    ):  # `decode` reads EXIF alone, and Pillow XMP where EXIF says nothing
+    if image.format in ("JPEG", "MPO"):
+        # `decode` reads EXIF alone, and Pillow XMP too where EXIF says nothing.
         exif = Image.Exif()
         exif.load(image.info.get("exif", b""))
     found = exif.get(0x112, 1)

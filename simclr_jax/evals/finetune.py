@@ -147,6 +147,7 @@ def _rows(config: ConfigDict, setup: Setup, protocol: Protocol) -> dict:
         "settings": protocol.options.to_dict() | {"seed": config.seed, "metric": setup.metric},
     }
     path = setup.path
+    _say_how_many(config, setup, protocol)
     for kind in setup.starts:
         for search in protocol.searches(kind):
             fraction = search.fraction
@@ -165,6 +166,20 @@ def _rows(config: ConfigDict, setup: Setup, protocol: Protocol) -> dict:
                 f"classifier  of {100 * row['label_fraction']:g}% of the labels: {path.parent / where}"
             )
     return result
+
+
+def _say_how_many(config: ConfigDict, setup: Setup, protocol: Protocol) -> None:
+    """Says how many trainings there are, before the first of them: 112 of 20,000 and more steps in appendix B.8."""
+    count = steps = 0
+    for kind in setup.starts:
+        for search in protocol.searches(kind):
+            trainings = len(search.candidates) * (1 if search.fraction == 1 else config.eval.seeds)
+            images = round(search.fraction * setup.part.split.count)
+            count += trainings
+            steps += trainings * search.length.steps(images, protocol.options.batch_size)
+    say(
+        f"trainings   {count}, some {steps:,} steps in all; what was trained before is not trained again"
+    )
 
 
 def _row(kind: str, per_class: int | None, fraction: float, runs: list[dict]) -> dict:

@@ -5,6 +5,7 @@ change is printed, and written into the file if the format has a place for it.
 """
 
 import functools
+import json
 import os
 
 import jax
@@ -73,6 +74,15 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
     say(f"\n{_beginning_local(loading, path, format)}\n")
     if format != "huggingface":  # its program says what images are
         say("Images are numbers in [0, 1]: divided by 255, and not standardised.")
+        say(f"They have {_crop_in_words(encoder)}.")
+        if isinstance(encoder, Classifier) and encoder.classes:
+            say(f"Classes, in the order of the logits: {', '.join(encoder.classes)}")
+
+
+def _crop_in_words(encoder: Encoder) -> str:
+    """Returns in words what is cut from a picture, and to which size it is brought."""
+    size, antialias = encoder.image_size, " with antialiasing" if encoder.antialias else ""
+    return f"{size} px: the middle {encoder.eval_crop:.1%} of each side of the centred square, resized{antialias}"
 
 
 def _beginning_local(loading: str, path: epath.Path, format: str) -> str:
@@ -92,9 +102,12 @@ def _write_safetensors(encoder: Encoder, path: epath.Path) -> str:
     metadata = {
         "loading": loading,
         "images": "float32 [N, 3, H, W] in [0, 1]; the program above does the rest",
+        "crop": _crop_in_words(encoder),
         "step": str(encoder.step),
         **architecture(network),
     }
+    if isinstance(encoder, Classifier) and encoder.classes:
+        metadata["classes"] = json.dumps(encoder.classes)
     write_safetensors(path, weights, metadata)
     return loading
 
