@@ -20,11 +20,16 @@ def rows(features: Features, options: Options, kind: str) -> list[dict]:
     count = len(features.train[1])
     k = min(options["knn_k"], count)
     if k > count / 2:
-        say(
-            f"eval.knn_k={options['knn_k']}: {k} of the {count} training images vote on each; use fewer"
-        )
+        _say_once(k, count)
     score = knn_accuracy(features, k=k, temperature=options["knn_temperature"])
     return [results.row(kind, None, [score])]
+
+
+@functools.cache
+def _say_once(k: int, count: int) -> None:
+    say(
+        f"{k} of the {count} training images vote on each test image: a smaller eval.knn_k tells more"
+    )
 
 
 def settings(options: Options, images: int, classes: int) -> dict:

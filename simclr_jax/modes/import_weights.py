@@ -26,8 +26,8 @@ def import_weights(config: ConfigDict, workdir: str, input: str) -> None:
       input: the file: what `weights.read` takes.
 
     Raises:
-      UserError: the workdir holds checkpoints, another program writes into it, the file cannot be read or is of no known network, or the
-        workdir cannot be written.
+      UserError: the workdir holds checkpoints, another program writes into it, the file cannot be read or is of no
+        known network, or the workdir cannot be written.
     """
     with alone_in(workdir):
         _import(config, workdir, input)
