@@ -18,7 +18,9 @@ _COLUMNS = 79
 
 def main(argv: list[str]) -> None:
     """Runs one mode. Raises UserError for what the user can mend, and Stopped if a signal has stopped a training."""
-    args, overrides = _parser().parse_known_args(argv)
+    parser = _parser()
+    args, overrides = parser.parse_known_args(argv)
+    _check_known(overrides, parser)
     mode = MODES[args.mode]
     flags = _flags_of(args)
     if not (args.workdir or (args.mode == "compile" and args.config)):
@@ -54,6 +56,18 @@ def _flags_of(args: argparse.Namespace) -> dict:
         if flag not in mode.flags:
             raise UserError(f"--{flag} belongs to --mode={owners(flag)}, not to --mode={args.mode}")
     return given
+
+
+def _check_known(rest: list[str], parser: argparse.ArgumentParser) -> None:
+    """Raises a UserError for the first flag among the arguments that the parser left that is no option."""
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    for text in rest:
+        if text.startswith("--") and not text.startswith("--config."):
+            near = difflib.get_close_matches(text.partition("=")[0], flags, cutoff=0.6)
+            hint = f"; near names: {', '.join(near)}" if near else ""
+            raise UserError(
+                f"unknown argument {text!r}: options are given as --config.NAME=VALUE{hint}"
+            )
 
 
 def _mode(text: str) -> str:

@@ -101,6 +101,8 @@ def test_a_mistake_ends_in_one_line(tmp_path):
         (("--mode=knn",), "config.json"),
         (("--mode=knn", "--workdir=/nowhere"), "no folder '/nowhere': expected the --workdir of a"),
         (("--mode=prob",), "argument --mode: there is no mode 'prob'; near names: probe"),
+        (("--workdirs=R",), "unknown argument '--workdirs=R': options are given as --config.NAME="),
+        (("--workdirs=R",), "near names: --workdir"),
         (("--mode=neighbours", "--k=x"), "argument --k: x: expected a whole number"),
         (("--mode=probe", "--config=configs/digits.py"), "no checkpoint"),
         (("--mode=knn", "--format=stablehlo"), "belongs to --mode=export, not to --mode=knn"),

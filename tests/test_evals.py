@@ -688,6 +688,7 @@ def test_the_untrained_encoder_depends_on_no_devices_and_no_batch(tiny_resnet):
         ({"source": "arrays", "name": "", "path": "tinted.npz"}, "tinted"),
         ({"source": "parquet", "name": "", "path": "cats/*.parquet"}, "cats"),
         ({"source": "parquet", "name": "", "path": "cats/train/*.parquet"}, "cats"),
+        ({"source": "parquet", "name": "", "path": "/data/cats/**/*.parquet"}, "cats"),
         ({"source": "folder", "name": "", "path": "/home/me/photos.v2"}, "photos.v2"),
         ({"source": "synthetic", "name": "cifar10", "path": ""}, "synthetic"),
         ({"source": "synthetic", "name": "", "path": ""}, "synthetic"),

@@ -251,6 +251,15 @@ def test_a_run_whose_features_are_not_finite_still_has_a_page(hostile, monkeypat
     assert "<h2>Curves</h2>" in page
 
 
+def test_a_page_says_of_how_many_images_it_is(monkeypatch):
+    split = in_memory(np.zeros((6, 4, 4, 3), np.uint8))
+    assert run_page._sample(6, split) == "the 6 training images"
+    assert run_page._sample(4, split) == "4 of the 6 training images; 2 cannot be read"
+    monkeypatch.setattr(run_page, "_EMBEDDED", 3)
+    assert run_page._sample(3, split) == "3 training images (evenly spaced of 6)"
+    assert run_page._sample(2, split) == "2 training images (evenly spaced of 6; 1 cannot be read)"
+
+
 def test_a_map_needs_five_images():
     few = learned.Embedded(np.eye(4), np.eye(4), [], np.arange(4), np.zeros(4, int))
     assert run_page._map(few, ["a", "b", "c", "d"], None) == {

@@ -161,6 +161,8 @@ def name_of(data: Mapping[str, Any]) -> str:
     path = pathlib.PurePath(data["path"])
     if path.suffix.lower() in _BY_ENDING:
         path = path.parent if "*" in path.name else path.with_suffix("")
+        while "*" in path.name:  # DATA/**/*.parquet
+            path = path.parent
     if path.name in ("train", "training"):
         path = path.parent
     return path.name or source

@@ -183,8 +183,12 @@ def _map(some: learned.Embedded, names: list[str], classes: tuple | None) -> dic
 def _sample(count: int, split: Split) -> str:
     if count == split.count:
         return f"the {count} training images"
+    asked = min(_EMBEDDED, split.count)
+    lost = f"; {asked - count} cannot be read" if count < asked else ""
+    if asked == split.count:
+        return f"{count} of the {asked} training images{lost}"
     which = "evenly spaced" if isinstance(split, IndexedSplit) else "the first ones"
-    return f"{count} training images ({which} of {split.count})"
+    return f"{count} training images ({which} of {split.count}{lost})"
 
 
 def _confusion(
