@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
@@ -174,6 +175,15 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_older_one_taken(whole, tmp_pa
     assert "resumed from step 4" in said
     assert_same_training(tmp_path / "w", whole)
     assert (tmp_path / "w/broken_checkpoints/8").is_dir()
+
+
+def test_the_checksum_of_a_record_is_that_of_what_is_read_again():
+    """Numbers as keys are texts in JSON, and in another order."""
+    record = {"step": 1, "hooks": {10: (1, 2), 9: math.nan}, "checksums": {"encoder": 3}}
+    again = json.loads(json.dumps(record))
+    assert saved.checksum_of_record(record) == saved.checksum_of_record(again)
+    again["hooks"]["10"][1] = 3
+    assert saved.checksum_of_record(record) != saved.checksum_of_record(again)
 
 
 def test_a_record_with_one_other_digit_is_set_aside(whole, tmp_path, capsys):

@@ -227,6 +227,7 @@ def verify(item: str, tree: Any, record: dict) -> None:
 def checksum_of_record(record: dict) -> int:
     """Returns the CRC-32 of a record as JSON, without its checksums."""
     content = {name: x for name, x in record.items() if name != "checksums"}
+    content = json.loads(json.dumps(content))  # as it is read again: keys become texts
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
