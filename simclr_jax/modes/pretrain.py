@@ -109,7 +109,7 @@ def _judge_at_end(
       last: the last metrics of the training; {}: there are none.
     """
     trained = None
-    if last:
+    if "z_std" in last:  # not in metrics of older versions
         plan = assemble.plan_of(config, assemble.data_set(config).train.count)
         trained = judge(int(last["step"]), last, assemble.references(config, plan))
     if not evaluated.is_sound and (trained is None or trained.is_sound):
