@@ -119,7 +119,7 @@ run() {
 
 # Tells runs apart by their arguments: a host keeps the status of its last run until the next one starts.
 digest() {
-  printf '%q ' "${args[@]}" | sha256sum | head -c 12
+  printf '%q ' "${args[@]}" | cksum | tr -d ' \n'
 }
 
 # What a host says of its run: "running", "ended STATUS" or "no run".

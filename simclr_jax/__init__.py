@@ -107,5 +107,5 @@ def _with_options(config: ConfigDict | str | os.PathLike, options: dict[str, Any
         check_is_known(name, known)
     set_options(config, options)
     validate(config)
-    check_is_read(config, list(options))
+    check_is_read(config, list(options), known["data.source"])
     return config

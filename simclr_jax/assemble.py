@@ -288,7 +288,7 @@ def memory_rule(config: ConfigDict, mesh: Mesh, made: Views) -> MemoryRule:
     """Makes the rule by which each step adds projections of its batch to the memory of negatives."""
     # The memory's network sees one view an image: its BatchNorm groups have half the rows of the trained network's.
     rows = images_of_a_norm(config, mesh)
-    if rows < 2:  # the head's BatchNorm makes a single projection 0
+    if rows < 2 and config.model.head != "none":  # the head's BatchNorm makes a single projection 0
         raise UserError("loss.memory needs BatchNorm over model.norm_group of 2 images or more")
     single = Networks(encoder(config, norm_group=rows), head(config, norm_group=rows), None)
     return MemoryRule(projection_of_second_views(single, made.views), config.loss.memory_decay)

@@ -265,9 +265,7 @@ def test_from_python_a_workdir_may_be_in_the_home(tiny, tmp_path, monkeypatch):
 def test_a_folder_whose_checkpoints_could_not_be_read_is_refused(tiny, tmp_path, name):
     with pytest.raises(UserError, match="could not be read again: expected a path without"):
         pretrain(tiny, str(tmp_path / name / "w"))
-    assert (
-        list(tmp_path.glob("*")) in ([], [tmp_path / "data.npz"]) or not (tmp_path / name).exists()
-    )
+    assert not (tmp_path / name).exists()
 
 
 def test_a_run_is_not_made_shorter_than_it_is(watched, copy):

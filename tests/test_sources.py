@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from conftest import random_images
 from PIL import Image
 
+import simclr_jax
 from simclr_jax import assemble, config
 from simclr_jax.config.overrides import load
 from simclr_jax.data import kind_of, open_source, order, pixels, streamed
@@ -631,6 +632,8 @@ def test_options_that_a_source_does_not_read_are_refused(tmp_path):
     says = r"TFDS would write its data: add --config\.data\.path="
     with pytest.raises(UserError, match=says):
         load(None, ["--config.data.source=tfds", "--config.data.name=cifar10"], saved.to_dict())
+    with pytest.raises(UserError, match=says):
+        simclr_jax.evaluate("knn", "", saved, **{"data.source": "tfds", "data.name": "cifar10"})
     # What a run on a folder left is no mistake of an evaluation on other data.
     saved.data.labels_file = "b.csv"
     assert load(None, ["--config.data.path=y.npz"], saved.to_dict()).data.labels_file == "b.csv"

@@ -35,13 +35,7 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
     # A run may have a loss that its own configuration file adds, and commands that do not train need no loss.
     unknown = ("loss.name",) if spec is None and "loss.name" not in given else ()
     validate(config, unknown)
-    check_is_read(config, given)
-    was = (saved or {}).get("data", {}).get("source", "tfds")
-    if config.data.source == "tfds" != was and config.data.path and "data.path" not in given:
-        raise UserError(
-            f"data.source=tfds with data.path={config.data.path}, where the run's own images are and TFDS would write "
-            "its data: add --config.data.path=, for the folder where TFDS keeps data, or another path"
-        )
+    check_is_read(config, given, (saved or {}).get("data", {}).get("source", "tfds"))
     return config
 
 
@@ -181,13 +175,22 @@ def check_is_known(name: str, known: Iterable[str]) -> None:
     raise UserError(f"unknown option {name!r}; {hint}docs/options.md has all")
 
 
-def check_is_read(config: ConfigDict, given: Sequence[str]) -> None:
+def check_is_read(config: ConfigDict, given: Sequence[str], source: str) -> None:
     """Raises a UserError if an option was set that data.source does not read, such as data.name: a run on a folder
-    that is to be evaluated on CIFAR-10 would be evaluated on the folder.
+    that is to be evaluated on CIFAR-10 would be evaluated on the folder. Also if TFDS would write into the folder of
+    a run's images.
 
-    `given`: names of the options that were set beside the configuration.
+    Args:
+      config: the configuration.
+      given: names of the options that were set beside it.
+      source: data.source before they were set.
     """
     data = config.data
+    if data.source == "tfds" != source and data.path and "data.path" not in given:
+        raise UserError(
+            f"data.source=tfds with data.path={data.path}, where the run's own images are and TFDS would write its data: "
+            "add --config.data.path=, for the folder where TFDS keeps data, or another path"
+        )
     if "data.name" in given and data.name and data.source != "tfds":
         needed = {"source": "tfds"}
         # Set for a run on files.
@@ -200,7 +203,7 @@ def check_is_read(config: ConfigDict, given: Sequence[str]) -> None:
     for name in ("test_path", "labels_file", "folder_labels"):
         if f"data.{name}" in given and data[name] and (readers := not_read_by(data.source, name)):
             raise UserError(
-                f"data.source={data.source} does not read data.{name}: it belongs to data.source={' and '.join(readers)}"
+                f"data.source={data.source} does not read data.{name}: it belongs to data.source={' or '.join(readers)}"
             )
 
 

@@ -39,7 +39,7 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
             f"of numbers ({one_line(error)})"
         ) from error
     if "test_labels" in stored and "test_images" not in stored:
-        raise UserError(f"{path} holds test_labels and no test_images: expected both or neither")
+        raise UserError(f"{path} holds test_labels and no test_images: expected test_images too")
     if "train_images" not in stored or stored.keys() - _KNOWN:
         raise UserError(
             f"{path} holds {sorted(stored)}: expected train_images and any of {sorted(_KNOWN)}"

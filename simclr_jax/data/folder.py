@@ -197,7 +197,7 @@ def read_labels(path: str) -> dict[str, str]:
     if not {"image", "label"} <= set(columns):
         what = f"has the columns {', '.join(map(repr, columns))}" if columns else "is empty"
         raise UserError(
-            f"{path!r} {what}: expected image,label in the first line, with a comma and no blank (data.labels_file)"
+            f"{path!r} {what}: expected image,label in the first line, with a comma or semicolon and no blank (data.labels_file)"
         )
     labels: dict[str, str] = {}
     for line in lines:

@@ -6,6 +6,7 @@ index, so that a later start opens no file that has not changed.
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import os
 from collections.abc import Mapping
@@ -132,10 +133,11 @@ class RowGroups(ShardedSource):
         found = [class_of(x, file.names) for x in table[self._columns.label].to_pylist()]
         return np.asarray([self._code[name] for name in found], np.int32)
 
-    @property
+    @functools.cached_property
     def files(self) -> set[str]:
-        """Returns the paths of the files, with links resolved."""
-        return {os.path.realpath(file.path) for file, _ in self._groups}
+        """Returns the paths of the files, with links resolved where they are local."""
+        paths = {file.path for file, _ in self._groups}
+        return paths if self._system else set(map(os.path.realpath, paths))
 
     def name_of(self, index: int) -> str:
         """Returns the path of the file and the row in it, from 0."""

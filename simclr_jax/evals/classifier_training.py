@@ -88,10 +88,7 @@ class Setup:
         if config.eval.baselines:
             self.starts = {UNTRAINED: self._untrained()} | self.starts
         self.path = results.path_of(config, self.record, data, workdir, name)
-        self._digests = {
-            kind: digest_of({"encoder": encoder, "head": head})
-            for kind, (encoder, head) in self.starts.items()
-        }
+        self._digest = digest_of({"encoder": trained.encoder, "head": trained.head})
         judges = [images for images in (self.validation, self.test) if images]
         self._judged_on = [images.split.fingerprint() for images in judges]
         self._views = assemble.classifier_views(config, self.mesh, options.batch_size)
@@ -244,13 +241,16 @@ class Setup:
 
     def _about(self, training: Training, images: Images) -> dict:
         """Returns everything that decides what a training learns; see `what_decides`."""
-        digests: dict = {
-            "start": self._digests[training.kind],
-            "images": images.split.fingerprint(),
-        }
+        digests: dict = {"start": self._digest, "images": images.split.fingerprint()}
         digests |= {"judged_on": self._judged_on}
         crops = repr(self._views.settings.distortion)
-        return what_decides(self.config, self.protocol, training, digests, crops, self.metric)
+        about = what_decides(self.config, self.protocol, training, digests, crops, self.metric)
+        if training.kind == UNTRAINED and not self.protocol.train_encoder:
+            # In words, as the statistics of these views may differ in the last bit on another machine.
+            about["calibrated_on"] = repr(
+                assemble.views(self.config, self.mesh).settings.distortion
+            )
+        return about
 
     def _record(self, state: TrainState) -> dict:
         """Returns what is saved beside a trained classifier, for `load_classifier`."""
@@ -262,7 +262,7 @@ class Setup:
             "classes": self.whole.classes,
             "training_images": self.whole.count,
             "data_fingerprint": self.whole.fingerprint(),
-            "encoder": self._digests[ENCODER],
+            "encoder": self._digest,
         }
 
     def _job(self, training: Training, steps: int, steps_per_epoch: int) -> Job:

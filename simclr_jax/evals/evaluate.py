@@ -233,8 +233,7 @@ def _are_finite(features: np.ndarray) -> bool:
 def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Mesh) -> dict:
     """Evaluates the checkpoints of a run as they appear, until that of its last step.
 
-    Each adds a line to WORKDIR/NAME_followed.jsonl: {"step", metric, "settings": digest of the group "eval" and the
-    seed}. After a restart, it goes on with the first checkpoint after the last line. With other settings than those
+    Each adds a line to WORKDIR/NAME_followed.jsonl: {"step", metric, "settings": a digest of the evaluation's settings}. After a restart, it goes on with the first checkpoint after the last line. With other settings than those
     of the last line, it begins a new file with the checkpoints that are there.
 
     Returns:
@@ -246,12 +245,14 @@ def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Me
         time.sleep(_LOOK_EVERY_SECONDS)
     path = results.path_of(config, record, data, workdir, _file_of(name, config))
     file = path.with_name(f"{path.stem}_followed.jsonl")
-    settings = _digest_of_settings(config.to_dict())
+    settings = _digest_of_settings(name, config, data)
     lines = _lines_of(file) if path.exists() else []
     if lines and lines[-1].get("settings", settings) != settings:
         lines = []
-    if lines and _digest_of_settings(json.loads(path.read_text())["config"]) != settings:
-        lines.pop()  # another call with other settings has replaced the last result
+    if lines and lines[-1]["step"] == record["plan"]["steps"]:
+        last = config_lib.from_dict(json.loads(path.read_text())["config"])
+        if _digest_of_settings(name, last, data) != settings:
+            lines.pop()  # another call has replaced the result of the last step
     done, result = lines[-1]["step"] if lines else -1, None
     while (step := processes.as_first_process_says(_next_step(workdir, done))) != _NO_MORE:
         if step == _NONE_YET:
@@ -269,9 +270,12 @@ def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Me
     return json.loads(path.read_text()) if result is None else result
 
 
-def _digest_of_settings(config: dict) -> str:
-    """Returns 8 letters that differ where the options of evaluations or the seed do."""
-    text = json.dumps([config["eval"], config["seed"]], sort_keys=True)
+def _digest_of_settings(name: str, config: ConfigDict, data: DataSet) -> str:
+    """Returns 8 letters that differ where the settings of the evaluation `name` do."""
+    options = config.eval.to_dict() | {"seed": config.seed}
+    options["metric"] = subjects.metric_of(config, data)
+    used = EVALUATIONS[name].settings(options, data.train.count, len(data.train.classes or ()))
+    text = json.dumps(used, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 

@@ -173,8 +173,12 @@ def _say_how_many(config: ConfigDict, setup: Setup, protocol: Protocol) -> None:
     count = steps = 0
     for kind in setup.starts:
         for search in protocol.searches(kind):
-            trainings = len(search.candidates) * (1 if search.fraction == 1 else config.eval.seeds)
-            images = round(search.fraction * setup.part.split.count)
+            again = protocol.refit and setup.validation is not None
+            draws = 1 if search.fraction == 1 else config.eval.seeds
+            trainings = (len(search.candidates) + again) * draws
+            # A fraction is one of all labels, those of the validation part among them.
+            count_of = setup.part.split.count if search.fraction == 1 else setup.whole.count
+            images = round(search.fraction * count_of)
             count += trainings
             steps += trainings * search.length.steps(images, protocol.options.batch_size)
     say(

@@ -76,7 +76,9 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
         say("Images are numbers in [0, 1]: divided by 255, and not standardised.")
         say(f"They have {_crop_in_words(encoder)}.")
         if isinstance(encoder, Classifier) and encoder.classes:
-            say(f"Classes, in the order of the logits: {', '.join(encoder.classes)}")
+            some, more = encoder.classes[:10], len(encoder.classes) - 10
+            rest = f" and {more} more" if more > 0 else ""
+            say(f"Classes, in the order of the logits: {', '.join(some)}{rest}")
 
 
 def _crop_in_words(encoder: Encoder) -> str:

@@ -65,8 +65,8 @@ def neighbours(
         queries = _indices(features, query) if query else np.arange(count)
         _write_table(expanded(output), features, queries, min(k, count - 1))
         return
-    endings = Image.registered_extensions()
-    if os.path.splitext(output)[1].lower() not in endings:
+    format = Image.registered_extensions().get(os.path.splitext(output)[1].lower())
+    if format not in Image.SAVE:
         raise UserError(f"--output={output}: expected a picture, such as .png or .jpg, or .parquet")
     if k > _MOST_IN_A_PICTURE:
         raise UserError(

@@ -236,6 +236,8 @@ def describe_choices(config: ConfigDict, labelled: bool) -> None:
         option, suggested, reason = choice
         given = values[option]
         why = reason if given == suggested else f"given; the images suggest {fit[option]}"
+        if given == fit[option] != suggested:
+            why = f"fits {size} px"
         if given == suggested != fit[option]:
             why = f"as for {choices[0].value} px; for {size} px: {fit[option]}"
         say(f"{'' if i else 'settings':<12}{option}={given}  ({why})")

@@ -41,7 +41,6 @@ _CHOOSE_IMAGES = (
     "data.train_split",
     "data.test_fraction",
     "data.folder_labels",
-    "data.parquet",
 )
 
 # What --extend lets differ: the length, and a warm-up that a configuration makes follow it.
