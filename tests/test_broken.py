@@ -295,6 +295,7 @@ def test_a_run_on_such_a_folder(photos, tiny, tmp_path, capsys):
     assert {line["image"].rpartition("/")[2] for line in found} == names
 
 
+@pytest.mark.whole
 def test_the_log_of_tensorflow_is_not_beside_the_line_that_names_a_broken_image(tmp_path):
     """Importing JAX sets the level of that log, so that a default of ours alone would change nothing."""
     decode = (

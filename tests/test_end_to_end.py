@@ -143,6 +143,7 @@ def test_another_configuration_is_refused_by_the_command(digits, monkeypatch):
         main([*DIGITS, "--config.seed=1", f"--workdir={workdir}"])
 
 
+@pytest.mark.whole
 def test_a_folder_of_images_without_labels_trains(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     for i in range(8):

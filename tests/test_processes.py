@@ -400,6 +400,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.whole
 def test_a_process_on_cpus_keeps_the_memory_it_frees():
     def faults(keeps, platform="cpu"):
         code = FREED.format(environment={"JAX_PLATFORMS": platform}, keeps=keeps)

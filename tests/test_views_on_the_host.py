@@ -239,6 +239,7 @@ HAPPENS = {
 }
 
 
+@pytest.mark.whole
 def test_images_of_many_sizes_are_no_warning():
     """Each size is compiled, of which TensorFlow warns from the fifth on."""
     said: list[logging.LogRecord] = []
