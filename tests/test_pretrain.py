@@ -265,6 +265,8 @@ def test_from_python_a_workdir_may_be_in_the_home(tiny, tmp_path, monkeypatch):
 def test_a_folder_whose_checkpoints_could_not_be_read_is_refused(tiny, tmp_path, name):
     with pytest.raises(UserError, match="could not be read again: expected a path without"):
         pretrain(tiny, str(tmp_path / name / "w"))
+    with pytest.raises(UserError, match="could not be read again"):  # of a classifier, or an import
+        Checkpoints(str(tmp_path / name / "w"), Saving(1))
     assert not (tmp_path / name).exists()
 
 

@@ -18,6 +18,7 @@ from simclr_jax.training.saved import (
     HANDLERS,
     RECORD,
     TRAINER,
+    check_writable,
     checkpoint_folder,
     checksum,
     checksum_of_record,
@@ -53,7 +54,10 @@ class Checkpoints:
     """Saves asynchronously and restores; a context manager that waits for the last save."""
 
     def __init__(self, workdir: str, saving: Saving):
-        """Opens WORKDIR/checkpoints, which need not be there yet."""
+        """Opens WORKDIR/checkpoints, which need not be there yet. Raises a UserError if nothing saved there could be
+        read again.
+        """
+        check_writable(workdir)
         self._workdir = workdir
         self._every_steps = saving.every_steps
         self._manager = ocp.CheckpointManager(
