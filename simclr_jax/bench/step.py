@@ -70,9 +70,9 @@ def measure_step(config: ConfigDict, seconds: float) -> list[dict]:
             }
         )
     # The compiler counts the body of a loop once: microbatches, and on a CPU convolutions, are loops.
-    uncounted = {"flops_per_second_per_device": None, "share_of_peak": None}
-    for row in rows if jax.default_backend() == "cpu" else rows[: config.train.microbatches > 1]:
-        row |= uncounted
+    for row, in_microbatches in zip(rows, (config.train.microbatches > 1, False), strict=True):
+        if in_microbatches or jax.default_backend() == "cpu":
+            row |= {"flops_per_second_per_device": None, "share_of_peak": None}
     rows[0]["share_of_supervised"] = rows[0]["views_per_second"] / rows[1]["views_per_second"]
     return rows
 

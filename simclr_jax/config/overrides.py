@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from simclr_jax.config import allowed_values, flatten, from_dict, validate
-from simclr_jax.data import not_read_by
+from simclr_jax.data import check_given
 from simclr_jax.errors import UserError, one_line
 
 
@@ -200,11 +200,7 @@ def check_is_read(config: ConfigDict, given: Sequence[str], source: str) -> None
         raise UserError(
             f"data.name={data.name} names a data set of TFDS, and data.source={data.source} does not read it: add {more}"
         )
-    for name in ("test_path", "labels_file", "folder_labels"):
-        if f"data.{name}" in given and data[name] and (readers := not_read_by(data.source, name)):
-            raise UserError(
-                f"data.source={data.source} does not read data.{name}: it belongs to data.source={' or '.join(readers)}"
-            )
+    check_given(data, given)
 
 
 def _join_values(arguments: Sequence[str]) -> list[str]:

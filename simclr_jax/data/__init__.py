@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from simclr_jax.data import arrays, folder, index, parquet, pictures, synthetic, tfds
@@ -196,10 +196,19 @@ def _some_of(split: Split) -> list[bytes]:
     return [bytes(example["image"]) for example in some]
 
 
-def not_read_by(source: str, option: str) -> tuple[str, ...]:
-    """Returns the sources that read an option of the group "data" if `source`, of this package, does not; else ()."""
-    readers = _READERS[option]
-    return readers if source in _COME_WITH_THE_PACKAGE and source not in readers else ()
+def check_given(data: Mapping[str, Any], given: Container[str]) -> None:
+    """Raises a UserError if an option was set that a source of this package does not read.
+
+    `given`: names of the options that were set, with their groups.
+    """
+    source = data["source"]
+    if source not in _COME_WITH_THE_PACKAGE:
+        return
+    for name, readers in _READERS.items():
+        if f"data.{name}" in given and data[name] and source not in readers:
+            raise UserError(
+                f"data.source={source} does not read data.{name}: it belongs to data.source={' or '.join(readers)}"
+            )
 
 
 def check(data: Mapping[str, Any]) -> None:

@@ -142,11 +142,12 @@ def on_white(image: Image.Image) -> Image.Image:
 
 def orientation(image: Image.Image) -> int:
     """Returns the orientation in the picture's EXIF data, 1 to 8 (EXIF 2.32, tag 0x112); 1 is upright."""
-    exif = image.getexif()
     if image.format in ("JPEG", "MPO"):
-        # `decode` reads EXIF alone, and Pillow XMP too where EXIF says nothing.
+        # Not `getexif`, which reads XMP too where EXIF says nothing: `decode` reads EXIF alone.
         exif = Image.Exif()
         exif.load(image.info.get("exif", b""))
+    else:
+        exif = image.getexif()
     found = exif.get(0x112, 1)
     return found if found in range(1, 9) else 1
 

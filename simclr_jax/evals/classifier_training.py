@@ -107,6 +107,15 @@ class Setup:
         """Returns where the trainings lie, each in a folder of its own."""
         return self.path.with_name(self.path.stem)
 
+    @property
+    def refits(self) -> bool:
+        """Returns whether the chosen candidate is trained once more, on the validation part too."""
+        return self.protocol.refit and self.validation is not None
+
+    def draws(self, search: Search) -> int:
+        """Returns how many times the labels of a search are drawn."""
+        return 1 if search.fraction == 1 else self.config.eval.seeds
+
     def check_fractions(self) -> None:
         """Raises a UserError, before hours of training, if a fraction of the labels is more than the validation part
         leaves, or will not fit into memory.
@@ -146,7 +155,7 @@ class Setup:
         if not finite:
             raise NotFinite(f"of all candidates: {outcomes[-1][1]['failed']}")
         training, outcome = max(finite, key=lambda pair: pair[1]["validation"] or 0.0)
-        if self.protocol.refit and self.validation is not None:
+        if self.refits:
             everything = assemble.images_of(self.config, self.whole)
             chosen = {"validation": outcome["validation"], "candidates": len(search.candidates)}
             outcome = self._train(everything, training._replace(refit=True), "chosen: ") | chosen

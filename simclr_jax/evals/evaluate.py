@@ -21,7 +21,7 @@ from simclr_jax.data.broken import Images
 from simclr_jax.data.split import DataSet
 from simclr_jax.errors import NotFinite, UserError
 from simclr_jax.evals import EVALUATIONS, results, subjects
-from simclr_jax.evals.contract import Evaluation, Features
+from simclr_jax.evals.contract import Evaluation, Features, Options
 from simclr_jax.evals.features import raw_pixels
 from simclr_jax.evals.finetune import TRAININGS
 from simclr_jax.evals.subjects import ENCODER, RAW_PIXELS, UNTRAINED, Trained
@@ -127,6 +127,10 @@ def _evaluate(name: str, subject: _Subject) -> dict:
     return result
 
 
+def _options_of(config: ConfigDict, metric: str) -> Options:
+    return config.eval.to_dict() | {"seed": config.seed, "metric": metric}
+
+
 def result_of(
     evaluation: Evaluation,
     config: ConfigDict,
@@ -135,7 +139,7 @@ def result_of(
     metric: str = "accuracy",
 ) -> dict:
     """Evaluates features of each kind: {"step", "rows", "train_images", "test_images", "settings"}."""
-    options = config.eval.to_dict() | {"seed": config.seed, "metric": metric}
+    options = _options_of(config, metric)
     first = next(iter(features.values()))
     images = len(first.train[1])
     rows = [row for kind, x in features.items() for row in evaluation.rows(x, options, kind)]
@@ -233,8 +237,9 @@ def _are_finite(features: np.ndarray) -> bool:
 def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Mesh) -> dict:
     """Evaluates the checkpoints of a run as they appear, until that of its last step.
 
-    Each adds a line to WORKDIR/NAME_followed.jsonl: {"step", metric, "settings": a digest of the evaluation's settings}. After a restart, it goes on with the first checkpoint after the last line. With other settings than those
-    of the last line, it begins a new file with the checkpoints that are there.
+    Each adds a line to WORKDIR/NAME_followed.jsonl: {"step", metric, "settings": a digest of the evaluation's
+    settings}. After a restart, it goes on with the first checkpoint after the last line. With other settings than
+    those of the last line, it begins a new file with the checkpoints that are there.
 
     Returns:
       the result of the last step.
@@ -272,8 +277,7 @@ def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Me
 
 def _digest_of_settings(name: str, config: ConfigDict, data: DataSet) -> str:
     """Returns 8 letters that differ where the settings of the evaluation `name` do."""
-    options = config.eval.to_dict() | {"seed": config.seed}
-    options["metric"] = subjects.metric_of(config, data)
+    options = _options_of(config, subjects.metric_of(config, data))
     used = EVALUATIONS[name].settings(options, data.train.count, len(data.train.classes or ()))
     text = json.dumps(used, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()

@@ -147,12 +147,11 @@ def _rows(config: ConfigDict, setup: Setup, protocol: Protocol) -> dict:
         "settings": protocol.options.to_dict() | {"seed": config.seed, "metric": setup.metric},
     }
     path = setup.path
-    _say_how_many(config, setup, protocol)
+    _say_how_many(setup, protocol)
     for kind in setup.starts:
         for search in protocol.searches(kind):
             fraction = search.fraction
-            draws = 1 if fraction == 1 else config.eval.seeds
-            runs = [setup.best_of(kind, search, draw) for draw in range(draws)]
+            runs = [setup.best_of(kind, search, draw) for draw in range(setup.draws(search))]
             per_class = None if fraction == 1 else setup.per_class(fraction)
             rows.append(_row(kind, per_class, fraction, runs))
             result["test_images"] = runs[-1].get("test_images", result["test_images"])
@@ -168,14 +167,12 @@ def _rows(config: ConfigDict, setup: Setup, protocol: Protocol) -> dict:
     return result
 
 
-def _say_how_many(config: ConfigDict, setup: Setup, protocol: Protocol) -> None:
+def _say_how_many(setup: Setup, protocol: Protocol) -> None:
     """Says how many trainings there are, before the first of them: 112 of 20,000 and more steps in appendix B.8."""
     count = steps = 0
     for kind in setup.starts:
         for search in protocol.searches(kind):
-            again = protocol.refit and setup.validation is not None
-            draws = 1 if search.fraction == 1 else config.eval.seeds
-            trainings = (len(search.candidates) + again) * draws
+            trainings = (len(search.candidates) + setup.refits) * setup.draws(search)
             # A fraction is one of all labels, those of the validation part among them.
             count_of = setup.part.split.count if search.fraction == 1 else setup.whole.count
             images = round(search.fraction * count_of)

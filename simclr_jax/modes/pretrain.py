@@ -235,9 +235,11 @@ def describe_choices(config: ConfigDict, labelled: bool) -> None:
     for i, choice in enumerate(choices):
         option, suggested, reason = choice
         given = values[option]
-        why = reason if given == suggested else f"given; the images suggest {fit[option]}"
-        if given == fit[option] != suggested:
+        if given == suggested:
+            other = f"as for {choices[0].value} px; for {size} px: {fit[option]}"
+            why = reason if suggested == fit[option] else other
+        elif given == fit[option]:
             why = f"fits {size} px"
-        if given == suggested != fit[option]:
-            why = f"as for {choices[0].value} px; for {size} px: {fit[option]}"
+        else:
+            why = f"given; the images suggest {fit[option]}"
         say(f"{'' if i else 'settings':<12}{option}={given}  ({why})")

@@ -108,12 +108,13 @@ def draw_curves(runs: list[RunFiles], references: dict[str, dict[str, float]]) -
     Returns:
       Bokeh figures.
     """
-    known = {"loss", *(name for panel in PANELS for name in panel.metrics)}
-    there = {name for run in runs for line in run.lines for name in line}
-    rest = sorted(there - known - {"step", "time", "skipped_steps"})
     units = {run.loss_unit for run in runs}
     loss = Panel("Loss", {"loss": "loss"}, units.pop() if len(units) == 1 else "")
-    panels = [loss, *PANELS, *(Panel(name, {name: name}) for name in rest)]
+    panels = [loss, *PANELS]
+    known = {name for panel in panels for name in panel.metrics}
+    there = {name for run in runs for line in run.lines for name in line}
+    rest = sorted(there - known - {"step", "time", "skipped_steps"})
+    panels += [Panel(name, {name: name}) for name in rest]
     if len(runs) > 1:  # a colour for each run, and no line styles to tell apart
         panels = [
             panel._replace(title=name, metrics={name: name})
