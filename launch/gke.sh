@@ -108,7 +108,8 @@ apply() {
   [[ "$accelerator$image$service_account" =~ ^[-a-zA-Z0-9._/:@]+$ ]] || fail "--accelerator, --image or --service_account has a character that no such name has"
   local number chips
   for number in "$slices" "$restarts" "${chips_per_host:-1}"; do
-    [[ $number =~ ^[0-9]+$ ]] || fail "$number: expected a number"
+    # JSON has no leading zeros, and bash takes them for octal numbers.
+    [[ $number =~ ^(0|[1-9][0-9]*)$ ]] || fail "$number: expected a number without leading zeros"
   done
   chips=$(chips_of "$topology")
   chips_per_host=${chips_per_host:-$((chips < 4 ? chips : 4))}

@@ -1,5 +1,8 @@
 """Exceptions that end a command with one line and no traceback."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Says in one line what was wrong, what was expected and what to do."""
@@ -27,3 +30,19 @@ LOST = 69
 def one_line(error: Exception) -> str:
     """Returns the message of an error of any type, without line breaks."""
     return " ".join(str(error).split())
+
+
+def near_names(
+    name: str, known: Iterable[str], cutoff: float = 0.6, also: Iterable[str] = ()
+) -> str:
+    """Returns "; near names: ..." for the end of a message, or "" if no known name is near a misspelt one.
+
+    Args:
+      name: the misspelt one.
+      known: the names to choose from.
+      cutoff: how alike two names must be, in [0, 1]; see `difflib.get_close_matches`.
+      also: names that are near for another reason.
+    """
+    found = difflib.get_close_matches(name, known, cutoff=cutoff)
+    found += [other for other in also if other not in found]
+    return f"; near names: {', '.join(found)}" if found else ""

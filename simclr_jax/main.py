@@ -1,14 +1,13 @@
 """The command line: flags to a mode. `python -m simclr_jax.main --help`."""
 
 import argparse
-import difflib
 import importlib
 import os
 import textwrap
 
 from simclr_jax import processes, shell
 from simclr_jax.config.overrides import load
-from simclr_jax.errors import UserError
+from simclr_jax.errors import UserError, near_names
 from simclr_jax.files import check_bucket
 from simclr_jax.modes import FLAGS, MODES, owners
 from simclr_jax.training.workdir import saved_config
@@ -19,8 +18,7 @@ _COLUMNS = 79
 def main(argv: list[str]) -> None:
     """Runs one mode. Raises UserError for what the user can mend, and Stopped if a signal has stopped a training."""
     parser = _parser()
-    args, overrides = parser.parse_known_args(argv)
-    _check_known(overrides, parser)
+    args, overrides = parser.parse_with_options(argv)
     mode = MODES[args.mode]
     flags = _flags_of(args)
     if not (args.workdir or (args.mode == "compile" and args.config)):
@@ -58,28 +56,15 @@ def _flags_of(args: argparse.Namespace) -> dict:
     return given
 
 
-def _check_known(rest: list[str], parser: argparse.ArgumentParser) -> None:
-    """Raises a UserError for the first flag among the arguments that the parser left that is no option."""
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    for text in rest:
-        if text.startswith("--") and not text.startswith("--config."):
-            near = difflib.get_close_matches(text.partition("=")[0], flags, cutoff=0.6)
-            hint = f"; near names: {', '.join(near)}" if near else ""
-            raise UserError(
-                f"unknown argument {text!r}: options are given as --config.NAME=VALUE{hint}"
-            )
-
-
 def _mode(text: str) -> str:
     """Reads the name of a mode, for argparse."""
     if text not in MODES:
-        near = difflib.get_close_matches(text, MODES, cutoff=0.5)
-        hint = f"; near names: {', '.join(near)}" if near else ""
+        hint = near_names(text, MODES, 0.5)
         raise argparse.ArgumentTypeError(f"there is no mode {text!r}{hint}")
     return text
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> shell.Parser:
     parser = shell.Parser(
         prog="python -m simclr_jax.main",
         usage="%(prog)s --workdir=DIR [--config=FILE.py[:ARG]] [--mode=MODE]\n"

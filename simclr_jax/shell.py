@@ -18,7 +18,7 @@ from typing import NoReturn
 import jax
 
 from simclr_jax import processes
-from simclr_jax.errors import LOST, Stopped, Unavailable, UserError
+from simclr_jax.errors import LOST, Stopped, Unavailable, UserError, near_names
 from simclr_jax.files import cache_folder, storage_error
 
 # Exit status of a command that a signal has stopped. The same command goes on from there, so a launcher must not
@@ -37,6 +37,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help names all flags")
+
+    def parse_with_options(self, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Returns the parser's flags, and the rest, which `config.overrides.load` reads. Raises a UserError for a flag
+        that is neither the parser's nor an option.
+        """
+        found, rest = self.parse_known_args(arguments)
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        for text in rest:
+            if text.startswith("--") and not text.startswith("--config."):
+                hint = near_names(text.partition("=")[0], flags)
+                raise UserError(
+                    f"unknown argument {text!r}: options are given as --config.NAME=VALUE{hint}"
+                )
+        return found, rest
 
 
 def run(command: Callable[[list[str]], None]) -> None:

@@ -125,13 +125,13 @@ def tiny(tmp_path):
     The encoder is a ViT of one layer, and views are only cropped and flipped: quick to compile. Use
     `tiny_resnet` where BatchNorm or colour matters.
     """
-    return _tiny(tmp_path)
+    return tiny_config(tmp_path)
 
 
 @pytest.fixture
 def tiny_resnet(tmp_path):
     """`tiny` with a ResNet-10 of an eighth of the width, and views with colour."""
-    c = _tiny(tmp_path)
+    c = tiny_config(tmp_path)
     config.set_options(c, RESNET)
     return c
 
@@ -146,8 +146,9 @@ RESNET = {
 }
 
 
-def _tiny(tmp_path):
-    path = tmp_path / "images.npz"
+def tiny_config(folder):
+    """Returns the configuration of the fixture `tiny`, and writes its images into `folder`."""
+    path = folder / "images.npz"
     np.savez(
         path,
         train_images=random_images(48, 12, 12),

@@ -145,6 +145,7 @@ def test_a_student_learns_from_its_teacher_and_goes_on_bit_for_bit(
         pretrain(tiny, str(tmp_path / "whole"))
 
 
+@pytest.mark.whole
 def test_a_run_keeps_its_teacher(tiny, teacher, tmp_path, one_device, monkeypatch):
     monkeypatch.chdir(tmp_path)
     set_options(tiny, {"distill.teacher": "teacher", "train.steps": 2, "finetune.from_layer": 1})

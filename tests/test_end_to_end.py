@@ -54,6 +54,7 @@ def digits(tmp_path_factory):
     return workdir, said.getvalue()
 
 
+@pytest.mark.whole
 def test_one_command_trains_and_probes(digits):
     workdir, said = digits
     assert re.search(r"step 4/4  loss \d+\.\d+  contrastive acc", said)
@@ -65,6 +66,7 @@ def test_one_command_trains_and_probes(digits):
     assert [json.loads(s)["step"] for s in (workdir / "metrics.jsonl").open()] == [2, 4]
 
 
+@pytest.mark.whole
 def test_knn_needs_only_the_workdir(digits):
     workdir, _ = digits
     on_device = "--config.data.placement=device"  # need not be as in training
@@ -136,6 +138,7 @@ def test_help_names_every_mode_and_what_it_does(capsys):
             assert f"--{flag}" in said
 
 
+@pytest.mark.whole
 def test_another_configuration_is_refused_by_the_command(digits, monkeypatch):
     workdir, _ = digits
     monkeypatch.chdir(ROOT)
@@ -197,6 +200,7 @@ print("/jax/compilation_cache/cache_hits" in hits)
 """
 
 
+@pytest.mark.whole
 def test_what_one_run_compiled_the_next_one_reads(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     environment["XDG_CACHE_HOME"] = str(tmp_path)

@@ -62,6 +62,7 @@ def test_what_is_unusual_is_said_with_its_reason(options, says):
     assert says in line
 
 
+@pytest.mark.whole
 def test_a_run_is_explained_and_nothing_is_written(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(explain_mode, "_MEASURED_SECONDS", 0.5)
     config.set_options(
@@ -116,6 +117,7 @@ class Recorded:
         )
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", SINKS)
 def test_metrics_go_to_a_sink_and_a_resumed_run_goes_on_there(tiny, tmp_path, monkeypatch, name):
     """Its checkpoint of step 4 is the newest when it goes on."""

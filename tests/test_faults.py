@@ -121,6 +121,7 @@ main.run()
 """
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("every", "says"),
     [

@@ -224,6 +224,7 @@ def leaves_a_classifier(config, workdir, result, states):
     np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.whole
 def test_fine_tuning_with_few_labels_and_all(run, capsys, one_device):
     config, workdir = run
     with states_of_fit() as states:
@@ -479,6 +480,7 @@ def begun(run, monkeypatch, one_device):
     return config, workdir, names
 
 
+@pytest.mark.whole
 def test_what_was_trained_is_not_trained_again_unless_something_else_is_asked(begun, tmp_path):
     config, workdir, names = begun
 
@@ -569,6 +571,7 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(run):
     assert len(json.loads(named.read_text())["index"]) == BATCH
 
 
+@pytest.mark.whole
 def test_a_candidate_that_is_not_finite_is_left_out(run, capsys):
     config, workdir = run
     config.eval.baselines = False
@@ -640,6 +643,7 @@ def test_mistakes(run):
         finetune.finetune(config, str(workdir))
 
 
+@pytest.mark.whole
 def test_fine_tuning_by_lars_from_a_layer_of_the_head(run, one_device, capsys):
     config, workdir = run
     set_options(

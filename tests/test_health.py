@@ -210,6 +210,7 @@ def sick_of_the_learning_rate(options, patch, tmp_path):
     config.set_options(options, {"optimizer.name": "sgd", "optimizer.learning_rate": 1000.0})
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("sick", "expected"),
     [
@@ -231,6 +232,7 @@ def test_runs_made_sick_on_purpose_are_named(plain, tmp_path, capsys, monkeypatc
     assert len(re.findall(rf"step \d+  {expected}: ", said)) == 1
 
 
+@pytest.mark.whole
 def test_a_healthy_run_raises_no_alarm_and_its_metrics_are_there(plain, tmp_path, capsys):
     plain.eval.after_training = "knn"
     plain.train.log_every_steps = 8  # of 8 steps on noise none is after the warm-up

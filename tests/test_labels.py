@@ -67,6 +67,7 @@ def rows_on(tiny, tmp_path):
     return rows_on
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("evaluation", ["probe", "knn", "finetune"])
 def test_renamed_classes_and_added_images_change_nothing(rows_on, evaluation):
     def how(options, workdir):

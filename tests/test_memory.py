@@ -246,6 +246,7 @@ def test_a_step_that_is_skipped_leaves_the_memory(tiny):
     jax.tree.map(np.testing.assert_array_equal, state.memory, start.memory)
 
 
+@pytest.mark.whole
 def test_a_run_with_a_memory_is_resumed_bit_for_bit(tiny, tmp_path, monkeypatch):
     tiny.loss.memory = 48
     alone = make_mesh(jax.devices()[:1])

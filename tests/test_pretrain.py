@@ -445,6 +445,7 @@ def test_an_evaluation_on_the_way_is_that_of_the_checkpoint_of_its_step(watched,
     assert values[1:] != values[:-1]
 
 
+@pytest.mark.whole
 def test_a_probe_on_the_way_is_that_of_the_checkpoint_of_its_step(tiny, tmp_path):
     """Twice 48 images are 6 steps of 16."""
     options = {

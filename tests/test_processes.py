@@ -331,6 +331,7 @@ main.run()
 """
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("ends", "expected", "says"),
     [
@@ -367,6 +368,7 @@ main.run()
 """
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("library", "expected"),
     [("CDLL", shell.INTERRUPTED), ("PyDLL", -signal.SIGALRM)],  # PyDLL keeps Python's lock

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import tensorflow as tf
+from conftest import tiny_config
 from PIL import Image
 
 from simclr_jax import assemble, config
@@ -187,19 +188,21 @@ HOSTILE = [
 ]
 
 
-@pytest.fixture
-def hostile(tiny, tmp_path):
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
     """A run on a folder whose names would break a page that does not escape them."""
-    root = tmp_path / "<b>pictures"
+    folder = tmp_path_factory.mktemp("hostile")
+    root = folder / "<b>pictures"
     root.mkdir()
     rng = np.random.default_rng(0)
     for i in range(24):
         name = HOSTILE[i].replace("/", "∕") if i < len(HOSTILE) else f"{i}.png"
         Image.fromarray(rng.integers(0, 256, (14, 12, 3)).astype(np.uint8)).save(root / name)
+    c = tiny_config(folder)
     options = {"data.source": "folder", "data.path": str(root), "data.placement": "host"}
-    config.set_options(tiny, options | {"train.steps": 2, "data.batch_size": 8})
-    pretrain(tiny, str(tmp_path / "run"))
-    return tiny, tmp_path / "run"
+    config.set_options(c, options | {"train.steps": 2, "data.batch_size": 8})
+    pretrain(c, str(folder / "run"))
+    return c, folder / "run"
 
 
 def text_of(page):
@@ -208,6 +211,7 @@ def text_of(page):
     return re.sub(r"data:image/[^\"]*", "", page)
 
 
+@pytest.mark.whole
 def test_no_name_of_a_file_can_break_the_page(hostile):
     options, workdir = hostile
     page = report(options, str(workdir)).read_text()

@@ -238,10 +238,12 @@ def least_of_a_lane(request, monkeypatch):
 
 @pytest.mark.parametrize("kind", [*STREAMED, "small_split", "drawn"])
 def test_a_batch_does_not_depend_on_the_number_of_processes(kind, request, least_of_a_lane):
-    """24 images on 1, 3 and 8 processes: the same ones in the same rows, epoch after epoch, entered anywhere."""
+    """24 images on 1, 3 and 4 processes, of which 4 do not divide the six lanes: the same ones in the same rows,
+    epoch after epoch, entered anywhere.
+    """
     split = request.getfixturevalue(kind)
     whole = stream(split, steps=6, batch_size=24).reshape(6, 24, 3)
-    for count in (3, 8):
+    for count in (3, 4):
         shares = [Share(p, count) for p in range(count)]
         parts = [stream(split, 4, 24, 2, share).reshape(4, 24 // count, 3) for share in shares]
         np.testing.assert_array_equal(np.concatenate(parts, 1), whole[2:])

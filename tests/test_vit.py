@@ -166,6 +166,7 @@ def test_sizes_that_do_not_fit_are_refused(tiny, options, says):
         assemble.encoder(tiny)
 
 
+@pytest.mark.whole
 def test_without_any_batchnorm_a_run_is_saved_restored_loaded_and_evaluated(tiny, tmp_path, capsys):
     tiny.model.head = "none"  # else the head has BatchNorm
     tiny.train.steps = 4

@@ -98,6 +98,7 @@ def test_a_warm_run_goes_on_as_if_never_stopped(tiny, source, tmp_path, capsys):
     assert not equal(weights_of(a), weights_of(load_encoder(tmp_path / "cold")))
 
 
+@pytest.mark.whole
 def test_a_run_is_not_mixed_with_one_of_another_beginning(tiny, source, tmp_path):
     cold = tiny.copy_and_resolve_references()
     run(cold, tmp_path / "cold", steps=1)

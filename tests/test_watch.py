@@ -114,6 +114,7 @@ def test_a_stuck_storage_does_not_keep_the_process(tmp_path, monkeypatch, capfd)
     assert "hung cannot be written" in capfd.readouterr().err
 
 
+@pytest.mark.whole
 def test_the_training_loop_is_watched(tmp_path, monkeypatch):
     """One that waits for ever in a step, and one whose checkpoint is never written."""
     ended = threading.Event()

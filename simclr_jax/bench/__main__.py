@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", metavar="FILE.py[:ARG]", help="needed by all but loss")
     parser.add_argument("--seconds", type=float, default=20.0, help="to measure for; default 20")
     parser.add_argument("--output", metavar="FILE.json", help="default: bench_WHAT.json")
-    args, overrides = parser.parse_known_args(argv)
+    args, overrides = parser.parse_with_options(argv)
     if args.seconds <= 0:
         raise UserError(f"--seconds={args.seconds:g}: expected a number above 0")
     keep_compiled_programs()

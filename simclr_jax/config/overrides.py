@@ -1,6 +1,5 @@
 """From the command line to a configuration: files in configs/, and --config.NAME=VALUE flags."""
 
-import difflib
 import importlib.util
 import inspect
 import pathlib
@@ -14,7 +13,7 @@ from ml_collections import ConfigDict, config_flags
 
 from simclr_jax.config import allowed_values, flatten, from_dict, validate
 from simclr_jax.data import check_given
-from simclr_jax.errors import UserError, one_line
+from simclr_jax.errors import UserError, near_names, one_line
 
 
 def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) -> ConfigDict:
@@ -168,11 +167,11 @@ def check_is_known(name: str, known: Iterable[str]) -> None:
     known = list(known)
     if name in known:
         return
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     last = name.rpartition(".")[2]
-    near += [k for k in known if k.rpartition(".")[2] == last and k not in near]
-    hint = f"near names: {', '.join(near)}; " if near else ""
-    raise UserError(f"unknown option {name!r}; {hint}docs/options.md has all")
+    same = [k for k in known if k.rpartition(".")[2] == last]
+    raise UserError(
+        f"unknown option {name!r}{near_names(name, known, 0.5, same)}; docs/options.md has all"
+    )
 
 
 def check_is_read(config: ConfigDict, given: Sequence[str], source: str) -> None:

@@ -2,7 +2,6 @@
 are TFRecord or ArrayRecord.
 """
 
-import difflib
 import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +14,7 @@ from simclr_jax.data.order import Share
 from simclr_jax.data.source import CORES, Classes, ShardedSource, in_order
 from simclr_jax.data.split import DataSet, Split
 from simclr_jax.data.streamed import StreamedSplit
-from simclr_jax.errors import UserError, one_line
+from simclr_jax.errors import UserError, near_names, one_line
 
 # A split of images of one shape is held in memory up to this size: any order is then free, and
 # nothing is decoded twice.
@@ -163,8 +162,7 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
     try:
         builder = tfds.builder(name, data_dir=data_dir or None)
     except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
-        near = difflib.get_close_matches(name, tfds.list_builders(), n=3)
-        hint = f"; near names: {', '.join(near)}" if near else ""
+        hint = near_names(name, tfds.list_builders())
         raise UserError(f"no TFDS data set {name!r} (data.name){hint}") from error
     except AssertionError as error:  # of a version that there is not
         reason = one_line(error)

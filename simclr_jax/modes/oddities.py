@@ -39,7 +39,11 @@ def oddities(config: ConfigDict, plan: Plan, images: int) -> list[str]:
         found.append(
             f"learning rate {plan.learning_rate:.2g} with adamw: above 0.005 (ours) it often diverges"
         )
-    if size <= 32 and config.views.blur_probability > 0:
+    if size < 20 and config.views.blur_probability > 0:
+        found.append(
+            f"views.blur_probability above 0 at {size} px does nothing: a kernel a tenth of the view wide is one pixel"
+        )
+    elif size <= 32 and config.views.blur_probability > 0:
         found.append(
             f"views.blur_probability above 0 at {size} px: the paper leaves it out (appendix B.9)"
         )
