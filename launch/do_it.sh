@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # To be sourced by the other scripts: runs a command, or prints it if their variable `dry_run` is set; finds the
-# workdir among a run's arguments; ends a script that was called wrongly.
+# workdir among a run's arguments; knows the exit statuses of mistakes; ends a script that was called wrongly.
 
 # do_it COMMAND ...: runs it, or prints it so that it can be pasted.
 do_it() {
@@ -21,6 +21,12 @@ workdir_of() {
     esac
     shift
   done
+}
+
+# is_mistake STATUS: succeeds if a run that ended with this status would end so again: by a mistake of the user's (1, 2),
+# or as a command that cannot be run (126, 127).
+is_mistake() {
+  [[ $1 =~ ^(1|2|126|127)$ ]]
 }
 
 fail() {

@@ -28,12 +28,12 @@ from=$PWD
 source launch/do_it.sh
 
 # run_again STATUS: succeeds if the job is to be queued again. srun ends with the highest status of the processes: 0
-# done; 1, 2, 126 and 127 a mistake of the user's; 75 stopped by a signal, and saved. A process that ends by a mistake
-# also makes the file $SIMCLR_MISTAKE, as the other processes then end with other statuses.
+# done; 75 stopped by a signal, and saved. A process that ends by a mistake also makes the file $SIMCLR_MISTAKE, as the
+# other processes then end with other statuses.
 run_again() {
-  [[ ! -e $SIMCLR_MISTAKE ]] || return 1
+  [[ ! -e $SIMCLR_MISTAKE ]] && ! is_mistake "$1" || return 1
   case $1 in
-    0 | 1 | 2 | 126 | 127) return 1 ;;
+    0) return 1 ;;
     75) said="stopped before the end" ;;
     *)
       said="ended with status $1"

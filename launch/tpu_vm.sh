@@ -11,7 +11,7 @@
 #     logs      follow what the run says; --host=all shows the last lines of every host
 #     stop      have the run save and end
 #     resume    after a preemption: request, set up and run again; the run goes on where it was saved
-#     babysit   resume whenever the slice is taken away or the run stops early, until it is done
+#     babysit   resume whenever the slice is taken away or the run stops early, until it is done or ends by a mistake
 #     delete    give the slice back
 # Options:
 #     --zone=ZONE          where, such as us-west4-a                       (default: gcloud's)
@@ -178,6 +178,7 @@ babysit() {
         ;;
       *)
         if [[ $said == ended* ]]; then
+          ! is_mistake "${said#ended }" || fail "the run on $name ended by a mistake ($said): see logs"
           ((SECONDS - began < ${SHORT_SECONDS:-600})) && short=$((short + 1)) || short=0
           ((short < 3)) || fail "the run on $name ended early three times in a row ($said): see logs"
           clear_hosts || true

@@ -83,7 +83,7 @@ def _begun(workdir: str) -> str:
     """
     from simclr_jax import data
 
-    data.cached.cache_clear()
+    data.forget_opened()
     return os.path.expanduser(workdir)
 
 

@@ -74,7 +74,7 @@ def run(command: Callable[[list[str]], None]) -> None:
 
 def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Calls a command and turns its exceptions into one line and an exit status: 1 for a user's mistake, 69 (`LOST`)
-    where a storage or another process does not answer, 75 (`STOPPED`) for a training that a signal has stopped, and
+    where a device, a storage or another process does not answer, 75 (`STOPPED`) for a training that a signal has stopped, and
     130 (`INTERRUPTED`) for Ctrl-C.
     """
     # Hide TensorFlow's own log below fatal errors: what matters comes as an exception, which is reported once.
@@ -97,6 +97,9 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
             if not isinstance(error, UserError | jax.errors.JaxRuntimeError):
                 traceback.print_exc()
             processes.end(error)
+        if isinstance(error, jax.errors.JaxRuntimeError):  # a device failed
+            traceback.print_exc()
+            sys.exit(LOST)
         if not isinstance(error, UserError):
             raise
         if isinstance(error, Unavailable):

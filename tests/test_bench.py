@@ -91,7 +91,7 @@ def test_what_cannot_be_measured_is_refused():
         bench.main(["loss", "--seconds=0"])
     with pytest.raises(UserError, match="takes no configuration"):
         bench.main(["loss", "--config.seed=1"])
-    with pytest.raises(UserError, match="unknown argument '--second=1'.*near names: --seconds"):
+    with pytest.raises(UserError, match=r"unknown argument '--second=1'.*near names: --seconds"):
         bench.main(["step", "--config=configs/digits.py", "--second=1"])
     with pytest.raises(UserError, match=r"invalid choice: 'stp'.*--help names all flags"):
         bench.main(["stp"])

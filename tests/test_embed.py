@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
-from conftest import _tiny as tiny_in
-from conftest import encoder_checkpoint, random_images
+from conftest import encoder_checkpoint, random_images, tiny_config
 from PIL import Image
 
 import simclr_jax
@@ -57,7 +56,7 @@ def embedded(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("embedded")
     with pytest.MonkeyPatch.context() as patch:
-        config, workdir, root = begin(tiny_in(folder), folder, patch)
+        config, workdir, root = begin(tiny_config(folder), folder, patch)
         for suffix in feature_file.OUTPUT_SUFFIXES:
             embed(config, workdir, str(root), str(folder / f"f{suffix}"), with_z=True)
         patch.setattr(subjects, "_LEAST_OF_A_DEVICE", 1)

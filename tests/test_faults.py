@@ -26,7 +26,7 @@ from test_loop import (
 
 from simclr_jax import assemble, load_encoder, main, shell
 from simclr_jax.config import set_options
-from simclr_jax.errors import UserError
+from simclr_jax.errors import LOST, UserError
 from simclr_jax.mesh import make_mesh
 from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.training import saved
@@ -315,6 +315,16 @@ def test_out_of_memory_is_one_line_that_says_what_to_turn(capfd):
         assert "\n" not in said
         for option in ("train.microbatches=4", "model.remat=True", "data.batch_size"):
             assert option in said
+
+
+def test_a_device_that_fails_may_be_tried_again(capfd):
+    def fails(arguments):
+        raise jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ECC_UNCORRECTABLE")
+
+    with pytest.raises(SystemExit) as ended:
+        shell.call(fails, [])
+    assert ended.value.code == LOST
+    assert "CUDA_ERROR_ECC_UNCORRECTABLE" in capfd.readouterr().err
 
 
 def test_an_interrupt_where_python_ignores_exceptions_is_not_lost():

@@ -334,6 +334,7 @@ def test_the_configuration_chooses_from_parquet_and_arrays(tmp_path, capsys):
         assert (c.data.source, c.data.path) == (source, f"{tmp_path}/{path}")
         data = c.data.to_dict() | {"seed": 0}
         assert count_and_size(data) == (40, 200)
+        assert count_and_size(data | {"test_fraction": 0.5}) == (40, 200)  # as before it is given
         assert c.data.batch_size == suggest.suggest_options(40, 200, False)["data.batch_size"]
         describe_choices(c, labelled=False)
         said = capsys.readouterr().out

@@ -245,10 +245,20 @@ def test_babysit_resumes_until_the_run_is_done(cloud, tmp_path):
     sent = [" ".join(call) for call in calls if call[4] == "ssh"]
     assert [i for i, text in enumerate(sent) if "pkill -TERM" in text] == [2]
     assert ".set_up" in sent[3]
-    said.write_text("ended 1\n" * 3)
+    said.write_text("ended 69\n" * 3)
     process, _ = cloud(*command, states=("ACTIVE",), STUB_RUN=str(said))
     assert process.returncode == 2
-    assert "ended early three times in a row (ended 1): see logs" in process.stderr
+    assert "ended early three times in a row (ended 69): see logs" in process.stderr
+
+
+def test_babysit_does_not_resume_what_ended_by_a_mistake(cloud, tmp_path):
+    said = tmp_path / "said"
+    said.write_text("running\nended 1\nended 0\n")
+    command = ("launch/tpu_vm.sh", "babysit", *RESUME[2:])
+    process, calls = cloud(*command, states=("ACTIVE",), STUB_RUN=str(said), SHORT_SECONDS="0")
+    assert process.returncode == 2
+    assert "the run on pod ended by a mistake (ended 1): see logs" in process.stderr
+    assert not any("nohup" in " ".join(call) for call in calls)
 
 
 def test_babysit_does_not_take_the_end_of_an_earlier_run_for_that_of_its_own(cloud, home, tmp_path):

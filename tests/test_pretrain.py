@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import _tiny, random_images
+from conftest import random_images, tiny_config
 from PIL import Image
 from test_loop import config_file, metrics_of
 
@@ -47,7 +47,7 @@ def whole(tmp_path_factory):
     images: enough for the accuracy to move with each step. A test may go on with it in a copy.
     """
     folder = tmp_path_factory.mktemp("pretrained")
-    c = _tiny(folder)
+    c = tiny_config(folder)
     with np.load(c.data.path) as arrays:
         more = {"test_images": random_images(400, 12, 12), "test_labels": np.arange(400) % 3}
         np.savez(c.data.path, **(dict(arrays) | more))
@@ -220,7 +220,7 @@ def test_a_run_does_not_go_on_with_other_images(watched, copy, tmp_path):
     for count, says in ((50, "on 48 training images and there are 50 now"), (48, "other images")):
         images = np.zeros((count, 12, 12, 3), np.uint8)
         np.savez(watched.data.path, train_images=images, train_labels=labels[:count])
-        data.cached.cache_clear()
+        data.forget_opened()
         with pytest.raises(UserError, match=f"holds a run {'on ' * (count == 48)}{says}"):
             pretrain(watched, str(copy))
 
@@ -505,7 +505,7 @@ def test_evaluations_on_the_way_that_cannot_be_are_refused_with_one_line(
         tiny.eval.every_epochs = 1.0
     else:
         np.savez(tiny.data.path, train_images=np.zeros((48, 12, 12, 3), np.uint8))
-        data.cached.cache_clear()
+        data.forget_opened()
         says = "error: the data have no labels, so there is nothing to evaluate on; see .*"
     file = config_file(tiny, tmp_path)
     line = error_at_the_terminal(capfd, f"--config={file}", f"--workdir={tmp_path}/w")

@@ -17,6 +17,7 @@ from PIL import Image
 
 from simclr_jax import assemble, config
 from simclr_jax.data.arrays import in_memory
+from simclr_jax.data.folder import open_split
 from simclr_jax.data.pictures import pictures_of
 from simclr_jax.errors import UserError
 from simclr_jax.evals import results
@@ -27,6 +28,7 @@ from simclr_jax.modes.report import report, views
 from simclr_jax.report import learned, run_page
 from simclr_jax.report.curves import PANELS, draw_curves
 from simclr_jax.report.run_files import read_run_files
+from simclr_jax.report.sheet import name_of_image
 from simclr_jax.report.thumbnails import data_url, tile
 from simclr_jax.views import host, make_distortion
 from simclr_jax.views.sample import sample_views
@@ -102,6 +104,18 @@ def test_the_sheet_shows_the_views_that_training_sees(tiny, options):
     for view, wanted in zip(sampled, seen[3], strict=True):
         assert np.abs(view.image - 255 * wanted).max() < 1.01
         assert view.drawn[0].startswith("crop ")
+
+
+@pytest.mark.parametrize("path", ["./pictures", "~/pictures", "pictures/"])
+def test_an_image_is_named_below_its_folder_however_that_was_typed(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pictures/a").mkdir(parents=True)
+    for name in ("a/1.png", "a/2.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / name)
+    split = open_split(path, labels=False)
+    assert name_of_image(split, 1) == "a/2.png"
+    assert name_of_image(split.subset(np.asarray([1])), 0) == "a/2.png"
 
 
 # What an encoder makes of images

@@ -700,6 +700,34 @@ def test_a_source_of_two_methods_trains(tiny, tmp_path, monkeypatch, drawn):
     assert not (tmp_path / "w/broken_images.jsonl").exists()
 
 
+class Raw(Source):
+    """60 images in a format of its own: the bytes of 16 x 24 x 3 pixels, of which image 7 lacks some."""
+
+    def __len__(self):
+        return COUNT
+
+    def __getitem__(self, index):
+        content = np.full((16, 24, 3), index, np.uint8).tobytes()
+        return Example(content[:-1] if index == 7 else content)
+
+    def decode(self, image, upright=True):
+        return tf.reshape(tf.io.decode_raw(image, tf.uint8), (16, 24, 3))
+
+
+@pytest.mark.parametrize("places", [range(COUNT), (40, 7, 3)])
+def test_a_source_with_a_format_of_its_own_is_decoded_by_itself(places):
+    """In evaluation, in the search for what is broken, and for pictures in reports; so is a part of it."""
+    split = IndexedSplit(Raw()).subset(np.asarray(places))
+    images = Images(split, Broken(split, 0.5))
+    found = list(pipeline.evaluation_batches(images, 16, Share(), pipeline.EvaluationView(4, 1.0)))
+    values = np.concatenate([batch["image"] for batch in found]).max((1, 2, 3))
+    labels = np.concatenate([batch["label"] for batch in found])
+    assert values[labels != BROKEN].tolist() == [i for i in places if i != 7]
+    assert list(split.problems(range(len(places)))) == [list(places).index(7)]
+    shown = {p.place: p.image for p in pictures_of(split, len(places), upright=True)}
+    assert {int(x.max()) for x in shown.values()} == set(places) - {7}
+
+
 def test_evaluation_leaves_out_what_a_source_of_two_methods_cannot_read():
     split = IndexedSplit(Drawn(lost=(5, 6), classes=("a", "b", "c")))
     images = Images(split, Broken(split, 0.1))

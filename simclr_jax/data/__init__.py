@@ -109,7 +109,7 @@ def open_source(data: Mapping[str, Any]) -> DataSet:
     Raises:
       UserError: the data set is not there or not usable.
     """
-    return cached(json.dumps(data, sort_keys=True))
+    return _open(json.dumps(data, sort_keys=True))
 
 
 def kind_of(path: str) -> str:
@@ -118,7 +118,7 @@ def kind_of(path: str) -> str:
 
 
 def count_and_size(data: Mapping[str, Any]) -> tuple[int, int]:
-    """Measures the training images, from which `suggest` chooses settings.
+    """Measures the training images, from which `suggest` chooses settings. Those that "test_fraction" holds out count.
 
     Args:
       data: see `open_source`.
@@ -132,12 +132,14 @@ def count_and_size(data: Mapping[str, Any]) -> tuple[int, int]:
     if data["source"] == "folder":  # from file headers alone
         found = index.look(expanded(data["path"]))
         return found.images, found.short_side
-    train = open_source(data).train
+    # Before any are held out; the data set that is kept stays the one that is trained on.
+    opened = SOURCES[data["source"]](data) if data["test_fraction"] else open_source(data)
+    train = opened.train
     return train.count, pictures.short_side(train, data["upright"])
 
 
 @functools.lru_cache(maxsize=1)
-def cached(data: str) -> DataSet:
+def _open(data: str) -> DataSet:
     """Opens the data set of options in JSON; see `open_source`."""
     options = json.loads(data)
     found = SOURCES[options["source"]](options)
@@ -149,6 +151,11 @@ def cached(data: str) -> DataSet:
             "data.test_path and data.test_split"
         )
     return found
+
+
+def forget_opened() -> None:
+    """Forgets the data sets that were opened, as their files may have changed since."""
+    _open.cache_clear()
 
 
 def name_of(data: Mapping[str, Any]) -> str:

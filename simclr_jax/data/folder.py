@@ -15,7 +15,7 @@ from simclr_jax.console import say
 from simclr_jax.data.index import SUFFIXES, index, most_common
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.source import Classes, Example, Source, codes_of
-from simclr_jax.data.split import DataSet
+from simclr_jax.data.split import DataSet, Split
 from simclr_jax.errors import UserError, one_line
 from simclr_jax.files import absolute, check_local, expanded
 
@@ -34,7 +34,7 @@ class Files(Source):
         names: Any,
         labels: np.ndarray,
         classes: Classes,
-        sizes: np.ndarray | None = None,
+        sizes: np.ndarray,
     ):
         """Holds the names of N files.
 
@@ -43,7 +43,7 @@ class Files(Source):
           names: text [N], UTF-8.
           labels: int32 [N], -1 where there is none.
           classes: their names.
-          sizes: int64 [N], bytes, for the fingerprint; None: not known.
+          sizes: int64 [N], bytes, for the fingerprint.
         """
         self.root, self.names = root, pa.array(names, pa.large_string())
         self.labels, self.classes, self._sizes = labels, classes, sizes
@@ -55,8 +55,8 @@ class Files(Source):
         return Example(pathlib.Path(self.name_of(index)).read_bytes(), int(self.labels[index]))
 
     def take(self, indices: np.ndarray) -> "Files":
-        sizes = None if self._sizes is None else self._sizes[indices]
         names = self.names.take(pa.array(indices, pa.int64()))
+        sizes = self._sizes[indices]
         return Files(self.root, names, self.labels[indices], self.classes, sizes)
 
     def lookup(self) -> Any:
@@ -71,17 +71,22 @@ class Files(Source):
         return os.path.join(self.root, self.names[int(index)].as_py())
 
     def fingerprint(self) -> str:
-        """Returns a digest of the labels, of the paths below their common folder and of the sizes, where
-        they are known. Contents are not read: that would take too long.
+        """Returns a digest of the labels, of the paths below their common folder and of the sizes. Contents are not
+        read: that would take too long.
         """
         digest = hashlib.blake2b(self.labels.tobytes(), digest_size=16)
         ends = pc.min_max(self.names).as_py().values()  # what these share all share
         root = os.path.commonpath([os.path.dirname(os.path.join(self.root, x)) for x in ends])
-        sizes = [-1] * len(self) if self._sizes is None else self._sizes.tolist()
-        for name, size in zip(self.names.to_pylist(), sizes, strict=True):
+        for name, size in zip(self.names.to_pylist(), self._sizes.tolist(), strict=True):
             below = os.path.join(self.root, name)[len(root) :]
             digest.update(os.fsencode(below) + f" {size}\n".encode())
         return digest.hexdigest()
+
+
+def root_of(split: Split) -> pathlib.Path | None:
+    """Returns the folder that the images of a split are files of, as it was named; None if they are none."""
+    source = split.source if isinstance(split, IndexedSplit) else None
+    return pathlib.Path(source.root) if isinstance(source, Files) else None
 
 
 def open_data_set(data: Mapping[str, Any]) -> DataSet:

@@ -136,10 +136,8 @@ class IndexedSplit:
     def _problem(self, index: int) -> str | None:
         if self.source.arrays is not None:
             return None
-        from simclr_jax.data.decode import problem_of
-
         try:
-            return problem_of(self.source.encoded(index))
+            return self.source.problem(self.source.encoded(index))
         except OSError as error:
             return error.strerror or str(error)
         except ValueError as error:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simclr_jax.data import pixels
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Share, evenly
 from simclr_jax.data.source import Source, in_order
@@ -65,7 +64,7 @@ def _read(source: Source, places: list[int], upright: bool, made: Callable) -> I
             example = source[place]
             image = example.image
             if isinstance(image, bytes):
-                image = pixels.read(image, upright and source.may_turn)
+                image = source.pixels(image, upright)
         except (OSError, ValueError):
             return None  # training names it in broken_images.jsonl
         return made(Picture(place, image, int(example.label)))
@@ -82,7 +81,7 @@ def _streamed(split: Split, count: int, upright: bool, made: Callable) -> Iterat
         image = example["image"]
         if isinstance(image, bytes):
             try:
-                image = pixels.read(image, upright and split.source.may_turn)
+                image = split.source.pixels(image, upright)
             except (OSError, ValueError):
                 continue
         yield made(Picture(place, image, int(example["label"])))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from simclr_jax.data.decoding import DecodedAs, Decoding
 from simclr_jax.errors import UserError
 
 Classes = tuple[str, ...] | None
@@ -72,25 +73,6 @@ class Example(NamedTuple):
 
     image: bytes | np.ndarray
     label: int = -1
-
-
-class Decoding:
-    """How the encoded images of a source become pixels.
-
-    Attributes:
-      may_turn: images are turned as their EXIF data say, where data.upright asks for it.
-    """
-
-    may_turn: bool = True
-
-    def decode(self, image: Any, upright: bool = True) -> Any:
-        """Decodes an encoded image to uint8 [H, W, C], in the tf.data graph.
-
-        `upright`: turn it as the orientation in its EXIF data says.
-        """
-        from simclr_jax.data.decode import decode
-
-        return decode(image, upright)
 
 
 class Source(Decoding, abc.ABC):
@@ -197,12 +179,12 @@ def _as_png(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-class _Taken(Source):
+class _Taken(DecodedAs, Source):
     """Some images of another source."""
 
     def __init__(self, source: Source, indices: np.ndarray):
         self._source, self._indices, self.classes = source, indices, source.classes
-        self.may_turn = source.may_turn
+        self.origin = source
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -213,9 +195,6 @@ class _Taken(Source):
     @functools.cached_property
     def labels(self) -> np.ndarray:
         return self._source.labels[self._indices]
-
-    def decode(self, image: Any, upright: bool = True) -> Any:
-        return self._source.decode(image, upright)
 
     def lookup(self) -> Any:
         import tensorflow as tf
@@ -314,12 +293,6 @@ class ShardedSource(Decoding, abc.ABC):
     @abc.abstractmethod
     def fingerprint(self, shards: np.ndarray) -> str:
         """Returns a text that is equal for equal content of these shards, wherever they lie."""
-
-    def problem(self, image: bytes) -> str | None:
-        """Returns why `decode` cannot decode an encoded image, or None if it can."""
-        from simclr_jax.data.decode import problem_of
-
-        return problem_of(image)
 
     def name_of(self, index: int) -> str:
         """Returns what a person calls example `index`, counted over all shards."""

@@ -28,8 +28,6 @@ class RecordFiles(ShardedSource):
     """The record files of a TFDS split, each a shard."""
 
     shard_name = "file"
-    # Published accuracies are of images as TFDS decodes them, and TFDS does not turn images.
-    may_turn = False
 
     def __init__(self, builder: Any, split: str, classes: Classes, sets: LabelSets | None = None):
         """Takes a prepared TFDS builder, the name of a split, and its classes.
@@ -86,13 +84,8 @@ class RecordFiles(ShardedSource):
         return np.unique(list(in_order(found).as_numpy_iterator())).astype(np.int64)
 
     def decode(self, image: Any, upright: bool = True) -> Any:
-        """Decodes as TFDS does; see `may_turn`."""
+        """Decodes as TFDS does, of whose images published accuracies are, and which turns none."""
         return self._builder.info.features["image"].decode_example(image)
-
-    def problem(self, image: bytes) -> str | None:
-        from simclr_jax.data.decode import problem_of
-
-        return problem_of(image, self.decode)
 
     def fingerprint(self, shards: np.ndarray) -> str:
         lengths = ",".join(map(str, self.lengths[shards]))

@@ -67,10 +67,7 @@ def open_input(config: ConfigDict, name: str) -> Input:
         split = getattr(assemble.data_set(config), name)
         if split is None:
             raise UserError(f"the run's data have no test split: expected {_EXPECTED}")
-        source = split.source if isinstance(split, IndexedSplit) else None
-        return Input(
-            split, pathlib.Path(source.root) if isinstance(source, folder.Files) else None, name
-        )
+        return Input(split, folder.root_of(split), name)
     own = {"test_split": "", "test_path": "", "test_fraction": 0.0, "seed": config.seed}
     data = config.data.to_dict() | own  # all images, none held out
     kind = kind_of(name)

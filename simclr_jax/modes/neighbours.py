@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
 from simclr_jax.console import Progress, say
-from simclr_jax.data import pixels
+from simclr_jax.data.decoding import Decoding
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import evenly
 from simclr_jax.data.source import Example
@@ -160,20 +160,21 @@ def _pictures(source: Input, names: list[str], upright: bool) -> list[Image.Imag
     indices = sorted(int(name) for name in names)
     some = source.split.subset(np.asarray(indices))
     assert isinstance(some, IndexedSplit)
-    upright = upright and some.source.may_turn
-    by_name = {str(i): _picture(some.source[p], upright) for p, i in enumerate(indices)}
+    by_name = {
+        str(i): _picture(some.source, some.source[p], upright) for p, i in enumerate(indices)
+    }
     return [by_name[name] for name in names]
 
 
-def _picture(example: Example, upright: bool) -> Image.Image:
-    """The picture in colour, as the encoder saw it."""
+def _picture(decoding: Decoding, example: Example, upright: bool) -> Image.Image:
+    """Returns the picture in colour, as the encoder saw it."""
     if isinstance(example.image, bytes):
-        return Image.fromarray(pixels.read(example.image, upright))
+        return Image.fromarray(decoding.pixels(example.image, upright))
     return Image.fromarray(example.image.squeeze()).convert("RGB")
 
 
 def _opened(path: pathlib.Path, upright: bool) -> Image.Image:
     try:
-        return _picture(Example(path.read_bytes()), upright)
+        return _picture(Decoding(), Example(path.read_bytes()), upright)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; was the folder moved since?") from error

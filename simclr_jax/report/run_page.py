@@ -124,7 +124,7 @@ def _pictures(config: ConfigDict, run: RunFiles, data: Any) -> dict[str, Any]:
         raise UserError("the encoder's features hold numbers that are not finite")
     near = learned.nearest_of_each(some)
     sample = _sample(len(some.h), split)
-    names = [name_of_image(config, split, int(i)) for i in some.indices]
+    names = [name_of_image(split, int(i)) for i in some.indices]
     classes = split.classes if data.members is None else None
 
     def shown(i: int, *said: str) -> dict:

@@ -6,6 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble
+from simclr_jax.data.folder import root_of
 from simclr_jax.data.pictures import pictures_of
 from simclr_jax.data.split import Split
 from simclr_jax.mesh import make_mesh
@@ -27,7 +28,7 @@ def sheet_of(config: ConfigDict, split: Split) -> list[dict]:
     rows = []
     for picture in pictures_of(split, _IMAGES, config.data.upright):
         height, width, channels = picture.image.shape
-        name = name_of_image(config, split, picture.place)
+        name = name_of_image(split, picture.place)
         colour = np.repeat(picture.image, 3 // channels, axis=-1)
         lines = [os.path.basename(name), f"{width} x {height} px"]
         sampled = sample_views(made, picture.image, picture.place, SHEET_EPOCHS)
@@ -36,8 +37,7 @@ def sheet_of(config: ConfigDict, split: Split) -> list[dict]:
     return rows
 
 
-def name_of_image(config: ConfigDict, split: Split, index: int) -> str:
+def name_of_image(split: Split, index: int) -> str:
     """Returns what a person calls an image: its path below the data's folder, or what the split calls it."""
-    name, root = split.name_of(index), config.data.path
-    inside = config.data.source == "folder" and name.startswith(root)
-    return os.path.relpath(name, root) if inside else name
+    name, root = split.name_of(index), root_of(split)
+    return name if root is None else os.path.relpath(name, root)
