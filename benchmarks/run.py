@@ -205,12 +205,12 @@ def seconds_each(run, seconds: float = 4.0) -> dict:
 def _our_step(config: str, options: list[str]):
     import jax
 
-    from simclr_jax.bench.step import _simclr
+    from simclr_jax.bench.step import simclr_job
     from simclr_jax.config.overrides import load
     from simclr_jax.mesh import make_mesh
 
     c = load(str(HERE.parent / config), [f"--config.{option}" for option in options])
-    job, batch = _simclr(c, make_mesh())
+    job, batch = simclr_job(c, make_mesh())
     held = [job.init()]
 
     def run():

@@ -32,7 +32,7 @@ def show_table(title: str, header: list[str], rows: list[list[str]]) -> None:
 
 
 class Progress:
-    """Shows how far a training is. A context manager.
+    """Shows how far a training, an evaluation or an embedding is. A context manager.
 
     Metrics are plain lines. On a terminal a live bar of less than 80 columns stays below them.
     """

@@ -296,7 +296,7 @@ def test_one_channel_images_become_three():
     kind = Distortion(EVERYTHING.crop, EVERYTHING.operations, views=1)
     x = tf.constant(image(12, 12, 1))
     for i in range(4):
-        seen = host.make_views(x, draw(index=i), 8, kind).numpy()
+        seen = host.make_views(x, draw(index=i, kind=kind), 8, kind).numpy()
         assert seen.shape == (1, 8, 8, 3)
         assert np.ptp(seen, axis=-1).max() == 0
 

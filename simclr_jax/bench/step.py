@@ -35,13 +35,13 @@ def measure_step(config: ConfigDict, seconds: float) -> list[dict]:
 
     Returns:
       a row for "SimCLR" and one for "supervised": images_per_second, views_per_second (all devices and
-      per device), flops_per_second_per_device and share_of_peak (of SimCLR None with microbatches),
+      per device), flops_per_second_per_device and share_of_peak (None on CPUs, and of SimCLR with microbatches),
       peak_memory_bytes, seconds_to_first_step, steps.
     """
     mesh = make_mesh(fsdp=config.mesh.fsdp)
     check_divides(config.data.batch_size, mesh, config.train.microbatches)
     programs = [
-        _prepared("SimCLR", *_simclr(config, mesh)),
+        _prepared("SimCLR", *simclr_job(config, mesh)),
         _prepared("supervised", *_supervised(config, mesh)),
     ]
     count: dict = {program.name: [0, 0.0] for program in programs}
@@ -121,7 +121,7 @@ def _prepared(name: str, job: Job, batch: Any) -> _Program:
     return _Program(name, run, cost["flops"], memory, first)
 
 
-def _simclr(config: ConfigDict, mesh: Mesh) -> tuple[Job, dict]:
+def simclr_job(config: ConfigDict, mesh: Mesh) -> tuple[Job, dict]:
     """Returns the job of pretraining and a global batch of noise for it."""
     plan = assemble.plan_of(config, 1000 * config.data.batch_size)
     return assemble.pretraining_job(config, plan, _CLASSES, mesh), _random_batch(config, mesh)

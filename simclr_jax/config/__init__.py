@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from simclr_jax import data
 from simclr_jax.config import evaluation_rows, rows
+from simclr_jax.encoders.heads import depth_of
 from simclr_jax.errors import UserError
 
 OPTIONS = (*rows.OPTIONS, *evaluation_rows.OPTIONS)
@@ -102,7 +103,7 @@ def validate(config: ConfigDict, leaving_out: Sequence[str] = ()) -> None:
             f"finetune.label_fractions={fractions} and finetune.epochs={epochs}: expected one or more different "
             "fractions above 0, and one number of epochs for each: give both options"
         )
-    layers = {"none": 0, "linear": 1, "nonlinear": config.model.head_layers}[config.model.head]
+    layers = depth_of(config.model.head, config.model.head_layers)
     if config.finetune.from_layer > layers:
         raise UserError(
             f"finetune.from_layer={config.finetune.from_layer}: the projection head has {layers} "

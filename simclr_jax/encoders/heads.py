@@ -10,6 +10,11 @@ HEADS = ("none", "linear", "nonlinear")
 _kernel_init = nn.initializers.normal(0.01)  # the published code's, for every dense layer
 
 
+def depth_of(kind: str, layers: int) -> int:
+    """Returns the number of layers of a head of a kind of `HEADS`; `layers` is that of a nonlinear one."""
+    return {"none": 0, "linear": 1, "nonlinear": layers}[kind]
+
+
 class ProjectionHead(nn.Module):
     """g: h [N, D] to the projection z [N, out_width], and every layer's output on the way.
 
@@ -37,7 +42,7 @@ class ProjectionHead(nn.Module):
     @property
     def depth(self) -> int:
         """The number of its layers."""
-        return {"none": 0, "linear": 1, "nonlinear": self.layers}[self.kind]
+        return depth_of(self.kind, self.layers)
 
     def width_of_z(self, width: int) -> int:
         """Returns the width of z for an h of this width."""

@@ -15,15 +15,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+# Added to a variance; the published SimCLR code's.
+EPSILON = 1e-5
 
-def batch_norm(train: bool, dtype, momentum: float, group: int = 0, epsilon: float = 1e-5):
-    """Returns a factory of `BatchNorm` layers that share their settings.
 
-    Epsilon defaults to the published SimCLR code's.
-    """
-    return functools.partial(
-        BatchNorm, train=train, dtype=dtype, momentum=momentum, group=group, epsilon=epsilon
-    )
+def batch_norm(train: bool, dtype, momentum: float, group: int = 0):
+    """Returns a factory of `BatchNorm` layers that share their settings."""
+    return functools.partial(BatchNorm, train=train, dtype=dtype, momentum=momentum, group=group)
 
 
 class BatchNorm(nn.Module):
@@ -37,7 +35,6 @@ class BatchNorm(nn.Module):
       momentum: share of the old running statistic kept at each step. With groups, the running
         mean and variance follow the means of the groups' means and variances.
       group: consecutive rows that share statistics; 0: all N. Must divide N.
-      epsilon: added to the variance.
       use_bias: add a learned bias.
       scale_init: initialiser of the scale.
     """
@@ -46,7 +43,6 @@ class BatchNorm(nn.Module):
     dtype: jnp.dtype
     momentum: float
     group: int = 0
-    epsilon: float = 1e-5
     use_bias: bool = True
     scale_init: nn.initializers.Initializer = nn.initializers.ones
 
@@ -66,13 +62,13 @@ class BatchNorm(nn.Module):
             # [N, ..., C] -> [groups, N / groups, ..., C]
             x = x.reshape(-1, self.group or shape[0], *shape[1:])
             bias = jnp.broadcast_to(bias, channels)
-            y, mean, var = normalize(x, scale, bias, self.epsilon, self.dtype)
+            y, mean, var = normalize(x, scale, bias, EPSILON, self.dtype)
             if not self.is_initializing():
                 for running, new in ((running_mean, mean), (running_var, var)):
                     new = jnp.mean(new, axis=0)
                     running.value = self.momentum * running.value + (1 - self.momentum) * new
             return y.reshape(shape)
-        inverse = jax.lax.rsqrt(running_var.value + self.epsilon)
+        inverse = jax.lax.rsqrt(running_var.value + EPSILON)
         y = (x.astype(jnp.float32) - running_mean.value) * (inverse * scale) + bias
         return y.astype(self.dtype)
 

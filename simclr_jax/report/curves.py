@@ -94,7 +94,7 @@ def need_bokeh() -> None:
         import jinja2  # noqa: F401
     except ImportError as error:
         raise UserError(
-            "a report needs Bokeh, which is not installed: pip install 'simclr_jax[report]'"
+            "a report needs Bokeh, which is not installed: pip install -e '.[report]'"
         ) from error
 
 

@@ -10,7 +10,7 @@ from simclr_jax.views.distortion import Distortion, key_of
 
 
 def draw(seed: int, epoch, index, distortion: Distortion):
-    """Draws the numbers in [0, 1) that decide both views of an image: [2, distortion.draws].
+    """Draws the numbers in [0, 1) that decide the views of an image: [views, distortion.draws].
 
     The numbers of a step are a function of (seed, epoch, index, the step's name), as on the host, but they
     are not equal to the host's.
@@ -20,7 +20,7 @@ def draw(seed: int, epoch, index, distortion: Distortion):
         jax.random.uniform(jax.random.fold_in(key, key_of(name)), (2, size))
         for name, size in distortion.sizes.items()
     ]
-    return distortion.settled(jnp, jnp.concatenate(parts, axis=1))
+    return distortion.draws_of_views(jnp, jnp.concatenate(parts, axis=1))
 
 
 def crops_of(images, seed: int, epochs, indices, size: int, distortion: Distortion):
@@ -39,7 +39,7 @@ def crops_of(images, seed: int, epochs, indices, size: int, distortion: Distorti
     """
 
     def of_one(epoch, index):
-        draws = draw(seed, epoch, index, distortion)[: distortion.views]
+        draws = draw(seed, epoch, index, distortion)
         make = functools.partial(crop, images[index], size=size, distortion=distortion)
         return jax.vmap(make)(draws), draws
 

@@ -23,7 +23,8 @@ class Operation(abc.ABC):
 
     Attributes:
       NAME: the key of its random numbers. Another name would mean other numbers, so it never changes.
-      DRAWS: name -> how many random numbers in [0, 1) decide one view. If all of them are 1, the view stays as it is.
+      DRAWS: name -> how many random numbers in [0, 1) decide one view. If all of them are set to 1, which is never
+        drawn, the view stays as it is: so `one_branch` leaves it out.
       FUSED: whether the host, for large images, compiles it together with its neighbours; False where the compiled
         code would depend on the random numbers.
     """
@@ -153,12 +154,13 @@ class Distortion:
         """How many numbers in [0, 1) decide a view."""
         return sum(self.sizes.values())
 
-    def settled(self, xp: Any, draws: Any) -> Any:
-        """Returns the draws [2, `draws`] of both views of an image. With `one_branch` the second view gets the crop
-        of the first, and the first gets numbers for which no operation happens.
+    def draws_of_views(self, xp: Any, draws: Any) -> Any:
+        """Returns the draws [views, `draws`] of the views that are made, of those of two, [2, `draws`]. With
+        `one_branch` the second view gets the crop of the first, and the first gets numbers for which no operation
+        happens.
         """
         if not self.one_branch:
-            return draws
+            return draws[: self.views]
         crop = draws[:1, : self.sizes[self.crop.NAME]]
         rest = draws[1:, self.sizes[self.crop.NAME] :]
         first = xp.concat([crop, xp.ones_like(rest)], axis=1)

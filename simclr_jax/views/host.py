@@ -32,17 +32,17 @@ def _compiled(function):
 
 
 def draw(seed, epoch, index, distortion: Distortion):
-    """Draws the numbers in [0, 1) that decide both views of an image.
+    """Draws the numbers in [0, 1) that decide the views of an image.
 
     Args:
       seed, epoch, index: int64 scalars under 2^31.
       distortion: says how many numbers each of its steps needs.
 
     Returns:
-      float32 [2, distortion.draws]. Each step's are a function of (seed, epoch, index, its name).
+      float32 [views, distortion.draws]. Each step's are a function of (seed, epoch, index, its name).
     """
     words = tf.stack([seed * 2**32 + epoch, index])
-    return distortion.settled(tf, _uniform(words, tuple(distortion.sizes.items())))
+    return distortion.draws_of_views(tf, _uniform(words, tuple(distortion.sizes.items())))
 
 
 @_compiled  # always: the compiled generator's numbers are others than the plain one's
@@ -73,16 +73,16 @@ def make_views(image, draws, size: int, distortion: Distortion):
 
     Args:
       image: uint8 [H, W, C], C 1 or 3.
-      draws: float32 [2, distortion.draws] in [0, 1).
+      draws: float32 [views, distortion.draws] in [0, 1).
       size: height and width of a view, pixels.
-      distortion: how strongly the views differ, and how many of the two are made.
+      distortion: how strongly the views differ.
 
     Returns:
       uint8 [views, size, size, 3].
     """
     if _is_small(image):
         return _small_views(image, draws, size, distortion)
-    return tf.stack([_view(image, draws[v], size, distortion) for v in range(distortion.views)])
+    return tf.stack([_view(image, of_view, size, distortion) for of_view in tf.unstack(draws)])
 
 
 def make_crops(image, draws, size: int, distortion: Distortion):
@@ -92,7 +92,7 @@ def make_crops(image, draws, size: int, distortion: Distortion):
     """
     if _is_small(image):
         return _small_crops(image, draws, size, distortion)
-    crops = [_crop(image, draws[v], size, distortion) for v in range(distortion.views)]
+    crops = [_crop(image, of_view, size, distortion) for of_view in tf.unstack(draws)]
     return tf.stack([_rounded(tf.clip_by_value(crop, 0.0, 255.0)) for crop in crops])
 
 
@@ -107,8 +107,7 @@ def of_each(images, seed, epochs, indices, make, size: int, distortion: Distorti
       make, size, distortion: see `make_views`.
 
     Returns:
-      [n, views, size, size, ...], and the numbers drawn, float32 [n, 2, distortion.draws]: always for two
-      views, of which `distortion.views` are made.
+      [n, views, size, size, ...], and the numbers drawn, float32 [n, views, distortion.draws].
     """
 
     def of_one(entry):
@@ -183,11 +182,11 @@ def resize(image, size: int, antialias: bool = False):
 @_compiled
 def _small_views(image, draws, size: int, distortion: Distortion):
     views = []
-    for v in range(distortion.views):
-        crop = _small_crop(image, draws[v], size, distortion)
+    for of_view in tf.unstack(draws):
+        crop = _small_crop(image, of_view, size, distortion)
         x = tf.clip_by_value(crop / 255.0, 0.0, 1.0)
         for operation in distortion.chain:
-            x = operation.host_small(x, distortion.numbers_of(operation, draws[v]))
+            x = operation.host_small(x, distortion.numbers_of(operation, of_view))
         views.append(_interleaved(x))
     return tf.stack(views)
 
@@ -195,7 +194,7 @@ def _small_views(image, draws, size: int, distortion: Distortion):
 @_compiled
 def _small_crops(image, draws, size: int, distortion: Distortion):
     crops = tf.stack(
-        [_small_crop(image, draws[v], size, distortion) for v in range(distortion.views)]
+        [_small_crop(image, of_view, size, distortion) for of_view in tf.unstack(draws)]
     )
     return _rounded(tf.transpose(tf.clip_by_value(crops, 0.0, 255.0), [0, 2, 3, 1]))
 

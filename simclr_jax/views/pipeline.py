@@ -93,7 +93,6 @@ def training_batches(
 
     def finished(example, views, draws):
         kept = {name: example[name] for name in ("label", "epoch", "index")}
-        draws = draws[..., : distortion.views, :]
         return {"views": views} | kept | ({} if work.whole else {"draws": draws})
 
     return _run(images, dataset, indices)

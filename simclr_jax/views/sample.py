@@ -38,17 +38,17 @@ def sample_views(views: Views, image: np.ndarray, index: int, epochs: int) -> li
     found = []
     for epoch in range(epochs):
         made, draws = _made(views, image, epoch, index)
-        for one, numbers in zip(made, draws[: settings.distortion.views], strict=True):
+        for one, numbers in zip(made, draws, strict=True):
             found.append(SampledView(one, settings.distortion.describe(image.shape, numbers)))
     return found
 
 
 def _made(views: Views, image: np.ndarray, epoch: int, index: int) -> tuple:
-    """Returns views uint8 [V, S, S, 3] and the numbers drawn for them, float32 [V or 2, draws]."""
+    """Returns views uint8 [V, S, S, 3] and the numbers drawn for them, float32 [V, draws]."""
     settings = views.settings
     seed, size, distortion = settings.order.seed, settings.size, settings.distortion
     if isinstance(views, Resident):
-        draws = device.draw(seed, epoch, index, distortion)[: distortion.views]
+        draws = device.draw(seed, epoch, index, distortion)
         crops = jax.numpy.stack([device.crop(image, one, size, distortion) for one in draws])
         return _distorted(crops, draws, distortion), np.asarray(draws)
     return _on_the_host(image, epoch, index, settings, crops_only=isinstance(views, HostCrops))
@@ -68,7 +68,7 @@ def _on_the_host(
     if not crops_only:
         return host.make_views(tf.constant(image), draws, size, distortion).numpy(), draws.numpy()
     crops = host.make_crops(tf.constant(image), draws, size, distortion).numpy()
-    return _distorted(crops, draws.numpy()[: len(crops)], distortion), draws.numpy()
+    return _distorted(crops, draws.numpy(), distortion), draws.numpy()
 
 
 def _distorted(crops, draws, distortion: Distortion) -> np.ndarray:

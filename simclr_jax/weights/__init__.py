@@ -1,5 +1,5 @@
-"""Weights that other programs wrote, and weights for them. To add a kind of file, write a reader here and a
-row in `READERS`.
+"""Weights that other programs wrote, and weights for them. To add a kind of file, write its reader in a
+file of its own, and a row in `READERS`.
 
 Nothing of a file is executed, and no pickle is read.
 """
