@@ -123,8 +123,7 @@ def test_an_image_is_named_below_its_folder_however_that_was_typed(path, tmp_pat
 
 def embedded(h, labels=None):
     labels = np.full(len(h), -1) if labels is None else labels
-    unit = h / np.linalg.norm(h, axis=1, keepdims=True)
-    return learned.Embedded(unit, h, [], np.arange(len(h)), labels)
+    return learned.Embedded(h, [], np.arange(len(h)), labels)
 
 
 def test_neighbours_pairs_and_strays_are_those_of_loops():
@@ -135,7 +134,7 @@ def test_neighbours_pairs_and_strays_are_those_of_loops():
     h[99] = -h.mean(0)  # unlike all
     some = embedded(h)
     near = learned.nearest_of_each(some)
-    unit = some.h.astype(np.float64)
+    unit = h.astype(np.float64) / np.linalg.norm(h, axis=1, keepdims=True)
     for i in (0, 17, 255, 256, 299):
         similar = {j: unit[i] @ unit[j] for j in range(300) if j != i}
         best = sorted(similar.values(), reverse=True)[:10]
@@ -261,7 +260,7 @@ def test_a_run_whose_features_are_not_finite_still_has_a_page(hostile, monkeypat
 
     def diverged(*arguments):
         some = embedded(*arguments)
-        return dataclasses.replace(some, features=np.full_like(some.features, np.nan))
+        return dataclasses.replace(some, h=np.full_like(some.h, np.nan))
 
     monkeypatch.setattr(learned, "embed_sample", diverged)
     page = text_of(report(options, str(workdir)).read_text())
@@ -279,7 +278,7 @@ def test_a_page_says_of_how_many_images_it_is(monkeypatch):
 
 
 def test_a_map_needs_five_images():
-    few = learned.Embedded(np.eye(4), np.eye(4), [], np.arange(4), np.zeros(4, int))
+    few = learned.Embedded(np.eye(4), [], np.arange(4), np.zeros(4, int))
     assert run_page._map(few, ["a", "b", "c", "d"], None) == {
         "map_note": "None: there are fewer than five images."
     }
@@ -426,13 +425,13 @@ def test_a_sample_of_a_stream_and_of_grey_images_is_embedded(tmp_path):
     config.set_options(c, {"data.source": "parquet", "data.path": str(tmp_path / "x.parquet")})
     split = assemble.data_set(c).train
     some = learned.embed_sample(Seen(), split, 100, True)
-    assert some.features[:, 0].tolist() == [5, 15, 25, 45]
+    assert some.h[:, 0].tolist() == [5, 15, 25, 45]
     assert some.labels.tolist() == [0, 1, 0, 1]
     assert [thumbnail.shape for thumbnail in some.thumbnails] == [(4, 4, 3)] * 4
     arrays = in_memory(np.full((3, 4, 4, 1), 7, np.uint8), np.asarray([0, 1, -1]), ("a", "b"))
     some = learned.embed_sample(Seen(), arrays, 100, True)
     assert some.labels.tolist() == [0, 1, -1]
-    np.testing.assert_allclose(some.h, np.full((3, 2), 0.5**0.5), rtol=1e-6)
+    np.testing.assert_array_equal(some.h, np.full((3, 2), 7, np.float32))
 
 
 @pytest.mark.whole

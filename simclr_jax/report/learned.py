@@ -10,7 +10,7 @@ from PIL import Image
 
 from simclr_jax.data.pictures import Picture, pictures_of
 from simclr_jax.data.split import Split
-from simclr_jax.evals.nearest import nearest, unit
+from simclr_jax.evals.nearest import nearest
 from simclr_jax.pretrained import Encoder
 
 _THUMBNAIL = 72  # pixels
@@ -23,15 +23,13 @@ class Embedded:
     """A sample of images and their representations.
 
     Attributes:
-      h: float32 [n, D], of length 1 each.
-      features: float32 [n, D], h as the encoder gives it.
+      h: float32 [n, D], as the encoder gives it.
       thumbnails: uint8 [h, w, 3] each, at most 72 px a side.
       indices: their places in the split [n].
       labels: int [n]; -1: none.
     """
 
     h: np.ndarray
-    features: np.ndarray
     thumbnails: list[np.ndarray]
     indices: np.ndarray
     labels: np.ndarray
@@ -74,14 +72,14 @@ def embed_sample(encoder: Encoder, split: Split, count: int, upright: bool) -> E
         return Prepared(view, _thumbnail(colour), picture.place, picture.label)
 
     waiting = pictures_of(split, count, upright, prepared)
-    features, thumbnails, places, labels = [], [], [], []
+    parts, thumbnails, places, labels = [], [], [], []
     while some := list(itertools.islice(waiting, _BATCH)):
-        features.append(encoder(np.stack([one.view for one in some])))
+        parts.append(encoder(np.stack([one.view for one in some])))
         thumbnails += [one.thumbnail for one in some]
         places += [one.place for one in some]
         labels += [one.label for one in some]
-    h = np.concatenate(features) if features else np.zeros((0, encoder.width), np.float32)
-    return Embedded(unit(h), h, thumbnails, np.asarray(places), np.asarray(labels))
+    h = np.concatenate(parts) if parts else np.zeros((0, encoder.width), np.float32)
+    return Embedded(h, thumbnails, np.asarray(places), np.asarray(labels))
 
 
 def _thumbnail(image: np.ndarray) -> np.ndarray:
@@ -117,7 +115,7 @@ def most_alike(near: Near, count: int) -> list[tuple[int, int, float]]:
 
 
 def map_of(h: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Lays five or more images out in a plane [n, 2] so that similar ones lie together, by scikit-learn's t-SNE (van
+    """Lays five or more images of representations h [n, D] out in a plane [n, 2] so that similar ones lie together, by scikit-learn's t-SNE (van
     der Maaten and Hinton 2008). It starts from the two largest principal components, so that the map is the same each
     time.
     """
@@ -129,7 +127,7 @@ def map_of(h: np.ndarray, seed: int = 0) -> np.ndarray:
 
 def confusions(train: Embedded, test: Embedded) -> Counter[tuple[int, int]]:
     """Counts (true class, predicted class) over the test images, by a linear classifier fitted to the training
-    images' features. Images without a label are left out. The result is empty if fewer than two training classes
+    images' h. Images without a label are left out. The result is empty if fewer than two training classes
     or no test images are left.
     """
     from sklearn.linear_model import LogisticRegression
@@ -140,8 +138,8 @@ def confusions(train: Embedded, test: Embedded) -> Counter[tuple[int, int]]:
     if not asked.any() or len(np.unique(train.labels[known])) < 2:
         return Counter()
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200))
-    classifier.fit(train.features[known], train.labels[known])
-    said = classifier.predict(test.features[asked])
+    classifier.fit(train.h[known], train.labels[known])
+    said = classifier.predict(test.h[asked])
     return Counter(zip(test.labels[asked].tolist(), said.tolist(), strict=True))
 
 

@@ -13,6 +13,7 @@ from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import evenly
 from simclr_jax.data.split import Split
 from simclr_jax.errors import UserError
+from simclr_jax.evals.nearest import unit
 from simclr_jax.evals.results import labels_table
 from simclr_jax.evals.scores import METRIC_NAMES
 from simclr_jax.losses.health import chance, lower_bound
@@ -120,7 +121,7 @@ def _pictures(config: ConfigDict, run: RunFiles, data: Any) -> dict[str, Any]:
     some = learned.embed_sample(encoder, split, _EMBEDDED, config.data.upright)
     if len(some.h) < 2:
         return {}
-    if not np.isfinite(some.features).all():
+    if not np.isfinite(some.h).all():
         raise UserError("the encoder's features hold numbers that are not finite")
     near = learned.nearest_of_each(some)
     sample = _sample(len(some.h), split)
@@ -157,12 +158,12 @@ def _map(some: learned.Embedded, names: list[str], classes: tuple | None) -> dic
     """Makes the map of up to 800 of the images; none of fewer than five, or where all lie in nearly one point."""
     if len(some.h) < 5:
         return {"map_note": "None: there are fewer than five images."}
-    if float(np.std(some.h, axis=0).mean()) < _ONE_POINT * some.h.shape[1] ** -0.5:
+    h = unit(some.h)
+    if float(np.std(h, axis=0).mean()) < _ONE_POINT * h.shape[1] ** -0.5:
         return {"map_note": "None: the encoder takes all images for nearly one point."}
     chosen = evenly(len(names), _ON_THE_MAP)
     part = learned.Embedded(
-        some.h[chosen],
-        some.features[chosen],
+        h[chosen],
         [some.thumbnails[i] for i in chosen],
         some.indices[chosen],
         some.labels[chosen] if classes else np.full(len(chosen), -1),
