@@ -55,7 +55,7 @@ def folders_read(monkeypatch):
 
 
 def test_the_index_is_of_every_image_file(photos):
-    found = index.index(photos)
+    found = index.list_images(photos)
     expected = [
         f"{where}/{name}" for where in ("a", "b/deep", "b/other") for name in ("1.png", "2.PNG")
     ]
@@ -65,29 +65,29 @@ def test_the_index_is_of_every_image_file(photos):
 
 
 def test_hidden_files_and_what_services_make_are_no_images(photos):
-    before = index.index(photos).paths
+    before = index.list_images(photos).paths
     for where in (".ipynb_checkpoints", ".Trash-1000/files", "@eaDir", "__MACOSX/a", "a/@eaDir"):
         (photos / where).mkdir(parents=True)
         Image.new("RGB", (2, 3)).save(photos / where / "1.png")
     Image.new("RGB", (2, 3)).save(photos / "a" / ".hidden.png")
     (photos / "a" / "Thumbs.db").write_text("no image")
-    assert index.index(photos).paths == before
+    assert index.list_images(photos).paths == before
 
 
 def test_a_link_does_not_take_the_name_of_a_class_away(photos):
     (photos / "0_latest").symlink_to(photos / "a", target_is_directory=True)
     (photos / "zz_latest").symlink_to(photos / "b", target_is_directory=True)
-    assert {path.partition("/")[0] for path in index.index(photos).paths} == {"a", "b"}
+    assert {path.partition("/")[0] for path in index.list_images(photos).paths} == {"a", "b"}
 
 
 def test_a_workdir_below_the_data_is_none_of_them(photos):
-    before = index.index(photos).paths
+    before = index.list_images(photos).paths
     (photos / "runs" / "w" / "checkpoints").mkdir(parents=True)
     (photos / "runs" / "w" / "config.json").write_text("{}")
     Image.new("RGB", (2, 3)).save(photos / "runs" / "w" / "neighbours.png")
     for _ in range(2):  # also from the cache
-        assert index.index(photos).paths == before
-        said = index.summary_lines(index.look(photos))[-1]
+        assert index.list_images(photos).paths == before
+        said = index.summary_lines(index.summarize(photos))[-1]
         assert said == "left out, with all images below, as workdirs of runs: runs/w"
         settle(photos)
 
@@ -110,19 +110,19 @@ def test_a_folder_that_cannot_be_read_is_an_error(photos, monkeypatch, error, re
     monkeypatch.setattr(index.os, "scandir", guarded)
     says = rf"cannot read the folder .*b/deep: {error.strerror}; {remedy} it"
     with pytest.raises(UserError, match=says):
-        index.index(photos)
+        index.list_images(photos)
 
 
 def test_only_folders_that_changed_are_read_again(photos, monkeypatch):
-    first = index.index(photos)
+    first = index.list_images(photos)
     read = folders_read(monkeypatch)
-    again = index.index(photos)
+    again = index.list_images(photos)
     assert read == []
     assert again.paths == first.paths
     np.testing.assert_array_equal(again.sizes, first.sizes)
     Image.new("RGB", (2, 3)).save(photos / "b" / "deep" / "3.png")
     (photos / "a" / "1.png").unlink()
-    assert index.index(photos).paths == [
+    assert index.list_images(photos).paths == [
         "a/2.PNG",
         *(f"b/deep/{name}" for name in ("1.png", "2.PNG", "3.png")),
         *(f"b/other/{name}" for name in ("1.png", "2.PNG")),
@@ -132,9 +132,9 @@ def test_only_folders_that_changed_are_read_again(photos, monkeypatch):
 
 def test_a_folder_that_changed_just_now_is_not_trusted(photos, monkeypatch):
     Image.new("RGB", (2, 3)).save(photos / "a" / "3.png")
-    index.index(photos)
+    index.list_images(photos)
     read = folders_read(monkeypatch)
-    index.index(photos)
+    index.list_images(photos)
     assert read == ["a"]
 
 
@@ -142,18 +142,18 @@ def test_a_file_that_is_still_written_is_looked_at_again(photos):
     with (photos / "a" / "1.png").open("ab") as file:  # changes no folder
         file.write(b"more")
         file.flush()
-        before = index.index(photos).sizes[0]
+        before = index.list_images(photos).sizes[0]
         file.write(b"and more")
-    assert index.index(photos).sizes[0] == before + 8
+    assert index.list_images(photos).sizes[0] == before + 8
 
 
 def test_a_folder_whose_time_was_set_back_is_read_again(photos):
     times = (os.stat(photos / "a").st_mtime_ns,) * 2
-    index.index(photos)
+    index.list_images(photos)
     Image.new("RGB", (2, 3)).save(photos / "a" / "3.png")
     os.utime(photos / "a" / "3.png", ns=times)
     os.utime(photos / "a", ns=times)
-    assert len(index.index(photos).paths) == 7
+    assert len(index.list_images(photos).paths) == 7
 
 
 def test_a_header_may_be_damaged_in_any_way(photos, monkeypatch):
@@ -163,7 +163,7 @@ def test_a_header_may_be_damaged_in_any_way(photos, monkeypatch):
         raise RuntimeError("Failed to decode image")
 
     monkeypatch.setattr(index.Image, "open", opened)
-    found = index.look(photos)
+    found = index.summarize(photos)
     assert set(found.unreadable.values()) == {"Failed to decode image"}
     assert found.short_side == 224
 
@@ -171,10 +171,10 @@ def test_a_header_may_be_damaged_in_any_way(photos, monkeypatch):
 def test_a_link_to_what_comes_later_is_followed_then(photos, tmp_path):
     (photos / "drive").symlink_to(tmp_path / "drive", target_is_directory=True)
     os.utime(photos, (time.time() - 3600,) * 2)
-    assert len(index.index(photos).paths) == 6
+    assert len(index.list_images(photos).paths) == 6
     (tmp_path / "drive").mkdir()
     Image.new("RGB", (2, 3)).save(tmp_path / "drive" / "4.png")
-    assert index.index(photos).paths[-1] == "drive/4.png"
+    assert index.list_images(photos).paths[-1] == "drive/4.png"
 
 
 def test_a_name_that_is_not_utf8_is_shown(photos):
@@ -196,11 +196,11 @@ def test_a_folder_whose_own_name_is_not_utf8_is_refused_in_one_line(photos):
 def test_folders_that_are_gone_and_links_in_circles(photos):
     (photos / "a" / "up").symlink_to(photos, target_is_directory=True)
     (photos / "dead").symlink_to(photos / "nowhere")
-    assert len(index.index(photos).paths) == 6
+    assert len(index.list_images(photos).paths) == 6
     for path in (photos / "b" / "deep").iterdir():
         path.unlink()
     (photos / "b" / "deep").rmdir()
-    assert len(index.index(photos).paths) == 4
+    assert len(index.list_images(photos).paths) == 4
 
 
 def test_a_link_to_a_folder_above_is_not_followed(photos):
@@ -208,17 +208,17 @@ def test_a_link_to_a_folder_above_is_not_followed(photos):
     above = photos.parent / "beside"
     above.mkdir()
     Image.new("RGB", (2, 3)).save(above / "test.png")
-    before = index.index(photos).paths
+    before = index.list_images(photos).paths
     for name, target in (("loop", photos.parent), ("root", "/")):
         (photos / "a" / name).symlink_to(target, target_is_directory=True)
-    assert index.index(photos).paths == before
+    assert index.list_images(photos).paths == before
     (photos / "a" / "beside").symlink_to(above, target_is_directory=True)
-    assert index.index(photos).paths == sorted([*before, "a/beside/test.png"])
+    assert index.list_images(photos).paths == sorted([*before, "a/beside/test.png"])
 
 
 def test_a_dead_link_is_not_an_empty_file(photos):
     (photos / "gone.png").symlink_to(photos / "nowhere.png")
-    said = "\n".join(index.summary_lines(index.look(photos)))
+    said = "\n".join(index.summary_lines(index.summarize(photos)))
     assert (
         "1 of 7 looked at cannot be read, such as gone.png: No such file or directory; 0 of all"
         in said
@@ -229,7 +229,7 @@ def test_a_link_that_cannot_be_followed_costs_nothing_but_itself(photos):
     """In a circle: a name without a suffix is counted, one of an image is an image that cannot be read."""
     (photos / "a" / "loop").symlink_to("loop")
     (photos / "x.png").symlink_to("x.png")
-    found = index.look(photos)
+    found = index.summarize(photos)
     assert found.images == 7
     assert found.passed_over == {".txt": 1, "hidden": 1, "": 1}
     assert found.unreadable.keys() == {"x.png"}
@@ -237,22 +237,22 @@ def test_a_link_that_cannot_be_followed_costs_nothing_but_itself(photos):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"": {"changed": 1}}'])
 def test_a_damaged_cache_is_read_anew(photos, content):
-    expected = index.index(photos).paths
+    expected = index.list_images(photos).paths
     (file,) = index._cache_file(photos).parent.iterdir()
     file.write_bytes(content)
-    assert index.index(photos).paths == expected
+    assert index.list_images(photos).paths == expected
 
 
 def test_without_room_for_a_cache_all_is_read(photos, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert len(index.index(photos).paths) == 6
+    assert len(index.list_images(photos).paths) == 6
 
 
 def test_the_summary_says_what_a_person_would_ask(photos):
     (photos / "empty.jpg").write_bytes(b"")
     Image.new("L", (20, 10)).save(photos / "grey.tif")
-    said = "\n".join(index.summary_lines(index.look(photos)))
+    said = "\n".join(index.summary_lines(index.summarize(photos)))
     assert "8 files" in said
     assert "6 PNG, 1 JPEG, 1 TIFF" in said
     assert "2 to 20 px wide, 3 to 10 px high, shorter side 2 px in the middle" in said

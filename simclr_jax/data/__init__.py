@@ -130,7 +130,7 @@ def count_and_size(data: Mapping[str, Any]) -> tuple[int, int]:
       UserError: see `open_source`.
     """
     if data["source"] == "folder":  # from file headers alone
-        found = index.look(expanded(data["path"]))
+        found = index.summarize(expanded(data["path"]))
         return found.images, found.short_side
     # Before any are held out; the data set that is kept stays the one that is trained on.
     opened = SOURCES[data["source"]](data) if data["test_fraction"] else open_source(data)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from simclr_jax.console import say
-from simclr_jax.data.index import SUFFIXES, index, most_common
+from simclr_jax.data.index import SUFFIXES, list_images, most_common
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.source import Classes, Example, Source, codes_of
 from simclr_jax.data.split import DataSet, Split
@@ -245,7 +245,7 @@ def open_split(
         )
     if not root.is_dir():
         raise UserError(f"no folder {path!r}: expected a folder of images ({option})")
-    found = index(root)
+    found = list_images(root)
     names, where = found.paths, str(root)
     if not names:
         raise UserError(f"no image below {path!r}: {_instead(path, found.passed_over)}")

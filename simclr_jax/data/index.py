@@ -66,7 +66,7 @@ class Index(NamedTuple):
     workdirs: list[str]
 
 
-def index(root: pathlib.Path) -> Index:
+def list_images(root: pathlib.Path) -> Index:
     """Lists the image files below `root`, at any depth, each folder once however many links lead to it.
 
     Hidden files, hidden folders, folders of services such as @eaDir and the workdirs of runs are left
@@ -208,7 +208,7 @@ def _write_cache(file: pathlib.Path, folders: dict[str, dict]) -> None:
         write_text(file, json.dumps(folders, ensure_ascii=True))
 
 
-class Look(NamedTuple):
+class Summary(NamedTuple):
     """A summary of a folder's images, from the headers of some of them.
 
     Attributes:
@@ -240,16 +240,16 @@ class Look(NamedTuple):
         return int(statistics.median(self.sizes.min(axis=1))) if len(self.sizes) else 224
 
 
-def look(root: pathlib.Path) -> Look:
-    """Reads the headers of some images below `root`."""
-    found = index(root)
+def summarize(root: pathlib.Path) -> Summary:
+    """Summarizes the images below `root`, for which it reads the headers of some of them."""
+    found = list_images(root)
     count = len(found.paths)
     some = evenly(count, _LOOKED_AT)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
         headers = list(threads.map(_header, [root / found.paths[i] for i in some]))
     kinds = collections.Counter(SUFFIXES[os.path.splitext(p)[1].lower()] for p in found.paths)
     whole = [header for header in headers if not isinstance(header, str)]
-    return Look(
+    return Summary(
         count,
         int(np.maximum(found.sizes, 0).sum()),
         dict(kinds.most_common()),
@@ -285,7 +285,7 @@ def most_common(passed_over: dict[str, int]) -> str:
     return ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in some)
 
 
-def summary_lines(found: Look) -> list[str]:
+def summary_lines(found: Summary) -> list[str]:
     """Says what a folder holds, in lines of text."""
     kinds = ", ".join(f"{n} {kind}" for kind, n in found.kinds.items())
     lines = [f"{found.images} files, {found.total_bytes / 1e6:.1f} MB: {kinds}"]

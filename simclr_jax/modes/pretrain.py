@@ -215,7 +215,7 @@ def describe_run(config: ConfigDict, made: Pretraining) -> None:
 def describe_choices(config: ConfigDict, labelled: bool) -> None:
     """Says what a folder holds, and which options follow from the images."""
     if config.data.source == "folder":
-        found = index.look(expanded(config.data.path))
+        found = index.summarize(expanded(config.data.path))
         count, short_side = found.images, found.short_side
         for i, line in enumerate(index.summary_lines(found)):
             say(f"{'' if i else 'folder':<12}{line}")
