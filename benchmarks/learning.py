@@ -103,7 +103,7 @@ def read_folder(root: pathlib.Path) -> Part:
 
 def settings(images: list[np.ndarray]) -> dict:
     """Returns the options that `configs/folder.py` chooses for these images on a CPU."""
-    from simclr_jax.data.suggest import suggest_settings
+    from simclr_jax.config.suggest import suggest_settings
 
     short_side = int(np.median([min(x.shape[:2]) for x in images]))
     return {c.option: c.value for c in suggest_settings(len(images), short_side, False)}

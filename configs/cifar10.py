@@ -22,7 +22,7 @@ and, for the figures above, linear evaluation on all training images:
 """
 
 from simclr_jax import config
-from simclr_jax.data import suggest
+from simclr_jax.config import suggest
 
 IMAGES, SIDE = 50_000, 32
 

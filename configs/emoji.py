@@ -17,7 +17,7 @@ With crops from 0.08 of the image the encoder reached 42.0 +- 3.2, 57.9 and 56.0
 import pathlib
 
 from simclr_jax import config
-from simclr_jax.data import suggest
+from simclr_jax.config import suggest
 
 IMAGES, SHORT_SIDE = 2950, 64
 

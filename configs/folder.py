@@ -17,7 +17,8 @@ OTHER_PATH. Labels of Parquet and .npz files are used where there are any.
 import jax
 
 from simclr_jax import config
-from simclr_jax.data import count_and_size, kind_of, suggest
+from simclr_jax.config import suggest
+from simclr_jax.data import count_and_size, kind_of
 from simclr_jax.data.parquet_files import chosen_column, image_columns
 
 

@@ -14,7 +14,7 @@ What single distortions do: docs/findings.md.
 """
 
 from simclr_jax import config
-from simclr_jax.data import suggest
+from simclr_jax.config import suggest
 
 IMAGES, SHORT_SIDE = 3000, 28
 

@@ -15,8 +15,8 @@ from sklearn.linear_model import LogisticRegression
 import simclr_jax
 from simclr_jax import assemble, config
 from simclr_jax.data import name_of
-from simclr_jax.data.order import few_labels, split_validation
 from simclr_jax.data.split import DataSet
+from simclr_jax.data.subsets import few_labels, split_validation
 from simclr_jax.errors import NotFinite, UserError
 from simclr_jax.evals import (
     EVALUATIONS,
@@ -258,7 +258,7 @@ def test_few_labels_are_as_many_of_each_class():
 
 
 def test_the_validation_part_is_disjoint():
-    part, held = split_validation(np.zeros(105), 0.1, seed=0)
+    part, held = split_validation(105, 0.1, seed=0)
     np.testing.assert_array_equal(np.sort(np.concatenate([part, held])), np.arange(105))
     assert len(held) == 10
 

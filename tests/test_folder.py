@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from simclr_jax import assemble, config
+from simclr_jax.config import suggest
 from simclr_jax.config.overrides import load
-from simclr_jax.data import count_and_size, index, suggest
+from simclr_jax.data import count_and_size, index
 from simclr_jax.data.folder import open_split
 from simclr_jax.errors import UserError
 from simclr_jax.modes.oddities import oddities

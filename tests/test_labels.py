@@ -11,7 +11,7 @@ from PIL import Image
 from simclr_jax import assemble, config
 from simclr_jax.data import open_source
 from simclr_jax.data.folder import read_labels
-from simclr_jax.data.order import few_labels, share_of_labels
+from simclr_jax.data.subsets import few_labels, share_of_labels
 from simclr_jax.errors import UserError
 from simclr_jax.evals import finetune
 from simclr_jax.evals.evaluate import evaluate_features

@@ -5,14 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from simclr_jax.data.order import (
-    Order,
-    Share,
-    batch_positions,
-    epoch_order,
-    next_whole,
-    split_validation,
-)
+from simclr_jax.data.order import Order, Share, batch_positions, epoch_order, next_whole
+from simclr_jax.data.subsets import split_validation
 from simclr_jax.errors import UserError
 
 
@@ -81,4 +75,4 @@ def test_the_stand_in_of_a_broken_image_is_the_next_whole_one(broken):
 @pytest.mark.parametrize(("count", "fraction"), [(1, 0.1), (2, 0.9), (4, 0.9)])
 def test_what_leaves_nothing_to_train_on_is_not_held_out(count, fraction):
     with pytest.raises(UserError, match=rf"^{count} images?, of which a share of {fraction} "):
-        split_validation(np.zeros(count), fraction, seed=0)
+        split_validation(count, fraction, seed=0)

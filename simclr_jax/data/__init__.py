@@ -9,9 +9,10 @@ from typing import Any
 
 from simclr_jax.data import arrays, folder, index, parquet, pictures, synthetic, tfds
 from simclr_jax.data.indexed import IndexedSplit
-from simclr_jax.data.order import Share, evenly
+from simclr_jax.data.order import Share
 from simclr_jax.data.source import in_order
 from simclr_jax.data.split import DataSet, Split
+from simclr_jax.data.subsets import evenly
 from simclr_jax.errors import UserError
 from simclr_jax.files import expanded
 from simclr_jax.options import Option, flag, name_in, number, text

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from simclr_jax.data.order import evenly
+from simclr_jax.data.subsets import evenly
 from simclr_jax.errors import UserError, one_line
 from simclr_jax.files import cache_folder, write_text
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from simclr_jax.data.order import Order, Share, batch_positions, next_whole, split_validation
+from simclr_jax.data.order import Order, Share, batch_positions, next_whole
 from simclr_jax.data.source import CORES, Source
 from simclr_jax.data.split import BROKEN, NONE
+from simclr_jax.data.subsets import split_validation
 
 
 class IndexedSplit:
@@ -118,7 +119,7 @@ class IndexedSplit:
         """Allows any subset: the images are in memory, or files."""
 
     def divided(self, fraction: float, seed: int) -> tuple["IndexedSplit", "IndexedSplit"]:
-        part, rest = split_validation(self.source.labels, fraction, seed)
+        part, rest = split_validation(self.count, fraction, seed)
         return self.subset(part), self.subset(rest)
 
     def decode(self, image: Any, upright: bool = True) -> Any:

@@ -1,11 +1,9 @@
 """Which image comes when: a function of (seed, epoch, position) and nothing else."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
-
-from simclr_jax.errors import UserError
 
 # A stream of shards is shuffled window by window. The current windows of all lanes together hold this many raw
 # examples: whole shards in the epoch's order, their examples in any order. A window has at least one shard, and
@@ -50,72 +48,9 @@ class Order:
     share: Share = Share()
 
 
-def evenly(total: int, count: int) -> np.ndarray:
-    """Returns at most `count` of the indices 0 to total - 1, evenly spaced."""
-    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
-
-
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     """Returns the order of one epoch: a permutation [count] of image indices, new for each epoch."""
     return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-def split_validation(
-    y: np.ndarray, fraction: float, seed: int, name: str = "image"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Divides n images by a shuffle that depends on the seed only.
-
-    Args:
-      y: labels [n], or anything of that length.
-      fraction: share of the images that is put into the validation part, at least one image.
-      seed: decides the shuffle.
-      name: the word for one of the n, in an error.
-
-    Returns:
-      indices of the training part and of the validation part, ascending.
-
-    Raises:
-      UserError: the training part would be empty.
-    """
-    order = np.random.default_rng([seed, 0]).permutation(len(y))
-    held = max(1, round(fraction * len(y)))
-    if held >= len(y):
-        raise UserError(
-            f"{len(y)} {name}{'s' * (len(y) != 1)}, of which a share of {fraction:g} held out leaves none to "
-            f"train on: expected more {name}s, or a smaller data.test_fraction or eval.validation_fraction"
-        )
-    return np.sort(order[held:]), np.sort(order[:held])
-
-
-def few_labels(y: np.ndarray, per_class: int, seed: int) -> np.ndarray:
-    """Draws `per_class` images of each class, or all of a class that has fewer.
-
-    Args:
-      y: labels int [n]; an image with a negative one has no label and is never drawn.
-      per_class: images of each class.
-      seed: decides the draw.
-
-    Returns:
-      their indices, class by class, in the order in which the classes first occur: another numbering of
-      the classes draws the same images.
-    """
-    return _draw_of_each_class(y, lambda _: per_class, seed)
-
-
-def share_of_labels(y: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Draws a fraction of each class's images, rounded, at least one; see `few_labels`."""
-    return _draw_of_each_class(y, lambda count: max(1, round(fraction * count)), seed)
-
-
-def _draw_of_each_class(y: np.ndarray, how_many: Callable[[int], int], seed: int) -> np.ndarray:
-    rng = np.random.default_rng([seed, 1])
-    places = np.flatnonzero(y >= 0)
-    _, first = np.unique(y[places], return_index=True)
-    drawn = []
-    for label in y[places[np.sort(first)]]:
-        members = np.flatnonzero(y == label)
-        drawn.append(rng.permutation(members)[: how_many(len(members))])
-    return np.concatenate(drawn)
 
 
 def next_whole(broken: np.ndarray) -> np.ndarray:

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from simclr_jax.data.indexed import IndexedSplit
-from simclr_jax.data.order import Share, evenly
+from simclr_jax.data.order import Share
 from simclr_jax.data.source import Source, in_order
 from simclr_jax.data.split import Split
 from simclr_jax.data.streamed import StreamedSplit
+from simclr_jax.data.subsets import evenly
 
 # Images that are read before the first of them is needed: photographs have 36 MB each.
 _AT_ONCE = 16

@@ -16,9 +16,10 @@ from PIL import Image
 
 from simclr_jax.data.encoded import Encoded
 from simclr_jax.data.indexed import IndexedSplit
-from simclr_jax.data.order import Lane, Order, Share, lanes, next_whole, split_validation, windows
+from simclr_jax.data.order import Lane, Order, Share, lanes, next_whole, windows
 from simclr_jax.data.source import CORES, ShardedSource, in_order
 from simclr_jax.data.split import BROKEN, NONE
+from simclr_jax.data.subsets import split_validation
 from simclr_jax.errors import UserError
 
 # A subset of a stream is held encoded, in up to this share of the machine's memory: 10 % of ImageNet
@@ -261,7 +262,7 @@ class StreamedSplit:
             )
         part, rest = (
             dataclasses.replace(self, shards=tuple(shards[places].tolist()))
-            for places in split_validation(shards, fraction, seed, name)
+            for places in split_validation(len(shards), fraction, seed, name)
         )
         if self.classes and not self.source.is_shuffled:
             self._check_mixed({"to train on": part, "held out": rest})

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble
 from simclr_jax.console import say
 from simclr_jax.data.broken import Images
-from simclr_jax.data.order import share_of_labels
+from simclr_jax.data.subsets import share_of_labels
 from simclr_jax.encoders import init_encoder
 from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simclr_jax.console import say
-from simclr_jax.data.order import few_labels, split_validation
+from simclr_jax.data.subsets import few_labels, split_validation
 from simclr_jax.evals import results
 from simclr_jax.evals.contract import Evaluation, Features, Options
 from simclr_jax.evals.logistic import accuracy, divided, fit_logistic, scale, to_host
@@ -26,7 +26,9 @@ def rows(features: Features, options: Options, kind: str) -> list[dict]:
     if options["label_fraction"] > 0:
         share = options["label_fraction"] * len(x_train) / features.classes
         few.add(max(1, round(share)))
-    part, _ = split_validation(features.train[1], options["validation_fraction"], options["seed"])
+    part, _ = split_validation(
+        len(features.train[1]), options["validation_fraction"], options["seed"]
+    )
     there = np.bincount(features.train[1][part], minlength=features.classes)
     found = []
     for per_class in sorted(few):
@@ -57,7 +59,7 @@ def probe_all_labels(features: Features, options: Options) -> tuple[float, float
       test accuracy, the l2 chosen, and its accuracy on the validation part.
     """
     x, y = features.train
-    part, held = split_validation(y, options["validation_fraction"], options["seed"])
+    part, held = split_validation(len(y), options["validation_fraction"], options["seed"])
     chosen_from = divided(features.mesh, x[part], y[part])
     best, weights = _choose_l2(chosen_from, (x[held], y[held]), options, features.classes)
     l2, validation = options["l2"][best], float(accuracy(weights, x[held], y[held]))
@@ -76,7 +78,7 @@ def probe_few_labels(features: Features, options: Options, per_class: int) -> li
       test accuracies, one for each draw.
     """
     x, y = features.train
-    part, held = split_validation(y, options["validation_fraction"], options["seed"])
+    part, held = split_validation(len(y), options["validation_fraction"], options["seed"])
     accuracies = []
     for draw in range(options["seeds"]):
         picked = part[few_labels(y[part], per_class, draw)]

@@ -7,7 +7,7 @@ part, and the regression with it is fitted to all training labels.
 import numpy as np
 
 from simclr_jax.console import say
-from simclr_jax.data.order import split_validation
+from simclr_jax.data.subsets import split_validation
 from simclr_jax.evals import results
 from simclr_jax.evals.contract import Evaluation, Features, Options, Table
 from simclr_jax.evals.logistic import ROUGHLY, fit_lambdas
@@ -46,7 +46,7 @@ def fit_chosen_lambda(features: Features, options: Options, lambdas: tuple[float
       complement or on all training images}, and "mean_per_class_accuracy" where images have one label.
     """
     x, y = features.train
-    part, held = split_validation(y, options["validation_fraction"], options["seed"])
+    part, held = split_validation(len(y), options["validation_fraction"], options["seed"])
     lambdas, targets = tuple(sorted(lambdas)), features.targets(y)
     classes = features.classes if features.members is None else features.members.shape[1]
     how = classes, options["max_iterations"], features.mesh, ROUGHLY

@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw
 from simclr_jax.console import Progress, say
 from simclr_jax.data.decoding import Decoding
 from simclr_jax.data.indexed import IndexedSplit
-from simclr_jax.data.order import evenly
 from simclr_jax.data.source import Example
+from simclr_jax.data.subsets import evenly
 from simclr_jax.errors import UserError
 from simclr_jax.evals.nearest import nearest
 from simclr_jax.files import check_local, expanded, replacing, writing

@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble
 from simclr_jax import config as config_lib
 from simclr_jax.assemble import Pretraining
+from simclr_jax.config import suggest
 from simclr_jax.console import say
-from simclr_jax.data import count_and_size, index, suggest
+from simclr_jax.data import count_and_size, index
 from simclr_jax.evals.evaluate import can_evaluate, evaluate_features
 from simclr_jax.evals.on_the_way import evaluations_on_the_way
 from simclr_jax.evals.spread import Spread

@@ -10,8 +10,8 @@ from simclr_jax import assemble
 from simclr_jax import config as config_lib
 from simclr_jax.data import name_of
 from simclr_jax.data.indexed import IndexedSplit
-from simclr_jax.data.order import evenly
 from simclr_jax.data.split import Split
+from simclr_jax.data.subsets import evenly
 from simclr_jax.errors import UserError
 from simclr_jax.evals.nearest import unit
 from simclr_jax.evals.results import labels_table
