@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from simclr_jax.losses.contract import (
     MASKED,
@@ -20,6 +20,7 @@ from simclr_jax.losses.contract import (
     metrics_of,
     rows_and_columns,
 )
+from simclr_jax.losses.tiles import divide, first_row, gather, on_each_device
 
 CHUNK = 128
 
@@ -88,39 +89,26 @@ def over_rows(
     z, labels = embedded(z, candidates.normalized), jnp.repeat(labels, 2)
     if chunk is None:
         losses, *told = _of_anchors(z, labels, 0, z, labels, loss=loss, candidates=candidates)
-    elif mesh is None:
-        losses, *told = _in_tiles(z, labels, (), chunk, loss, candidates)
     else:
-        axes = mesh.axis_names
-        own = PartitionSpec(axes)
-        losses, *told = jax.shard_map(
-            lambda z, labels: _in_tiles(z, labels, axes, chunk, loss, candidates),
-            mesh=mesh,
-            in_specs=(own, own),
-            out_specs=own,
-            check_vma=False,  # an all-gather's result is equal everywhere, which the check cannot see
-        )(z, labels)
+        of_own = functools.partial(_in_tiles, chunk=chunk, loss=loss, candidates=candidates)
+        losses, *told = on_each_device(of_own, mesh, (0, 0), 0)(z, labels)
     return jnp.mean(losses), metrics_of(*told)
 
 
 def _in_tiles(z, labels, axes, chunk: int, loss: RowLoss, candidates: Candidates):
     """Computes `_of_anchors` for a device's own rows, `chunk` of them at a time."""
-    gather = functools.partial(lax.all_gather, axis_name=axes, tiled=True) if axes else lambda x: x
-    every, every_label = gather(z), gather(labels)
-    start = lax.axis_index(axes) * len(z) if axes else 0
+    every, every_label = gather(z, axes), gather(labels, axes)
     chunk = min(chunk, len(z))
-    tiles = -(-len(z) // chunk)
-    padded = jnp.pad(z, ((0, tiles * chunk - len(z)), (0, 0)))
-    padded_label = jnp.pad(labels, (0, tiles * chunk - len(z)), constant_values=-1)
+    anchors, label = divide(z, chunk), divide(labels, chunk, fill=-1)
 
     @jax.checkpoint
-    def of_tile(first):
-        anchors = lax.dynamic_slice_in_dim(padded, first, chunk)
-        label = lax.dynamic_slice_in_dim(padded_label, first, chunk)
-        about = anchors, label, start + first, every, every_label
+    def of_tile(tile):
+        anchors, label, first = tile
+        about = anchors, label, first, every, every_label
         return _of_anchors(*about, loss=loss, candidates=candidates)
 
-    found = lax.map(of_tile, jnp.arange(tiles) * chunk)
+    firsts = first_row(z, axes) + jnp.arange(len(anchors)) * chunk
+    found = lax.map(of_tile, (anchors, label, firsts))
     return tuple(x.reshape(-1)[: len(z)] for x in found)
 
 

@@ -134,6 +134,6 @@ def _built(name: str, loss: RowLoss, about: tuple[str, ...], of: tuple) -> Loss:
     )
     how: dict[str, Any] = {}
     if implementation == "chunked":
-        how = {"mesh": mesh if mesh.size > 1 else None, "chunk": CHUNK}
+        how = {"mesh": mesh, "chunk": CHUNK}
     apply: Callable = functools.partial(over_rows, loss=loss, candidates=candidates, **how)
     return Loss(apply, described(name, implementation, options, *about))

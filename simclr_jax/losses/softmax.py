@@ -43,7 +43,7 @@ def build(
     implementation = implementation_of(options["implementation"], batch_size, mesh)
     terms: Callable = dense_terms
     if implementation == "chunked":
-        terms = functools.partial(terms_in_tiles, mesh=mesh if mesh.size > 1 else None)
+        terms = functools.partial(terms_in_tiles, mesh=mesh)
     temperature, normalized = options["temperature"], options["normalize"]
     how = {
         "normalized": normalized,

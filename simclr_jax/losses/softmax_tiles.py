@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from simclr_jax.losses.contract import (
     MASKED,
@@ -31,6 +31,7 @@ from simclr_jax.losses.contract import (
     embedded,
     metrics_of,
 )
+from simclr_jax.losses.tiles import WHOLE, divide, first_row, gather, on_each_device
 
 CHUNK = 1024
 
@@ -89,9 +90,6 @@ def terms_in_tiles(
     return SoftmaxTerms(log_normalizer, positive, metrics_of(*told))
 
 
-_OWN, _EVERY = "a device's own rows", "all rows"
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _softmax(z, tiles, mesh):
     return _forward(z, tiles, mesh)[0]
@@ -99,55 +97,25 @@ def _softmax(z, tiles, mesh):
 
 def _forward(z, tiles, mesh):
     fold = functools.partial(_fold_rows, tiles=tiles)
-    every, log_normalizer, positive, *told = _on_each_device(
-        fold, mesh, outputs=(_EVERY, *[_OWN] * 6)
-    )(z)
+    every, log_normalizer, positive, *told = on_each_device(fold, mesh, (0,), (WHOLE, *[0] * 6))(z)
     return (log_normalizer, positive, told), (z, every, log_normalizer)
 
 
 def _backward(tiles, mesh, saved, cotangents):
     differentiate = functools.partial(_differentiate_rows, tiles=tiles)
     by_normalizer, by_positive, _ = cotangents
-    gradient = _on_each_device(
-        differentiate, mesh, inputs=(_OWN, _EVERY, _OWN, _OWN, _OWN), outputs=_OWN
-    )(*saved, by_normalizer, by_positive)
-    return (gradient,)
+    gradient = on_each_device(differentiate, mesh, (0, WHOLE, 0, 0, 0), 0)
+    return (gradient(*saved, by_normalizer, by_positive),)
 
 
 _softmax.defvjp(_forward, _backward)
 
 
-def _on_each_device(function, mesh, inputs=(_OWN,), outputs=_OWN):
-    """Makes a function of global arrays that runs `function(*arrays, axes)` on each device's rows."""
-    if mesh is None:
-        return functools.partial(function, axes=())
-    axes = mesh.axis_names
-    lies = {_OWN: PartitionSpec(axes), _EVERY: PartitionSpec()}
-    in_specs, out_specs = jax.tree.map(lies.get, (inputs, outputs))
-    return jax.shard_map(
-        functools.partial(function, axes=axes),
-        mesh=mesh,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        check_vma=False,  # an all-gather's result is equal everywhere, which the check cannot see
-    )
-
-
-def _gather(x, axes):
-    return lax.all_gather(x, axes, tiled=True) if axes else x
-
-
-def _divide(x, size):
-    """Divides x [n, ...] into tiles [k, size, ...], filled up with zeros."""
-    x = jnp.pad(x, [(0, -len(x) % size), *[(0, 0)] * (x.ndim - 1)])
-    return x.reshape(-1, size, *x.shape[1:])
-
-
 def _row_tiles(z, axes, chunk):
     """Returns a device's rows in tiles [k, rows, D], and their row numbers in the batch [k, rows]."""
-    start = lax.axis_index(axes) * len(z) if axes else 0
-    tiles = _divide(z, min(chunk, len(z)))
-    return tiles, start + jnp.arange(tiles.shape[0] * tiles.shape[1]).reshape(tiles.shape[:2])
+    tiles = divide(z, min(chunk, len(z)))
+    rows = jnp.arange(tiles.shape[0] * tiles.shape[1]).reshape(tiles.shape[:2])
+    return tiles, first_row(z, axes) + rows
 
 
 def _similarities(anchors, candidates, temperature):
@@ -220,8 +188,8 @@ def _fold_rows(z, axes, tiles: _Tiles):
     near as the partner, and the entropy of the softmax.
     """
     temperature, chunk = tiles.temperature, tiles.chunk
-    every = _gather(z, axes)
-    columns = _divide(every, chunk)
+    every = gather(z, axes)
+    columns = divide(every, chunk)
     padded = columns.reshape(-1, z.shape[1])
     # NT-Xent's normaliser is that of all candidates: one softmax serves both.
     is_usual = tiles.positive_in_sum and not tiles.other_view
@@ -280,7 +248,7 @@ def _differentiate_rows(z, every, log_normalizer, by_normalizer, by_positive, ax
     temperature, chunk = tiles.temperature, tiles.chunk
     about = jnp.stack([log_normalizer, by_normalizer, by_positive], axis=1)
     rows, row_number = _row_tiles(z, axes, chunk)
-    columns, about_columns = (_divide(x, chunk) for x in (every, _gather(about, axes)))
+    columns, about_columns = (divide(x, chunk) for x in (every, gather(about, axes)))
 
     def differentiate(tile):
         anchors, row, about_row = tile
@@ -303,5 +271,5 @@ def _differentiate_rows(z, every, log_normalizer, by_normalizer, by_positive, ax
         firsts = jnp.arange(len(columns)) * chunk
         return lax.scan(add, jnp.zeros_like(anchors), (columns, about_columns, firsts))[0]
 
-    gradient = lax.map(differentiate, (rows, row_number, _divide(about, rows.shape[1])))
+    gradient = lax.map(differentiate, (rows, row_number, divide(about, rows.shape[1])))
     return gradient.reshape(-1, z.shape[1])[: len(z)] / temperature

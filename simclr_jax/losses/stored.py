@@ -5,9 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from simclr_jax.losses.contract import MASKED, embedded
+from simclr_jax.losses.tiles import WHOLE, divide, gather, on_each_device
 
 _CHUNK = 1024
 
@@ -53,23 +54,12 @@ def log_sum_of(
         def add_batch(total, keys_and_number):
             keys, number = keys_and_number
             keys = embedded(lax.stop_gradient(keys), normalized)
-            every = lax.all_gather(keys, axes, tiled=True) if axes else keys
+            every = gather(keys, axes)
             chunk = min(_CHUNK, len(every))
-            padded = jnp.pad(every, ((0, -len(every) % chunk), (0, 0)))
-            is_key = (jnp.arange(len(padded)) < len(every)) & (number < filled)
-            tiles = padded.reshape(-1, chunk, z.shape[1]), is_key.reshape(-1, chunk)
-            return lax.scan(add_tile, total, tiles)
+            is_key = divide(jnp.ones(len(every), bool), chunk) & (number < filled)
+            return lax.scan(add_tile, total, (divide(every, chunk), is_key))
 
         nothing = jnp.full(len(z), MASKED, jnp.float32)
         return lax.scan(add_batch, nothing, (keys, jnp.arange(len(keys))))[0]
 
-    if mesh is None or mesh.size == 1:
-        return of_rows(z, stored.keys, stored.filled, ())
-    axes = mesh.axis_names
-    return jax.shard_map(
-        lambda z, keys, filled: of_rows(z, keys, filled, axes),
-        mesh=mesh,
-        in_specs=(PartitionSpec(axes), PartitionSpec(None, axes), PartitionSpec()),
-        out_specs=PartitionSpec(axes),
-        check_vma=False,  # an all-gather's result is equal everywhere, which the check cannot see
-    )(z, stored.keys, stored.filled)
+    return on_each_device(of_rows, mesh, (0, 1, WHOLE), 0)(z, stored.keys, stored.filled)
