@@ -311,6 +311,24 @@ def test_large_photographs_on_an_accelerator_get_the_papers_settings():
     assert "optimizer.name" not in chosen  # the default, LARS
     chosen = {c.option: c.value for c in suggest.suggest_evaluation(1_281_167, True)}
     assert chosen == {"eval.knn_k": 200, "linear.batch_size": 4096, "finetune.batch_size": 4096}
+    # The paper's grid, as everywhere by default.
+    assert suggest.suggest_transfer_finetune(1_281_167, True) == {}
+
+
+def test_fine_tuning_for_transfer_takes_minutes_on_a_cpu():
+    """A part of the paper's grid, whose settings all are the default's too, and 30 epochs."""
+    default = config.flatten(config.default())
+    chosen = suggest.suggest_transfer_finetune(20_000, False)
+    steps, batch = chosen["transfer_finetune.steps"], chosen["transfer_finetune.batch_size"]
+    assert steps * batch == pytest.approx(30 * 20_000, rel=0.01)
+    trainings = {}
+    for kind in ("", "untrained_"):
+        grid = [chosen[f"transfer_finetune.{kind}{n}"] for n in ("learning_rate", "weight_decay")]
+        trainings[kind] = len(grid[0]) * len(grid[1])
+        for name, values in zip(("learning_rate", "weight_decay"), grid, strict=True):
+            assert set(values) <= set(default[f"transfer_finetune.{kind}{name}"])
+    assert trainings == {"": 4, "untrained_": 4}
+    assert suggest.suggest_transfer_finetune(500, False)["transfer_finetune.steps"] == 1000
 
 
 @pytest.mark.parametrize("accelerator", [False, True])

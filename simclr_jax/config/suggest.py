@@ -15,10 +15,11 @@ class Choice(NamedTuple):
 
 
 def suggest_options(count: int, short_side: int, accelerator: bool) -> dict[str, Any]:
-    """Chooses the options of `suggest_settings` and `suggest_evaluation`, {option: value}."""
+    """Chooses the options of `suggest_settings`, `suggest_evaluation` and `suggest_transfer_finetune`, {option: value}."""
     chosen = suggest_settings(count, short_side, accelerator)
     chosen += suggest_evaluation(count, accelerator)
-    return {choice.option: choice.value for choice in chosen}
+    options = {choice.option: choice.value for choice in chosen}
+    return options | suggest_transfer_finetune(count, accelerator)
 
 
 def suggest_settings(
@@ -92,8 +93,7 @@ def suggest_evaluation(count: int, accelerator: bool) -> list[Choice]:
     `suggest_settings`. The paper's for ImageNet would be one step on a thousand images.
     """
     neighbours = min(200, max(5, count // 100))
-    most = 4096 if accelerator else 256
-    batch = _batch_size(count, min(64, _power_of_2(count)), most)
+    batch = _batch_of_evaluation(count, accelerator)
     why = f"{count / batch:.3g} steps an epoch"
     chosen = [
         Choice("eval.knn_k", neighbours, "a hundredth of the images, 5 to 200"),
@@ -119,9 +119,33 @@ def suggest_evaluation(count: int, accelerator: bool) -> list[Choice]:
     ]
 
 
+def suggest_transfer_finetune(count: int, accelerator: bool) -> dict[str, Any]:
+    """Chooses a part of the paper's grid (appendix B.8) and its proportions, {option: value}: 20,000 steps for each of
+    7 x 8 settings, and twice as many for an untrained encoder, would take weeks on a CPU. The arguments are those of
+    `suggest_evaluation`.
+    """
+    if count >= _MANY:
+        return {}
+    batch = _batch_of_evaluation(count, accelerator)
+    steps = max(1000, round(30 * count / batch))  # 30 epochs, as the paper's fine-tuning
+    return {
+        "transfer_finetune.batch_size": batch,
+        "transfer_finetune.steps": steps,
+        "transfer_finetune.learning_rate": (0.01, 0.1),
+        "transfer_finetune.weight_decay": (1e-6, 1e-4),
+        "transfer_finetune.untrained_steps": 2 * steps,
+        "transfer_finetune.untrained_learning_rate": (0.1, 1.0),
+        "transfer_finetune.untrained_weight_decay": (1e-5, 1e-3),
+    }
+
+
 def _batch_size(count: int, least: int, most: int) -> int:
     """Returns a power of 2 that makes 32 steps or more of an epoch, where the bounds allow it."""
     return max(least, min(most, _power_of_2(count // 32)))
+
+
+def _batch_of_evaluation(count: int, accelerator: bool) -> int:
+    return _batch_size(count, min(64, _power_of_2(count)), 4096 if accelerator else 256)
 
 
 def _power_of_2(number: int) -> int:
