@@ -81,10 +81,11 @@ def test_a_crop_is_said_as_it_was_taken():
 def test_the_jitter_says_its_factors_in_their_order():
     distortion = make_distortion({"color_strength": 0.5, "crop_area": (1, 1)})
     jitter = distortion.operations[1]
-    u = {"jitter": [0.0], "factors": [0.0, 0.5, 1.0, 1.0], "order": [0.3, 0.2, 0.1, 0.0]}
+    drawn = {"jitter": [0.0], "factors": [0.0, 0.5, 1.0, 1.0], "order": [0.3, 0.2, 0.1, 0.0]}
+    u = {name: np.asarray(numbers) for name, numbers in drawn.items()}
     assert jitter.describe(u, 3) == "hue +36°, saturation x 1.40, contrast x 1.00, brightness -0.40"
     assert jitter.describe(u, 1) == "contrast x 1.00, brightness -0.40"
-    assert jitter.describe(u | {"jitter": [0.9]}, 3) == ""
+    assert jitter.describe(u | {"jitter": np.asarray([0.9])}, 3) == ""
 
 
 @pytest.mark.parametrize("options", [{}, {"data.color_on": "device"}, {"data.placement": "device"}])

@@ -31,13 +31,8 @@ class Blur(Operation):
     DRAWS: ClassVar = {"blur": 1, "sigma": 1}
     FUSED: ClassVar = False
 
-    @property
-    def is_on(self) -> bool:
-        return self.blur_probability > 0
-
     def host(self, x: Any, u: dict[str, Any]) -> Any:
-        drawn = u["blur"][0] < self.blur_probability
-        return happening(drawn, lambda x: blurred(x, blur_sigma(u["sigma"][0])), x)
+        return happening(self.happens(u), lambda x: blurred(x, blur_sigma(u["sigma"][0])), x)
 
     def host_small(self, x: Any, u: dict[str, Any]) -> Any:
         import tensorflow as tf
@@ -46,22 +41,19 @@ class Blur(Operation):
         if radius == 0:
             return x
         weights = blur_weights(tf, blur_sigma(u["sigma"][0]), radius)
-        drawn = u["blur"][0] < self.blur_probability
-        return happening(drawn, lambda x: _filtered(x, weights, _filter_axis), x)
+        return happening(self.happens(u), lambda x: _filtered(x, weights, _filter_axis), x)
 
     def device(self, channels: Channels, u: dict[str, Any]) -> Channels:
         import jax
 
-        sigma, drawn = blur_sigma(u["sigma"])[..., 0], u["blur"][..., 0] < self.blur_probability
-        band = banded(channels[0].shape[-1], sigma, drawn)
+        sigma = blur_sigma(u["sigma"])[..., 0]
+        band = banded(channels[0].shape[-1], sigma, self.happens(u))
         # A blurred value must be right to half a grey level.
         product = functools.partial(jax.numpy.matmul, precision=jax.lax.Precision.HIGHEST)
         across = jax.numpy.swapaxes(band, -1, -2)
         return tuple(product(product(band, c), across) for c in channels)
 
-    def describe(self, u: dict[str, Any], channels: int) -> str:
-        if u["blur"][0] >= self.blur_probability:
-            return ""
+    def drawn(self, u: dict[str, Any], channels: int) -> str:
         return f"blur, sigma {float(blur_sigma(u['sigma'][0])):.1f} px"
 
 

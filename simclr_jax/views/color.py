@@ -40,15 +40,11 @@ class Grey(PixelOperation):
     NAME: ClassVar = "grey"
     DRAWS: ClassVar = {"grey": 1}
 
-    @property
-    def probability(self) -> float:
-        return self.grey_probability
-
     def formula(self, xp: Any, channels: Channels) -> Channels:
         return (luma(channels),) * 3 if len(channels) == 3 else channels
 
-    def describe(self, u: dict[str, Any], channels: int) -> str:
-        return super().describe(u, channels) if channels == 3 else ""
+    def drawn(self, u: dict[str, Any], channels: int) -> str:
+        return self.NAME if channels == 3 else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +77,7 @@ class ColorJitter(Operation):
 
     @property
     def is_on(self) -> bool:
-        return self.color_strength > 0 and self.jitter_probability > 0
+        return self.color_strength > 0 and super().is_on
 
     @property
     def _spread(self) -> float:
@@ -89,7 +85,7 @@ class ColorJitter(Operation):
 
     def host(self, x: Any, u: dict[str, Any]) -> Any:
         return happening(
-            u["jitter"][0] < self.jitter_probability,
+            self.happens(u),
             lambda x: self.jittered(x, u["factors"], u["order"]),
             x,
         )
@@ -141,7 +137,7 @@ class ColorJitter(Operation):
         """
         import jax.numpy as jnp
 
-        happens = u["jitter"][..., 0] < self.jitter_probability
+        happens = self.happens(u)
         brightness, contrast, saturation, hue = range(4)
         operations = 4 if len(channels) == 3 else 2
         factors = u["factors"]
@@ -172,9 +168,7 @@ class ColorJitter(Operation):
             channels = tuple(changed)
         return channels
 
-    def describe(self, u: dict[str, Any], channels: int) -> str:
-        if u["jitter"][0] >= self.jitter_probability:
-            return ""
+    def drawn(self, u: dict[str, Any], channels: int) -> str:
         by = [float(x) for x in u["factors"]]
         brightness = f"brightness {turn(by[0], self._spread):+.2f}"
         if self.brightness == "multiplicative":

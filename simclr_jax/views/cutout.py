@@ -27,10 +27,6 @@ class Cutout(Operation):
     NAME: ClassVar = "cutout"
     DRAWS: ClassVar = {"cutout": 1, "place": 2}
 
-    @property
-    def is_on(self) -> bool:
-        return self.cutout_probability > 0
-
     def host(self, x: Any, u: dict[str, Any]) -> Any:
         import tensorflow as tf
 
@@ -48,7 +44,4 @@ class Cutout(Operation):
         half = 0.5 * self.cutout_size * size
         rows = xp.abs(middles[:, np.newaxis] - size * u["place"][..., 0]) < half
         columns = xp.abs(middles[np.newaxis] - size * u["place"][..., 1]) < half
-        return rows & columns & (u["cutout"][..., 0] < self.cutout_probability)
-
-    def describe(self, u: dict[str, np.ndarray], channels: int) -> str:
-        return "cutout" if u["cutout"][0] < self.cutout_probability else ""
+        return rows & columns & self.happens(u)

@@ -23,8 +23,8 @@ class Operation(abc.ABC):
 
     Attributes:
       NAME: the key of its random numbers. Another name would mean other numbers, so it never changes.
-      DRAWS: name -> how many random numbers in [0, 1) decide one view. If all of them are set to 1, which is never
-        drawn, the view stays as it is: so `one_branch` leaves it out.
+      DRAWS: name -> how many random numbers in [0, 1) decide one view. The first number of the first name says whether
+        anything happens; set to 1, which is never drawn, nothing does: so `one_branch` leaves the operation out.
       FUSED: whether the host, for large images, compiles it together with its neighbours; False where the compiled
         code would depend on the random numbers.
     """
@@ -34,9 +34,18 @@ class Operation(abc.ABC):
     FUSED: ClassVar[bool] = True
 
     @property
-    @abc.abstractmethod
+    def probability(self) -> float:
+        """How often it happens to a view: the option X_probability, where X is the first name of DRAWS."""
+        return getattr(self, f"{next(iter(self.DRAWS))}_probability")
+
+    @property
     def is_on(self) -> bool:
         """Returns whether its options let it change any view."""
+        return self.probability > 0
+
+    def happens(self, u: dict[str, Any]) -> Any:
+        """Returns whether it happens, for the numbers drawn, by the names of DRAWS, each [..., n]: bool [...]."""
+        return u[next(iter(self.DRAWS))][..., 0] < self.probability
 
     @abc.abstractmethod
     def host(self, x: Any, u: dict[str, Any]) -> Any:
@@ -66,7 +75,6 @@ class Operation(abc.ABC):
           1 or 3 arrays float32 [..., S, S], as many as were given.
         """
 
-    @abc.abstractmethod
     def describe(self, u: dict[str, np.ndarray], channels: int) -> str:
         """Says in a few words what was drawn for one view; "" where nothing happens to it.
 
@@ -74,45 +82,34 @@ class Operation(abc.ABC):
           u: the numbers drawn, by the names of DRAWS, each [n].
           channels: 1 or 3, of the image.
         """
+        return self.drawn(u, channels) if self.happens(u) else ""
+
+    def drawn(self, u: dict[str, np.ndarray], channels: int) -> str:
+        """Says in a few words what was drawn for one view to which it happens; see `describe`."""
+        del u, channels
+        return self.NAME
 
 
 class PixelOperation(Operation):
-    """An operation that happens with some probability, and then changes all channels by one formula."""
-
-    @property
-    @abc.abstractmethod
-    def probability(self) -> float:
-        """How often it happens."""
+    """An operation that changes all channels by one formula, for which nothing else is drawn."""
 
     @abc.abstractmethod
     def formula(self, xp: Any, channels: Channels) -> Channels:
         """Applies it to channels [..., S, S], computed by the module `xp`."""
 
-    @property
-    def is_on(self) -> bool:
-        return self.probability > 0
-
     def host(self, x: Any, u: dict[str, Any]) -> Any:
         import tensorflow as tf
 
-        (drawn,) = u.values()
-        return happening(
-            drawn[0] < self.probability, lambda x: tf.stack(self.formula(tf, tf.unstack(x))), x
-        )
+        return happening(self.happens(u), lambda x: tf.stack(self.formula(tf, tf.unstack(x))), x)
 
     def device(self, channels: Channels, u: dict[str, Any]) -> Channels:
         import jax.numpy as jnp
 
-        (drawn,) = u.values()
-        happens = drawn[..., 0] < self.probability
+        happens = self.happens(u)
         changed = self.formula(jnp, channels)
         return tuple(
             jnp.where(happens, new, old) for new, old in zip(changed, channels, strict=True)
         )
-
-    def describe(self, u: dict[str, np.ndarray], channels: int) -> str:
-        (drawn,) = u.values()
-        return self.NAME if drawn[0] < self.probability else ""
 
 
 def happening(condition: Any, function: Any, x: Any) -> Any:

@@ -5,8 +5,6 @@ use it.
 import dataclasses
 from typing import Any, ClassVar
 
-import numpy as np
-
 from simclr_jax.options import number, option_field
 from simclr_jax.views.distortion import Channels, Operation, happening
 
@@ -29,10 +27,6 @@ class Noise(Operation):
     NAME: ClassVar = "noise"
     DRAWS: ClassVar = {"noise": 1, "key": 2}
 
-    @property
-    def is_on(self) -> bool:
-        return self.noise_probability > 0
-
     def host(self, x: Any, u: dict[str, Any]) -> Any:
         import tensorflow as tf
 
@@ -40,7 +34,7 @@ class Noise(Operation):
             added = tf.random.stateless_normal(x.shape, tf.cast(u["key"] * 2.0**24, tf.int32))
             return tf.clip_by_value(x + self.noise_strength * added, 0.0, 1.0)
 
-        return happening(u["noise"][0] < self.noise_probability, noisy, x)
+        return happening(self.happens(u), noisy, x)
 
     def device(self, channels: Channels, u: dict[str, Any]) -> Channels:
         import jax
@@ -54,11 +48,8 @@ class Noise(Operation):
             return jax.random.normal(key, (len(channels), *channels[0].shape[-2:]))
 
         normal = jax.vmap(added)(words).reshape(*views, len(channels), *channels[0].shape[-2:])
-        happens = u["noise"][..., 0] < self.noise_probability
+        happens = self.happens(u)
         return tuple(
             jnp.where(happens, jnp.clip(c + self.noise_strength * normal[..., i, :, :], 0, 1), c)
             for i, c in enumerate(channels)
         )
-
-    def describe(self, u: dict[str, np.ndarray], channels: int) -> str:
-        return "noise" if u["noise"][0] < self.noise_probability else ""

@@ -26,10 +26,6 @@ class Recrop(Operation):
     DRAWS: ClassVar = {"recrop": 1, **Crop.DRAWS}
     FUSED: ClassVar = False
 
-    @property
-    def is_on(self) -> bool:
-        return self.recrop_probability > 0
-
     def host(self, x: Any, u: dict[str, Any]) -> Any:
         import tensorflow as tf
 
@@ -38,7 +34,7 @@ class Recrop(Operation):
             made = rows @ x @ tf.transpose(columns)
             return tf.clip_by_value(made, 0.0, 1.0)  # bicubic interpolation passes them
 
-        return happening(u["recrop"][0] < self.recrop_probability, cropped, x)
+        return happening(self.happens(u), cropped, x)
 
     def device(self, channels: Channels, u: dict[str, Any]) -> Channels:
         import jax
@@ -48,7 +44,7 @@ class Recrop(Operation):
         flat = {name: numbers.reshape(-1, numbers.shape[-1]) for name, numbers in u.items()}
         rows, columns = jax.vmap(lambda numbers: _matrices(jnp, size, numbers))(flat)
         rows, columns = (x.reshape(*views, size, size) for x in (rows, columns))
-        happens = u["recrop"][..., 0] < self.recrop_probability
+        happens = self.happens(u)
 
         def cropped(c):
             # A view must be right to half a grey level, which bfloat16 is not.
@@ -59,9 +55,7 @@ class Recrop(Operation):
 
         return tuple(cropped(c) for c in channels)
 
-    def describe(self, u: dict[str, np.ndarray], channels: int) -> str:
-        if u["recrop"][0] >= self.recrop_probability:
-            return ""
+    def drawn(self, u: dict[str, np.ndarray], channels: int) -> str:
         _, _, height, width = _LAW.window(np, 1000.0, 1000.0, u)
         return f"cropped again, {float(height * width) / 1e6:.0%}"
 

@@ -20,10 +20,6 @@ class Rotation(Operation):
     NAME: ClassVar = "rotation"
     DRAWS: ClassVar = {"rotation": 1, "quarters": 1}
 
-    @property
-    def is_on(self) -> bool:
-        return self.rotation_probability > 0
-
     def host(self, x: Any, u: dict[str, Any]) -> Any:
         import tensorflow as tf
 
@@ -35,14 +31,11 @@ class Rotation(Operation):
         return tuple(self._turned(jnp, c, u) for c in channels)
 
     def _turned(self, xp: Any, x: Any, u: dict[str, Any]) -> Any:
-        happens = u["rotation"][..., 0] < self.rotation_probability
         third = 3.0 * u["quarters"][..., 0]
         across = xp.linalg.matrix_transpose(x)
         by = (across[..., ::-1, :], x[..., ::-1, ::-1], across[..., ::-1])
         turned = xp.where(third < 1, by[0], xp.where(third < 2, by[1], by[2]))
-        return xp.where(happens, turned, x)
+        return xp.where(self.happens(u), turned, x)
 
-    def describe(self, u: dict[str, np.ndarray], channels: int) -> str:
-        if u["rotation"][0] >= self.rotation_probability:
-            return ""
+    def drawn(self, u: dict[str, np.ndarray], channels: int) -> str:
         return f"rotation {90 * (1 + int(3 * u['quarters'][0]))}°"

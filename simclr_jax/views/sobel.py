@@ -23,10 +23,6 @@ class Sobel(PixelOperation):
     NAME: ClassVar = "sobel"
     DRAWS: ClassVar = {"sobel": 1}
 
-    @property
-    def probability(self) -> float:
-        return self.sobel_probability
-
     def formula(self, xp: Any, channels: Channels) -> Channels:
         grey = luma(channels) if len(channels) == 3 else channels[0]
         up, down = _shifted(xp, grey, -2)

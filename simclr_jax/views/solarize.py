@@ -28,9 +28,5 @@ class Solarize(PixelOperation):
     NAME: ClassVar = "solarize"
     DRAWS: ClassVar = {"solarize": 1}
 
-    @property
-    def probability(self) -> float:
-        return self.solarize_probability
-
     def formula(self, xp: Any, channels: Channels) -> Channels:
         return tuple(xp.where(c < self.solarize_threshold, c, 1.0 - c) for c in channels)
