@@ -48,16 +48,9 @@ class SoftmaxTerms(NamedTuple):
     positive: jax.Array
     metrics: dict[str, jax.Array]
 
-    def loss(self, log_stored: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns the loss, a float32 scalar, and the metrics.
-
-        `log_stored`: the result of `stored.log_sum_of` for negatives of earlier batches, [2B], to be added to the
-        normaliser. The metrics never count these negatives.
-        """
-        log_normalizer = self.log_normalizer
-        if log_stored is not None:
-            log_normalizer = jnp.logaddexp(log_normalizer, log_stored)
-        return jnp.mean(log_normalizer - self.positive), self.metrics
+    def loss(self) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns the loss, a float32 scalar, and the metrics."""
+        return jnp.mean(self.log_normalizer - self.positive), self.metrics
 
 
 def implementation_of(asked: str, batch_size: int, mesh: Mesh) -> str:

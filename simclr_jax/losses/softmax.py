@@ -54,9 +54,12 @@ def build(
     def apply(z, labels, stored: Stored | None = None):
         del labels
         found = terms(z, temperature, **how)
-        if stored is None:
-            return found.loss()
-        return found.loss(log_sum_of(stored, z, temperature, normalized=normalized, mesh=mesh))
+        if stored is not None:  # negatives that the metrics never count
+            log_normalizer = log_sum_of(
+                stored, z, temperature, found.log_normalizer, normalized=normalized, mesh=mesh
+            )
+            found = found._replace(log_normalizer=log_normalizer)
+        return found.loss()
 
     more = [f"tau {temperature:g}"]
     if options["memory"]:

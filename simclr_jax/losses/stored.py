@@ -26,7 +26,13 @@ class Stored(NamedTuple):
 
 
 def log_sum_of(
-    stored: Stored, z, temperature: float, *, normalized: bool = True, mesh: Mesh | None = None
+    stored: Stored,
+    z,
+    temperature: float,
+    so_far=None,
+    *,
+    normalized: bool = True,
+    mesh: Mesh | None = None,
 ):
     """Computes log sum over stored k of exp(s(i, k) / tau) for each anchor i, in tiles of memory 2B x 1024.
 
@@ -34,15 +40,19 @@ def log_sum_of(
       stored: the negatives.
       z: projections [2B, D] of the anchors, not normalised.
       temperature: tau.
+      so_far: float32 [2B], the log of a sum to which those of the stored ones are added; None: of no sum.
       normalized: s is the cosine; else the dot product.
       mesh: devices over which the rows of z are divided, all axes together; None: one device.
 
     Returns:
-      float32 [2B]; `contract.MASKED` where nothing is stored.
+      float32 [2B]; `so_far`, or `contract.MASKED`, where nothing is stored.
     """
     z = embedded(z, normalized)
+    so_far = jnp.full(len(z), MASKED, jnp.float32) if so_far is None else so_far
 
-    def of_rows(z, keys, filled, axes):
+    # Begins with the sum so far, not with nothing: so its all-gathers wait for those that made that sum. XLA on CPUs
+    # may run collectives that do not depend on each other at once, and takes them for one (both have channel 1).
+    def of_rows(z, so_far, keys, filled, axes):
         @jax.checkpoint
         def add_tile(total, tile_and_its_rows):
             tile, is_key = tile_and_its_rows
@@ -59,7 +69,7 @@ def log_sum_of(
             is_key = divide(jnp.ones(len(every), bool), chunk) & (number < filled)
             return lax.scan(add_tile, total, (divide(every, chunk), is_key))
 
-        nothing = jnp.full(len(z), MASKED, jnp.float32)
-        return lax.scan(add_batch, nothing, (keys, jnp.arange(len(keys))))[0]
+        return lax.scan(add_batch, so_far, (keys, jnp.arange(len(keys))))[0]
 
-    return on_each_device(of_rows, mesh, (0, 1, WHOLE), 0)(z, stored.keys, stored.filled)
+    of_own = on_each_device(of_rows, mesh, (0, 0, 1, WHOLE), 0)
+    return of_own(z, so_far, stored.keys, stored.filled)
