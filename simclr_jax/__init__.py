@@ -69,10 +69,13 @@ def evaluate(
     from simclr_jax.training.workdir import saved_config
 
     workdir = _begun(workdir)
+    known = config is not None
     if config is None:
         config = from_dict(saved_config(workdir))
+    # A run may have a loss that its own configuration file adds, and an evaluation needs no loss.
+    unknown = () if known or "loss.name" in options else ("loss.name",)
     try:
-        return evaluate(name, _with_options(config, options), workdir)
+        return evaluate(name, _with_options(config, options, unknown), workdir)
     except Stopped:
         return None
 
@@ -87,8 +90,12 @@ def _begun(workdir: str) -> str:
     return os.path.expanduser(workdir)
 
 
-def _with_options(config: ConfigDict | str | os.PathLike, options: dict[str, Any]) -> ConfigDict:
-    """Returns the validated configuration with `options` set; a ConfigDict of the caller's is copied, not changed."""
+def _with_options(
+    config: ConfigDict | str | os.PathLike, options: dict[str, Any], unknown: tuple[str, ...] = ()
+) -> ConfigDict:
+    """Returns the validated configuration with `options` set; a ConfigDict of the caller's is copied, not changed. The
+    values of the options named in `unknown` are not looked at.
+    """
     from simclr_jax.config import flatten, set_options, validate
     from simclr_jax.config.overrides import check_is_known, check_is_read, read_file
     from simclr_jax.errors import UserError
@@ -106,6 +113,6 @@ def _with_options(config: ConfigDict | str | os.PathLike, options: dict[str, Any
     for name in options:
         check_is_known(name, known)
     set_options(config, options)
-    validate(config)
+    validate(config, unknown)
     check_is_read(config, list(options), known["data.source"])
     return config

@@ -170,6 +170,10 @@ def test_what_cannot_be_distilled_is_refused(tiny, teacher, tmp_path, one_device
     tiny.distill.teacher = swapped
     with pytest.raises(UserError, match="class 1 of the data is '1', and the teacher's is '2'"):
         run(tiny, tmp_path / "w")
+    np.savez(tmp_path / "unlabelled.npz", train_images=np.zeros((48, 12, 12, 3), np.uint8))
+    tiny.data.path = str(tmp_path / "unlabelled.npz")
+    with pytest.raises(UserError, match="no training image has one: expected labelled images, or"):
+        run(tiny, tmp_path / "w")
 
 
 def test_a_teacher_that_would_see_a_part_of_each_image_is_refused(tiny, teacher, tmp_path):

@@ -629,6 +629,10 @@ def test_a_run_is_followed_anew_with_other_settings(trained_beside):
     c.eval.knn_k = 3
     assert evaluate_features("knn", c, str(workdir), follow=True)["settings"]["k"] == 3
     assert evaluated == [6]
+    evaluated.clear()
+    c.data.eval_crop = 0.5
+    evaluate_features("knn", c, str(workdir), follow=True)
+    assert evaluated == saved_steps(workdir)
 
 
 def test_a_checkpoint_that_is_deleted_while_it_is_read_is_passed_over(trained_beside, monkeypatch):

@@ -21,7 +21,7 @@ from simclr_jax.encoders import apply_network, init_encoder
 from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.errors import Stopped, UserError
-from simclr_jax.evals import classifier_training, finetune
+from simclr_jax.evals import classifier_training, finetune, protocol
 from simclr_jax.evals.features import Extractor
 from simclr_jax.files import locked
 from simclr_jax.mesh import make_mesh, to_global
@@ -671,3 +671,12 @@ def test_what_has_no_classifier_is_refused(run):
     _, workdir = run
     with pytest.raises(UserError, match="has no classifier"):
         load_classifier(workdir)
+
+
+def test_only_what_changes_the_result_decides_which_training_it_is(tiny):
+    usual = protocol._model_that_decides(tiny)
+    assert usual == tiny.model.to_dict()
+    set_options(tiny, {"model.remat": True, "model.init_from": "elsewhere"})
+    assert protocol._model_that_decides(tiny) == usual
+    tiny.model.head_width = 32
+    assert protocol._model_that_decides(tiny) != usual

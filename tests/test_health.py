@@ -3,6 +3,8 @@
 import json
 import math
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,8 @@ from test_losses import random_pairs
 
 import simclr_jax
 from simclr_jax import assemble, config
-from simclr_jax.evals.spread import rank_of, uniformity_of
+from simclr_jax.data.split import BROKEN
+from simclr_jax.evals.spread import Spread, rank_of, uniformity_of
 from simclr_jax.losses import contract, nt_xent, softmax
 from simclr_jax.losses.contract import positives
 from simclr_jax.losses.health import chance, lower_bound, spread_of
@@ -269,6 +272,20 @@ def test_a_run_measures_the_rank_of_its_encoder_on_the_way(plain, tmp_path):
     for step, rank in found.items():
         h = simclr_jax.load_encoder(str(workdir), step)(images)
         assert rank == pytest.approx(rank_of(h), rel=1e-4)
+
+
+def test_what_stands_in_for_broken_images_has_no_rank():
+    rng = np.random.default_rng(0)
+    h, labels = rng.normal(size=(40, 8)).astype(np.float32), np.zeros(40, int)
+    h[30:], labels[30:] = 1.0, BROKEN  # one picture in the place of ten
+    hook: Any = object.__new__(Spread)
+    some = SimpleNamespace(split=SimpleNamespace(count=40))
+    hook._images, hook._views = some, SimpleNamespace(evaluation_batches=lambda *_: None)
+    found = [({"h": h[k : k + 8], "z": h[k : k + 8]}, labels[k : k + 8]) for k in range(0, 40, 8)]
+    hook._extractor = SimpleNamespace(batch_size=8, stream=lambda *_: found)
+    seen = hook.run(1, SimpleNamespace(variables=lambda _: {}))
+    assert seen["rank_h"] == pytest.approx(rank_of(h[:30]))
+    assert seen["uniformity"] == pytest.approx(uniformity_of(h[:30]))
 
 
 def test_the_references_are_the_runs(tiny):

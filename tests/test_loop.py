@@ -370,6 +370,8 @@ def test_means_of_a_classifier_are_over_the_images_that_have_a_label():
     assert mean_of(window[1:2]).keys() == {"loss", "labelled_share", "learning_rate"}
     of_before = [{name: x for name, x in window[0].items() if name != "labelled_share"}]
     assert mean_of(of_before) == of_before[0]
+    # Steps of a version that did not have a metric, in the window of one that has.
+    assert mean_of([*of_before, window[0] | {"new": 3.0}])["new"] == 3.0
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "muon"])

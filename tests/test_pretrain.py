@@ -629,3 +629,25 @@ def test_options_may_be_numbers_of_the_other_kind_and_lists(tiny, whole):
     assert config.loss.temperature == 1.0
     assert config.eval.l2 == (1e-3,)
     assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_command_that_is_refused_leaves_the_configuration_of_the_run(tiny, tmp_path):
+    tiny.train.steps = 1
+    pretrain(tiny, str(tmp_path / "w"))
+    before = (tmp_path / "w/config.json").read_text()
+    set_options(tiny, {"eval.every_steps": 2, "eval.every_epochs": 1.0})
+    with pytest.raises(UserError, match="set one of them"):
+        pretrain(tiny, str(tmp_path / "w"))
+    assert (tmp_path / "w/config.json").read_text() == before
+
+
+def test_python_evaluates_a_run_whose_loss_its_own_file_adds(tiny, tmp_path):
+    tiny.train.steps = 1
+    pretrain(tiny, str(tmp_path / "w"))
+    file = tmp_path / "w/config.json"
+    text = file.read_text()
+    file.write_text(text.replace('"nt_xent"', '"uniformity"'))
+    assert file.read_text() != text
+    assert simclr_jax.evaluate("knn", str(tmp_path / "w"))["rows"]
+    with pytest.raises(UserError, match=r"loss.name='other'"):
+        simclr_jax.evaluate("knn", str(tmp_path / "w"), **{"loss.name": "other"})

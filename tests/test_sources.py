@@ -8,6 +8,7 @@ import importlib.util
 import io
 import itertools
 import json
+import pathlib
 
 import numpy as np
 import pyarrow as pa
@@ -636,6 +637,10 @@ def test_options_that_a_source_does_not_read_are_refused(tmp_path):
         load(None, ["--config.data.source=tfds", "--config.data.name=cifar10"], saved.to_dict())
     with pytest.raises(UserError, match=says):
         simclr_jax.evaluate("knn", "", saved, **{"data.source": "tfds", "data.name": "cifar10"})
+    np.savez(tmp_path / "x.npz", train_images=random_images(8))
+    file = f"{pathlib.Path(__file__).parent.parent}/configs/folder.py:{tmp_path}/x.npz"
+    with pytest.raises(UserError, match=says):
+        load(file, ["--config.data.source=tfds", "--config.data.name=cifar10"])
     # What a run on a folder left is no mistake of an evaluation on other data.
     saved.data.labels_file = "b.csv"
     assert load(None, ["--config.data.path=y.npz"], saved.to_dict()).data.labels_file == "b.csv"

@@ -29,12 +29,13 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
       UserError: a file or option is not there, or a value is not allowed.
     """
     config = read_file(spec) if spec else from_dict(saved or {})
+    source = config.data.source
     config = override(config, overrides)
     given = [flag.partition("=")[0].removeprefix("--config.") for flag in _join_values(overrides)]
     # A run may have a loss that its own configuration file adds, and commands that do not train need no loss.
     unknown = ("loss.name",) if spec is None and "loss.name" not in given else ()
     validate(config, unknown)
-    check_is_read(config, given, (saved or {}).get("data", {}).get("source", "tfds"))
+    check_is_read(config, given, source)
     return config
 
 

@@ -276,10 +276,14 @@ def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Me
 
 
 def _digest_of_settings(name: str, config: ConfigDict, data: DataSet) -> str:
-    """Returns 8 letters that differ where the settings of the evaluation `name` do."""
+    """Returns 8 letters that differ where the settings of the evaluation `name` do, or the views that it takes."""
     options = _options_of(config, subjects.metric_of(config, data))
     used = EVALUATIONS[name].settings(options, data.train.count, len(data.train.classes or ()))
-    text = json.dumps(used, sort_keys=True)
+    labels = {
+        k: config.eval[k] for k in ("labels_per_class", "label_fraction", "seeds", "baselines")
+    }
+    views = {k: config.data[k] for k in ("image_size", "eval_crop", "upright")}
+    text = json.dumps([used, labels, views, config.views.antialias], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from simclr_jax.config import OPTIONS, set_options
 from simclr_jax.evals.selection import VALIDATIONS
 from simclr_jax.evals.subjects import ENCODER
 
@@ -143,9 +144,17 @@ def what_decides(
         "options": options | {"layer": protocol.layer},
         "data": {name: config.data[name] for name in ("image_size", "placement", "eval_crop")},
         "crops": crops,
-        "model": config.model.to_dict(),
+        "model": _model_that_decides(config),
         "validation_fraction": config.eval.validation_fraction,
         "seed": config.seed,
     }
     about |= {"metric": metric} if metric != "accuracy" else {}
     return about | ({} if config.data.upright else {"upright": False})
+
+
+def _model_that_decides(config: ConfigDict) -> dict:
+    """Returns the options of the model, those at their defaults that change nothing that is learned, such as remat."""
+    copy = config.copy_and_resolve_references()
+    options = (o for o in OPTIONS if o.name.startswith("model.") and o.resumable)
+    set_options(copy, {option.name: option.default for option in options})
+    return copy.model.to_dict()

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble
 from simclr_jax.assemble import Pretraining
 from simclr_jax.data.indexed import IndexedSplit
+from simclr_jax.data.split import BROKEN
 from simclr_jax.evals import subjects
 from simclr_jax.training.state import TrainState
 
@@ -67,6 +68,9 @@ class Spread:
         variables = state.variables("encoder"), state.variables("head")
         batches = self._views.evaluation_batches(self._images, self._extractor.batch_size)
         stream = self._extractor.stream(variables, batches, min(_IMAGES, self._images.split.count))
-        rows = [found for found, _ in stream]
+        # What stands in for an image that cannot be read is no image.
+        rows = [
+            {name: x[labels != BROKEN] for name, x in found.items()} for found, labels in stream
+        ]
         h, z = (np.concatenate([row[name] for row in rows]) for name in ("h", "z"))
         return {"rank_h": rank_of(h), "rank_z": rank_of(z), "uniformity": uniformity_of(z)}

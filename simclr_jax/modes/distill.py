@@ -136,6 +136,7 @@ def distillation_job(
       views: crops of the training images.
     """
     mesh = views.settings.mesh
+    everywhere = replicated(mesh)
     optimizer, schedule = assemble.pretraining_optimizer(config, plan)
     optimizer = of_parts(optimizer, student.trained)
     step = make_step(
@@ -149,6 +150,7 @@ def distillation_job(
         no_loss,
         UpdateRule(optimizer, schedule, config.train.microbatches, config.train.skip_not_finite),
         fetch=views.fetch,
+        gather=lambda params: jax.lax.with_sharding_constraint(params, everywhere),
     )
 
     def init(key: jax.Array, taught: dict) -> TrainState:
@@ -162,7 +164,6 @@ def distillation_job(
             optimizer,
         )
 
-    everywhere = replicated(mesh)
     taught = jax.tree.map(lambda x: laid_out(x, everywhere), jax.device_get(teacher.variables))
     start = (jax.random.key(config.seed), taught)
     return job_of(step, init, start, plan.steps, mesh)
@@ -172,9 +173,14 @@ def _about(config: ConfigDict, teacher: Classifier, data: DataSet) -> dict[str, 
     """Returns what the record says of student and teacher.
 
     Raises:
-      UserError: the data have other classes than the teacher, and distill.alpha makes use of labels.
+      UserError: distill.alpha makes use of labels, and there are none, or the data have other classes than the teacher.
     """
     alpha, other = config.distill.alpha, _other_classes(data, teacher)
+    if alpha < 1 and not data.train.has_labels():
+        raise UserError(
+            f"distill.alpha={alpha} uses the labels, and no training image has one: expected labelled images, or "
+            "distill.alpha=1"
+        )
     if alpha < 1 and other:
         raise UserError(
             f"distill.alpha={alpha} uses the labels, and {other}: expected the teacher's classes in its order, "

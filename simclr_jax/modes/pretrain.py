@@ -137,12 +137,16 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> None:
     if made.job.abstract_state.params.get("classifier"):
         assert train.classes
         about["classifier"] = about_classifier(0, len(train.classes), train.classes, online=True)
+    images = assemble.images_of(config, train, epath.Path(workdir) / "broken_images.jsonl")
+    hooks = [
+        *evaluations_on_the_way(config, made),
+        *([Spread(config, made)] if config.health.every_steps else []),
+    ]
     record = write_record(config, about, workdir)
     describe_run(config, made)
     say_unusual(oddities(config, plan, train.count))
     if start:
         say(describe_start(start))
-    images = assemble.images_of(config, train, epath.Path(workdir) / "broken_images.jsonl")
     verdicts: list[Verdict] = []
     references = assemble.references(config, plan)
 
@@ -155,10 +159,6 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> None:
     sinks = functools.partial(Sinks, config.train.sinks, workdir, config_lib.flatten(config))
     hang = config.train.hang_seconds
     run = Run(workdir, record, Saving(**config.checkpoint.to_dict()), reporting, sinks, hang)
-    hooks = [
-        *evaluations_on_the_way(config, made),
-        *([Spread(config, made)] if config.health.every_steps else []),
-    ]
     fit(job, stream(made.views, images), run, hooks)
     images.broken.say_how_many()
     say(f"trained to step {plan.steps}: {workdir}/checkpoints, {workdir}/metrics.jsonl")

@@ -169,10 +169,16 @@ def mean_of(window: list[dict[str, float]]) -> dict[str, float]:
     labelled = [values.get("labelled_share", 1.0) for values in taken]
     means = {}
     for name in window[-1]:
-        weights = labelled if name.startswith("classifier_") else [1.0] * len(taken)
-        total = sum(weights)
-        if total and name not in ("skipped_steps", "labelled_share"):
-            weighted = (w * values[name] for w, values in zip(weights, taken, strict=True))
+        if name in ("skipped_steps", "labelled_share"):
+            continue
+        # The first steps may be of an earlier version, which did not have this metric.
+        there = [values for values in taken if name in values]
+        weights = [
+            values.get("labelled_share", 1.0) if name.startswith("classifier_") else 1.0
+            for values in there
+        ]
+        if total := sum(weights):
+            weighted = (w * values[name] for w, values in zip(weights, there, strict=True))
             means[name] = sum(weighted) / total
     if any(share < 1 for share in labelled):
         means["labelled_share"] = sum(labelled) / len(labelled)
