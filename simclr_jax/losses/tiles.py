@@ -1,4 +1,4 @@
-"""What losses in tiles share: functions that run on each device for its own rows, and rows in tiles.
+"""Divides the work of a loss: over the devices, each of which has rows of its own, and into tiles of rows.
 
 Such a function gets `axes`, the names of the mesh's axes, () on one device, and passes them on to `gather` and
 `first_row`.
