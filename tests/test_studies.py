@@ -148,6 +148,8 @@ def test_parts_make_the_table_of_the_whole_and_say_what_is_missing(
     assert sorted(trained) == sorted(run.name for run in runs_of(read_study(file)))
     alone = run_study(short, str(tmp_path / "T"), file)
     assert alone == whole
+    short.model.remat, short.loss.implementation = True, "chunked"
+    assert run_study(short, folder, file) == whole
     short.loss.temperature = 0.3
     with pytest.raises(UserError, match="was made with other options"):
         run_study(short, folder, file)

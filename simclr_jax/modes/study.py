@@ -58,6 +58,8 @@ _DECIDES_NOTHING = (
     "train.report",
     "train.sinks",
 )
+# These change no outcome either. They count as at their defaults, so that studies of earlier versions go on.
+_SAME_OUTCOME = ("data.max_broken", "loss.implementation", "mesh.fsdp", "model.remat")
 # Groups of options that matter to a study only if its evaluation has the group's name.
 _OF_OTHER_MODES = ("finetune.", "linear.", "transfer_finetune.", "distill.")
 
@@ -149,6 +151,7 @@ def about_run(config: ConfigDict, study: Study, images: str) -> str:
     readings = {name: dict(overrides) for name, overrides in study.readings.items()}
     without = (*_DECIDES_NOTHING, *(set(_OF_OTHER_MODES) - {f"{study.evaluation}."}))
     options = {k: v for k, v in config_lib.flatten(config).items() if not k.startswith(without)}
+    options |= {o.name: o.default for o in config_lib.OPTIONS if o.name in _SAME_OUTCOME}
     content = options, study.evaluation, study.labels_per_class, readings, images
     return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
 

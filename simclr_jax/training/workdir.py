@@ -41,6 +41,8 @@ _CHOOSE_IMAGES = (
     "data.train_split",
     "data.test_fraction",
     "data.folder_labels",
+    "data.parquet.image_column",
+    "data.parquet.label_column",
 )
 
 # What --extend lets differ: the length, and a warm-up that a configuration makes follow it.
