@@ -69,11 +69,11 @@ def evaluate(
     from simclr_jax.training.workdir import saved_config
 
     workdir = _begun(workdir)
-    known = config is not None
+    unknown: tuple[str, ...] = ()
     if config is None:
         config = from_dict(saved_config(workdir))
-    # A run may have a loss that its own configuration file adds, and an evaluation needs no loss.
-    unknown = () if known or "loss.name" in options else ("loss.name",)
+        # A run may have a loss that its own configuration file adds, and an evaluation needs no loss.
+        unknown = () if "loss.name" in options else ("loss.name",)
     try:
         return evaluate(name, _with_options(config, options, unknown), workdir)
     except Stopped:

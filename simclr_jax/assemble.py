@@ -21,7 +21,7 @@ from simclr_jax.encoders.heads import LinearClassifier, ProjectionHead
 from simclr_jax.errors import UserError
 from simclr_jax.losses import LOSSES, Loss
 from simclr_jax.losses.health import with_health
-from simclr_jax.mesh import check_divides, make_mesh, replicated
+from simclr_jax.mesh import check_divides, gathered, make_mesh
 from simclr_jax.training import optimizer as optimizers
 from simclr_jax.training.loop import Job, job_of
 from simclr_jax.training.memory import MemoryRule, batches_of
@@ -127,7 +127,6 @@ def pretraining_job(config: ConfigDict, plan: Plan, classes: int | None, mesh: M
     made = views(config, mesh)
     loss = contrastive_loss(config, mesh)
     batches = batches_of(config.loss.memory, config.data.batch_size, loss.takes_stored)
-    everywhere = replicated(mesh)
     step = make_step(
         contrastive(parts, made.views, config.train.objective == "supervised"),
         with_health(loss).apply,
@@ -140,8 +139,7 @@ def pretraining_job(config: ConfigDict, plan: Plan, classes: int | None, mesh: M
             memory_rule(config, mesh, made) if batches else None,
         ),
         fetch=made.fetch,
-        # Gather the parameters explicitly: the compiler could also divide convolutions by channels and move images.
-        gather=lambda params: jax.lax.with_sharding_constraint(params, everywhere),
+        gather=gathered(mesh),
     )
     remembered = (batches, config.data.batch_size) if batches else None
     init = functools.partial(

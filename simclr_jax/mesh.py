@@ -58,6 +58,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def gathered(mesh: Mesh) -> Callable[[Any], Any]:
+    """Returns a jit-able function that gathers arrays which are divided over the mesh. A step gathers its parameters
+    explicitly: the compiler could also divide convolutions by channels and move images.
+    """
+    return lambda tree: jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
 def batch_sharded(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of an array whose first axis is divided over the devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))

@@ -25,7 +25,7 @@ from simclr_jax.errors import UserError
 from simclr_jax.evals import results, subjects
 from simclr_jax.evals.scores import METRICS
 from simclr_jax.files import absolute
-from simclr_jax.mesh import check_divides, laid_out, make_mesh, replicated
+from simclr_jax.mesh import check_divides, gathered, laid_out, make_mesh, replicated
 from simclr_jax.modes.report import report_at_end
 from simclr_jax.pretrained import Classifier, load_classifier
 from simclr_jax.training.checkpoint import Saving
@@ -136,7 +136,6 @@ def distillation_job(
       views: crops of the training images.
     """
     mesh = views.settings.mesh
-    everywhere = replicated(mesh)
     optimizer, schedule = assemble.pretraining_optimizer(config, plan)
     optimizer = of_parts(optimizer, student.trained)
     step = make_step(
@@ -150,7 +149,7 @@ def distillation_job(
         no_loss,
         UpdateRule(optimizer, schedule, config.train.microbatches, config.train.skip_not_finite),
         fetch=views.fetch,
-        gather=lambda params: jax.lax.with_sharding_constraint(params, everywhere),
+        gather=gathered(mesh),
     )
 
     def init(key: jax.Array, taught: dict) -> TrainState:
@@ -164,6 +163,7 @@ def distillation_job(
             optimizer,
         )
 
+    everywhere = replicated(mesh)
     taught = jax.tree.map(lambda x: laid_out(x, everywhere), jax.device_get(teacher.variables))
     start = (jax.random.key(config.seed), taught)
     return job_of(step, init, start, plan.steps, mesh)
