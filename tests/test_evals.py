@@ -30,7 +30,7 @@ from simclr_jax.evals import (
     transfer,
 )
 from simclr_jax.evals.contract import Evaluation, Features
-from simclr_jax.evals.evaluate import can_evaluate, evaluate_features, pair
+from simclr_jax.evals.evaluate import evaluate_features, pair, why_not
 from simclr_jax.evals.features import Extractor, raw_pixels
 from simclr_jax.evals.knn import knn_accuracy
 from simclr_jax.evals.logistic import accuracy, fit_lambdas, fit_logistic, scale
@@ -470,11 +470,10 @@ def test_an_evaluation_is_one_row_of_the_table(tiny, tmp_path, monkeypatch, caps
         simclr_jax.evaluate("mean", str(workdir))
 
 
-def test_without_a_validation_part_there_is_no_probe(tiny, tmp_path, capsys):
-    assert can_evaluate(tiny, "probe")
+def test_without_a_validation_part_there_is_no_probe(tiny, tmp_path):
+    assert not why_not(tiny, "probe")
     tiny.eval.validation_fraction = 0.0
-    assert not can_evaluate(tiny, "probe")
-    assert "no probe    eval.validation_fraction=0" in capsys.readouterr().out
+    assert why_not(tiny, "probe").startswith("eval.validation_fraction=0 leaves nothing")
     with pytest.raises(UserError, match=r"eval\.validation_fraction=0: expected a part"):
         evaluate_features("probe", tiny, str(tmp_path))
     tiny.eval.on_the_way, tiny.eval.every_steps = "probe", 2
@@ -527,7 +526,7 @@ def test_the_untrained_encoder_is_not_a_straw_man(tiny_resnet):
 def test_data_without_labels_cannot_be_probed(tiny, tmp_path):
     np.savez(tmp_path / "bare.npz", train_images=np.zeros((16, 12, 12, 3), np.uint8))
     tiny.data.path = str(tmp_path / "bare.npz")
-    assert not can_evaluate(tiny, "probe")
+    assert why_not(tiny, "probe").startswith("the data have no labels")
     with pytest.raises(UserError, match="the data have no labels"):
         evaluate_features("probe", tiny, str(tmp_path))
 
@@ -609,6 +608,15 @@ def test_a_run_is_followed_to_its_last_step(trained_beside):
     assert [json.loads(line) for line in file.read_text().splitlines()] == lines
     # Each line is what the evaluation of that checkpoint says.
     assert evaluate_features("probe", c, str(workdir))["rows"] == result["rows"]
+
+
+def test_a_folder_of_checkpoints_cannot_be_followed(tiny, tmp_path):
+    """It lacks config.json, which says how long the run is: the command would wait for ever."""
+    workdir = encoder_checkpoint(tiny, tmp_path / "w")
+    for folder in (workdir, workdir / "checkpoints", checkpoint_folder(workdir) / "1"):
+        (workdir / "config.json").unlink(missing_ok=True)
+        with pytest.raises(UserError, match="expected the workdir of a run, in which config"):
+            evaluate_features("knn", tiny, str(folder), follow=True)
 
 
 @pytest.mark.whole

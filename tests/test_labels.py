@@ -15,7 +15,7 @@ from simclr_jax.data.subsets import few_labels, share_of_labels
 from simclr_jax.errors import UserError
 from simclr_jax.evals import finetune
 from simclr_jax.evals.evaluate import evaluate_features
-from simclr_jax.evals.subjects import is_labelled
+from simclr_jax.evals.subjects import without_labels
 from simclr_jax.training.workdir import check_data
 
 TRAIN, TEST = 60, 30
@@ -316,7 +316,7 @@ def test_held_out_images_without_a_label_are_no_labelled_test_split(tmp_path):
         for i in range(5)
     ]
     assert [data.test.classes for data in both] == [("cat",)] * 5
-    assert not any(is_labelled(data) for data in both)
+    assert all(without_labels(data) for data in both)
 
 
 def test_a_run_does_not_go_on_with_other_labels_and_says_so(tmp_path):

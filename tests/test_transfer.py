@@ -252,6 +252,9 @@ def test_the_grid_is_chosen_on_validation_and_the_choice_trained_on_all(
     chosen = f"rate_{run['learning_rate']:g}_decay_{run['weight_decay']:g}"
     refits = [name for name in folders - candidates if name.startswith("encoder")]
     assert refits == [f"encoder_1_of_labels_draw_0_4_steps_{chosen}_refit"]
+    # A network of each of the paper's 56 candidates would fill the disk: that of the result is kept.
+    kept = [path.parent.name for path in (workdir / "transfer_finetune").glob("*/classifier")]
+    assert kept == refits == [epath.Path(run["classifier"]).parent.name]
     assert "untrained_1_of_labels_draw_0_6_steps_rate_0.1_decay_0.01_refit" in folders
     said = capsys.readouterr().out
     assert (

@@ -242,7 +242,8 @@ class Setup:
             return folder.finish(_said({"failed": str(error)}))
         outcome = selection.outcome(state) | {"steps": steps, "images": images.split.count}
         outcome["test_images"] = self._tested or self.test.split.count
-        if training.kind == ENCODER and training.draw == 0:
+        reported = training.refit or not self.refits
+        if reported and training.kind == ENCODER and training.draw == 0:
             kept = folder.keep_classifier(steps, state, self._record(state))
             # Relative to the folder of the result, because a workdir may be moved.
             outcome["classifier"] = str(kept.relative_to(self.path.parent))

@@ -27,7 +27,7 @@ from simclr_jax.evals.finetune import TRAININGS
 from simclr_jax.evals.subjects import ENCODER, RAW_PIXELS, UNTRAINED, Trained
 from simclr_jax.files import write_text
 from simclr_jax.mesh import make_mesh
-from simclr_jax.training.saved import saved_steps
+from simclr_jax.training.saved import RECORD, saved_steps
 
 _LOOK_EVERY_SECONDS = 10.0  # of a run that is followed
 _BLOCK = 4096  # rows
@@ -104,16 +104,15 @@ def config_for(name: str, config: ConfigDict) -> ConfigDict:
     return config
 
 
-def can_evaluate(config: ConfigDict, name: str) -> bool:
-    """Returns whether an evaluation has what it needs: labels, a labelled test split and, where it
-    chooses something, a validation part. Prints a line if only the latter is missing.
+def why_not(config: ConfigDict, name: str) -> str:
+    """Returns why an evaluation cannot be run, "" if it can: whether it has labels, a labelled test split and, where it
+    chooses something, a validation part.
     """
-    if not subjects.is_labelled(assemble.data_set(config)):
-        return False
+    if why := subjects.without_labels(assemble.data_set(config)):
+        return why
     if EVALUATIONS[name].chooses and config.eval.validation_fraction == 0:
-        say(f"no {name}    eval.validation_fraction=0 leaves nothing to choose its settings on")
-        return False
-    return True
+        return "eval.validation_fraction=0 leaves nothing to choose its settings on"
+    return ""
 
 
 def _evaluate(name: str, subject: _Subject) -> dict:
@@ -246,7 +245,14 @@ def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Me
     """
     metric = EVALUATIONS[name].metric
     say(f"following {workdir}: Ctrl-C ends it")
+    if _record_of(workdir) is None:
+        say(f"waiting for a run to begin there: {workdir}/config.json")
     while (record := _record_of(workdir)) is None:
+        if saved_steps(workdir) or epath.Path(workdir, RECORD).is_dir():
+            raise UserError(
+                f"--follow with {workdir}: expected the workdir of a run, in which config.json says how long it is, "
+                "not a folder of checkpoints"
+            )
         time.sleep(_LOOK_EVERY_SECONDS)
     path = results.path_of(config, record, data, workdir, _file_of(name, config))
     file = path.with_name(f"{path.stem}_followed.jsonl")

@@ -77,19 +77,26 @@ def trained(
     return read_newest(workdir, read) if step is None else read(find(workdir, step))
 
 
-def is_labelled(data: DataSet) -> bool:
-    """Returns whether both splits are there and have one label an image."""
-    return data.members is None and _has_classes(data)
+def without_labels(data: DataSet, sets: bool = False) -> str:
+    """Returns why nothing can be evaluated on the data, "" if something can: whether both splits are there, with one
+    label an image or, where `sets`, with any number.
+    """
+    if not data.train.has_labels():
+        return "the data have no labels, so there is nothing to evaluate on"
+    if data.test is None or not data.test.has_labels():
+        return "the data have no labelled test split, so there is nothing to evaluate on"
+    if data.members is not None and not sets:
+        return (
+            "images of these data have several labels each: --mode=transfer and "
+            "--mode=transfer_finetune evaluate on them"
+        )
+    return ""
 
 
 def fingerprint(data: DataSet) -> str:
     """Returns a digest of the images and labels of both splits."""
     test = data.test.fingerprint() if data.test else ""
     return f"{data.train.fingerprint()} {test}"
-
-
-def _has_classes(data: DataSet) -> bool:
-    return data.test is not None and data.train.has_labels() and data.test.has_labels()
 
 
 def labelled(config: ConfigDict, sets: bool = False) -> DataSet:
@@ -103,17 +110,12 @@ def labelled(config: ConfigDict, sets: bool = False) -> DataSet:
       UserError: not both splits have labels, or images have several and must not.
     """
     data = assemble.data_set(config)
-    if not _has_classes(data):
-        lacking = "labelled test split" if data.train.has_labels() else "labels"
-        raise UserError(
-            f"the data have no {lacking}, so there is nothing to evaluate on; see "
-            "data.folder_labels, data.labels_file, data.test_path, data.test_fraction and data.test_split"
+    if why := without_labels(data, sets):
+        options = (
+            "; see data.folder_labels, data.labels_file, data.test_path, data.test_fraction and "
+            "data.test_split"
         )
-    if data.members is not None and not sets:
-        raise UserError(
-            "images of these data have several labels each: --mode=transfer and "
-            "--mode=transfer_finetune evaluate on them"
-        )
+        raise UserError(why + options * (data.members is None))
     return data
 
 

@@ -55,7 +55,9 @@ class TrainingFolder:
     def keep_classifier(self, step: int, state: TrainState, record: dict) -> epath.Path:
         """Saves a trained classifier, with the encoder and the head below it. Returns its folder."""
         folder = self.path / "classifier"
-        if folder.exists() and jax.process_index() == 0:
-            folder.rmtree()  # of a training that ended between this and its outcome
+        if jax.process_index() == 0:
+            # That of a training which ended between this line and its outcome.
+            folder.rmtree(missing_ok=True)
+        processes.wait_for_all(f"{folder} is free")
         save_once(str(folder), step, dataclasses.replace(state, opt_state=()), record)
         return folder

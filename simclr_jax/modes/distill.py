@@ -106,7 +106,7 @@ def _distill(config: ConfigDict, workdir: str) -> None:
     hang, saving = config.train.hang_seconds, Saving(**config.checkpoint.to_dict())
     run = Run(workdir, record, saving, reporting, sinks, hang)
     state = fit(job, stream(views, images), run)
-    if subjects.is_labelled(data):
+    if not subjects.without_labels(data):
         if other := _other_classes(data, teacher):
             say(f"compared    none: {other}, so its classes are not the labels of the test images")
         else:

@@ -10,7 +10,7 @@ from simclr_jax import assemble
 from simclr_jax.assemble import Pretraining
 from simclr_jax.bench.e2e import measure_e2e
 from simclr_jax.console import duration, say
-from simclr_jax.evals.evaluate import can_evaluate
+from simclr_jax.evals.evaluate import why_not
 from simclr_jax.modes.compile import compile_for
 from simclr_jax.modes.oddities import oddities, say_unusual
 from simclr_jax.modes.pretrain import describe_run
@@ -87,12 +87,9 @@ def _say_evaluations(config: ConfigDict) -> None:
         )
         said.append(f"{options.on_the_way} every {every}")
     if options.after_training != "none":
-        can = can_evaluate(config, options.after_training)
-        said.append(
-            f"{options.after_training} at the end"
-            if can
-            else "none at the end: it needs labels and test images"
-        )
+        why = why_not(config, options.after_training)
+        name = options.after_training
+        said.append(f"no {name} at the end: {why}" if why else f"{name} at the end")
     say(f"evaluation  {'; '.join(said) or 'none'}")
 
 

@@ -14,7 +14,7 @@ from simclr_jax.assemble import Pretraining
 from simclr_jax.config import suggest
 from simclr_jax.console import say
 from simclr_jax.data import count_and_size, index
-from simclr_jax.evals.evaluate import can_evaluate, evaluate_features
+from simclr_jax.evals.evaluate import evaluate_features, why_not
 from simclr_jax.evals.on_the_way import evaluations_on_the_way
 from simclr_jax.evals.spread import Spread
 from simclr_jax.evals.subjects import ENCODER, UNTRAINED
@@ -81,19 +81,20 @@ def pretrain_and_evaluate(config: ConfigDict, workdir: str, extend: bool = False
 def _evaluate(config: ConfigDict, workdir: str) -> None:
     """Evaluates as eval.after_training says, or says what can be done with images without labels."""
     evaluation = config.eval.after_training
-    if can_evaluate(config, evaluation):
-        rows = evaluate_features(evaluation, config, workdir)["rows"]
-        last = _last_metrics(workdir)
-        verdict = judge_accuracy(rows, last, ENCODER, UNTRAINED)
-        if verdict is not None:
-            _judge_at_end(config, workdir, verdict, last)
-    else:
+    if why := why_not(config, evaluation):
+        say(f"no {evaluation:<9}{why}")
         say(
             "next        --mode=embed --input=FOLDER --output=features.parquet writes the features of"
         )
         say(
             "            images, --mode=neighbours shows what is near what, --mode=export hands it on"
         )
+        return
+    rows = evaluate_features(evaluation, config, workdir)["rows"]
+    last = _last_metrics(workdir)
+    verdict = judge_accuracy(rows, last, ENCODER, UNTRAINED)
+    if verdict is not None:
+        _judge_at_end(config, workdir, verdict, last)
 
 
 def _judge_at_end(

@@ -91,12 +91,7 @@ def run_study(
     every = runs_of(found)
     configs = {run.name: config_of(config, found, run) for run in every}
     mine = {run.name for run in part_of(every, part)}
-    data = assemble.data_set(config)
-    if not subjects.is_labelled(data):
-        raise UserError(
-            "a study needs one label an image and a labelled test split, and the data have not both; see "
-            "data.folder_labels, data.test_fraction and data.test_path"
-        )
+    data = subjects.labelled(config)
     folder, images = epath.Path(workdir), subjects.fingerprint(data)
     check_study(folder, found)
     about = {name: about_run(own, found, images) for name, own in configs.items()}
