@@ -93,6 +93,18 @@ class Views(Protocol):
           split on process p of P.
         """
 
+    def sample(self, image: np.ndarray, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Makes the views that training sees of one image in one epoch, to be looked at.
+
+        Args:
+          image: uint8 [H, W, C].
+          epoch: number of the epoch, from 0.
+          index: the image's place in the training split.
+
+        Returns:
+          the views, uint8 [V, S, S, 3], and the numbers drawn for them, float32 [V, draws].
+        """
+
 
 @dataclasses.dataclass(frozen=True)
 class HostViews:
@@ -143,6 +155,18 @@ class HostViews:
         )
         return pipeline.evaluation_batches(images, batch_size // share.count, share, view, start)
 
+    def sample(self, image: np.ndarray, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+        import tensorflow as tf
+
+        from simclr_jax.views import host
+
+        settings = self.settings
+        seed, when, which = (tf.constant(n, tf.int64) for n in (settings.order.seed, epoch, index))
+        draws = host.draw(seed, when, which, settings.distortion)
+        make = host.make_views if self.whole else host.make_crops
+        made = make(tf.constant(image), draws, settings.size, settings.distortion)
+        return made.numpy(), draws.numpy()
+
 
 @dataclasses.dataclass(frozen=True)
 class HostCrops(HostViews):
@@ -158,6 +182,10 @@ class HostCrops(HostViews):
         views = settings.order.batch_size, settings.distortion.views
         draws = {"draws": ((*views, settings.distortion.draws), np.float32)}
         return super().abstract() | _abstract(settings, draws)
+
+    def sample(self, image: np.ndarray, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+        crops, draws = super().sample(image, epoch, index)
+        return _distorted(crops, draws, self.settings.distortion), draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +269,18 @@ class Resident:
                 "image": np.broadcast_to(crops, (*crops.shape[:-1], 3)),
                 "label": source.labels[own],
             }
+
+    def sample(self, image: np.ndarray, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+        size, distortion = self.settings.size, self.settings.distortion
+        draws = device.draw(self.settings.order.seed, epoch, index, distortion)
+        crops = np.stack([device.crop(image, one, size, distortion) for one in draws])
+        return _distorted(crops, np.asarray(draws), distortion), np.asarray(draws)
+
+
+def _distorted(crops: np.ndarray, draws: np.ndarray, distortion: Distortion) -> np.ndarray:
+    """Does on the device what it does to crops [V, S, S, C] in training, and returns uint8 [V, S, S, 3]."""
+    views = np.asarray(device.distort(crops, draws, distortion))
+    return np.round(255 * np.clip(views, 0, 1)).astype(np.uint8)
 
 
 def stream(views: Views, images: Images) -> Callable[[int], Generator]:
