@@ -116,7 +116,7 @@ def _inputs() -> dict:
             ),
         }
     weak = {"color_strength": 0.5, "blur_probability": 0.0}
-    left = "the same, flip, colour and blur left to the device"
+    left = "two views of a 500 x 375 JPEG, 224 px, flip, colour and blur left to the device"
     return found | {
         f"{left}, simclr_jax": lambda: our_batches(jpegs(), 224, {}, False, _BATCH),
         f"{left}, decoding alone": lambda: decoded(jpegs()),

@@ -17,7 +17,7 @@ The step alone, by AdamW, does 690 images/s at half width, 1,250 at 3/8, 1,900 t
 quarter-width ResNet-18 does 900, and 260 with the stem that keeps all 28 px.
 
 `gpu`: ResNet-18 on all 28 px for 200 epochs, views made on the device, with the optimizer of configs/cifar10.py:resnet18.
-Not run; the kernels of a step take 10.6 ms on an H100, which makes 4 minutes.
+Not run; the kernels of a step take 10.6 ms on an H100 as measured, so 4 minutes are a bound.
 
 TFDS downloads the data (30 MB) if --config.data.path is not a folder where they are prepared.
 

@@ -1,9 +1,8 @@
 """SimCLR on tinted Fashion-MNIST: garments in colours that tell pictures apart and not classes, for studies.
 
 3,000 pictures to train on and 2,000 to test on, of 28 px, made by `python benchmarks/tinted.py tinted.npz`. The
-options are those that configs/folder.py chooses for as many images on a CPU, but for the optimizer, AdamW, tau,
-0.5, and the length: 8 epochs, half a minute on 2 CPU cores (seed 0, 2026-11-27; mean and sample deviation over 5 draws of
-the labels):
+options are those that configs/folder.py chooses for as many images on a CPU, except three: AdamW, tau 0.5, and 8
+epochs, half a minute on 2 CPU cores (seed 0, 2026-11-27; mean and sample deviation over 5 draws of the labels):
     labels per class          10            all
     raw pixels         22.4 +- 0.9 %    23.0 %
     untrained encoder  15.7 +- 1.7 %    30.2 %

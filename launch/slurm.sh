@@ -12,8 +12,8 @@
 #                         `python` must be that of the environment simclr_jax is installed in
 #     --container...=...  SLURM's or pyxis's: the processes run in the container, this script beside it
 #     --signal=TERM@S     S seconds before the time limit the run saves, and is queued again      (default: 120)
-#     --restarts=N        how often it may have been queued again, for whatever reason, when a process dies
-#                         or hangs                                                                (default: 100)
+#     --restarts=N        a process that dies or hangs ends the job if it was queued again N times, for whatever
+#                         reason                                                                  (default: 100)
 #     --array=1-N         of a study: N jobs, each of which makes a part
 #     --dry_run           print the command
 #

@@ -207,7 +207,7 @@ def storage_error(error: Exception) -> UserError | None:
             "command"
         )
     if re.search(_NOT_ALLOWED, words):
-        return UserError(f"the bucket does not allow or have it: {said[:300]}")
+        return UserError(f"the bucket refused the request or has no such object: {said[:300]}")
     return None
 
 

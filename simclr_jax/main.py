@@ -96,7 +96,8 @@ def _parser() -> shell.Parser:
     for name in FLAGS:
         _add_flag(of_modes, name)
     several = parser.add_argument_group(
-        "several processes", "found out on Cloud TPU VMs and under SLURM; elsewhere all three"
+        "several processes",
+        "found automatically on Cloud TPU VMs and under SLURM; elsewhere give all three",
     )
     several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     several.add_argument("--processes", type=int, metavar="N", help="how many there are")

@@ -107,7 +107,7 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
             sys.exit(LOST)
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        text = "interrupted: training and embedding go on where they were by the same command"
+        text = "interrupted: the same command resumes a training or an embedding"
         print(text, file=sys.stderr)
         sys.exit(INTERRUPTED)
 
@@ -119,7 +119,7 @@ def _out_of_memory(error: Exception) -> str:
         + (f" while allocating {wanted[1]}" if wanted else "")
         + ": train.microbatches=4 needs about a quarter of the activations' memory, model.remat=True "
         "keeps fewer of them for one more forward pass, mesh.fsdp divides the parameters, and a smaller "
-        "data.batch_size or eval.batch_size needs less of all; --mode=compile says how much"
+        "data.batch_size or eval.batch_size needs less of all; --mode=explain says how much"
     )
 
 

@@ -105,7 +105,7 @@ def test_classes_are_those_that_occur(tmp_path):
         ({"train_labels": np.full(TRAIN, np.nan)}, "train_labels are float64: expected whole"),
         (
             {"test_labels": np.full(TEST, 3)},
-            "test_labels has the classes 3, which training has not",
+            "test_labels has the classes 3, which the training images do not have",
         ),
     ],
 )

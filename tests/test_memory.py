@@ -289,9 +289,13 @@ def test_a_warm_start_is_the_memorys_start_too(tiny):
         (
             "nt_xent",
             40,
-            r"loss\.memory=40 is not a multiple of data\.batch_size=16: use such as 32",
+            r"loss\.memory=40 is not a multiple of data\.batch_size=16: use for example 32",
         ),
-        ("nt_xent", 3, r"loss\.memory=3 is not a multiple of data\.batch_size=16: use such as 16"),
+        (
+            "nt_xent",
+            3,
+            r"loss\.memory=3 is not a multiple of data\.batch_size=16: use for example 16",
+        ),
     ],
 )
 def test_a_memory_that_cannot_be_is_refused(tiny, name, size, message):

@@ -222,7 +222,9 @@ def test_a_test_split_has_the_classes_of_training(tmp_path):
     assert labels_once(train_on(train, test_path=same).test) == [0, 2]
     assert labels_once(train_on(train, test_path=texts).test) == [1, 2]
     more = write(tmp_path / "more.parquet", [0, 1], names=["cat", "dog"])
-    with pytest.raises(UserError, match="has the classes dog, which training has not"):
+    with pytest.raises(
+        UserError, match="has the classes dog, which the training images do not have"
+    ):
         train_on(train, test_path=more)
     bare = write(tmp_path / "bare.parquet", images=[PNG])
     assert train_on(bare, test_path=same).test.classes is None

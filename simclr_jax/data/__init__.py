@@ -56,7 +56,7 @@ OPTIONS = (
         "data.test_path",
         "",
         text(),
-        "folder or Parquet files of the test images; empty: there is no test split, so no probe",
+        "folder or Parquet files of the test images; empty: no test images from here; see data.test_fraction",
         resumable=True,
     ),
     Option("data.train_split", "train", text(), "split of the TFDS data set that is trained on"),

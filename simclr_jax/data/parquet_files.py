@@ -278,7 +278,7 @@ def check_sizes(groups: list[tuple[ParquetFile, int]]) -> None:
     if need > room:
         raise UserError(
             f"{file.path} has a row group of {need / 1e9:.1f} GB, which is read at once, and on this "
-            f"machine there are {room / 1e9:.1f} for it: write the file with row groups of some "
+            f"machine {room / 1e9:.1f} GB may be used for it: write the file with row groups of some "
             "1,000 images"
         )
 

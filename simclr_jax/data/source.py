@@ -58,7 +58,7 @@ def codes_of(occurring: Sequence[str], classes: Classes, where: str) -> dict[str
     if unknown:
         more = ", ..." if len(unknown) > 5 else ""
         raise UserError(
-            f"{where} has the classes {', '.join(unknown[:5])}{more}, which training has not"
+            f"{where} has the classes {', '.join(unknown[:5])}{more}, which the training images do not have"
         )
     return code | {None: -1}
 

@@ -248,7 +248,7 @@ class StreamedSplit:
         if need > room:
             raise UserError(
                 f"{count} images of {self.source.title} take {need / 1e9:.1f} GB of "
-                f"memory, and on this machine there are {room / 1e9:.1f} for them: prepare them as a "
+                f"memory, and on this machine {room / 1e9:.1f} GB may be used for them: prepare them as a "
                 "data set of their own (such as imagenet2012_subset/10pct) and name it in data.name"
             )
 

@@ -84,7 +84,7 @@ FLAGS = {
         "table",
         metavar="A,B,...",
     ),
-    "k": Flag("how many; default: 8", metavar="N", read=_count),
+    "k": Flag("how many neighbours; default: 8", metavar="N", read=_count),
     "follow": Flag(
         "evaluate each new checkpoint of a run that another process trains, until its last step"
     ),
@@ -144,7 +144,7 @@ MODES = {
     "neighbours": Mode(
         "modes.neighbours",
         "neighbours",
-        "a picture of the nearest neighbours of some images, or a table of all, from such a file",
+        "a picture of the nearest neighbours of some images, or a table of all, from a file that embed wrote",
         needs=("input",),
         takes=("output", "query", "k"),
     ),

@@ -3,6 +3,7 @@
 import collections
 import functools
 import json
+import shlex
 
 import jax
 from etils import epath
@@ -84,11 +85,11 @@ def _evaluate(config: ConfigDict, workdir: str) -> None:
     if why := why_not(config, evaluation):
         say(f"no {evaluation:<9}{why}")
         say(
-            "next        --mode=embed --input=FOLDER --output=features.parquet writes the features of"
+            f"next        python -m simclr_jax.main --mode=embed --workdir={shlex.quote(workdir)} \\"
         )
-        say(
-            "            images, --mode=neighbours shows what is near what, --mode=export hands it on"
-        )
+        say("                --input=FOLDER --output=features.parquet")
+        say("            writes the features of images; then --mode=neighbours shows what is near")
+        say("            what; --mode=export hands the encoder on")
         return
     rows = evaluate_features(evaluation, config, workdir)["rows"]
     last = _last_metrics(workdir)

@@ -62,7 +62,7 @@ def batches_of(size: int, batch_size: int, supported: bool) -> int:
     if size % batch_size:
         near = max(1, round(size / batch_size)) * batch_size
         raise UserError(
-            f"loss.memory={size} is not a multiple of data.batch_size={batch_size}: use such as {near}"
+            f"loss.memory={size} is not a multiple of data.batch_size={batch_size}: use for example {near}"
         )
     return size // batch_size
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from simclr_jax.losses.health import chance, lower_bound
 
-_BELOW, _NEAR_CHANCE, _COLLAPSED = 1e-3, 0.01, 0.1  # nats; nats; share of 1 / sqrt(D): ours
+_BELOW, _NEAR_CHANCE, _COLLAPSED = 1e-3, 0.01, 0.1  # nats; nats; share of 1 / sqrt(d): ours
 
 
 # The verdicts of `judge_accuracy`, but for "sound".
@@ -18,7 +18,7 @@ class References(NamedTuple):
 
     Attributes:
       images: B, of the global batch.
-      width: D of z.
+      width: d, the width of z.
       settled_after: means reported after this step have no step of the warm-up in them.
       temperature: tau; None: the loss has no known bounds (it is not NT-Xent over cosines and both views).
     """
@@ -58,7 +58,7 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
     spread, even = metrics["z_std"], 1 / math.sqrt(width)
     seen = f"z_std {spread:.2g}, evenly spread {even:.2g}"
     if spread < _COLLAPSED * even:
-        why = "under a tenth (ours) of 1 / sqrt(D) (SimSiam, section 4.1)"
+        why = "under a tenth (ours) of 1 / sqrt(d) (SimSiam, section 4.1)"
         return Verdict("collapsed", f"all images have nearly one projection: {seen}: {why}")
     if temperature is None:
         return Verdict("sound", seen)
@@ -104,5 +104,5 @@ def judge_accuracy(
     told = metrics.get("other_view_top1", 0.0)
     if told > 0.99:  # ours
         why = "it tells views apart and images not: a shortcut, such as BatchNorm of few images a device"
-        return Verdict(_SHORTCUT, f"{said}, contrastive accuracy {told:.1%}: {why} (simclr#114)")
+        return Verdict(_SHORTCUT, f"{said}, other_view_top1 {told:.1%}: {why} (simclr#114)")
     return Verdict(_NO_BETTER, said)

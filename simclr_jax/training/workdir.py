@@ -154,7 +154,7 @@ def check_workdir(
     )
     if changed and not (extend and is_length):
         hint = ""
-        if is_length:
+        if is_length and mode == "pretrain":
             hint = "; or --extend to change its length, and with it the rest of its schedule"
         raise UserError(
             f"{workdir} holds a run of another configuration ({'; '.join(changed)}): use another "
@@ -185,7 +185,7 @@ def check_data(train: Split, fingerprint: str, saved: dict | None, workdir: str)
     """
     if differ := processes.that_differ(fingerprint):
         raise UserError(
-            f"other training images on processes {', '.join(map(str, differ))} than on process 0 (here "
+            f"processes {', '.join(map(str, differ))} found other training images than process 0 (here "
             f"{train.count}): give all of them the same files, or one folder that they share (data.path)"
         )
     if saved is None or saved["data_fingerprint"] == fingerprint:
