@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,7 +42,7 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a scratch path beside `path`, which takes the place of `path` when the block ends.
 
     A reader sees the old file or the new one, never a part. If the block raises, `path` stays as it
-    was. The scratch name holds the process's number, so that two programs do not share it. In a bucket it is
+    was. The scratch name is drawn at random: programs on two hosts may have one process number. In a bucket it is
     `path` itself: an object appears whole, or not.
 
     Raises:
@@ -51,7 +52,7 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
     if in_bucket(path):
         yield path
         return
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.new")
+    scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
         yield scratch
         scratch.replace(path)
@@ -211,10 +212,18 @@ def storage_error(error: Exception) -> UserError | None:
     return None
 
 
-def raise_if_away(error: Exception) -> None:
-    """Raises an `Unavailable` if `error` means that a bucket does not answer, not that its content is damaged."""
+# Words of errors that say that something is short at the moment, or that a server has moved a file.
+_SHORT = r"RESOURCE_EXHAUSTED|Cannot allocate memory|Too many open files|Stale file handle"
+
+
+def raise_if_passing(error: Exception) -> None:
+    """Raises if `error`, which came while reading, says nothing about the content that was read: an `Unavailable` if a
+    bucket does not answer, and the error itself if memory or file handles are short.
+    """
     if isinstance(away := storage_error(error), Unavailable):
         raise away from error
+    if isinstance(error, MemoryError) or re.search(_SHORT, str(error)):
+        raise error
 
 
 def _has_google_storage() -> bool:

@@ -9,7 +9,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn
 
 import jax
@@ -23,6 +23,10 @@ from simclr_jax.files import locked
 # Seconds without a heartbeat after which a process counts as dead and the others end too. JAX's default is
 # 100; a thread of its own sends the heartbeats, also while a step compiles.
 HEARTBEAT_SECONDS = 30
+
+# A network file system may hide for this long from one host what another has written: Linux keeps for up to 60 s that
+# a file was not there (nfs(5), acdirmax).
+_SEEN_WITHIN_SECONDS = 90.0
 
 # Seconds a process that is done waits for the others before it gives them up.
 SHUTDOWN_SECONDS = 120
@@ -163,6 +167,43 @@ def as_first_process_says(number: int) -> int:
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def text_of_first(text: str | None) -> str | None:
+    """Returns process 0's `text`, or None, on every process; all processes must call this together.
+
+    For what lies in files: a network file system may hide for a minute from one host what another has written.
+    """
+    if jax.process_count() == 1:
+        return text
+    content = (text or "").encode()
+    length = as_first_process_says(-1 if text is None else len(content))
+    if length < 0:
+        return None
+    buffer = np.zeros(max(1, length), np.uint8)
+    if jax.process_index() == 0:
+        buffer[:length] = np.frombuffer(content, np.uint8)
+    return multihost_utils.broadcast_one_to_all(buffer)[:length].tobytes().decode()
+
+
+def wait_until_all_see(what: str, see: Callable[[], bool]) -> None:
+    """Returns once every process sees what process 0 has; all processes must call this together.
+
+    Args:
+      what: the file or folder, for the message.
+      see: returns whether this process sees it.
+
+    Raises:
+      UserError: a process does not see it for longer than a network file system needs.
+    """
+    until = time.monotonic() + _SEEN_WITHIN_SECONDS
+    while blind := [i for i, seen in enumerate(of_all(see())) if not seen]:
+        if as_first_process_says(time.monotonic() > until):
+            raise UserError(
+                f"processes {', '.join(map(str, blind))} do not see {what}: expected a folder that all processes "
+                "share"
+            )
+        time.sleep(1.0)
 
 
 def that_differ(text: str) -> list[int]:

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import simclr_jax
-from simclr_jax import assemble
+from simclr_jax import assemble, processes
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import make_mesh, state_shardings
 from simclr_jax.training.checkpoint import Checkpoints, Saving
@@ -94,6 +94,54 @@ def test_where_nothing_was_saved_training_starts_at_step_0(tmp_path):
 def test_the_newest_and_the_multiples_are_kept(tmp_path):
     save(tmp_path, range(2, 15, 2), keep_last=2, keep_every_steps=6)
     assert saved_steps(tmp_path) == [6, 12, 14]
+
+
+def restored(workdir):
+    with Checkpoints(str(workdir), Saving(every_steps=2, keep_last=3)) as checkpoints:
+        return checkpoints.restore_newest(small_state())[1]["step"]
+
+
+def test_a_process_restores_what_process_0_has_not_what_it_sees_itself(tmp_path, monkeypatch):
+    """On a network file system two hosts may see different folders for a while."""
+    save(tmp_path, [2, 4])
+    monkeypatch.setattr(processes, "text_of_first", lambda own: "[2]")
+    assert restored(tmp_path) == 2
+    monkeypatch.setattr(processes, "text_of_first", lambda own: "[2, 4, 6]")
+    monkeypatch.setattr(processes, "of_all", lambda own: [1.0, float(own)])
+
+    def appears(seconds):
+        save(tmp_path, [6])
+
+    monkeypatch.setattr(processes.time, "sleep", appears)
+    assert restored(tmp_path) == 6
+    shutil.rmtree(tmp_path / "checkpoints/6")
+    monkeypatch.setattr(processes, "_SEEN_WITHIN_SECONDS", -1.0)
+    with pytest.raises(
+        UserError, match=r"processes 1 do not see the checkpoints of .*steps 2, 4, 6"
+    ):
+        restored(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"),
+        OSError(24, "Too many open files"),
+    ],
+)
+def test_what_is_short_while_restoring_is_no_damage(error, tmp_path, monkeypatch):
+    save(tmp_path, [2, 4])
+
+    def fails(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_restore", fails)
+        with pytest.raises(type(error)):
+            restored(tmp_path)
+    assert not (tmp_path / "broken_checkpoints").exists()
+    assert restored(tmp_path) == 4
 
 
 def test_what_the_caller_changes_after_a_save_is_not_in_it(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import pickle
 from typing import Any
 
 import pytest
@@ -333,6 +334,20 @@ def test_a_mistake_in_a_configuration_file_is_named_with_its_line(tmp_path, cont
         read_file(str(path))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_classes_of_a_configuration_file_can_be_looked_up(tmp_path):
+    """Dataclasses look up their module by name, and pickle does; two files have two modules."""
+    for name, width in (("a", 3), ("b", 4)):
+        (tmp_path / f"{name}.py").write_text(
+            "from __future__ import annotations\nimport dataclasses\nfrom typing import ClassVar\n"
+            "from simclr_jax import config\n@dataclasses.dataclass\nclass Own:\n"
+            f"    name: ClassVar[str] = 'own'\n    width: int = {width}\n"
+            "def get_config():\n    c = config.default()\n    c.data.name = 'x'\n"
+            "    c.unlock()\n    c.own = Own\n    return c\n"
+        )
+    own = [read_file(str(tmp_path / f"{name}.py")).own for name in "ab"]
+    assert [pickle.loads(pickle.dumps(kind())).width for kind in own] == [3, 4]
 
 
 def test_configurations_that_come_with_the_package_have_names(tmp_path, monkeypatch):

@@ -746,3 +746,16 @@ def test_results_of_other_data_have_files_of_their_own(tiny, tmp_path, capsys):
     assert "/" not in name("a", "b", **{"data.name": "set/config"})
     del saved["test_fingerprint"]  # of an earlier version
     assert name("run", "d", **{"data.name": ""}) == "knn.json"
+
+
+def test_the_result_of_a_checkpoint_does_not_lie_where_training_deletes_it(tiny, tmp_path):
+    """Training removes the folders of older checkpoints."""
+    workdir = encoder_checkpoint(tiny, tmp_path / "w")
+    whole = evaluate_features("knn", tiny, str(workdir))
+    assert evaluate_features("knn", tiny, str(checkpoint_folder(workdir) / "1")) == whole
+    assert (workdir / "knn_step_1.json").exists()
+    assert not list((checkpoint_folder(workdir) / "1").glob("knn*"))
+    # A copy elsewhere is nobody's to remove.
+    shutil.copytree(checkpoint_folder(workdir) / "1", tmp_path / "copy")
+    evaluate_features("knn", tiny, str(tmp_path / "copy"))
+    assert (tmp_path / "copy" / "knn.json").exists()

@@ -148,7 +148,7 @@ def test_a_sink_that_fails_is_left_and_the_training_goes_on(tiny, tmp_path, monk
     pretrain(tiny, str(tmp_path / "w"))
     assert capsys.readouterr().out.count("no more metrics to mlflow: no network") == 1
     assert [line["step"] for line in seen.lines] == [2, 4, 6, 8]
-    assert seen.closed == [True]
+    assert seen.closed == [False, True]  # closed: MLflow has one open run in a process
 
 
 def test_a_training_that_fails_is_closed_as_failed(tiny, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from conftest import encoder_checkpoint, random_images
 
 import simclr_jax
 from simclr_jax import assemble, load_classifier, load_encoder
-from simclr_jax.config import set_options
+from simclr_jax.config import default, set_options
 from simclr_jax.encoders import apply_network, init_encoder
 from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
@@ -395,6 +395,17 @@ def metrics_of(folder):
         ]
         for path in folder.glob("*/metrics.jsonl")
     }
+
+
+def test_an_option_that_an_earlier_version_lacked_makes_no_other_training():
+    model = default().model.to_dict()
+    then = {"model": model | {"vit": {"heads": 6}}, "seed": 0, "digest": "of an earlier version"}
+    del then["model"]["remat"]
+    assert protocol.decides_the_same(then, {"model": model, "seed": 0})
+    assert not protocol.decides_the_same(then, {"model": model, "seed": 1})
+    assert not protocol.decides_the_same(then, {"model": model | {"remat": True}, "seed": 0})
+    then["model"]["vit"]["heads"] = 4
+    assert not protocol.decides_the_same(then, {"model": model, "seed": 0})
 
 
 class Killed(Exception):

@@ -496,3 +496,17 @@ def test_skipped_steps_are_counted_and_leave_the_means_alone(tmp_path):
             break
     with pytest.raises(UserError, match="step 15: loss nan, the 11th in a row, not finite"):
         log.drain()
+
+
+def test_closing_is_watched(tmp_path, monkeypatch):
+    """A sink or a save that is stuck while everything is closed must not keep the process for ever."""
+    closed = []
+    for kind in (loop.Watch, loop.MetricWriter, Checkpoints):
+
+        def leave(self, *error, original=kind.__exit__, name=kind.__name__):
+            closed.append(name)
+            return original(self, *error)
+
+        monkeypatch.setattr(kind, "__exit__", leave)
+    train(tmp_path / "w")
+    assert closed == ["MetricWriter", "Checkpoints", "Watch"]

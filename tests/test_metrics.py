@@ -3,6 +3,8 @@
 import contextlib
 import json
 import struct
+import types
+from typing import Any
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -35,6 +37,16 @@ def test_scalars_reach_tensorboard(tmp_path):
     assert list(events(path)) == there
     seen = {(v.tag, e.step): v.simple_value for e in there for v in e.summary.value}
     assert seen == {("loss", 3): 0.5, ("grad_norm", 3): 2.0}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_sinks_hear_whether_the_training_came_to_its_last_step(tmp_path, finished):
+    """A run that a signal has stopped leaves the writer without an error."""
+    closed: list[bool] = []
+    sinks: Any = types.SimpleNamespace(close=closed.append)
+    with MetricWriter(str(tmp_path), sinks=lambda: sinks) as writer:
+        writer.finished = finished
+    assert closed == [finished]
 
 
 def test_lines_are_json_that_strict_readers_take(tmp_path):

@@ -334,6 +334,17 @@ def write_run(folder, lines, steps=4, about=None, **files):
     return folder
 
 
+def test_a_run_of_an_encoder_that_is_not_there_is_judged_by_its_record(tmp_path):
+    """Its encoder was added by a configuration file, which the page of all runs does not read."""
+    line = '{"step": 2, "loss": 1.5, "z_std": 1e-6}\n'
+    model = config.default().to_dict()
+    model["model"]["name"] = "mine"
+    references = {"images": 8, "width": 16, "settled_after": 0, "temperature": None}
+    about = {"config": model, "references": references}
+    run = read_run_files(str(write_run(tmp_path / "a", line, about=about)))
+    assert run.verdict()["name"] == "collapsed"
+
+
 def test_a_record_says_how_far_its_run_is(tmp_path):
     line = '{"step": 2, "loss": 1.5}\n'
     going = read_run_files(str(write_run(tmp_path / "a", line + '{"step": 4, "lo')))

@@ -4,6 +4,7 @@ A file in configs/ states only its differences from the defaults. The command li
 options: `--config.data.batch_size=512`. The set of options is locked, so a misspelt one is an error.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,6 +86,14 @@ def from_dict(values: dict) -> ConfigDict:
     return config
 
 
+def with_defaults(then: dict, now: dict, group: str = "") -> dict:
+    """Adds to options of an earlier version, {"a.b": value}, those of `now` that it lacks, at their defaults. Values
+    are as in JSON; `group`, such as "model.", is left out of the names.
+    """
+    defaults = {name: _BY_NAME[group + name].default for name in now if name not in then}
+    return then | json.loads(json.dumps(defaults))
+
+
 def validate(config: ConfigDict, leaving_out: Sequence[str] = ()) -> None:
     """Raises a UserError for the first value that no run could use.
 
@@ -123,18 +132,13 @@ def check_value(name: str, value: Any) -> None:
         raise UserError(problem)
 
 
-def differences(old: ConfigDict, new: ConfigDict, may_change: Sequence[str] = ()) -> list[str]:
-    """Lists the options that change what is learned and differ, as "name: old -> new".
-
-    `may_change`: beginnings of names that are left out.
-    """
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Lists the options that change what is learned and differ, as "name: old -> new"."""
     before, after = flatten(old), flatten(new)
     return [
         f"{name}: {before[name]} -> {after[name]}"
         for name in after
-        if before[name] != after[name]
-        and not _BY_NAME[name].resumable
-        and not name.startswith(tuple(may_change))
+        if before[name] != after[name] and not _BY_NAME[name].resumable
     ]
 
 

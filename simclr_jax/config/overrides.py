@@ -1,9 +1,12 @@
 """From the command line to a configuration: files in configs/, and --config.NAME=VALUE flags."""
 
+import hashlib
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
+import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -79,10 +82,12 @@ def run_file(path: str, function: str, argument: str = "") -> Any:
       UserError: the file or the function fails; the message names the line. For a ValueError, by which a function
         refuses its argument, it is the error's own message.
     """
-    spec = importlib.util.spec_from_file_location("simclr_jax_file", path)
+    # A name of its own in sys.modules, where dataclasses and pickle look up the module of a class.
+    digest = hashlib.blake2b(os.path.abspath(path).encode(), digest_size=8).hexdigest()
+    spec = importlib.util.spec_from_file_location(f"simclr_jax_file_{digest}", path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         found = getattr(module, function, None)

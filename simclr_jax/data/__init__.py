@@ -105,12 +105,18 @@ def open_source(data: Mapping[str, Any]) -> DataSet:
     The most recent data set is kept, so that the probe uses the one that training opened.
 
     Args:
-      data: {option of the group "data", without the group: value}, and "seed".
+      data: {option of the group "data", without the group: value}, and "seed". A source gets those in `OPTIONS`.
 
     Raises:
       UserError: the data set is not there or not usable.
     """
-    return _open(json.dumps(data, sort_keys=True))
+    return _open(json.dumps(_of_sources(data), sort_keys=True))
+
+
+def _of_sources(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options that sources read: not the size of a view or of a batch, which change no image."""
+    names = {option.name.split(".")[1] for option in OPTIONS} | {"seed"}
+    return {name: value for name, value in data.items() if name in names}
 
 
 def kind_of(path: str) -> str:
@@ -134,7 +140,9 @@ def count_and_size(data: Mapping[str, Any]) -> tuple[int, int]:
         found = index.summarize(expanded(data["path"]))
         return found.images, found.short_side
     # Before any are held out; the data set that is kept stays the one that is trained on.
-    opened = SOURCES[data["source"]](data) if data["test_fraction"] else open_source(data)
+    opened = (
+        SOURCES[data["source"]](_of_sources(data)) if data["test_fraction"] else open_source(data)
+    )
     train = opened.train
     return train.count, pictures.short_side(train, data["upright"])
 

@@ -3,6 +3,7 @@
 TensorFlow is imported where it is used.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
@@ -145,4 +146,8 @@ class IndexedSplit:
             return str(error)
 
     def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         return self.source.fingerprint()

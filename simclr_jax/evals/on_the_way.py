@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble
 from simclr_jax.assemble import Pretraining
 from simclr_jax.console import say
-from simclr_jax.data.split import Split
+from simclr_jax.data.broken import Images
 from simclr_jax.errors import UserError
 from simclr_jax.evals import EVALUATIONS, subjects
 from simclr_jax.evals.evaluate import config_for, pair, result_of, score_of
@@ -41,6 +41,9 @@ class OnTheWay:
         config.eval.labels_per_class, config.eval.label_fraction = (), 0.0  # all labels only
         self._every, self._config, self._mesh = every_steps, config, made.job.mesh
         self._data, self._views = subjects.labelled(config), assemble.views(config, self._mesh)
+        assert self._data.test is not None
+        # Made once: they remember which images cannot be read.
+        self._images = [assemble.images_of(config, s) for s in (self._data.train, self._data.test)]
         represent = subjects.representations(config, with_z=config.eval.features == "z")
         self._extractor = subjects.extractor(config, self._mesh, represent)
 
@@ -52,17 +55,15 @@ class OnTheWay:
         parts = ("encoder", "head") if self._config.eval.features == "z" else ("encoder",)
         variables = tuple(map(state.variables, parts))
         evaluation = EVALUATIONS[self.name]
-        assert self._data.test is not None
-        train, test = (self._features(variables, s) for s in (self._data.train, self._data.test))
+        train, test = (self._features(variables, images) for images in self._images)
         features = pair(train, test, len(self._data.train.classes or ()), self._mesh)
         score = score_of(result_of(evaluation, self._config, features, step))
         say(f"step {step}  {evaluation.metric} {score:.1%}")
         return {evaluation.metric: score}
 
-    def _features(self, variables: tuple, split: Split) -> tuple[dict, np.ndarray]:
-        images = assemble.images_of(self._config, split)
+    def _features(self, variables: tuple, images: Images) -> tuple[dict, np.ndarray]:
         batches = self._views.evaluation_batches(images, self._extractor.batch_size)
-        found, labels = self._extractor.extract(variables, batches, split.count)
+        found, labels = self._extractor.extract(variables, batches, images.split.count)
         return {ENCODER: found[self._config.eval.features]}, labels
 
 

@@ -1,11 +1,12 @@
 """The protocols by which classifiers are trained: which trainings, from where, how long, how fast."""
 
+import json
 from collections.abc import Callable
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from simclr_jax.config import OPTIONS, set_options
+from simclr_jax.config import OPTIONS, flatten, set_options, with_defaults
 from simclr_jax.evals.selection import VALIDATIONS
 from simclr_jax.evals.subjects import ENCODER
 
@@ -150,6 +151,16 @@ def what_decides(
     }
     about |= {"metric": metric} if metric != "accuracy" else {}
     return about | ({} if config.data.upright else {"upright": False})
+
+
+def decides_the_same(then: dict, now: dict) -> bool:
+    """Returns whether two records, as of `what_decides`, are of one training. `then` may be of an earlier version: an
+    option of the model that it lacks counts as at its default.
+    """
+    then, now = json.loads(json.dumps(then)), json.loads(json.dumps(now))
+    then.pop("digest", None)  # in records of earlier versions
+    model, now_model = (flatten(ConfigDict(x.pop("model"))) for x in (then, now))
+    return (then, with_defaults(model, now_model, "model.")) == (now, now_model)
 
 
 def _model_that_decides(config: ConfigDict) -> dict:

@@ -12,7 +12,8 @@ from simclr_jax.console import say, show_table
 from simclr_jax.data import name_of
 from simclr_jax.data.split import DataSet
 from simclr_jax.evals.contract import Table
-from simclr_jax.files import write_json
+from simclr_jax.files import absolute, write_json
+from simclr_jax.training.saved import RECORD
 
 
 def row(kind: str, per_class: int | None, accuracies: list[float]) -> dict:
@@ -57,23 +58,28 @@ def labels_table(rows: list[dict]) -> Table:
 
 
 def path_of(config: ConfigDict, record: dict, data: DataSet, workdir: str, mode: str) -> epath.Path:
-    """Returns WORKDIR/MODE.json, or WORKDIR/MODE_NAME_DIGEST.json for other data than the run's; says so.
+    """Returns WORKDIR/MODE.json, or WORKDIR/MODE_NAME_DIGEST.json for other data than the run's; says so. Of the
+    checkpoint WORKDIR/checkpoints/STEP, MODE is followed by _step_STEP.
 
     Args:
       config: the evaluation's configuration.
       record: the checkpoint's record, which holds the fingerprints of the run's data.
       data: the data of the evaluation.
-      workdir: the run's folder.
+      workdir: the run's folder, or that of a checkpoint.
       mode: the evaluation's name.
     """
+    folder = epath.Path(absolute(workdir))
+    # Training removes a checkpoint's folder with all that lies in it.
+    if folder.parent.name == "checkpoints" and (folder / RECORD).is_dir():
+        folder, mode = folder.parent.parent, f"{mode}_step_{folder.name}"
     train, test = data.train.fingerprint(), data.test.fingerprint() if data.test else None
     then = record["data_fingerprint"], record.get("test_fingerprint", test)
     if (train, test) == then:
-        return epath.Path(workdir) / f"{mode}.json"
+        return folder / f"{mode}.json"
     # TFDS has names such as SET/CONFIG.
     name = re.sub(r"[^\w.-]+", "-", name_of(config.data.to_dict()))
     digest = hashlib.blake2b(f"{train} {test}".encode(), digest_size=3).hexdigest()
-    path = epath.Path(workdir) / f"{mode}_{name}_{digest}.json"
+    path = folder / f"{mode}_{name}_{digest}.json"
     which = "training" if train != then[0] else "test"
     say(
         f"data        other {which} images or labels than the run's, so the result goes to {path.name}"

@@ -1,13 +1,14 @@
 """The folder of one training of a classifier, by which it is recognised, resumed and not repeated."""
 
 import dataclasses
-import hashlib
 import json
 
 import jax
 from etils import epath
 
 from simclr_jax import processes
+from simclr_jax.console import say
+from simclr_jax.evals.protocol import decides_the_same
 from simclr_jax.files import write_json
 from simclr_jax.training.checkpoint import save_once
 from simclr_jax.training.state import TrainState
@@ -33,17 +34,22 @@ class TrainingFolder:
         Returns:
           the outcome, where this training was finished before.
         """
-        digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
-        file = self.path / "about.json"
-        if jax.process_index() == 0 and not (
-            file.exists() and json.loads(file.read_text())["digest"] == digest
-        ):
-            if self.path.exists():
-                self.path.rmtree()
-            write_json(file, about | {"digest": digest})
+        if jax.process_index() == 0:
+            self._begin(about)
         processes.wait_for_all(f"{self.path} is begun")
         finished = self.path / "outcome.json"
-        return json.loads(finished.read_text()) if finished.exists() else None
+        read = jax.process_index() == 0 and finished.exists()
+        outcome = processes.text_of_first(finished.read_text() if read else None)
+        return None if outcome is None else json.loads(outcome)
+
+    def _begin(self, about: dict) -> None:
+        file = self.path / "about.json"
+        if file.exists() and decides_the_same(json.loads(file.read_text()), about):
+            return
+        if (self.path / "outcome.json").exists():
+            say(f"removed     {self.path}, a training with other options or images")
+        self.path.rmtree(missing_ok=True)
+        write_json(file, about)
 
     def finish(self, outcome: dict) -> dict:
         """Writes and returns the outcome, and removes the checkpoints."""

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax.console import Progress, say
-from simclr_jax.data.split import BROKEN, Split
+from simclr_jax.data.split import BROKEN
 from simclr_jax.errors import UserError, one_line
 from simclr_jax.evals import subjects
 from simclr_jax.mesh import make_mesh
@@ -81,18 +81,21 @@ def what_is_known(config: ConfigDict, workdir: str) -> list[dict]:
     views = assemble.views(config, mesh)
     variables = trained.encoder, trained.head
 
-    def features(task: Task, split: Split, part: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        images = assemble.images_of(config, split)
-        batches = asked(task, views.evaluation_batches(images, batch_size), config.seed, part)
-        with Progress(-(-split.count // batch_size)) as progress:
-            return extractor.extract(variables, progress.track(batches), split.count)
-
     assert data.test is not None
+    # Made once: they remember which images cannot be read.
+    parts = [assemble.images_of(config, split) for split in (data.train, data.test)]
+
+    def features(task: Task, part: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        images, count = parts[part], parts[part].split.count
+        batches = asked(task, views.evaluation_batches(images, batch_size), config.seed, part)
+        with Progress(-(-count // batch_size)) as progress:
+            return extractor.extract(variables, progress.track(batches), count)
+
     rows = []
     for name, task in TASKS.items():
         say(f"{name}: features of {data.train.count} and {data.test.count} images")
-        train, answers = features(task, data.train, 0)
-        test, expected = features(task, data.test, 1)
+        train, answers = features(task, 0)
+        test, expected = features(task, 1)
         for kind in ("h", "z"):
             accuracy = probe(train[kind], answers, test[kind], expected, config.seed)
             about = {"task": name, "features": kind, "chance": max(task.shares)}

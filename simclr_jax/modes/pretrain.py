@@ -135,7 +135,8 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> None:
     start, began_with = find_start(config, saved, workdir)
     job = begun_with(start, made.job) if start else made.job
     about = about_training(plan, assemble.data_set(config), fingerprint)
-    about |= {"init_from": began_with}
+    references = assemble.references(config, plan)
+    about |= {"init_from": began_with, "references": references._asdict()}
     if made.job.abstract_state.params.get("classifier"):
         assert train.classes
         about["classifier"] = about_classifier(0, len(train.classes), train.classes, online=True)
@@ -150,7 +151,6 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> None:
     if start:
         say(describe_start(start))
     verdicts: list[Verdict] = []
-    references = assemble.references(config, plan)
 
     def judged(step: int, means: dict[str, float]) -> Verdict:
         verdicts[:] = [judge(step, means, references)]

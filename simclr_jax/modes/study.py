@@ -1,6 +1,5 @@
 """--mode=study: runs a study of the paper, and makes its table, its figure and its verdict."""
 
-import hashlib
 import json
 import time
 
@@ -24,6 +23,7 @@ from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.studies.contract import BY_NAME, Study, Verdict
 from simclr_jax.studies.figure import draw, need_matplotlib
 from simclr_jax.studies.outcomes import OUTCOME, Outcomes, outcomes_of, runs_wanted, table_of
+from simclr_jax.studies.record import about_run, check_finished
 from simclr_jax.studies.runs import StudyRun, config_of, part_of, read_study, reading_of, runs_of
 
 _MEASURED_SECONDS = 5.0  # for each kind of step in a dry run
@@ -40,28 +40,6 @@ _NOT_OF_THE_STEP = (
     "eval.",
     "loss.temperature",
 )
-
-
-# Options that do not change an outcome: a finished run stays valid if they differ. The data are identified by their
-# fingerprint, not by these paths.
-_DECIDES_NOTHING = (
-    "checkpoint.",
-    "health.",
-    "eval.batch_size",
-    "eval.every_",
-    "eval.on_the_way",
-    "data.path",
-    "data.test_path",
-    "data.labels_file",
-    "train.hang_seconds",
-    "train.log_every_steps",
-    "train.report",
-    "train.sinks",
-)
-# These change no outcome either. They count as at their defaults, so that studies of earlier versions go on.
-_SAME_OUTCOME = ("data.max_broken", "loss.implementation", "mesh.fsdp", "model.remat")
-# Groups of options that matter to a study only if its evaluation has the group's name.
-_OF_OTHER_MODES = ("finetune.", "linear.", "transfer_finetune.", "distill.")
 
 
 def run_study(
@@ -127,32 +105,8 @@ def _levels(study: Study) -> dict[str, list[str]]:
     return {factor.name: list(factor.levels) for factor in study.factors}
 
 
-def check_finished(folder: epath.Path, about: dict[str, str]) -> None:
-    """Raises a UserError if a run of a study was finished with other options or data, whosever part it was.
-
-    `about`: {run: what `about_run` says of it}.
-    """
-    for name, expected in about.items():
-        file = folder / name / OUTCOME
-        if file.exists() and json.loads(file.read_text())["about"] != expected:
-            raise UserError(
-                f"{file} was made with other options, other data or another study: use another --workdir, or "
-                f"remove {file.parent}"
-            )
-
-
-def about_run(config: ConfigDict, study: Study, images: str) -> str:
-    """Returns a digest of everything that decides the outcome of a run; `images`: a digest of the data."""
-    readings = {name: dict(overrides) for name, overrides in study.readings.items()}
-    without = (*_DECIDES_NOTHING, *(set(_OF_OTHER_MODES) - {f"{study.evaluation}."}))
-    options = {k: v for k, v in config_lib.flatten(config).items() if not k.startswith(without)}
-    options |= {o.name: o.default for o in config_lib.OPTIONS if o.name in _SAME_OUTCOME}
-    content = options, study.evaluation, study.labels_per_class, readings, images
-    return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
-
-
 def _finish_all(
-    configs: dict[str, ConfigDict], study: Study, folder: epath.Path, about: dict[str, str]
+    configs: dict[str, ConfigDict], study: Study, folder: epath.Path, about: dict[str, dict]
 ) -> None:
     """Trains and evaluates runs, {name: configuration}."""
     began = time.monotonic()
@@ -165,7 +119,7 @@ def _finish_all(
         outcome = _outcome(config, study, str(folder / name))
         if jax.process_index() == 0:
             write_json(folder / name / OUTCOME, {"about": about[name]} | outcome)
-        processes.wait_for_all("the outcome of a run is written")  # which all read
+        processes.wait_until_all_see(name, (folder / name / OUTCOME).exists)  # all read it
 
 
 def _outcome(config: ConfigDict, study: Study, workdir: str) -> dict:

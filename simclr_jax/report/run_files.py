@@ -68,6 +68,9 @@ class RunFiles:
     @property
     def references(self) -> References:
         """Returns the numbers that the metrics are held against."""
+        if "references" in self.about:
+            return References(**self.about["references"])
+        # A run of an earlier version.
         return references(from_dict(self.about["config"]), Plan(**self.about["plan"]))
 
     @property

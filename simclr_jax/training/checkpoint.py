@@ -12,12 +12,13 @@ import orbax.checkpoint as ocp
 from simclr_jax import processes
 from simclr_jax.console import say
 from simclr_jax.errors import Unavailable, UserError, one_line
-from simclr_jax.files import raise_if_away, storage_error
+from simclr_jax.files import raise_if_passing, storage_error
 from simclr_jax.training.saved import (
     ENCODER,
     HANDLERS,
     RECORD,
     TRAINER,
+    agreed_steps,
     check_writable,
     checkpoint_folder,
     checksum,
@@ -134,7 +135,7 @@ class Checkpoints:
         """Reads the newest state that can be read.
 
         A checkpoint that cannot be read is set aside as WORKDIR/broken_checkpoints/STEP, and the
-        one before it is taken.
+        one before it is taken. Which checkpoints there are, process 0 says.
 
         Args:
           abstract: shapes, dtypes and shardings of the state.
@@ -144,17 +145,19 @@ class Checkpoints:
           {"step": 0, "window": []}) where nothing was saved.
 
         Raises:
-          UserError: there are checkpoints, and none can be read.
+          UserError: there are checkpoints, and none can be read; or a process does not see one of them.
         """
         reasons, failed = [], []
-        for step in reversed(saved_steps(self._workdir)):
+        steps = agreed_steps(self._workdir)
+        self._manager.reload()  # it has listed them when it was made
+        for step in reversed(steps):
             state: TrainState | None = None
             record: dict = {}
             reason = "another process cannot read it"
             try:
                 state, record = self._restore(step, abstract)
             except Exception as error:  # whatever a damaged file may lead to
-                raise_if_away(error)
+                raise_if_passing(error)
                 reason = short_reason(error)
             # A step is taken by all processes or by none.
             if not all(processes.of_all(state is not None)):

@@ -131,19 +131,18 @@ def fit(job: Job, batches: Batches, run: Run, hooks: Sequence[Hook] = ()) -> Tra
         checkpoint cannot be read or written.
     """
     with contextlib.ExitStack() as stack:
+        # First, to be left last: closing waits for the last save and for sinks, which may be stuck as well.
+        watch = stack.enter_context(Watch(run.workdir, run.hang_seconds))
         checkpoints = stack.enter_context(Checkpoints(run.workdir, run.saving))
         state, saved = _restore_or_begin(checkpoints, job, run.workdir, hooks)
         start = saved["step"]
         stream = stack.enter_context(contextlib.closing(batches(start)))
         writer = None
         if jax.process_index() == 0:
-            writer = stack.enter_context(
-                MetricWriter(run.workdir, start, run.sinks and run.sinks())
-            )
+            writer = stack.enter_context(MetricWriter(run.workdir, start, run.sinks))
         progress = stack.enter_context(Progress(job.steps, start))
         clock = Clock(saved.get("clock"))
         log = Log(run.workdir, writer, progress, run.reporting, saved["window"], clock)
-        watch = stack.enter_context(Watch(run.workdir, run.hang_seconds))
         stop = stack.enter_context(Stop(job.mesh))
         stopping = False
         for step in range(start + 1, job.steps + 1):
@@ -185,6 +184,8 @@ def fit(job: Job, batches: Batches, run: Run, hooks: Sequence[Hook] = ()) -> Tra
                     checkpoints.wait(step)  # while `stop` still keeps a signal from ending it
             if stopping:
                 break
+        if writer is not None:
+            writer.finished = not stopping
     if stopping:  # once everything is closed, as of a run that has come to its end
         say(f"stopped after step {step}, which is saved: the same command goes on from it")
         raise Stopped(f"after step {step}, which is saved")

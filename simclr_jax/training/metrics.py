@@ -5,6 +5,7 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any, Self
 
 from etils import epath
@@ -34,11 +35,16 @@ class MetricWriter:
     Args:
       workdir: the folder, which exists.
       resume_step: steps that the restored state has done.
-      sinks: further places for what is written; closed with the writer.
+      sinks: () -> further places for what is written, which are closed with the writer; None: there are none.
+
+    Attributes:
+      finished: whether the training has come to its last step, for the sinks.
     """
 
-    def __init__(self, workdir: str, resume_step: int = 0, sinks: Sinks | None = None):
-        self._sinks = sinks
+    def __init__(
+        self, workdir: str, resume_step: int = 0, sinks: Callable[[], Sinks] | None = None
+    ):
+        self.finished = False
         self._folder = epath.Path(workdir)
         self._path = self._folder / "metrics.jsonl"
         before = self._path.read_bytes() if self._path.exists() else b""
@@ -54,6 +60,7 @@ class MetricWriter:
         self._events = EventsWriter(str(events))
         # TensorBoard hides what earlier event files hold from this step on.
         self._add_event(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._sinks = sinks and sinks()
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes the values of this step, and stores them before it returns; in a bucket `store` does that. JSON has
@@ -106,7 +113,7 @@ class MetricWriter:
         if self._scratch is not None:
             self._scratch.cleanup()
         if self._sinks is not None:
-            self._sinks.close(finished=kind is None)
+            self._sinks.close(self.finished)
 
 
 def _step_of(line: str) -> int:

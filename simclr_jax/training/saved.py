@@ -17,7 +17,7 @@ from etils import epath
 
 from simclr_jax import processes
 from simclr_jax.errors import UserError, one_line
-from simclr_jax.files import in_bucket, located, raise_if_away
+from simclr_jax.files import in_bucket, located, raise_if_passing
 
 ENCODER, TRAINER, RECORD = "encoder", "trainer", "config"  # items of a checkpoint
 HANDLERS = {
@@ -57,7 +57,23 @@ def saved_steps(path: epath.PathLike) -> list[int]:
     folder = _folder(path)
     if not folder.is_dir():
         return []
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and _is_whole(p))
+    try:
+        names = list(folder.iterdir())
+    except FileNotFoundError:  # removed at this moment
+        return []
+    return sorted(int(p.name) for p in names if p.name.isdigit() and _is_whole(p))
+
+
+def agreed_steps(path: epath.PathLike) -> list[int]:
+    """Lists the steps of the checkpoints that process 0 sees, ascending, once all processes see them; all must call
+    this together. Raises a UserError if a process does not see them.
+    """
+    steps = json.loads(processes.text_of_first(json.dumps(saved_steps(path))) or "[]")
+    processes.wait_until_all_see(
+        f"the checkpoints of {path} (steps {', '.join(map(str, steps))})",
+        lambda: set(steps) <= set(saved_steps(path)),
+    )
+    return steps
 
 
 def _is_whole(checkpoint: epath.Path) -> bool:
@@ -176,7 +192,7 @@ def _read(checkpoint: epath.Path, item: str, args: Any, handler: Any = None) -> 
         with ocp.Checkpointer(handlers) as checkpointer:
             return checkpointer.restore(checkpoint, args=ocp.args.Composite(**{item: args}))[item]
     except Exception as error:  # whatever a damaged file may lead to
-        raise_if_away(error)
+        raise_if_passing(error)
         raise _unreadable(checkpoint, error) from error
 
 

@@ -4,6 +4,7 @@ environment variables (WANDB_MODE, WANDB_PROJECT, MLFLOW_TRACKING_URI, ...).
 A resumed run goes on in the record that it began, whose identity the workdir holds.
 """
 
+import contextlib
 import secrets
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ class Sink(Protocol):
         """Sends the metrics of a step."""
 
     def close(self, finished: bool) -> None:
-        """Sends what is still waiting, and says whether the training came to an end without an error."""
+        """Sends what is still waiting, and says whether the training came to its last step."""
 
 
 class WeightsAndBiases:
@@ -35,8 +36,8 @@ class WeightsAndBiases:
         file = epath.Path(workdir) / "wandb_run"
         known = file.read_text().strip() if file.exists() else secrets.token_hex(8)
         how: dict[str, Any] = {"id": known, "resume": "allow", "name": _name(workdir)}
+        file.write_text(known + "\n")  # first: a run that is killed here goes on with it
         self._run = wandb.init(config=config, dir=None if in_bucket(workdir) else workdir, **how)
-        file.write_text(known + "\n")
         # Steps that a resumed run takes again are written again: W&B's own counter only grows.
         self._run.define_metric("*", step_metric="step")
 
@@ -58,9 +59,14 @@ class MLflow:
         file = epath.Path(workdir) / "mlflow_run"
         known = file.read_text().strip() if file.exists() else None
         run = mlflow.start_run(run_id=known, run_name=_name(workdir))
-        if known is None:
+        if known is not None:
+            return
+        try:
             mlflow.log_params({name: str(value) for name, value in config.items()})
             file.write_text(run.info.run_id + "\n")
+        except Exception:
+            self.close(finished=False)  # MLflow has one open run at a time
+            raise
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._client.log_metrics(values, step=step)
@@ -111,10 +117,11 @@ class Sinks:
                 sink.write(step, values)
             except Exception as error:
                 say(f"step {step}  no more metrics to {name}: {one_line(error)}")
-                del self._open[name]
+                with contextlib.suppress(Exception):  # else MLflow refuses the process's next run
+                    self._open.pop(name).close(finished=False)
 
     def close(self, finished: bool) -> None:
-        """Closes all; `finished`: the training came to an end without an error."""
+        """Closes all; `finished`: the training came to its last step."""
         for name, sink in self._open.items():
             try:
                 sink.close(finished)

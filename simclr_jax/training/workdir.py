@@ -21,7 +21,7 @@ from simclr_jax.data.split import DataSet, Split
 from simclr_jax.errors import UserError
 from simclr_jax.files import absolute, write_json
 from simclr_jax.training.plan import Plan
-from simclr_jax.training.saved import check_writable, find, read_newest, read_record, saved_steps
+from simclr_jax.training.saved import agreed_steps, check_writable, find, read_newest, read_record
 
 _PACKAGES = ("simclr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -212,7 +212,8 @@ def _say_what_is_replaced(config: ConfigDict, workdir: str) -> None:
 
 
 def _newest_record(workdir: str) -> dict | None:
-    for step in reversed(saved_steps(workdir)):
+    """Returns the record of the newest checkpoint whose record can be read; all processes read it together."""
+    for step in reversed(agreed_steps(workdir)):
         try:
             return read_record(find(workdir, step))
         except UserError:  # damaged: what restores the state says so
