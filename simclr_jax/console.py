@@ -35,11 +35,14 @@ class Progress:
     """Shows how far a training, an evaluation or an embedding is. A context manager.
 
     Metrics are plain lines. On a terminal a live bar of less than 80 columns stays below them.
+
+    Attributes:
+      total: the number of steps.
     """
 
     def __init__(self, total: int, start: int = 0):
         """Starts at step `start` of `total`."""
-        self._total, self._start = total, start
+        self.total, self._start = total, start
         self._first: tuple[int, float] | None = None  # first step and its end: compilation is over
         self._bar = None
         if _console.is_terminal and jax.process_index() == 0:
@@ -63,7 +66,7 @@ class Progress:
         self.advance(step)
         left = self._left(step)
         ending = f"  left {duration(left)}" if left is not None and self._bar is None else ""
-        say(f"step {step}/{self._total}  {summary_of(metrics)}{ending}")
+        say(f"step {step}/{self.total}  {summary_of(metrics)}{ending}")
 
     def _left(self, step: int) -> float | None:
         """Estimates the seconds left from the time of the steps after the first one; None before there is one."""
@@ -71,7 +74,7 @@ class Progress:
         first, began = self._first
         if step == first:
             return None
-        return (time.monotonic() - began) / (step - first) * (self._total - step)
+        return (time.monotonic() - began) / (step - first) * (self.total - step)
 
     def track(self, items: Iterable) -> Iterator:
         """Yields the items, each of which is a step, and moves the bar with each."""

@@ -20,6 +20,7 @@ from simclr_jax.errors import UserError
 from simclr_jax.mesh import make_mesh, to_global
 from simclr_jax.training import loop
 from simclr_jax.training.checkpoint import Checkpoints, Saving
+from simclr_jax.training.clock import Clock
 from simclr_jax.training.gradients import Embedding
 from simclr_jax.training.log import Log, Reporting, mean_of
 from simclr_jax.training.loop import Run, fit
@@ -114,7 +115,7 @@ def train(workdir, *, job=None, before=None, hooks=(), steps=STEPS, every=4, log
         str(workdir),
         {"config": {}, "note": "kept"},
         Saving(every_steps=every, keep_last=keep),
-        Reporting(log_every, BATCH, steps, ADVICE),
+        Reporting(log_every, BATCH, ADVICE),
     )
     job = (job or job_of())._replace(steps=steps)
     return fit(job, functools.partial(batches, before=before), run, hooks)
@@ -450,7 +451,7 @@ def scalars(step, **changed):
 
 
 def log_of(recorder, every, total, workdir=""):
-    return Log(str(workdir), recorder, Progress(total), Reporting(every, 8, total), window=[])
+    return Log(str(workdir), recorder, Progress(total), Reporting(every, 8), [], Clock())
 
 
 def test_the_log_writes_means_of_the_steps_since_the_last_line():

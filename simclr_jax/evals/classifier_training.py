@@ -22,7 +22,6 @@ from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.errors import NotFinite, UserError
 from simclr_jax.evals import results, subjects
 from simclr_jax.evals.protocol import Protocol, Search, Training, what_decides
-from simclr_jax.evals.scores import METRICS
 from simclr_jax.evals.selection import VALIDATIONS, Selection
 from simclr_jax.evals.subjects import ENCODER, UNTRAINED
 from simclr_jax.evals.training_folder import TrainingFolder
@@ -231,7 +230,7 @@ class Setup:
         judge = None if training.refit else self.validation
         selection = Selection(steps, self._score, judge, self.test, self.protocol.moments)
         advice = f"try a lower {self.protocol.mode}.learning_rate"
-        reporting = Reporting(max(1, steps // VALIDATIONS), batch_size, steps, advice)
+        reporting = Reporting(max(1, steps // VALIDATIONS), batch_size, advice)
         saving, hang = Saving(self.config.checkpoint.every_steps), self.config.train.hang_seconds
         run = Run(str(folder.path), {}, saving, reporting, hang_seconds=hang)
         try:
@@ -322,12 +321,11 @@ class Setup:
 
     def _score(self, state: TrainState, images: Images) -> float:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        batches = self._views.evaluation_batches(images, self._predict.batch_size)
-        found, labels = self._predict.extract(variables, batches, images.split.count)
+        own = self._predict, self._views, variables, images, self.members
+        score, count = subjects.score_of(self.metric, *own)
         if images is self.test:
-            self._tested = len(labels)
-        targets = labels if self.members is None else self.members[labels]
-        return METRICS[self.metric](found["logits"], targets)
+            self._tested = count
+        return score
 
 
 def _said(outcome: dict) -> dict:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from simclr_jax import assemble, processes
 from simclr_jax import config as config_lib
-from simclr_jax.console import Progress, say
+from simclr_jax.console import say
 from simclr_jax.data.broken import Images
 from simclr_jax.data.split import DataSet
 from simclr_jax.errors import NotFinite, UserError
@@ -27,7 +27,9 @@ from simclr_jax.evals.finetune import TRAININGS
 from simclr_jax.evals.subjects import ENCODER, RAW_PIXELS, UNTRAINED, Trained
 from simclr_jax.files import write_text
 from simclr_jax.mesh import make_mesh
+from simclr_jax.training.metrics import read_lines
 from simclr_jax.training.saved import RECORD, saved_steps
+from simclr_jax.training.workdir import run_record
 
 _LOOK_EVERY_SECONDS = 10.0  # of a run that is followed
 _BLOCK = 4096  # rows
@@ -175,15 +177,11 @@ def _features_of_all(subject: _Subject) -> dict[str, Features]:
         return raw | {kind: represent(of, images)[asked] for kind, of in variables.items()}
 
     extractor = subjects.extractor(config, mesh, forward)
-    batch_size = extractor.batch_size
-    views = assemble.views(config, mesh)
+    views, step = assemble.views(config, mesh), trained.record["step"]
     found = {}
     for name, some in images.items():
-        count = some.split.count
-        say(f"features of {count} {name} images, encoder of step {trained.record['step']}")
-        with Progress(-(-count // batch_size)) as progress:
-            batches = progress.track(views.evaluation_batches(some, batch_size))
-            found[name] = extractor.extract(variables, batches, count)
+        say(f"features of {some.split.count} {name} images, encoder of step {step}")
+        found[name] = subjects.features_of(extractor, views, variables, some, shown=True)
     about = len(data.train.classes or ()), mesh, data.members
     return pair(found["training"], found["test"], *about)
 
@@ -245,9 +243,9 @@ def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Me
     """
     metric = EVALUATIONS[name].metric
     say(f"following {workdir}: Ctrl-C ends it")
-    if _record_of(workdir) is None:
+    if run_record(workdir) is None:
         say(f"waiting for a run to begin there: {workdir}/config.json")
-    while (record := _record_of(workdir)) is None:
+    while (record := run_record(workdir)) is None:
         if saved_steps(workdir) or epath.Path(workdir, RECORD).is_dir():
             raise UserError(
                 f"--follow with {workdir}: expected the workdir of a run, in which config.json says how long it is, "
@@ -257,7 +255,7 @@ def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Me
     path = results.path_of(config, record, data, workdir, _file_of(name, config))
     file = path.with_name(f"{path.stem}_followed.jsonl")
     settings = _digest_of_settings(name, config, data)
-    lines = _lines_of(file) if path.exists() else []
+    lines = read_lines(file) if path.exists() else []
     if lines and lines[-1].get("settings", settings) != settings:
         lines = []
     if lines and lines[-1]["step"] == record["plan"]["steps"]:
@@ -295,7 +293,7 @@ def _digest_of_settings(name: str, config: ConfigDict, data: DataSet) -> str:
 
 def _next_step(workdir: str, done: int) -> int:
     """Returns the step of the first checkpoint after step `done`, _NONE_YET or _NO_MORE."""
-    record = _record_of(workdir)  # read anew: the run may be extended
+    record = run_record(workdir)  # read anew: the run may be extended
     if record is not None and record["plan"]["steps"] == done:
         return _NO_MORE
     return next((step for step in saved_steps(workdir) if step > done), _NONE_YET)
@@ -312,18 +310,6 @@ def _trained_at(step: int, config: ConfigDict, workdir: str, mesh: Mesh) -> Trai
         if not steps or steps[-1] == step or jax.process_count() > 1:
             raise
         return None
-
-
-def _lines_of(file: epath.Path) -> list[dict]:
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def _record_of(workdir: str) -> dict | None:
-    """Reads WORKDIR/config.json; returns None if no run has begun there."""
-    file = epath.Path(workdir) / "config.json"
-    return json.loads(file.read_text()) if file.exists() else None
 
 
 def score_of(result: dict) -> float:

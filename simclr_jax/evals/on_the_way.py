@@ -62,8 +62,7 @@ class OnTheWay:
         return {evaluation.metric: score}
 
     def _features(self, variables: tuple, images: Images) -> tuple[dict, np.ndarray]:
-        batches = self._views.evaluation_batches(images, self._extractor.batch_size)
-        found, labels = self._extractor.extract(variables, batches, images.split.count)
+        found, labels = subjects.features_of(self._extractor, self._views, variables, images)
         return {ENCODER: found[self._config.eval.features]}, labels
 
 

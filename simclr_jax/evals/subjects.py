@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble
+from simclr_jax.console import Progress
 from simclr_jax.data.broken import Images
 from simclr_jax.data.order import Share
 from simclr_jax.data.split import DataSet
@@ -24,6 +25,7 @@ from simclr_jax.pretrained import read_head_variables, read_variables
 from simclr_jax.training.saved import find, read_newest
 from simclr_jax.training.state import init_head
 from simclr_jax.training.workdir import check_encoder
+from simclr_jax.views.placement import Views
 
 # Images that a device embeds at once, unless eval.batch_size is smaller: 256 chips would have one each.
 _LEAST_OF_A_DEVICE = 16
@@ -168,6 +170,45 @@ def extractor(config: ConfigDict, mesh: Mesh, forward: Callable) -> Extractor:
     """Makes the extractor of a `forward`, see `Extractor`, for images as the configuration has them."""
     size = config.data.image_size
     return Extractor(forward, batch_size=batch_size_of(config, mesh), size=size, mesh=mesh)
+
+
+def features_of(
+    extractor: Extractor, views: Views, variables: Any, images: Images, shown: bool = False
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Extracts the features of all images of a split that can be read and have a label, see `Extractor.extract`.
+
+    `shown`: show how far it is.
+    """
+    count, batch_size = images.split.count, extractor.batch_size
+    batches: Any = views.evaluation_batches(images, batch_size)
+    with Progress(-(-count // batch_size)) if shown else contextlib.nullcontext() as progress:
+        return extractor.extract(variables, progress.track(batches) if progress else batches, count)
+
+
+def score_of(
+    metric: str,
+    extractor: Extractor,
+    views: Views,
+    variables: Any,
+    images: Images,
+    members: np.ndarray | None = None,
+) -> tuple[float, int]:
+    """Scores the logits of a classifier.
+
+    Args:
+      metric: a row of `scores.METRICS`.
+      extractor: of {"logits"}.
+      views: make the images' evaluation views.
+      variables: the classifier's.
+      images: labelled images.
+      members: see `DataSet`.
+
+    Returns:
+      (score in [0, 1], number of images that could be read)
+    """
+    found, labels = features_of(extractor, views, variables, images)
+    targets = labels if members is None else members[labels]
+    return scores.METRICS[metric](found["logits"], targets), len(labels)
 
 
 def untrained(config: ConfigDict, images: Images, mesh: Mesh) -> dict:

@@ -15,15 +15,13 @@ from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax import config as config_lib
-from simclr_jax.console import say, show_table
-from simclr_jax.data.broken import Images
+from simclr_jax.console import say
 from simclr_jax.data.split import DataSet
 from simclr_jax.encoders import init_encoder
 from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.errors import UserError
 from simclr_jax.evals import results, subjects
-from simclr_jax.evals.scores import METRICS
 from simclr_jax.files import absolute
 from simclr_jax.mesh import check_divides, gathered, laid_out, make_mesh, replicated
 from simclr_jax.modes.report import report_at_end
@@ -101,11 +99,12 @@ def _distill(config: ConfigDict, workdir: str) -> None:
     record = write_record(config, about_training(plan, data, fingerprint) | about, workdir)
     _describe(config, plan, student, teacher.network, job, train.count)
     images = assemble.images_of(config, train, epath.Path(workdir) / "broken_images.jsonl")
-    reporting = Reporting(config.train.log_every_steps, config.data.batch_size, plan.steps, _ADVICE)
+    reporting = Reporting(config.train.log_every_steps, config.data.batch_size, _ADVICE)
     sinks = functools.partial(Sinks, config.train.sinks, workdir, config_lib.flatten(config))
     hang, saving = config.train.hang_seconds, Saving(**config.checkpoint.to_dict())
     run = Run(workdir, record, saving, reporting, sinks, hang)
     state = fit(job, stream(views, images), run)
+    images.broken.say_how_many()
     if not subjects.without_labels(data):
         if other := _other_classes(data, teacher):
             say(f"compared    none: {other}, so its classes are not the labels of the test images")
@@ -254,36 +253,21 @@ def _compare(
     images = assemble.images_of(config, data.test.labelled())
     taught = state.variables("teacher")
     own = {"params": state.params, "batch_stats": state.batch_stats}
-    rows = [
-        results.row(kind, None, [_accuracy(config, network, variables, views, images)])
-        for kind, network, variables in (
-            ("teacher", teacher.network, taught),
-            ("student", student, own),
-        )
-    ]
+    compared = (("teacher", teacher.network, taught), ("student", student, own))
+    rows, count = [], 0
+    for kind, network, variables in compared:
+        extractor = subjects.extractor(config, views.settings.mesh, network.predict)
+        accuracy, count = subjects.score_of("accuracy", extractor, views, variables, images)
+        rows.append(results.row(kind, None, [accuracy]))
     path = epath.Path(workdir) / "distill.json"
     settings = config.distill.to_dict() | {"seed": config.seed}
     result = {
         "step": int(state.step),
         "rows": rows,
         "train_images": data.train.count,
-        "test_images": images.split.count,
+        "test_images": count,
         "settings": settings,
     }
     results.save(path, config, result)
-    say()
-    show_table(
-        "Distillation, test accuracy",
-        ["", "accuracy"],
-        [[r["features"], results.cell(r)] for r in rows],
-    )
-    say(f"{images.split.count} test images, step {result['step']}: {path}")
-
-
-def _accuracy(
-    config: ConfigDict, network: Classified, variables: dict, views: Views, images: Images
-) -> float:
-    extractor = subjects.extractor(config, views.settings.mesh, network.predict)
-    batches = views.evaluation_batches(images, extractor.batch_size)
-    found, labels = extractor.extract(variables, batches, images.split.count)
-    return METRICS["accuracy"](found["logits"], labels)
+    table = ["", "accuracy"], [[r["features"], results.cell(r)] for r in rows]
+    results.show(path, result, "Distillation, test accuracy", table)

@@ -27,6 +27,7 @@ from simclr_jax.modes.warm_start import begun_with, describe_start, find_start
 from simclr_jax.training.checkpoint import Saving
 from simclr_jax.training.log import Reporting
 from simclr_jax.training.loop import Run, check_length, fit
+from simclr_jax.training.metrics import read_lines
 from simclr_jax.training.optimizer import scaling_in_words
 from simclr_jax.training.sinks import Sinks
 from simclr_jax.training.state import count_parameters
@@ -157,7 +158,7 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> None:
         return verdicts[0]
 
     every, batch = config.train.log_every_steps, config.data.batch_size
-    reporting = Reporting(every, batch, plan.steps, _ADVICE, judged)
+    reporting = Reporting(every, batch, _ADVICE, judged)
     sinks = functools.partial(Sinks, config.train.sinks, workdir, config_lib.flatten(config))
     hang = config.train.hang_seconds
     run = Run(workdir, record, Saving(**config.checkpoint.to_dict()), reporting, sinks, hang)
@@ -176,10 +177,8 @@ def _say_verdict(workdir: str, verdict: Verdict) -> None:
 
 
 def _last_metrics(workdir: str) -> dict[str, float]:
-    file = epath.Path(workdir) / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    found = (json.loads(line) for line in reversed(lines))
-    return next((line for line in found if "loss" in line), {})
+    lines = read_lines(epath.Path(workdir) / "metrics.jsonl")
+    return next((line for line in reversed(lines) if "loss" in line), {})
 
 
 def describe_run(config: ConfigDict, made: Pretraining) -> None:

@@ -15,8 +15,10 @@ from simclr_jax.evals import EVALUATIONS
 from simclr_jax.evals.finetune import TRAININGS
 from simclr_jax.files import absolute
 from simclr_jax.training.log import SKIPPED_IN_A_ROW
+from simclr_jax.training.metrics import read_lines
 from simclr_jax.training.plan import Plan
 from simclr_jax.training.verdict import References, judge
+from simclr_jax.training.workdir import run_record
 
 # Results are in WORKDIR/NAME.json, and in WORKDIR/NAME_DATA_DIGEST.json on other data.
 _RESULTS = (*EVALUATIONS, *TRAININGS, "distill")
@@ -133,8 +135,8 @@ class RunFiles:
 def read_run_files(workdir: str) -> RunFiles:
     """Reads a workdir. Raises a UserError if it holds no run, or a file of it cannot be read."""
     root = epath.Path(absolute(workdir))
-    about = _json(root / "config.json")
-    if about is None or "plan" not in about or "config" not in about:
+    about = run_record(root)
+    if about is None:
         raise UserError(
             f"no run in {workdir}: expected a workdir of --mode=pretrain or distill, with its config.json"
         )
@@ -150,7 +152,7 @@ def read_run_files(workdir: str) -> RunFiles:
     return RunFiles(
         root,
         about,
-        _lines(root / "metrics.jsonl"),
+        read_lines(root / "metrics.jsonl"),
         _json(root / "health.json"),
         {name: found for name, found in results.items() if found and "rows" in found},
         sorted(path.name for path in root.glob("not_finite_step_*.json")),
@@ -169,16 +171,3 @@ def _json(path: epath.Path) -> dict | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-
-
-def _lines(path: epath.Path) -> list[dict[str, float]]:
-    """Reads metrics; a last line that is still being written is left out."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found

@@ -32,16 +32,14 @@ class Reporting:
     """How often metrics are reported, and what they are of.
 
     Attributes:
-      every_steps: steps between two reports; a reported mean is over these steps.
+      every_steps: steps between two reports; a reported mean is over these steps. The last step is reported, too.
       batch_size: B, images of the global batch, for images per second.
-      total_steps: steps of the training; the last one is reported whatever `every_steps` says.
       advice: what the user can do about a loss that is not finite.
       judge: (step, reported means) -> verdict on the run; None: the run is not judged.
     """
 
     every_steps: int
     batch_size: int
-    total_steps: int
     advice: str = ""
     judge: Callable[[int, dict[str, float]], Verdict] | None = None
 
@@ -62,7 +60,7 @@ class Log:
         progress: Progress,
         reporting: Reporting,
         window: list[dict[str, float]],
-        clock: Clock | None = None,
+        clock: Clock,
     ):
         """Starts with no step under way.
 
@@ -72,14 +70,14 @@ class Log:
           progress: shows the means.
           reporting: how often to report, and the sizes of the run.
           window: the `window` of the log that this one goes on from.
-          clock: times the steps; None: a new one.
+          clock: times the steps.
         """
         self.window = list(window)
         self._workdir, self._writer, self._progress = workdir, writer, progress
         self._reporting = reporting
         self._pending: collections.deque[tuple[int, Any, dict]] = collections.deque()
         self._skipped = 0  # in a row
-        self._clock = clock or Clock()
+        self._clock = clock
         self._verdict: Verdict | None = None
 
     def add(self, step: int, metrics: Any, images: dict[str, np.ndarray]) -> None:
@@ -112,7 +110,7 @@ class Log:
         self.window.append(values)
         self._clock.step()
         self._progress.advance(step)
-        if step % self._reporting.every_steps == 0 or step == self._reporting.total_steps:
+        if step % self._reporting.every_steps == 0 or step == self._progress.total:
             self._report(step)
 
     def _report(self, step: int) -> None:

@@ -116,6 +116,17 @@ class MetricWriter:
             self._sinks.close(self.finished)
 
 
+def read_lines(file: epath.PathLike) -> list[dict]:
+    """Reads a file of one JSON object a line, such as metrics; [] if it is not there. A last line that is still being
+    written is left out.
+    """
+    path, found = epath.Path(file), []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
 def _step_of(line: str) -> int:
     """Returns the step of a line, -1 if it is no JSON object with a step."""
     try:

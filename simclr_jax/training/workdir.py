@@ -69,19 +69,34 @@ def saved_config(path: str) -> dict:
         raise UserError(
             f"no folder {path!r}: expected the --workdir of a run, or a checkpoint folder; a new run needs a --config"
         )
-    if file.exists():
-        try:
-            return json.loads(file.read_text())["config"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{file} is not what training wrote: give a --config, or a checkpoint folder as --workdir"
-            ) from error
+    if (record := run_record(path)) is not None:
+        return record["config"]
     try:
         return read_newest(path, read_record)["config"]
     except UserError as error:
         raise UserError(
             f"no {file}: name the run's --workdir, or a checkpoint folder, or give a --config"
         ) from error
+
+
+def run_record(workdir: epath.PathLike) -> dict | None:
+    """Reads WORKDIR/config.json, what `write_record` wrote; returns None if no run has begun there.
+
+    Raises:
+      UserError: it is not what training wrote.
+    """
+    file = epath.Path(workdir) / "config.json"
+    if not file.exists():
+        return None
+    try:
+        record = json.loads(file.read_text())
+        if {"config", "plan"} <= record.keys():
+            return record
+    except (ValueError, AttributeError):
+        pass
+    raise UserError(
+        f"{file} is not what training wrote: give a --config, or a checkpoint folder as --workdir"
+    )
 
 
 def check_encoder(config: ConfigDict, checkpoint: epath.Path) -> dict:
