@@ -20,7 +20,8 @@ import statistics
 import subprocess
 import sys
 
-from simclr_jax.config.overrides import override, read_file
+from simclr_jax.config.overrides import override
+from simclr_jax.config.python_files import read_file
 
 SHARES = (0.01, 0.1)
 EPOCHS = (60.0, 30.0)  # the least that configs/folder.py chooses for these shares

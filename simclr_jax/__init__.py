@@ -97,7 +97,8 @@ def _with_options(
     values of the options named in `unknown` are not looked at.
     """
     from simclr_jax.config import flatten, set_options, validate
-    from simclr_jax.config.overrides import check_is_known, check_is_read, read_file
+    from simclr_jax.config.overrides import check_is_known, check_is_read
+    from simclr_jax.config.python_files import read_file
     from simclr_jax.errors import UserError
 
     if isinstance(config, ConfigDict):

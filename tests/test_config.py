@@ -12,7 +12,8 @@ import simclr_jax
 from simclr_jax import assemble, config
 from simclr_jax.config import OPTIONS
 from simclr_jax.config.__main__ import page
-from simclr_jax.config.overrides import load, override, read_file, split_argument
+from simclr_jax.config.overrides import load, override
+from simclr_jax.config.python_files import read_file, split_argument
 from simclr_jax.errors import UserError
 from simclr_jax.training.plan import Plan
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from simclr_jax import assemble, config, main
-from simclr_jax.config.overrides import read_file
+from simclr_jax.config.python_files import read_file
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import make_mesh
 from simclr_jax.modes import compile as compiling

@@ -579,7 +579,7 @@ def test_a_table_says_what_is_missing_and_what_has_failed(tmp_path):
     ("text", "says"),
     [
         ("def get_config(): pass", "defines no get_study: expected a file that does"),
-        ("def get_study(): return 1", "get_study returned 1: expected a simclr_jax.studies.Study"),
+        ("def get_study(): return 1", "get_study returned 1: expected a Study"),
         ("x = 1 / 0", "ZeroDivisionError: division by zero"),
         (TEXT.replace("loss.margin", "loss.margins"), "options that do not exist: loss.margins"),
         (

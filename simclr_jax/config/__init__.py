@@ -150,7 +150,7 @@ def check_argument(argument: str, *allowed: str) -> None:
       allowed: the words.
 
     Raises:
-      ValueError: it is another word; `overrides.read_file` turns it into a UserError.
+      ValueError: it is another word; `python_files.read_file` turns it into a UserError.
     """
     if argument not in ("", *allowed):
         raise ValueError(f"unknown argument {argument!r}: expected {', '.join(allowed)} or none")
@@ -164,7 +164,7 @@ def parse_argument(argument: str, **allowed: type) -> dict:
       allowed: name -> the type that reads its value.
 
     Raises:
-      ValueError: a name is not allowed, or its value cannot be read; `overrides.read_file` turns it into
+      ValueError: a name is not allowed, or its value cannot be read; `python_files.read_file` turns it into
         a UserError.
     """
     values = {}

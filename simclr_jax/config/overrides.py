@@ -1,20 +1,12 @@
-"""From the command line to a configuration: files in configs/, and --config.NAME=VALUE flags."""
+"""From the command line to a configuration: --config=FILE and --config.NAME=VALUE flags."""
 
-import hashlib
-import importlib.util
-import inspect
-import os
-import pathlib
-import re
-import sys
-import traceback
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from simclr_jax.config import allowed_values, flatten, from_dict, validate
+from simclr_jax.config.python_files import read_file
 from simclr_jax.data import check_given
 from simclr_jax.errors import UserError, near_names, one_line
 
@@ -40,89 +32,6 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
     validate(config, unknown)
     check_is_read(config, given, source)
     return config
-
-
-def read_file(spec: str) -> ConfigDict:
-    """Runs `get_config(ARGUMENT)` of a configuration "FILE.py[:ARGUMENT]" or "NAME[:ARGUMENT]".
-
-    Raises:
-      UserError: there is no such file, or it fails; with the file and line of the failure.
-    """
-    name, argument = split_argument(spec)
-    path = packaged().get(name, name)
-    if not pathlib.Path(path).is_file() or not path.endswith(".py"):
-        raise UserError(
-            f"no configuration file {path!r}: expected FILE.py[:ARGUMENT], or one of "
-            f"{', '.join(sorted(packaged()))}"
-        )
-    config = run_file(path, "get_config", argument)
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"{path}: get_config returned {config!r}: expected a ConfigDict")
-    return config
-
-
-def split_argument(spec: str) -> tuple[str, str]:
-    """Splits "FILE.py[:ARGUMENT]" or "NAME[:ARGUMENT]" into the file or name, and the argument or ""."""
-    name, _, argument = spec.partition(":")
-    file = re.match(r"(.+?\.py)(?::|$)", spec, re.DOTALL)
-    if file and not name.isidentifier():  # the folder may have a colon
-        name, argument = file[1], spec[len(file[1]) + 1 :]
-    return name, argument
-
-
-def run_file(path: str, function: str, argument: str = "") -> Any:
-    """Returns what a function of a Python file returns.
-
-    Args:
-      path: the file.
-      function: its name.
-      argument: for the function, if it takes one.
-
-    Raises:
-      UserError: the file or the function fails; the message names the line. For a ValueError, by which a function
-        refuses its argument, it is the error's own message.
-    """
-    # A name of its own in sys.modules, where dataclasses and pickle look up the module of a class.
-    digest = hashlib.blake2b(os.path.abspath(path).encode(), digest_size=8).hexdigest()
-    spec = importlib.util.spec_from_file_location(f"simclr_jax_file_{digest}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        found = getattr(module, function, None)
-        if found is None:
-            raise UserError(f"{path} defines no {function}: expected a file that does")
-        parameters = inspect.signature(found).parameters.values()
-        if argument and not parameters:
-            raise ValueError(f"{function} takes no argument")
-        needed = any(p.default is p.empty for p in parameters)
-        return found(argument) if argument or needed else found()
-    except UserError:
-        raise
-    except Exception as error:  # whatever a file may do wrong
-        message = " ".join(str(error.args[0] if error.args else error).split())
-        if isinstance(error, ValueError):
-            raise UserError(f"{path}{argument and ':'}{argument}: {message}") from error
-        where = _line_of(error, path)
-        raise UserError(f"{path}{where}: {type(error).__name__}: {message}") from error
-
-
-def packaged(folder: str = ".") -> dict[str, str]:
-    """Returns {name: file} of the configurations that come with the package or lie in its checkout, or of the
-    files in a folder below them.
-    """
-    package = pathlib.Path(__file__).parent.parent
-    roots = (package.parent / "configs", package / "configs")
-    return {file.stem: str(file) for root in roots for file in (root / folder).glob("[!_]*.py")}
-
-
-def _line_of(error: Exception, path: str) -> str:
-    """Returns ", line N" of the last line of the file that the error went through, or ""."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-    if isinstance(error, SyntaxError) and error.filename == path:
-        return f", line {error.lineno}"
-    return f", line {frames[-1].lineno}" if frames else ""
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:

@@ -1,14 +1,13 @@
 """The runs of a study: read from its file, listed, and shared among several programs."""
 
 import itertools
-import pathlib
 import re
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from simclr_jax import config as config_lib
-from simclr_jax.config.overrides import packaged, run_file, split_argument
+from simclr_jax.config.python_files import made_by
 from simclr_jax.errors import UserError
 from simclr_jax.studies.contract import BY_NAME, CHOOSING, EVALUATIONS, Key, Overrides, Study
 
@@ -42,18 +41,7 @@ def read_study(spec: str) -> Study:
     Raises:
       UserError: there is no such file, it fails, or it returns something else than a sound `Study`.
     """
-    name, argument = split_argument(spec)
-    path = packaged("studies").get(name, name)
-    if not pathlib.Path(path).is_file() or not path.endswith(".py"):
-        raise UserError(
-            f"no study {path!r}: expected a file such as configs/studies/loss.py, or one of "
-            f"{', '.join(sorted(packaged('studies')))}"
-        )
-    study = run_file(path, "get_study", argument)
-    if not isinstance(study, Study):
-        raise UserError(
-            f"{path}: get_study returned {study!r}: expected a simclr_jax.studies.Study"
-        )
+    path, study = made_by(spec, "get_study", Study, "study", folder="studies")
     _check(path, study)
     return study
 

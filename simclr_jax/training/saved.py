@@ -181,9 +181,8 @@ def _agreed_step(path: str) -> int | None:
     """Returns the newest step that process 0 sees, so that all processes read the same one."""
     if jax.process_count() == 1:
         return None
-    steps = saved_steps(path)
-    step = processes.as_first_process_says(steps[-1] if steps else -1)
-    return step if step >= 0 else None
+    steps = agreed_steps(path)
+    return steps[-1] if steps else None
 
 
 def _read(checkpoint: epath.Path, item: str, args: Any, handler: Any = None) -> Any:
