@@ -106,6 +106,47 @@ def test_the_regularisation_is_chosen_without_the_test_split(digits):
     assert 0.5 < np.mean(few) < best
 
 
+def test_the_probes_fit_to_no_label_of_the_validation_part_but_the_last_to_all(monkeypatch):
+    """Each image's feature is its number, so that the fits say which images they saw."""
+    count, fitted, divided = 40, [], probe.divided
+    images = np.arange(count, dtype=np.float32)[:, np.newaxis]
+    labels = np.arange(count) % 2
+
+    def seen(mesh, x, y):
+        fitted.append(sorted(int(row) for row in x[:, 0]))
+        return divided(mesh, x, y)
+
+    monkeypatch.setattr(probe, "divided", seen)
+    mesh = make_mesh(jax.devices()[:1])
+    features = Features((images, labels), (images[:4], labels[:4]), 2, mesh)
+    options = {"l2": (1e-3,), "validation_fraction": 0.25, "seed": 3, "seeds": 5}
+    options |= {"max_iterations": 2}
+    part, held = split_validation(count, 0.25, 3)
+    probe_all_labels(features, options)
+    assert fitted == [sorted(part), list(range(count))]
+    fitted.clear()
+    probe_few_labels(features, options, per_class=10)
+    assert [len(rows) for rows in fitted] == [20] * 5
+    assert not set(held) & set().union(*fitted)
+
+
+def test_features_are_centred_and_scaled_by_the_training_images():
+    rng = np.random.default_rng(0)
+    train, test = rng.normal(3, 7, (50, 4)), rng.normal(5, 2, (9, 4))
+    found, of_test = (np.asarray(x) for x in scale(train, test))
+    np.testing.assert_allclose(found.mean(axis=0), 0, atol=1e-5)
+    assert np.mean(np.sum(found**2, axis=1)) == pytest.approx(1, rel=1e-5)
+    factor = np.sqrt(np.mean(np.sum((train - train.mean(axis=0)) ** 2, axis=1)))
+    np.testing.assert_allclose(of_test, (test - train.mean(axis=0)) / factor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_row_has_the_sample_deviation():
+    found = results.row("encoder", 1, [0.5, 0.6])
+    assert found["accuracy"] == pytest.approx(0.55)
+    assert found["std"] == pytest.approx(0.1 / np.sqrt(2))
+    assert results.row("encoder", 1, [0.5])["std"] == 0
+
+
 def objective(x, y, kernel, bias, value):
     """Sum of the cross-entropies + value / 2 * |kernel|^2, in float64."""
     logits = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64) + bias

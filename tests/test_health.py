@@ -281,15 +281,17 @@ def test_what_stands_in_for_broken_images_has_no_rank():
     hook: Any = object.__new__(Spread)
     some = SimpleNamespace(split=SimpleNamespace(count=40))
     hook._images, hook._views = some, SimpleNamespace(evaluation_batches=lambda *_: None)
-    found = [({"h": h[k : k + 8], "z": h[k : k + 8]}, labels[k : k + 8]) for k in range(0, 40, 8)]
+    z = rng.normal(size=(40, 3)).astype(np.float32)
+    z[30:] = 1.0
+    found = [({"h": h[k : k + 8], "z": z[k : k + 8]}, labels[k : k + 8]) for k in range(0, 40, 8)]
     hook._extractor = SimpleNamespace(batch_size=8, stream=lambda *_: found)
     seen = hook.run(1, SimpleNamespace(variables=lambda _: {}))
     assert seen["rank_h"] == pytest.approx(rank_of(h[:30]))
-    assert seen["uniformity"] == pytest.approx(uniformity_of(h[:30]))
+    assert seen["rank_z"] == pytest.approx(rank_of(z[:30]))
+    assert seen["uniformity"] == pytest.approx(uniformity_of(z[:30]))
 
 
 def test_the_references_are_the_runs(tiny):
     plan = assemble.plan_of(tiny, 48)
-    assert assemble.references(tiny, plan) == References(16, 16, 3 + 2, 0.5)
     tiny.loss.name, tiny.model.head = "dcl", "none"
     assert assemble.references(tiny, plan) == References(16, 16, 3 + 2, None)

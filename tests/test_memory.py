@@ -25,16 +25,17 @@ from simclr_jax.training import memory
 PAIRS, BATCHES, WIDTH = 16, 3, 16
 
 
-def loops(name, z, keys, tau):
+def loops(name, z, keys, tau, normalize=True):
     """NT-Xent and DCL with further negatives, anchor by anchor in float64."""
     z, keys = (np.asarray(x, np.float64) for x in (z, keys))
-    z = z / np.linalg.norm(z, axis=1, keepdims=True)
+    if normalize:
+        z, keys = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (z, keys))
     losses = []
     for i, anchor in enumerate(z):
         j = i ^ 1
         left_out = (i, j) if name == "dcl" else (i,)
         exponents = [anchor @ z[k] / tau for k in range(len(z)) if k not in left_out]
-        exponents += [anchor @ key / np.linalg.norm(key) / tau for key in keys]
+        exponents += [anchor @ key / tau for key in keys]
         losses.append(np.log(np.sum(np.exp(exponents))) - anchor @ z[j] / tau)
     return np.mean(losses)
 
@@ -54,10 +55,12 @@ def some_keys():
     return rng.normal(size=(BATCHES, PAIRS, WIDTH)).astype(np.float32)
 
 
-def of_library(name, implementation, devices):
+@functools.cache
+def of_library(name, implementation, devices, normalize=True):
     """(z, Stored) -> (loss, metrics), jitted with its gradient."""
     c = config.default()
     c.loss.temperature, c.loss.implementation = 0.2, implementation
+    c.loss.normalize = normalize
     mesh = make_mesh(jax.devices()[:devices])
     loss = LOSSES[name](c.loss.to_dict(), mesh, PAIRS)
     place = functools.partial(jax.device_put, device=batch_sharded(mesh))
@@ -94,6 +97,13 @@ def test_value_and_gradient_equal_loops(name, implementation, devices, filled, m
     (_, without), _ = loss(z)
     for key, value in without.items():
         np.testing.assert_allclose(metrics[key], value, rtol=1e-6, err_msg=key)
+
+
+def test_dot_products_may_be_compared_with_stored_negatives():
+    z, keys = random_pairs(PAIRS, WIDTH) / 8, some_keys() / 8
+    (value, _), _ = of_library("nt_xent", "dense", 1, normalize=False)(z, Stored(keys, np.int32(3)))
+    expected = loops("nt_xent", z, keys.reshape(-1, WIDTH), 0.2, normalize=False)
+    np.testing.assert_allclose(value, expected, rtol=2e-6)
 
 
 def test_nothing_stored_is_minus_infinity_and_keys_have_no_gradient():

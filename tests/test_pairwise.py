@@ -36,9 +36,12 @@ def mined(s, i, negatives, least):
     return [max(found, key=lambda k: s[i, k])] if found else []
 
 
-def loop(name, z, other_view=False, total=False):
+def loop(name, z, other_view=False, total=False, normalize=True):
     """One of the losses, pair by pair."""
-    s, losses = cosines(z), []
+    s, losses = (
+        cosines(z) if normalize else np.asarray(z, np.float64) @ np.asarray(z, np.float64).T,
+        [],
+    )
     for i in range(len(s)):
         j = i ^ 1
         candidates = [k for k in range(len(s)) if k != i and (not other_view or (k - i) % 2)]
@@ -80,6 +83,26 @@ def test_every_loss_equals_a_loop(name, negatives, over):
     _, top1, top5, entropy = algorithm_1(z, TAU)
     found = [metrics[f"contrastive_{x}"] for x in ("top1", "top5", "entropy")]
     np.testing.assert_allclose(found, [top1, top5, entropy], rtol=1e-5)
+
+
+def of_the_other_view(s, tau):
+    """The share of anchors whose partner is the nearest of the other view's, and the entropy among these."""
+    others = [[k for k in range(len(s)) if (k - i) % 2] for i in range(len(s))]
+    right = [all(s[i, k] < s[i, i ^ 1] for k in o if k != i ^ 1) for i, o in enumerate(others)]
+    p = [np.exp(s[i, o] / tau) / np.exp(s[i, o] / tau).sum() for i, o in enumerate(others)]
+    return np.mean(right), np.mean([-np.sum(q * np.log(q)) for q in p])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_can_do_without_normalisation_and_tells_of_the_other_view(name):
+    z = random_pairs() / 4  # dot products of some 1
+    for normalize in (True, False):
+        loss = built(name, normalize=normalize, implementation="dense")
+        value, metrics = loss.apply(jnp.asarray(z), jnp.asarray(LABELS))
+        np.testing.assert_allclose(value, loop(name, z, normalize=normalize), rtol=2e-6)
+        s = cosines(z) if normalize else np.asarray(z, np.float64) @ np.asarray(z, np.float64).T
+        found = metrics["other_view_top1"], metrics["other_view_entropy"]
+        np.testing.assert_allclose(found, of_the_other_view(s, TAU), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["nt_logistic", "margin", "nt_xent"])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_images
+from invariance import first_state, step_of
 from test_device_invariance import use_one_block
 
 from simclr_jax import assemble
@@ -91,6 +92,16 @@ def test_a_step_changes_every_parameter_and_statistic(three_steps):
         "grad_norm",
         "learning_rate",
     }
+
+
+def test_the_norms_are_those_of_the_gradient_and_of_what_the_step_adds(small, monkeypatch):
+    start = first_state(small, monkeypatch)
+    found = step_of(small, jax.devices()[:1], start, monkeypatch)
+    added = jax.tree.map(lambda new, old: new - np.asarray(old), found["params"], start.params)
+    for name, tree in (("grad_norm", found["gradient"]), ("update_norm", added)):
+        norm = np.sqrt(sum(np.sum(np.float64(x) ** 2) for x in jax.tree.leaves(tree)))
+        assert found["metrics"][name] == pytest.approx(norm, rel=1e-3), name
+        assert norm > 0
 
 
 def test_the_classifier_does_not_touch_the_encoder(small, three_steps):

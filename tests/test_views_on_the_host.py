@@ -10,9 +10,9 @@ import tensorflow as tf
 from PIL import Image
 
 from simclr_jax.views import crop, host, make_distortion
-from simclr_jax.views.blur import blurred
+from simclr_jax.views.blur import blur_sigma, blurred
 from simclr_jax.views.color import ColorJitter, Grey
-from simclr_jax.views.crop import Crop
+from simclr_jax.views.crop import CROP_ATTEMPTS, Crop
 from simclr_jax.views.distortion import Distortion
 
 # One distortion for whole views, as TensorFlow compiles each anew; and one size, as also each size.
@@ -62,6 +62,16 @@ def test_crops_lie_in_the_image_and_have_the_asked_shapes():
     ratio = width / height
     assert ratio.min() > 0.75 * 0.98
     assert ratio.max() < 4 / 3 * 1.02
+
+
+def test_crops_reach_the_last_row_and_column_and_numbers_of_the_paper():
+    u = {"attempts": np.full(2 * CROP_ATTEMPTS, 0.3), "position": np.asarray([0.999, 0.999])}
+    top, left, height, width = Crop().window(np, 40.0, 30.0, u)
+    assert (top + height, left + width) == (40, 30)
+    u["position"] = np.zeros(2)
+    assert Crop().window(np, 40.0, 30.0, u)[:2] == (0, 0)
+    assert CROP_ATTEMPTS == 10  # torchvision's
+    assert [blur_sigma(x) for x in (0.0, 1.0)] == [0.1, 2.0]  # appendix A
 
 
 def test_crop_areas_are_uniform_and_aspects_log_uniform():

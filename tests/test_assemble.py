@@ -1,0 +1,112 @@
+"""The options of a configuration reach the parts that are assembled from it."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+
+from simclr_jax import assemble, config
+from simclr_jax.data.order import Order
+from simclr_jax.errors import UserError
+from simclr_jax.mesh import make_mesh
+from simclr_jax.training.optimizer import make_optimizer, warmup_cosine
+from simclr_jax.training.verdict import References
+
+
+def some_params():
+    rng = np.random.default_rng(0)
+    kernel, bias = rng.normal(size=(6, 4)), rng.normal(size=4)
+    return {
+        part: {"dense": {"kernel": jnp.asarray(kernel + i), "bias": jnp.asarray(bias + i)}}
+        for i, part in enumerate(("encoder", "head", "classifier"))
+    }
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "muon"])
+def test_the_optimizer_has_its_options(tiny, name):
+    own = {"weight_decay": 0.3, "momentum": 0.7, "trust_coefficient": 0.02}
+    config.set_options(tiny, {f"optimizer.{option}": value for option, value in own.items()})
+    config.set_options(tiny, {"optimizer.name": name, "optimizer.learning_rate": 0.5})
+    plan = assemble.plan_of(tiny, 48)
+    made, schedule = assemble.pretraining_optimizer(tiny, plan)
+    assert [schedule(step) for step in range(9)] == [
+        warmup_cosine(plan.learning_rate, plan.warmup_steps, 8)(step) for step in range(9)
+    ]
+    expected = make_optimizer(name, schedule, **own)
+
+    def after_steps(optimizer):
+        params = some_params()
+        state = optimizer.init(params)
+        for step in range(3):  # the first is of the warm-up, whose rate is 0
+            gradient = jax.tree.map(lambda x, step=step: jnp.cos(x + step), params)
+            updates, state = optimizer.update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    jax.tree.map(np.testing.assert_array_equal, after_steps(made), after_steps(expected))
+
+
+def test_the_seed_decides_the_order_and_the_numbers_drawn(tiny):
+    mesh, train = make_mesh(jax.devices()[:1]), assemble.data_set(tiny).train
+    firsts = []
+    for seed in (0, 1):
+        tiny.seed = seed
+        for views in (assemble.views(tiny, mesh), assemble.classifier_views(tiny, mesh, 16)):
+            assert views.settings.order == Order(seed, 16)
+            batches = views.batches(assemble.images_of(tiny, train), 0)
+            fetched = views.fetch(views.placer(train)(next(batches)))
+            firsts.append((fetched["label"], fetched["draws"]))
+    for (label, draws), (other_label, other_draws) in itertools.pairwise(firsts[::2]):
+        assert not np.array_equal(label, other_label)
+        assert not np.allclose(draws, other_draws)
+
+
+@pytest.mark.parametrize("allowed", [0.1, 0.09])
+def test_as_many_images_may_be_broken_as_the_option_says(tiny, tmp_path, allowed):
+    """One of ten: a share exactly at the limit passes."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(10):
+        Image.fromarray(np.full((12, 12, 3), i, np.uint8)).save(folder / f"{i}.png")
+    (folder / "3.png").write_bytes(b"no picture")
+    config.set_options(
+        tiny, {"data.source": "folder", "data.path": str(folder), "data.max_broken": allowed}
+    )
+    images = assemble.images_of(tiny, assemble.data_set(tiny).train)
+    if allowed == 0.1:
+        assert images.broken.find(range(10))
+        assert images.broken.indices == {3}
+        return
+    with pytest.raises(
+        UserError, match=r"1 of 10 images cannot be read, more than the share of 0\.09"
+    ):
+        images.broken.find(range(10))
+
+
+def test_encoder_and_head_take_what_an_evaluation_changes(tiny_resnet):
+    made = (
+        assemble.encoder(tiny_resnet, norm_momentum=0.5),
+        assemble.head(tiny_resnet, norm_momentum=0.5),
+    )
+    assert [part.norm_momentum for part in made] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("options", "temperature"),
+    [
+        ({}, 0.5),
+        ({"loss.name": "dcl"}, None),
+        ({"loss.normalize": False}, None),
+        ({"loss.negatives": "other_view"}, None),
+        ({"loss.memory": 16}, None),
+        ({"train.objective": "supervised"}, None),
+    ],
+)
+def test_bounds_of_nt_xent_are_held_against_it_alone(tiny, options, temperature):
+    config.set_options(tiny, options)
+    plan = assemble.plan_of(tiny, 48)
+    assert assemble.references(tiny, plan) == References(16, 16, 3 + 2, temperature)
