@@ -14,11 +14,13 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from conftest import encoder_checkpoint
 
 import simclr_jax
 from simclr_jax import assemble, processes
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import make_mesh, state_shardings
+from simclr_jax.training import saved
 from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.saved import (
     find,
@@ -78,10 +80,10 @@ def test_the_state_comes_back_on_any_number_of_devices(tmp_path, tiny_resnet):
         with Checkpoints(str(tmp_path), Saving(every_steps=4)) as checkpoints:
             restored, options = checkpoints.restore_newest(expected)
         assert options["step"] == 4
-        for leaf, saved, wanted in zip(
+        for leaf, before, wanted in zip(
             *map(jax.tree.leaves, (restored, state, expected)), strict=True
         ):
-            np.testing.assert_array_equal(np.asarray(leaf), np.asarray(saved))
+            np.testing.assert_array_equal(np.asarray(leaf), np.asarray(before))
             assert set(leaf.sharding.device_set) == set(mesh.devices.flat)
             assert leaf.sharding == wanted.sharding
 
@@ -182,12 +184,35 @@ def test_encoders_are_read_while_training_saves_and_deletes(tmp_path, tiny):
         while not saved_steps(tmp_path):
             time.sleep(0.01)
         try:
-            steps = [simclr_jax.load_encoder(tmp_path).step for _ in range(15)]
+            steps: list[int] = []
+            until = time.monotonic() + 60
+            while len(set(steps)) < 4 or len(steps) < 15:
+                assert time.monotonic() < until
+                steps.append(simclr_jax.load_encoder(tmp_path).step)
         finally:
             stop.set()
         training.result()
     assert steps == sorted(steps)
-    assert len(set(steps)) > 3
+
+
+def test_an_encoder_whose_arrays_are_not_those_saved_is_refused(tmp_path, tiny, monkeypatch):
+    """Where the storage has noticed nothing."""
+    encoder_checkpoint(tiny, tmp_path)
+    original = saved._read
+
+    def with_one_bit_flipped(checkpoint, item, *how):
+        found = original(checkpoint, item, *how)
+        if item != saved.ENCODER:
+            return found
+        leaves, tree = jax.tree.flatten(found)
+        x = np.array(leaves[3])
+        x.view(np.uint32).reshape(-1)[0] ^= 1
+        return jax.tree.unflatten(tree, [*leaves[:3], jnp.asarray(x), *leaves[4:]])
+
+    assert simclr_jax.load_encoder(tmp_path).step == 1
+    monkeypatch.setattr(saved, "_read", with_one_bit_flipped)
+    with pytest.raises(UserError, match="the arrays of encoder differ from those that were saved"):
+        simclr_jax.load_encoder(tmp_path)
 
 
 def empty(folder):

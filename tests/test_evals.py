@@ -130,6 +130,20 @@ def test_the_probes_fit_to_no_label_of_the_validation_part_but_the_last_to_all(m
     assert not set(held) & set().union(*fitted)
 
 
+def test_an_evaluation_gets_the_metric_that_was_asked_for(tiny, tmp_path, monkeypatch):
+    seen = []
+
+    def rows(features, options, kind):
+        seen.append(options["metric"])
+        return [results.row(kind, None, [0.5]) | {"lambda": 1.0, "validation_accuracies": []}]
+
+    monkeypatch.setitem(EVALUATIONS, "transfer", EVALUATIONS["transfer"]._replace(rows=rows))
+    workdir = encoder_checkpoint(tiny, tmp_path / "w")
+    tiny.eval.metric = "mean_per_class"
+    result = evaluate_features("transfer", tiny, str(workdir))
+    assert set(seen) == {"mean_per_class"} == {result["settings"]["metric"]}
+
+
 def test_features_are_centred_and_scaled_by_the_training_images():
     rng = np.random.default_rng(0)
     train, test = rng.normal(3, 7, (50, 4)), rng.normal(5, 2, (9, 4))
@@ -164,11 +178,22 @@ def optimum(x, y, value):
     return model, objective(x, y, model.coef_.T, model.intercept_, value)
 
 
+# What `optimum` finds on `digits`, by scikit-learn 1.9: it takes seconds for small lambdas.
+OPTIMA = {1e-6: 0.01287001855, 1e-3: 3.350358379, 1e-2: 17.33624635, 1e-1: 75.53520016}
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("value", OPTIMA)
+def test_the_optima_are_scikit_learns(digits, value):
+    x, y = digits.train
+    assert optimum(x, y, value)[1] == pytest.approx(OPTIMA[value], rel=1e-5)
+
+
 def test_the_weakest_lambda_is_fitted_too(digits):
     (x, y), *_ = digits
     (weights,), _ = fit_lambdas(x, y, LAMBDAS[:1], 10, 1000)
-    _, least = optimum(x, y, LAMBDAS[0])
-    assert objective(x, y, **weights, value=LAMBDAS[0]) == pytest.approx(least, rel=5e-3)
+    value = LAMBDAS[0]
+    assert objective(x, y, **weights, value=value) == pytest.approx(OPTIMA[value], rel=5e-3)
 
 
 @pytest.mark.parametrize("value", [1e-2, 1.0, 100.0])
@@ -187,7 +212,7 @@ def test_a_lambda_reaches_scikit_learns_optimum(digits, value):
 def test_a_path_of_fits_is_rough_but_for_its_end(digits):
     (x, y), *_ = digits
     lambdas = [1e-3, 1e-2, 1e-1]
-    least = [optimum(x, y, value)[1] for value in lambdas]
+    least = [OPTIMA[value] for value in lambdas]
     above = {}
     for enough in (0.0, logistic.ROUGHLY):
         fits, unfinished = fit_lambdas(x, y, lambdas, 10, 1000, None, enough)

@@ -230,6 +230,7 @@ def test_arrays_that_are_not_those_that_were_saved_are_refused():
         "a": jnp.arange(6, dtype=jnp.float32),
         "b": jnp.ones(6, jnp.bfloat16),
         "c": jnp.int32(7),
+        "d": jnp.ones(6, jnp.float32),
     }
     options = {"checksums": {"encoder": saved.checksum(tree)}}
     saved.verify("encoder", jax.tree.map(jnp.copy, tree), options)
@@ -241,7 +242,7 @@ def test_arrays_that_are_not_those_that_were_saved_are_refused():
             other = tree | {name: jnp.asarray(x.reshape(tree[name].shape))}
             with pytest.raises(ValueError, match="damaged on disk"):
                 saved.verify("encoder", other, options)
-    swapped = tree | {"a": tree["a"][::-1].at[:].set(1.0), "b": tree["b"] * 2}
+    swapped = tree | {"a": tree["d"], "d": tree["a"]}
     with pytest.raises(ValueError, match="damaged on disk"):
         saved.verify("encoder", swapped, options)
     for devices in (2, 8):

@@ -21,7 +21,7 @@ from simclr_jax.encoders import apply_network, init_encoder
 from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.errors import Stopped, UserError
-from simclr_jax.evals import classifier_training, finetune, protocol
+from simclr_jax.evals import classifier_training, finetune, protocol, subjects
 from simclr_jax.evals.features import Extractor
 from simclr_jax.files import locked
 from simclr_jax.mesh import make_mesh, to_global
@@ -395,6 +395,50 @@ def metrics_of(folder):
         ]
         for path in folder.glob("*/metrics.jsonl")
     }
+
+
+@pytest.mark.parametrize("name", ["linear", "finetune"])
+def test_draws_have_other_labels_and_only_a_frozen_start_is_calibrated(
+    name, run, monkeypatch, one_device
+):
+    """With no step done."""
+    config, workdir = run
+
+    def fit(job, batches, run, hooks):
+        return job.init()
+
+    calibrated, original = [], subjects.untrained
+
+    def untrained(*args):
+        calibrated.append(name)
+        return original(*args)
+
+    monkeypatch.setattr(classifier_training, "fit", fit)
+    monkeypatch.setattr(subjects, "untrained", untrained)
+    config.eval.validation_fraction = 0.0
+    getattr(finetune, name)(config, str(workdir))
+    assert calibrated == (["linear"] if name == "linear" else [])
+    if name == "finetune":
+        about = [json.loads(path.read_text()) for path in workdir.glob("finetune/*/about.json")]
+        few = {a["setting"]["draw"]: a["images"] for a in about if a["setting"]["fraction"] < 1}
+        assert len(set(few.values())) == len(few) == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("optimizer", "lars"), ("scaling", "sqrt"), ("momentum", 0.5), ("metric", "x")],
+)
+def test_what_decides_a_training_makes_it_another(tiny, option, value):
+    def decided(metric="accuracy", **changed):
+        tiny.finetune.update(changed)
+        asked = protocol.Protocol("finetune", "t", tiny.finetune, True, 0, lambda kind: [])
+        length = protocol.Length(1.0, "epochs")
+        training = protocol.Training("encoder", 1.0, 0, length, 0.1, 0.0)
+        return protocol.what_decides(tiny, asked, training, {}, "crops", metric)
+
+    before = decided()
+    assert protocol.decides_the_same(before, decided())
+    assert not protocol.decides_the_same(before, decided(**{option: value}))
 
 
 def test_an_option_that_an_earlier_version_lacked_makes_no_other_training():

@@ -1,5 +1,7 @@
 """The cached gradient of a batch in microbatches is the gradient of the batch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,12 +43,17 @@ def loss(z, labels):
 
 
 def gradient(objective, params, batch, microbatches=1, loss=loss, batch_stats=1.0):
-    def compute(params, batch):
+    return computed(objective, microbatches, loss)(params, batch_stats, batch)
+
+
+@functools.cache
+def computed(objective, microbatches, loss):
+    def compute(params, batch_stats, batch):
         if microbatches == 1:
             return whole_gradient(objective, loss, params, batch_stats, batch)
         return cached_gradient(objective, loss, params, batch_stats, batch, microbatches)
 
-    return jax.jit(compute)(params, batch)
+    return jax.jit(compute)
 
 
 def worst(found, expected):
@@ -74,6 +81,7 @@ class Flat(nn.Module):
         return jnp.tanh(nn.Dense(8)(x.reshape(len(x), -1)))
 
 
+@functools.cache
 def objective_with_labels(name):
     """(objective, loss over z, params, batch_stats) of the package's own objectives, on a network of two layers."""
     encoder, classifier, key = Flat(), LinearClassifier(3), jax.random.key(0)

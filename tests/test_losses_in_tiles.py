@@ -1,5 +1,6 @@
 """NT-Xent in tiles: equal to the dense loss, which test_losses.py holds against Algorithm 1."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -27,6 +28,11 @@ def softmax_in_tiles(*args, **options):
     return terms_in_tiles(*args, **options).loss()
 
 
+@functools.cache
+def of_dense(dense, tau):
+    return both(lambda z: dense(z, tau), random_pairs(pairs=32))
+
+
 def check_tiles(in_tiles, dense, chunk, devices, tau):
     """Value, metrics and gradient of a loss in tiles are those of the dense one. Returns the value."""
     z = random_pairs(pairs=32)
@@ -34,7 +40,7 @@ def check_tiles(in_tiles, dense, chunk, devices, tau):
     (loss, metrics), gradient = both(
         lambda z: in_tiles(z, tau, chunk=chunk, mesh=mesh), jax.device_put(z, batch_sharded(mesh))
     )
-    (dense_loss, dense_metrics), dense_gradient = both(lambda z: dense(z, tau), z)
+    (dense_loss, dense_metrics), dense_gradient = of_dense(dense, tau)
     # A cosine is off by some 1e-7, so a logit by 1e-7 / tau.
     tolerance = max(1e-5, 1e-6 / tau)
     np.testing.assert_allclose(loss, dense_loss, rtol=tolerance)
@@ -53,6 +59,15 @@ def test_value_metrics_and_gradient_are_the_dense_ones(chunk, devices):
     loss = check_tiles(nt_xent_chunked, nt_xent, chunk, devices, tau)
     expected = algorithm_1(random_pairs(pairs=32), tau)[0]
     np.testing.assert_allclose(loss, expected, rtol=max(1e-5, 1e-6 / tau))
+
+
+def test_dot_products_of_any_size_are_shifted_before_their_exponentials():
+    """Those of unit vectors are bounded by 1 / tau, which 1 / 0.5 is; these are some thousand."""
+    z = 20 * random_pairs()
+    loss, _ = softmax_in_tiles(jnp.asarray(z), 0.5, normalized=False, chunk=6)
+    expected, _ = nt_xent(jnp.asarray(z), 0.5, normalized=False)
+    assert np.isfinite(expected)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

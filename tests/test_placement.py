@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import random_images
+from PIL import Image
 
 from simclr_jax.data.arrays import in_memory
 from simclr_jax.data.broken import Broken, Images
@@ -25,7 +26,7 @@ from simclr_jax.errors import UserError
 from simclr_jax.mesh import batch_sharded, make_mesh
 from simclr_jax.views import device, pipeline
 from simclr_jax.views.color import Flip, Grey
-from simclr_jax.views.crop import Crop
+from simclr_jax.views.crop import Crop, center_view
 from simclr_jax.views.distortion import Distortion
 from simclr_jax.views.placement import HostCrops, HostViews, Resident, ViewSettings, stream
 from simclr_jax.views.solarize import Solarize
@@ -176,7 +177,7 @@ def test_batches_are_repeatable_and_can_be_entered_anywhere(whole, way):
 
 
 def test_batches_do_not_depend_on_threads_prefetching_or_timing(whole, monkeypatch):
-    monkeypatch.setattr(pipeline.tf.data, "AUTOTUNE", 1)
+    monkeypatch.setattr(pipeline, "CORES", 1)
     monkeypatch.setattr(pipeline, "_PREFETCH_BATCHES", 1)
     with contextlib.closing(views_of(HostViews).batches(images(), 0)) as found:
         for one, other in zip(whole[HostViews][:8], found, strict=False):
@@ -242,8 +243,9 @@ def test_a_stream_pairs_the_global_batch_with_the_names_of_its_images(whole, way
 EVALUATED = pytest.mark.parametrize("way", [HostViews, Resident], ids=["host", "device"])
 
 
-def evaluated(way, batch_size, split=SPLIT, start=0, share=Share()):
+def evaluated(way, batch_size, split=SPLIT, start=0, share=Share(), **changed):
     views = views_of(way, share, size=10)
+    views = dataclasses.replace(views, settings=dataclasses.replace(views.settings, **changed))
     return list(views.evaluation_batches(images(split), batch_size, start))
 
 
@@ -260,6 +262,35 @@ def test_evaluation_gives_every_image_once_in_order_and_not_distorted(way, batch
     assert labels.dtype == np.int32
     assert [len(b["label"]) for b in found[:-1]] == [batch_size] * (len(found) - 1)
     assert_equal(found[1:], evaluated(way, batch_size, start=1))
+
+
+@EVALUATED
+@pytest.mark.parametrize("antialias", [False, True])
+def test_evaluation_crops_and_averages_as_the_options_say(way, antialias):
+    large = in_memory(random_images(5, 40, 36), np.arange(5) % 3, ("a", "b", "c"))
+    distortion = Distortion(Window(antialias=antialias), ())
+    (found,) = evaluated(way, 5, large, eval_crop=0.8, distortion=distortion)
+    expected = [center_view(image, 10, 0.8, antialias) for image in large.source.arrays]
+    assert np.max(np.abs(found["image"].astype(int) - np.asarray(expected, int))) <= 1
+    assert not np.allclose(
+        expected, [center_view(x, 10, 1.0, antialias) for x in large.source.arrays], atol=9
+    )
+
+
+def test_images_are_turned_upright_only_where_the_option_says_so(tmp_path):
+    """By the orientation in their EXIF data: a quarter turn."""
+    half = np.zeros((10, 10, 3), np.uint8)
+    half[:, 5:] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(half).save(tmp_path / "a.jpg", quality=100, exif=exif)
+    split = open_split(str(tmp_path), labels=False)
+    bright = {}
+    for upright in (True, False):
+        (found,) = evaluated(HostViews, 1, split, upright=upright)
+        bright[upright] = found["image"][0, :, :, 0] > 127
+    np.testing.assert_array_equal(bright[False], half[:, :, 0] > 127)
+    np.testing.assert_array_equal(bright[True], np.rot90(half[:, :, 0], -1) > 127)
 
 
 @EVALUATED

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import threading
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from test_loop import config_file, metrics_of
 
 import simclr_jax
 from simclr_jax import assemble, data, load_encoder, main, shell
-from simclr_jax.config import from_dict, set_options
+from simclr_jax.config import flatten, from_dict, set_options
 from simclr_jax.data.order import Order, batch_positions
 from simclr_jax.errors import UserError
 from simclr_jax.evals.evaluate import evaluate_features
@@ -28,7 +27,7 @@ from simclr_jax.modes.pretrain import describe_run, pretrain
 from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.saved import checksum_of_record, find, saved_steps
 from simclr_jax.training.state import TrainState
-from simclr_jax.training.workdir import check_workdir
+from simclr_jax.training.workdir import check_workdir, write_record
 from simclr_jax.views.placement import Resident
 
 WATCHED = {
@@ -135,19 +134,6 @@ def test_views_of_the_host_go_on_where_they_were(tiny, tmp_path, options):
     pretrain(tiny, str(workdir))
     assert_same_run(workdir, tmp_path / "whole")
     assert [line["step"] for line in metrics_of(workdir)] == [3, 6, 8]
-
-
-def test_another_thread_than_the_main_one_can_pretrain(watched, copy, whole):
-    """Notebooks and servers do. Python delivers signals to the main thread only."""
-    outcome = []
-    without(copy, 6, 8)
-    thread = threading.Thread(
-        target=lambda: outcome.append(simclr_jax.pretrain(watched, str(copy)))
-    )
-    thread.start()
-    thread.join(timeout=300)
-    assert outcome == [True]
-    assert_same_run(copy, whole)
 
 
 def test_a_finished_run_is_left_as_it_is(watched, copy, capsys):
@@ -359,6 +345,21 @@ def test_folders_of_equal_names_and_sizes_may_differ(tiny, tmp_path):
     tiny.data.test_path = f"{tmp_path}/../{tmp_path.name}/train"
     with pytest.raises(UserError, match="the test images are the training images"):
         assemble.data_set(tiny)
+
+
+def test_the_record_names_every_file_from_anywhere(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = (
+        "data.path",
+        "data.test_path",
+        "data.labels_file",
+        "model.init_from",
+        "distill.teacher",
+    )
+    set_options(tiny, dict.fromkeys(paths, "below/here"))
+    record = write_record(tiny, {}, "w")
+    recorded = flatten(from_dict(json.loads(json.dumps(record["config"]))))
+    assert {recorded[path] for path in paths} == {str(tmp_path / "below/here")}
 
 
 def test_the_record_names_the_data_from_anywhere(tiny, tmp_path, monkeypatch):

@@ -229,16 +229,20 @@ def test_the_order_repeats_and_can_be_entered_anywhere(kind, request):
     assert not np.array_equal(stream(split, steps=15, seed=6), whole)
 
 
-@pytest.fixture(params=[1, 64])
-def least_of_a_lane(request, monkeypatch):
-    """Lanes of one example a batch or more, so six of them, and one lane."""
+@pytest.fixture
+def lanes(request, monkeypatch):
+    """Lanes of one example a batch or more, so six of them, or one lane; indexed data have none."""
     monkeypatch.setattr(order, "LEAST_OF_A_LANE", request.param)
     monkeypatch.setattr(order, "SHARDS_OF_A_LANE", 1)
     monkeypatch.setattr(order, "WINDOW", 1)  # each shard a window of its own
 
 
-@pytest.mark.parametrize("kind", [*STREAMED, "small_split", "drawn"])
-def test_a_batch_does_not_depend_on_the_number_of_processes(kind, request, least_of_a_lane):
+@pytest.mark.parametrize(
+    ("kind", "lanes"),
+    [("row_groups", 1), ("files", 64), ("small_split", 1), ("drawn", 1)],
+    indirect=["lanes"],
+)
+def test_a_batch_does_not_depend_on_the_number_of_processes(kind, request, lanes):
     """24 images on 1, 3 and 4 processes, of which 4 do not divide the six lanes: the same ones in the same rows,
     epoch after epoch, entered anywhere.
     """

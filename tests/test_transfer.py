@@ -19,8 +19,6 @@ from simclr_jax.evals.scores import eleven_point_map, mean_per_class, metric_of
 from simclr_jax.losses.classification import cross_entropy_of_sets
 from simclr_jax.mesh import make_mesh
 
-RNG = np.random.default_rng(0)
-
 
 def slow_map(logits, members, recalls=11):
     """The 11-point mean average precision of Everingham et al. 2010, image by image."""
@@ -43,8 +41,9 @@ def slow_map(logits, members, recalls=11):
 
 
 def test_the_mean_average_precision_equals_a_loop():
-    logits = RNG.normal(size=(60, 5))
-    members = RNG.choice([1, 0, -1], size=(60, 5), p=[0.3, 0.6, 0.1])
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(60, 5))
+    members = rng.choice([1, 0, -1], size=(60, 5), p=[0.3, 0.6, 0.1])
     assert eleven_point_map(logits, members) == pytest.approx(slow_map(logits, members), abs=1e-12)
     # Other numbers of points, and images that do not count counted as wrong, give another value.
     assert abs(slow_map(logits, members, 101) - slow_map(logits, members)) > 1e-3
@@ -62,7 +61,8 @@ def test_the_mean_average_precision_of_a_list_worked_by_hand():
 
 
 def test_the_mean_of_the_classes_is_scikit_learns():
-    labels, logits = RNG.choice(4, size=50, p=[0.7, 0.1, 0.1, 0.1]), RNG.normal(size=(50, 4))
+    rng = np.random.default_rng(0)
+    labels, logits = rng.choice(4, size=50, p=[0.7, 0.1, 0.1, 0.1]), rng.normal(size=(50, 4))
     expected = balanced_accuracy_score(labels, logits.argmax(1))
     assert mean_per_class(logits, labels) == pytest.approx(expected)
 
@@ -81,8 +81,9 @@ def test_the_metric_is_the_papers(asked, name, expected):
 
 
 def test_a_classifier_of_sets_is_one_of_scikit_learns_for_each_label():
-    x = RNG.normal(size=(80, 6)).astype(np.float32)
-    members = (x @ RNG.normal(size=(6, 3)) + RNG.normal(size=(80, 3)) > 0).astype(np.int8)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(80, 6)).astype(np.float32)
+    members = (x @ rng.normal(size=(6, 3)) + rng.normal(size=(80, 3)) > 0).astype(np.int8)
     members[::7, 1] = -1
     (ours, _), _ = fit_lambdas(x, members, [1.0, 1e5], 3, 1000)
     for k in range(3):
@@ -96,7 +97,7 @@ def test_a_classifier_of_sets_is_one_of_scikit_learns_for_each_label():
 def test_the_cross_entropy_of_sets_equals_a_loop():
     members = np.asarray([[1, 0, 0], [1, 1, 0], [0, -1, 1]])
     labels = np.asarray([0, 1, 2, -1, 1])
-    logits = RNG.normal(size=(5, 3))
+    logits = np.random.default_rng(0).normal(size=(5, 3))
     losses = [
         np.log1p(np.exp(-logits[i, k] if members[label, k] == 1 else logits[i, k]))
         for i, label in enumerate(labels)
@@ -105,7 +106,13 @@ def test_the_cross_entropy_of_sets_equals_a_loop():
     ]
     loss, accuracy = cross_entropy_of_sets(logits, labels, members)
     assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5)
-    assert 0 < float(accuracy) < 1
+    right = [
+        (logits[i, k] > 0) == (members[label, k] == 1)
+        for i, label in enumerate(labels)
+        for k in range(3)
+        if label >= 0 and members[label, k] >= 0
+    ]
+    assert float(accuracy) == pytest.approx(np.mean(right))
     gradient = jax.grad(lambda z: cross_entropy_of_sets(z, labels, members)[0])(logits)
     assert np.all(np.asarray(gradient)[3] == 0)  # no label
     assert gradient[2, 1] == 0  # does not count
@@ -222,17 +229,25 @@ def test_images_of_several_labels_are_fine_tuned_on(several, tmp_path, monkeypat
 def test_the_grid_is_chosen_on_validation_and_the_choice_trained_on_all(
     tiny, tmp_path, capsys, monkeypatch
 ):
-    """With no step done: each training ends as it begins."""
+    """With no step done: each training ends as it begins. The second candidate is the better one."""
+    looked_at_validation = {}
 
     def fit(job, batches, run, hooks):
         state = job.init()
+        now = looked_at_validation["now"] = epath.Path(run.workdir).name
+        looked_at_validation[now] = any(hook.due(job.steps) for hook in hooks)
         for hook in hooks:
             if hook.due(job.steps):
                 hook.run(job.steps, state)
         epath.Path(run.workdir, "checkpoints").mkdir()
         return state
 
+    def score(setup, state, images):
+        better = "rate_0.1" in looked_at_validation["now"]
+        return (0.9 if better else 0.2) if images is setup.validation else 0.5
+
     monkeypatch.setattr(classifier_training, "fit", fit)
+    monkeypatch.setattr(classifier_training.Setup, "_score", score)
     monkeypatch.setattr(classifier_training, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     config.set_options(tiny, GRID)
     workdir = encoder_checkpoint(tiny, tmp_path / "w")
@@ -249,6 +264,11 @@ def test_the_grid_is_chosen_on_validation_and_the_choice_trained_on_all(
         for r, d in (("0.01", "0.1"), ("0.1", "0.01"))
     }
     assert candidates < folders
+    assert (run["learning_rate"], run["validation"]) == (0.1, 0.9)
+    # A refit has the validation part among its training images.
+    del looked_at_validation["now"]
+    judged = {name for name, looked in looked_at_validation.items() if looked}
+    assert judged == {name for name in folders - {"lock"} if not name.endswith("refit")}
     chosen = f"rate_{run['learning_rate']:g}_decay_{run['weight_decay']:g}"
     refits = [name for name in folders - candidates if name.startswith("encoder")]
     assert refits == [f"encoder_1_of_labels_draw_0_4_steps_{chosen}_refit"]
