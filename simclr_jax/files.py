@@ -212,18 +212,22 @@ def storage_error(error: Exception) -> UserError | None:
     return None
 
 
-# Words of errors that say that something is short at the moment, or that a server has moved a file.
-_SHORT = r"RESOURCE_EXHAUSTED|Cannot allocate memory|Too many open files|Stale file handle"
+# Words of errors that say that the files may be read later.
+_LATER = r"Cannot allocate memory|Too many open files|Stale file handle"
 
 
 def raise_if_passing(error: Exception) -> None:
     """Raises if `error`, which came while reading, says nothing about the content that was read: an `Unavailable` if a
-    bucket does not answer, and the error itself if memory or file handles are short.
+    bucket does not answer, a UserError if file handles are short, and the error itself if memory is.
     """
     if isinstance(away := storage_error(error), Unavailable):
         raise away from error
-    if isinstance(error, MemoryError) or re.search(_SHORT, str(error)):
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         raise error
+    if re.search(_LATER, str(error)):
+        raise UserError(
+            f"a checkpoint cannot be read at the moment ({one_line(error)[:200]}): the same command goes on once it can"
+        ) from error
 
 
 def _has_google_storage() -> bool:

@@ -125,14 +125,14 @@ def test_a_process_restores_what_process_0_has_not_what_it_sees_itself(tmp_path,
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "raised"),
     [
-        MemoryError(),
-        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"),
-        OSError(24, "Too many open files"),
+        (MemoryError("x"), MemoryError),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: x"), jax.errors.JaxRuntimeError),
+        (OSError(24, "Too many open files"), UserError),
     ],
 )
-def test_what_is_short_while_restoring_is_no_damage(error, tmp_path, monkeypatch):
+def test_what_is_short_while_restoring_is_no_damage(error, raised, tmp_path, monkeypatch):
     save(tmp_path, [2, 4])
 
     def fails(*_):
@@ -140,7 +140,7 @@ def test_what_is_short_while_restoring_is_no_damage(error, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "_restore", fails)
-        with pytest.raises(type(error)):
+        with pytest.raises(raised, match="x|cannot be read at the moment .*Too many open files"):
             restored(tmp_path)
     assert not (tmp_path / "broken_checkpoints").exists()
     assert restored(tmp_path) == 4
