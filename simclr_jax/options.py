@@ -16,10 +16,12 @@ class Allowed(NamedTuple):
     Attributes:
       holds: value -> whether the option may have it.
       says: the values in words, after "expected", or a function that returns them.
+      are_paths: whether they are paths of files or folders, which the record of a run makes absolute.
     """
 
     holds: Callable[[Any], bool]
     says: str | Callable[[], str]
+    are_paths: bool = False
 
     @property
     def text(self) -> str:
@@ -120,6 +122,11 @@ def flag() -> Allowed:
 def text() -> Allowed:
     """Allows any text."""
     return Allowed(lambda value: isinstance(value, str), "text")
+
+
+def path() -> Allowed:
+    """Allows the path of a file or folder, or an address such as gs://BUCKET/FOLDER; "" for none."""
+    return text()._replace(are_paths=True)
 
 
 def each(allowed: Allowed, least: int = 0) -> Allowed:

@@ -140,7 +140,7 @@ def test_what_is_short_while_restoring_is_no_damage(error, raised, tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "_restore", fails)
-        with pytest.raises(raised, match="x|cannot be read at the moment .*Too many open files"):
+        with pytest.raises(raised, match=r"x|cannot be read at the moment .*Too many open files"):
             restored(tmp_path)
     assert not (tmp_path / "broken_checkpoints").exists()
     assert restored(tmp_path) == 4

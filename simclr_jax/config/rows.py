@@ -6,7 +6,7 @@ losses, distortions and sources list their own options beside their code.
 
 from simclr_jax import data, encoders, losses, views
 from simclr_jax.encoders.heads import HEADS
-from simclr_jax.options import Option, below, each, flag, number, one_of, text, whole
+from simclr_jax.options import Option, below, each, flag, number, one_of, path, whole
 
 _MOST_IMAGES = 2**24  # of any batch
 
@@ -96,7 +96,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "model.init_from",
         "",
-        text(),
+        path(),
         "weights that pretraining begins with: a workdir, a checkpoint, or a file that --mode=import "
         "reads",
         resumable=True,
@@ -120,7 +120,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "distill.teacher",
         "",
-        text(),
+        path(),
         "folder of the classifier that --mode=distill takes as the teacher: fine-tuned, imported or "
         "itself distilled",
         resumable=True,

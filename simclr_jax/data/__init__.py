@@ -15,7 +15,7 @@ from simclr_jax.data.split import DataSet, Split
 from simclr_jax.data.subsets import evenly
 from simclr_jax.errors import UserError
 from simclr_jax.files import expanded
-from simclr_jax.options import Option, flag, name_in, number, text
+from simclr_jax.options import Option, flag, name_in, number, path, text
 
 # name: ({option of the group "data", without the group: value}, and "seed") -> DataSet
 SOURCES: dict[str, Callable[[Mapping[str, Any]], DataSet]] = {
@@ -47,7 +47,7 @@ OPTIONS = (
     Option(
         "data.path",
         "",
-        text(),
+        path(),
         "where the images are: the folder where TFDS keeps its data (empty: TFDS's default), a folder "
         "of images, an .npz file or Parquet files",
         resumable=True,
@@ -55,7 +55,7 @@ OPTIONS = (
     Option(
         "data.test_path",
         "",
-        text(),
+        path(),
         "folder or Parquet files of the test images; empty: no test images from here; see data.test_fraction",
         resumable=True,
     ),
@@ -89,7 +89,7 @@ OPTIONS = (
     Option(
         "data.labels_file",
         "",
-        text(),
+        path(),
         "CSV file with two columns: image, a path below data.path (or below the folder that holds "
         "both data.path and data.test_path), and label. Images that are not in it have no label. A "
         "run that is resumed must find the labels that it began with; evaluations may use other files",

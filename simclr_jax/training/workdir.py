@@ -25,15 +25,6 @@ from simclr_jax.training.saved import agreed_steps, check_writable, find, read_n
 
 _PACKAGES = ("simclr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
-# Options that are paths.
-_PATHS = (
-    ("data", "path"),
-    ("data", "test_path"),
-    ("data", "labels_file"),
-    ("model", "init_from"),
-    ("distill", "teacher"),
-)
-
 # Options that decide which images or labels a run finds.
 _CHOOSE_IMAGES = (
     "data.source",
@@ -316,11 +307,10 @@ def _found_from_anywhere(config: ConfigDict) -> dict:
     """Returns the configuration with absolute paths, so that they name the same files whatever the current
     folder is.
     """
-    found = config.to_dict()
-    for group, name in _PATHS:
-        if found[group][name]:
-            found[group][name] = absolute(found[group][name])
-    return found
+    found, values = config.copy_and_resolve_references(), config_lib.flatten(config)
+    paths = [option.name for option in config_lib.OPTIONS if option.allowed.are_paths]
+    config_lib.set_options(found, {name: absolute(values[name]) for name in paths if values[name]})
+    return found.to_dict()
 
 
 def _commit() -> str | None:
