@@ -82,10 +82,12 @@ def evaluate(
 
 def _begun(workdir: str) -> str:
     """Returns the path of a workdir with the user's home in place of "~". Forgets the images that an earlier call
-    opened, as their files may have changed since.
+    opened, as their files may have changed since. Settles TensorFlow, unless it was imported before.
     """
     from simclr_jax import data
+    from simclr_jax.shell import settle_tensorflow
 
+    settle_tensorflow(os.environ)
     data.forget_opened()
     return os.path.expanduser(workdir)
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import NoReturn
 
 import jax
@@ -77,12 +77,7 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
     where a device, a storage or another process does not answer, 75 (`STOPPED`) for a training that a signal has stopped, and
     130 (`INTERRUPTED`) for Ctrl-C.
     """
-    # Hide TensorFlow's own log below fatal errors: what matters comes as an exception, which is reported once.
-    # Importing JAX sets "1".
-    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
-        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    # TensorFlow's plain kernels instead of oneDNN's, for the same numbers on every CPU.
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    settle_tensorflow(os.environ)
     keep_freed_memory(os.environ)
     try:
         command(arguments)
@@ -110,6 +105,16 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
         text = "interrupted: the same command resumes a training or an embedding"
         print(text, file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def settle_tensorflow(environment: MutableMapping[str, str]) -> None:
+    """Sets how TensorFlow logs and computes, which it reads from the environment when it is imported."""
+    # Hides its own log below fatal errors: what matters comes as an exception, which is reported once.
+    # Importing JAX sets "1".
+    if environment.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+        environment["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    # Its plain kernels instead of oneDNN's, for the same numbers on every CPU, from the shell and from Python.
+    environment.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
 def _out_of_memory(error: Exception) -> str:

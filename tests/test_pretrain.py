@@ -24,6 +24,7 @@ from simclr_jax.evals.on_the_way import evaluations_on_the_way
 from simclr_jax.files import locked, write_json
 from simclr_jax.modes import pretrain as pretraining
 from simclr_jax.modes.pretrain import describe_run, pretrain
+from simclr_jax.shell import settle_tensorflow
 from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.saved import checksum_of_record, find, saved_steps
 from simclr_jax.training.state import TrainState
@@ -652,3 +653,13 @@ def test_python_evaluates_a_run_whose_loss_its_own_file_adds(tiny, tmp_path):
     assert simclr_jax.evaluate("knn", str(tmp_path / "w"))["rows"]
     with pytest.raises(UserError, match=r"loss.name='other'"):
         simclr_jax.evaluate("knn", str(tmp_path / "w"), **{"loss.name": "other"})
+
+
+def test_tensorflow_is_settled_from_python_as_from_the_shell():
+    """So that both compute the same views, and TensorFlow does not log among what is said."""
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "1"}  # as JAX sets it
+    settle_tensorflow(environment)
+    assert environment == {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
+    own = {"TF_CPP_MIN_LOG_LEVEL": "0", "TF_ENABLE_ONEDNN_OPTS": "1"}
+    settle_tensorflow(kept := dict(own))
+    assert kept == own
