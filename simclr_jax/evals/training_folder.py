@@ -36,7 +36,6 @@ class TrainingFolder:
         """
         if jax.process_index() == 0:
             self._begin(about)
-        processes.wait_for_all(f"{self.path} is begun")
         finished = self.path / "outcome.json"
         read = jax.process_index() == 0 and finished.exists()
         outcome = processes.text_of_first(finished.read_text() if read else None)

@@ -91,8 +91,11 @@ def neighbours(
     pictures = dict(zip(needed, _pictures(source, names, config.data.upright), strict=True))
     grid = _grid(pictures, queries, found, similar)
     path = expanded(output)
-    with writing(path), replacing(path) as scratch:
-        grid.save(scratch, format)
+    try:
+        with writing(path), replacing(path) as scratch:
+            grid.save(scratch, format)
+    except ValueError as error:  # of a format that has no such pictures
+        raise UserError(f"cannot write {path}: {error}") from error
     for q, row, values in zip(queries, found, similar, strict=True):
         near = ", ".join(f"{features.images[i]} {s:.2f}" for i, s in zip(row, values, strict=True))
         say(f"{features.images[q]}: {near}")

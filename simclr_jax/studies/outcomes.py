@@ -11,8 +11,8 @@ from simclr_jax.studies.claims import deviation, mean
 from simclr_jax.studies.contract import Key, Scores, Study
 from simclr_jax.studies.runs import StudyRun, runs_of
 
-# In a run's workdir: {"about": see `record.about_run`, "readings": {reading: {"accuracy", "validation"}}}, or in place of the readings
-# "failed": why the training could not go on.
+# In a run's workdir: {"about": see `record.about_run`, "readings": {reading: {"accuracy", "validation"}}}, or in place
+# of the readings "failed": why the training could not go on.
 OUTCOME = "study_outcome.json"
 
 

@@ -68,11 +68,14 @@ def agreed_steps(path: epath.PathLike) -> list[int]:
     """Lists the steps of the checkpoints that process 0 sees, ascending, once all processes see them; all must call
     this together. Raises a UserError if a process does not see them.
     """
-    steps = json.loads(processes.text_of_first(json.dumps(saved_steps(path))) or "[]")
-    processes.wait_until_all_see(
-        f"the checkpoints of {path} (steps {', '.join(map(str, steps))})",
-        lambda: set(steps) <= set(saved_steps(path)),
-    )
+    steps: list[int] = []
+
+    def see() -> bool:  # listed anew each time, as a training may replace them
+        own = saved_steps(path)
+        steps[:] = json.loads(processes.text_of_first(json.dumps(own)) or "[]")
+        return set(steps) <= set(own)
+
+    processes.wait_until_all_see(f"all checkpoints of {path} that process 0 sees", see)
     return steps
 
 
