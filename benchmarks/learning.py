@@ -7,11 +7,11 @@ several seeds, each a process of its own:
     ours         the automatic settings of configs/folder.py on a CPU
     lightly      the same encoder, epochs, batch, temperature, crops and strength of colour, built
                  from lightly's parts, with the optimizer of its documentation, at the documented
-                 learning rate or four times it, whichever is better on held-out images
+                 learning rate or four times it, whichever is better on the validation part
     ours, time   ours with as many epochs as fit into the seconds that lightly's training took
 
 One probe judges all runs: scikit-learn's logistic regression on standardised features. Its C is chosen on the
-same held-out part of the training images as lightly's learning rate. A finished run is not run again: its
+same validation part, a tenth of the training images, as lightly's learning rate. A finished run is not run again: its
 line is in --runs, with all the options that it read.
 """
 
@@ -247,7 +247,7 @@ def torch_resnet(t, factor: float):
 
 def judge(features: dict[str, np.ndarray], data: dict[str, Part]) -> dict:
     """Returns accuracies: on the test images with 10 labels per class, all labels and by 20 nearest neighbours, and
-    with all labels on the held-out part of the training images.
+    with all labels on the validation part.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import KNeighborsClassifier
@@ -370,7 +370,7 @@ def main() -> None:
         ]
     show(shown)
     if rates:
-        print(f"The held-out images choose lightly's learning rate {chosen}.")
+        print(f"The validation part chooses lightly's learning rate {chosen}.")
 
 
 def run_of(
@@ -400,7 +400,7 @@ def show(done: dict[str, list[dict]]) -> None:
     """Prints mean and spread over seeds of each kind of run, {name: runs}."""
     columns = {"ten": 100, "all": 100, "knn": 100, "held": 100, "contrastive": 100}
     columns |= {"rank": 1, "seconds": 1}
-    names = ["10 labels", "all", "20-NN", "held out", "contrastive", "rank of h", "seconds"]
+    names = ["10 labels", "all", "20-NN", "validation", "contrastive", "rank of h", "seconds"]
     print(f"{'':16}" + "".join(f"{name:>16}" for name in names))
     for kind, rows in done.items():
         cells = []

@@ -1,6 +1,8 @@
 """The options of a configuration reach the parts that are assembled from it."""
 
+import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,11 @@ from PIL import Image
 from simclr_jax import assemble, config
 from simclr_jax.data.order import Order
 from simclr_jax.errors import UserError
-from simclr_jax.mesh import make_mesh
+from simclr_jax.evals.selection import Selection
+from simclr_jax.losses.contract import implementation_of
+from simclr_jax.mesh import make_mesh, state_shardings
 from simclr_jax.training.optimizer import make_optimizer, warmup_cosine
+from simclr_jax.training.plan import Plan, make_plan
 from simclr_jax.training.verdict import References
 
 
@@ -110,3 +115,48 @@ def test_bounds_of_nt_xent_are_held_against_it_alone(tiny, options, temperature)
     config.set_options(tiny, options)
     plan = assemble.plan_of(tiny, 48)
     assert assemble.references(tiny, plan) == References(16, 16, 3 + 2, temperature)
+
+
+def test_a_plan_rounds_to_the_nearest_step():
+    plan = functools.partial(make_plan, learning_rate=0.1, scaling="none", steps=0)
+    assert plan(100, 64, epochs=1.0, warmup_epochs=1.0) == Plan(2, 1, 0.1)  # of 1.56 steps
+    assert plan(100, 64, epochs=4.0, warmup_epochs=1.0) == Plan(6, 2, 0.1)
+    assert plan(10, 64, epochs=1.0, warmup_epochs=0.0) == Plan(1, 0, 0.1)
+    assert plan(100, 64, epochs=9.0, warmup_epochs=0.0, steps=5).steps == 5
+
+
+def test_the_loss_is_computed_in_tiles_where_a_devices_share_is_large():
+    """4 (2B)^2 bytes: 67 MB at 2,048 images, of which 16 MB may be a device's."""
+    one, eight = (make_mesh(jax.devices()[:count]) for count in (1, 8))
+    assert implementation_of("auto", 1024, one) == "dense"
+    assert implementation_of("auto", 2048, one) == "chunked"
+    assert implementation_of("auto", 2048, eight) == "dense"
+    assert implementation_of("dense", 2**16, one) == "dense"
+
+
+def test_kernels_are_divided_along_their_last_axis_that_can_be():
+    mesh = make_mesh(jax.devices()[:8], fsdp=4)
+    shapes = {"both": (8, 12), "first": (8, 6), "none": (3, 5), "bias": (8,)}
+    abstract = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    found = {name: x.spec for name, x in state_shardings(mesh, abstract).items()}
+    whole = jax.sharding.PartitionSpec()
+    assert found == {
+        "both": jax.sharding.PartitionSpec(None, "fsdp"),
+        "first": jax.sharding.PartitionSpec("fsdp"),
+        "none": whole,
+        "bias": whole,
+    }
+
+
+def test_of_equally_good_steps_the_later_is_selected():
+    scores = iter([0.5, 0.1, 0.5, 0.2])  # validation, test, of two moments
+    selection: Any = Selection(8, lambda *_: next(scores), "validation", "test", 2)
+    assert [step for step in range(1, 9) if selection.due(step)] == [4, 8]
+    for step in (4, 8):
+        selection.run(step, None)
+    assert selection.outcome(None) == {
+        "last": 0.2,
+        "selected": 0.2,
+        "selected_step": 8,
+        "validation": 0.5,
+    }

@@ -61,7 +61,7 @@ def suggest_settings(
         # This and the paper's (0.08, 1) by AdamW, 10 labels per class, other settings equal: emoji 42.2 % (3 seeds) and
         # 40.1 % (2), digits at 32 px 97.9 % (2) and 97.1 % (3), Fashion-MNIST 71.7 and 71.5 % (1).
         chosen.append(Choice("views.crop_area", (0.2, 1.0), "smaller crops of 32 px show nothing"))
-        # By held-out images better than the paper's 0.5 on three of six data sets and worse on none, beyond chance
+        # By the validation part better than the paper's 0.5 on three of six data sets and worse on none, beyond chance
         # (docs/evaluate.md).
         chosen.append(Choice("loss.temperature", 0.2, "the paper's 0.5 for 32 px learns less here"))
     if size <= 64:
