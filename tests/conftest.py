@@ -89,7 +89,7 @@ _REPLACEMENTS: list[Any] = []
 
 
 def replaced() -> frozenset:
-    """What a test has replaced for a while in the modules of a train step, which is then another step."""
+    """Names the attributes that a test has replaced for a while in the modules of a train step: it is then another step."""
     found = set()
     for name, module in list(sys.modules.items()):
         if not name.startswith(_OF_THE_STEP):

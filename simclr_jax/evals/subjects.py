@@ -197,7 +197,7 @@ def score_of(
 
     Args:
       metric: a row of `scores.METRICS`.
-      extractor: of {"logits"}.
+      extractor: computes {"logits"}.
       views: make the images' evaluation views.
       variables: the classifier's.
       images: labelled images.

@@ -1,4 +1,4 @@
-"""What decides the outcome of a study's run, by which a finished run is recognised."""
+"""Recognises a finished run of a study by everything that decides its outcome."""
 
 import hashlib
 import json
