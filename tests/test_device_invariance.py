@@ -158,7 +158,10 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 # (4, 1) is the first choice of `four_devices` below.
-@pytest.mark.parametrize(("devices", "fsdp"), [(8, 1), (8, 2), slow(2, 1), slow(2, 2), slow(4, 2)])
+@pytest.mark.parametrize(
+    ("devices", "fsdp"),
+    [(8, 1), (8, 2), pytest.param(2, 1, marks=pytest.mark.whole), slow(2, 2), slow(4, 2)],
+)
 def test_a_step_is_equal_on_any_mesh(small, start, expected, devices, fsdp, monkeypatch):
     small.mesh.fsdp = fsdp
     check(step_of(small, jax.devices()[:devices], start, monkeypatch), expected)

@@ -44,7 +44,9 @@ def gradient(x, padding, dy):
     return jax.jit(lambda x, dy: jax.vjp(lambda x: max_pool(x, padding), x)[1](dy)[0])(x, dy)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize(
+    "devices", [1, 8, *(pytest.param(n, marks=pytest.mark.whole) for n in (2, 4))]
+)
 @pytest.mark.parametrize("padding", ["SAME", SYMMETRIC])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_equals_loops(shape, padding, devices):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from typing import Any
 
 import jax
@@ -135,6 +136,20 @@ def test_views_of_the_host_go_on_where_they_were(tiny, tmp_path, options):
     pretrain(tiny, str(workdir))
     assert_same_run(workdir, tmp_path / "whole")
     assert [line["step"] for line in metrics_of(workdir)] == [3, 6, 8]
+
+
+@pytest.mark.whole
+def test_another_thread_than_the_main_one_can_pretrain(watched, copy, whole):
+    """Notebooks and servers do. Python delivers signals to the main thread only."""
+    outcome = []
+    without(copy, 6, 8)
+    thread = threading.Thread(
+        target=lambda: outcome.append(simclr_jax.pretrain(watched, str(copy)))
+    )
+    thread.start()
+    thread.join(timeout=300)
+    assert outcome == [True]
+    assert_same_run(copy, whole)
 
 
 def test_a_finished_run_is_left_as_it_is(watched, copy, capsys):

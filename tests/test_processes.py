@@ -436,7 +436,9 @@ def test_processes_that_find_other_images_end_with_one_line(monkeypatch, small_s
     monkeypatch.setattr(processes.multihost_utils, "process_allgather", gathered)
     for _ in range(2):
         check_data(small_split, "one fingerprint", None, "w")
-    with pytest.raises(UserError, match=r"processes 1 found other .* than process 0 \(here 37\): give"):
+    with pytest.raises(
+        UserError, match=r"processes 1 found other .* than process 0 \(here 37\): give"
+    ):
         check_data(small_split, "another", None, "w")
 
 

@@ -239,7 +239,21 @@ def lanes(request, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "lanes"),
-    [("row_groups", 1), ("files", 64), ("small_split", 1), ("drawn", 1)],
+    [
+        ("row_groups", 1),
+        ("files", 64),
+        ("small_split", 1),
+        ("drawn", 1),
+        *(
+            pytest.param(kind, least, marks=pytest.mark.whole)
+            for kind, least in (
+                ("row_groups", 64),
+                ("files", 1),
+                ("small_split", 64),
+                ("drawn", 64),
+            )
+        ),
+    ],
     indirect=["lanes"],
 )
 def test_a_batch_does_not_depend_on_the_number_of_processes(kind, request, lanes):

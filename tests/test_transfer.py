@@ -98,20 +98,16 @@ def test_the_cross_entropy_of_sets_equals_a_loop():
     members = np.asarray([[1, 0, 0], [1, 1, 0], [0, -1, 1]])
     labels = np.asarray([0, 1, 2, -1, 1])
     logits = np.random.default_rng(0).normal(size=(5, 3))
-    losses = [
-        np.log1p(np.exp(-logits[i, k] if members[label, k] == 1 else logits[i, k]))
+    counted = [
+        (logits[i, k], members[label, k] == 1)
         for i, label in enumerate(labels)
         for k in range(3)
         if label >= 0 and members[label, k] >= 0
     ]
+    losses = [np.log1p(np.exp(-logit if wanted else logit)) for logit, wanted in counted]
     loss, accuracy = cross_entropy_of_sets(logits, labels, members)
     assert float(loss) == pytest.approx(np.mean(losses), rel=1e-5)
-    right = [
-        (logits[i, k] > 0) == (members[label, k] == 1)
-        for i, label in enumerate(labels)
-        for k in range(3)
-        if label >= 0 and members[label, k] >= 0
-    ]
+    right = [(logit > 0) == wanted for logit, wanted in counted]
     assert float(accuracy) == pytest.approx(np.mean(right))
     gradient = jax.grad(lambda z: cross_entropy_of_sets(z, labels, members)[0])(logits)
     assert np.all(np.asarray(gradient)[3] == 0)  # no label

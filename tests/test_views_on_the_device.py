@@ -197,3 +197,36 @@ def test_draws_are_a_function_of_seed_epoch_and_index():
     for other in (seed, epoch, index):
         assert np.all(np.abs(first - other) > 0)
     assert np.all(first[0] != first[1])
+
+
+@pytest.mark.whole
+def test_views_are_distributed_as_the_hosts():
+    """Of 1,000 views each; a two-sample Kolmogorov-Smirnov test of some summaries of a view."""
+    x = images()
+    draws = np.asarray(draw_many(5, np.zeros(MANY, int), np.arange(MANY)))
+
+    @tf.function
+    def draws_of(indices):
+        return tf.map_fn(
+            lambda i: host.draw(5, tf.constant(0, tf.int64), i, EVERYTHING),
+            indices,
+            fn_output_signature=tf.float32,
+        )
+
+    host_draws = draws_of(tf.range(MANY, dtype=tf.int64)).numpy()
+    parts = [slice(i, i + COUNT) for i in range(0, MANY, COUNT)]
+    on_host = np.concatenate([host_views(x, host_draws[part]) for part in parts])
+    on_device = np.concatenate([device_views(x, draws[part]) for part in parts])
+
+    def summaries(views):
+        v = views.astype(np.float32).reshape(-1, SIZE, SIZE, 3) / 255
+        mean = v.mean(axis=(1, 2))
+        yield from mean.T
+        yield v.std(axis=(1, 2, 3))
+        yield np.ptp(v, axis=-1).mean(axis=(1, 2))  # colourfulness
+        yield np.abs(np.diff(v, axis=1)).mean(axis=(1, 2, 3))  # sharpness
+        yield (mean @ [1, -2, 1]) / (mean.sum(axis=1) + 1e-6)  # hue
+
+    for one, other in zip(summaries(on_host), summaries(on_device), strict=True):
+        # The same images, so the two are closer than independent samples: a low bar would do too.
+        assert scipy.stats.ks_2samp(one, other).pvalue > 0.01

@@ -149,7 +149,8 @@ class Checkpoints:
         """
         reasons, failed = [], []
         steps = agreed_steps(self._workdir)
-        self._manager.reload()  # it has listed them when it was made
+        if steps != sorted(self._manager.all_steps()):  # it listed them when it was made
+            self._manager.reload()
         for step in reversed(steps):
             state: TrainState | None = None
             record: dict = {}
