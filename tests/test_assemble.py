@@ -14,7 +14,7 @@ from PIL import Image
 from simclr_jax import assemble, config
 from simclr_jax.data.order import Order
 from simclr_jax.errors import UserError
-from simclr_jax.evals.selection import Selection
+from simclr_jax.evals.classifiers.selection import Selection
 from simclr_jax.losses.contract import implementation_of
 from simclr_jax.mesh import make_mesh, state_shardings
 from simclr_jax.training.optimizer import make_optimizer, warmup_cosine

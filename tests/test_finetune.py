@@ -21,7 +21,8 @@ from simclr_jax.encoders import apply_network, init_encoder
 from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.errors import Stopped, UserError
-from simclr_jax.evals import classifier_training, finetune, protocol, subjects
+from simclr_jax.evals import classifiers, subjects
+from simclr_jax.evals.classifiers import program, protocol, training
 from simclr_jax.evals.features import Extractor
 from simclr_jax.files import locked
 from simclr_jax.mesh import make_mesh, to_global
@@ -200,7 +201,7 @@ def run(tiny, tmp_path):
 @pytest.fixture
 def one_device(monkeypatch):
     """Trains on one device: quicker to compile."""
-    monkeypatch.setattr(classifier_training, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(training, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
 
 
 def leaves_a_classifier(config, workdir, result, states):
@@ -228,7 +229,7 @@ def leaves_a_classifier(config, workdir, result, states):
 def test_fine_tuning_with_few_labels_and_all(run, capsys, one_device):
     config, workdir = run
     with states_of_fit() as states:
-        result = finetune.finetune(config, str(workdir))
+        result = classifiers.finetune(config, str(workdir))
     leaves_a_classifier(config, workdir, result, states)
     assert json.loads((workdir / "finetune.json").read_text())["rows"] == result["rows"]
     assert (result["train_images"], result["validation_images"], result["test_images"]) == (
@@ -271,9 +272,9 @@ def states_of_fit():
         states.append(jax.device_get(state))
         return state
 
-    original = classifier_training.fit
+    original = training.fit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifier_training, "fit", fit)
+        patch.setattr(training, "fit", fit)
         yield states
 
 
@@ -286,7 +287,7 @@ def choices(config, workdir, tmp_path, labels):
         arrays["test_labels"] = np.full(21, label)
         config.data.path = str(tmp_path / f"{label}.npz")
         np.savez(config.data.path, **arrays)
-        (row,) = finetune.linear(config, str(workdir))["rows"]
+        (row,) = classifiers.linear(config, str(workdir))["rows"]
         assert row["features"] == "encoder"
         runs += row["runs"]
     return runs
@@ -297,7 +298,7 @@ def assert_chosen_alike(runs):
         assert len({run[name] for run in runs}) == 1
 
 
-class Peeking(classifier_training.Selection):
+class Peeking(training.Selection):
     """A wrong selection: the test split chooses."""
 
     def __init__(self, steps, accuracy, validation, test, moments):
@@ -325,7 +326,7 @@ def test_selection_never_sees_the_test_split(run, tmp_path, monkeypatch, one_dev
             jax.tree.map(np.testing.assert_array_equal, found, encoder[part])
         assert numbers_in(state.opt_state) == numbers_in(state.params["classifier"])
     shutil.rmtree(workdir / "linear")
-    monkeypatch.setattr(classifier_training, "Selection", Peeking)
+    monkeypatch.setattr(training, "Selection", Peeking)
     config.linear.learning_rate = (0.1,)
     with pytest.raises(AssertionError):
         assert_chosen_alike(choices(config, workdir, tmp_path, range(2)))
@@ -339,11 +340,11 @@ def test_candidates_share_one_program_and_train_as_alone(run, monkeypatch, one_d
         made.append(args)
         return job_of(*args)
 
-    monkeypatch.setattr(classifier_training, "job_of", counted)
+    monkeypatch.setattr(program, "job_of", counted)
     config.eval.baselines = False
     config.linear.learning_rate, config.linear.weight_decay = (0.1, 0.4), (0.0, 0.3)
     with states_of_fit() as states:
-        finetune.linear(config, str(workdir))
+        classifiers.linear(config, str(workdir))
     assert len(states) == 4
     assert len(made) == 1
     kernels = [state.params["classifier"]["dense"]["kernel"] for state in states]
@@ -358,7 +359,7 @@ def test_candidates_share_one_program_and_train_as_alone(run, monkeypatch, one_d
     shutil.rmtree(workdir / "linear")
     config.linear.learning_rate, config.linear.weight_decay = (0.4,), (0.3,)
     with states_of_fit() as alone:
-        finetune.linear(config, str(workdir))
+        classifiers.linear(config, str(workdir))
     found = alone[0].params["classifier"]["dense"]["kernel"]
     np.testing.assert_array_equal(found, kernels[3])
 
@@ -370,7 +371,7 @@ def at_moment(number, action):
     """
     seen = []
 
-    class Interrupted(classifier_training.Selection):
+    class Interrupted(training.Selection):
         def run(self, step, state):
             seen.append(step)
             if len(seen) == number:
@@ -378,7 +379,7 @@ def at_moment(number, action):
             return super().run(step, state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifier_training, "Selection", Interrupted)
+        patch.setattr(training, "Selection", Interrupted)
         yield
 
 
@@ -413,10 +414,10 @@ def test_draws_have_other_labels_and_only_a_frozen_start_is_calibrated(
         calibrated.append(name)
         return original(*args)
 
-    monkeypatch.setattr(classifier_training, "fit", fit)
+    monkeypatch.setattr(training, "fit", fit)
     monkeypatch.setattr(subjects, "untrained", untrained)
     config.eval.validation_fraction = 0.0
-    getattr(finetune, name)(config, str(workdir))
+    getattr(classifiers, name)(config, str(workdir))
     assert calibrated == (["linear"] if name == "linear" else [])
     if name == "finetune":
         about = [json.loads(path.read_text()) for path in workdir.glob("finetune/*/about.json")]
@@ -470,24 +471,24 @@ def test_a_stopped_evaluation_goes_on_bit_for_bit(run, tmp_path, capsys, one_dev
     config.finetune.from_layer = 1
     whole = tmp_path / "whole"
     shutil.copytree(workdir, whole)
-    expected = finetune.finetune(config, str(whole))
+    expected = classifiers.finetune(config, str(whole))
     assert expected["rows"][0]["runs"][0]["steps"] == 7
     capsys.readouterr()
 
     with states_of_fit() as states:
         signal_comes = at_moment(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with signal_comes, pytest.raises(Stopped):
-            finetune.finetune(config, str(workdir))
+            classifiers.finetune(config, str(workdir))
         assert "stopped after step 4, which is saved" in capsys.readouterr().out
         assert states == []
         assert not (workdir / "finetune.json").exists()
 
         with at_moment(9, kill), pytest.raises(Killed):
-            finetune.finetune(config, str(workdir))
+            classifiers.finetune(config, str(workdir))
         assert "resumed from step 4" in capsys.readouterr().out
         assert [int(state.step) for state in states] == [7]
 
-        result = finetune.finetune(config, str(workdir))
+        result = classifiers.finetune(config, str(workdir))
         assert "resumed from step 4" in capsys.readouterr().out
         assert [int(state.step) for state in states] == [7, 7]  # the first one is not repeated
     assert result == expected
@@ -506,9 +507,9 @@ def test_a_signal_in_the_last_step_ends_what_would_come_next(run, one_device):
         with states_of_fit() as states:
             last = at_moment(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
             with last, pytest.raises(Killed):
-                finetune.finetune(config, str(workdir))
+                classifiers.finetune(config, str(workdir))
             assert states == []
-            finetune.finetune(config, str(workdir))
+            classifiers.finetune(config, str(workdir))
             assert [int(state.step) for state in states] == [7, 7]
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -531,7 +532,7 @@ def begun(run, monkeypatch, one_device):
         (folder / "checkpoints").mkdir()
         return job.init()
 
-    monkeypatch.setattr(classifier_training, "fit", fit)
+    monkeypatch.setattr(training, "fit", fit)
     return config, workdir, names
 
 
@@ -541,7 +542,7 @@ def test_what_was_trained_is_not_trained_again_unless_something_else_is_asked(be
 
     def trains():
         names.clear()
-        finetune.linear(config, str(workdir))
+        classifiers.linear(config, str(workdir))
         return len(names)
 
     assert trains() == 1
@@ -597,16 +598,16 @@ def test_two_programs_do_not_train_in_one_folder(begun):
     config, workdir, names = begun
     (workdir / "linear").mkdir()
     with locked(workdir / "linear", ""), pytest.raises(UserError, match="another program"):
-        finetune.linear(config, str(workdir))
+        classifiers.linear(config, str(workdir))
     assert not names
-    assert finetune.linear(config, str(workdir)) is not None
+    assert classifiers.linear(config, str(workdir)) is not None
 
 
 def test_images_that_are_not_turned_upright_are_trained_on_anew(begun):
     config, workdir, names = begun
-    finetune.linear(config, str(workdir))
+    classifiers.linear(config, str(workdir))
     config.data.upright = False
-    finetune.linear(config, str(workdir))
+    classifiers.linear(config, str(workdir))
     assert len(names) == 2
 
 
@@ -619,7 +620,7 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(run):
     with pytest.raises(
         UserError, match=r"^step \d+: .*not finite.*try a lower linear\.learning"
     ) as e:
-        finetune.linear(config, str(workdir))
+        classifiers.linear(config, str(workdir))
     assert "\n" not in str(e.value)
     (named,) = workdir.glob("linear/*/not_finite_step_*.json")
     assert str(named) in str(e.value)
@@ -633,29 +634,29 @@ def test_a_candidate_that_is_not_finite_is_left_out(run, capsys):
     config.linear.momentum, config.linear.epochs = 0.0, 6.0
     # As above with the second decay; without, the weights stay finite.
     config.linear.learning_rate, config.linear.weight_decay = (1e6,), (0.0, 1e3)
-    result = finetune.linear(config, str(workdir))
+    result = classifiers.linear(config, str(workdir))
     (row,) = result["rows"]
     assert row["runs"][0]["weight_decay"] == 0.0
     assert "left out    step " in capsys.readouterr().out
     with states_of_fit() as states:  # and is not tried again
-        finetune.linear(config, str(workdir))
+        classifiers.linear(config, str(workdir))
     assert not states
     assert "left out    step " in capsys.readouterr().out
     config.linear.weight_decay = (1e3, 2e3)
     with pytest.raises(UserError, match="not finite"):
-        finetune.linear(config, str(workdir))
+        classifiers.linear(config, str(workdir))
 
 
 def test_without_a_validation_part_all_is_trained_on_and_nothing_chosen(begun):
     config, workdir, _ = begun
     config.eval.validation_fraction = 0.0
-    result = finetune.linear(config, str(workdir))
+    result = classifiers.linear(config, str(workdir))
     assert result is not None
     assert (result["train_images"], result["validation_images"]) == (48, 0)
     assert "selected_accuracy" not in result["rows"][0]
     config.linear.learning_rate = (0.1, 0.2)
     with pytest.raises(UserError, match="leaves nothing to choose them on"):
-        finetune.linear(config, str(workdir))
+        classifiers.linear(config, str(workdir))
 
 
 def test_accuracies_are_of_the_test_images_that_can_be_read(begun, monkeypatch):
@@ -671,7 +672,7 @@ def test_accuracies_are_of_the_test_images_that_can_be_read(begun, monkeypatch):
 
     monkeypatch.setattr(Extractor, "extract", without_two)
     for trained in (1, 1):
-        assert finetune.linear(config, str(workdir))["test_images"] == 19
+        assert classifiers.linear(config, str(workdir))["test_images"] == 19
         assert len(names) == trained
 
 
@@ -679,7 +680,7 @@ def test_a_share_of_the_labels_is_written_as_it_was_given(begun, capsys):
     config, workdir, _ = begun
     config.finetune.label_fractions, config.finetune.epochs = (0.075, 0.751), (1.0, 1.0)
     config.eval.seeds = 1
-    finetune.finetune(config, str(workdir))
+    classifiers.finetune(config, str(workdir))
     said = capsys.readouterr().out
     assert "7.5%, 3 images" in said
     assert "classifier  of 75.1% of the labels" in said
@@ -689,13 +690,13 @@ def test_mistakes(run):
     config, workdir = run
     set_options(config, {"finetune.label_fractions": (0.8, 1.0)})
     with pytest.raises(UserError, match=r"names 0\.8, and .* leaves 0\.75 of the images"):
-        finetune.finetune(config, str(workdir))
+        classifiers.finetune(config, str(workdir))
     config.linear.batch_size = 12
     with pytest.raises(UserError, match=r"linear\.batch_size=12 does not divide over 8 devices"):
-        finetune.linear(config, str(workdir))
+        classifiers.linear(config, str(workdir))
     config.model.vit.width = 32
     with pytest.raises(UserError, match=r"of another model \(model\.vit\.width: 16 -> 32\)"):
-        finetune.finetune(config, str(workdir))
+        classifiers.finetune(config, str(workdir))
 
 
 @pytest.mark.whole
@@ -712,7 +713,7 @@ def test_fine_tuning_by_lars_from_a_layer_of_the_head(run, one_device, capsys):
             "finetune.epochs": (1.0,),
         },
     )
-    result = finetune.finetune(config, str(workdir))
+    result = classifiers.finetune(config, str(workdir))
     assert "learning rate 0.005 x sqrt(16)" in capsys.readouterr().out
     (row,) = (r for r in result["rows"] if r["features"] == "encoder")
     classifier = load_classifier(workdir / row["runs"][0]["classifier"])

@@ -13,7 +13,7 @@ from simclr_jax.data import open_source
 from simclr_jax.data.folder import read_labels
 from simclr_jax.data.subsets import few_labels, share_of_labels
 from simclr_jax.errors import UserError
-from simclr_jax.evals import finetune
+from simclr_jax.evals import classifiers
 from simclr_jax.evals.evaluate import evaluate_features
 from simclr_jax.evals.subjects import without_labels
 from simclr_jax.training.workdir import check_data
@@ -72,7 +72,7 @@ def rows_on(tiny, tmp_path):
 def test_renamed_classes_and_added_images_change_nothing(rows_on, evaluation):
     def how(options, workdir):
         if evaluation == "finetune":
-            return finetune.finetune(options, workdir)
+            return classifiers.finetune(options, workdir)
         return evaluate_features(evaluation, options, workdir)
 
     plain = rows_on(stored(), how)

@@ -350,7 +350,7 @@ sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None  # importi
 import jax
 import numpy as np
 import simclr_jax
-import simclr_jax.bench.step, simclr_jax.evals.finetune
+import simclr_jax.bench.step, simclr_jax.evals.classifiers
 import simclr_jax.modes.embed, simclr_jax.modes.export
 from simclr_jax.main import main
 from simclr_jax.views import device, make_distortion

@@ -12,7 +12,8 @@ from sklearn.metrics import balanced_accuracy_score
 import simclr_jax
 from simclr_jax import assemble, config
 from simclr_jax.errors import UserError
-from simclr_jax.evals import classifier_training, finetune, transfer
+from simclr_jax.evals import classifiers, transfer
+from simclr_jax.evals.classifiers import training
 from simclr_jax.evals.evaluate import evaluate_features
 from simclr_jax.evals.logistic import fit_lambdas
 from simclr_jax.evals.scores import eleven_point_map, mean_per_class, metric_of
@@ -213,11 +214,11 @@ GRID = {
 
 @pytest.mark.whole
 def test_images_of_several_labels_are_fine_tuned_on(several, tmp_path, monkeypatch):
-    monkeypatch.setattr(classifier_training, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(training, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     config.set_options(several, GRID | {"eval.baselines": False, "data.placement": "host"})
     config.set_options(several, {"transfer_finetune.learning_rate": (0.1,)})
     workdir = str(encoder_checkpoint(several, tmp_path / "w"))
-    result = finetune.transfer_finetune(several, workdir)
+    result = classifiers.transfer_finetune(several, workdir)
     assert result["settings"]["metric"] == "11_point_map"
     assert 0 < result["rows"][0]["accuracy"] <= 1
 
@@ -238,16 +239,16 @@ def test_the_grid_is_chosen_on_validation_and_the_choice_trained_on_all(
         epath.Path(run.workdir, "checkpoints").mkdir()
         return state
 
-    def score(setup, state, images):
+    def score(trainer, state, images):
         better = "rate_0.1" in looked_at_validation["now"]
-        return (0.9 if better else 0.2) if images is setup.validation else 0.5
+        return (0.9 if better else 0.2) if images is trainer.parts.validation else 0.5
 
-    monkeypatch.setattr(classifier_training, "fit", fit)
-    monkeypatch.setattr(classifier_training.Setup, "_score", score)
-    monkeypatch.setattr(classifier_training, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(training, "fit", fit)
+    monkeypatch.setattr(training.Trainer, "_score", score)
+    monkeypatch.setattr(training, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
     config.set_options(tiny, GRID)
     workdir = encoder_checkpoint(tiny, tmp_path / "w")
-    result = finetune.transfer_finetune(tiny, str(workdir))
+    result = classifiers.transfer_finetune(tiny, str(workdir))
     untrained, trained = result["rows"]
     (run,) = trained["runs"]
     assert run["images"] == 48  # 36 and the 12 of the validation part
@@ -280,8 +281,8 @@ def test_the_grid_is_chosen_on_validation_and_the_choice_trained_on_all(
     assert f"chosen: encoder, 48 labels, 4 steps, learning rate {run['learning_rate']:g}" in said
     assert "test accuracy" in said
     # Nothing is trained again.
-    monkeypatch.setattr(classifier_training, "fit", None)
-    assert finetune.transfer_finetune(tiny, str(workdir)) == result
+    monkeypatch.setattr(training, "fit", None)
+    assert classifiers.transfer_finetune(tiny, str(workdir)) == result
 
 
 def test_the_grids_of_the_paper_are_the_defaults():

@@ -1,10 +1,11 @@
-"""The contract of an evaluation of features."""
+"""The contracts of evaluations: of features, and by training a classifier."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 Table = tuple[list[str], list[list[str]]]  # header, lines
 
@@ -61,3 +62,15 @@ class Evaluation(NamedTuple):
     chooses: bool
     metric: str
     sets: bool = False
+
+
+class ClassifierEvaluation(NamedTuple):
+    """One way to evaluate an encoder by training a classifier on it.
+
+    Attributes:
+      text: what it does, for --help.
+      run: (configuration, workdir) -> the result, which it writes to WORKDIR/NAME.json.
+    """
+
+    text: str
+    run: Callable[[ConfigDict, str], dict]

@@ -21,9 +21,9 @@ from simclr_jax.data.broken import Images
 from simclr_jax.data.split import DataSet
 from simclr_jax.errors import NotFinite, UserError
 from simclr_jax.evals import EVALUATIONS, results, subjects
+from simclr_jax.evals.classifiers import TRAININGS
 from simclr_jax.evals.contract import Evaluation, Features, Options
 from simclr_jax.evals.features import raw_pixels
-from simclr_jax.evals.finetune import TRAININGS
 from simclr_jax.evals.subjects import ENCODER, RAW_PIXELS, UNTRAINED, Trained
 from simclr_jax.files import write_text
 from simclr_jax.mesh import make_mesh
@@ -73,14 +73,14 @@ def evaluate_features(name: str, config: ConfigDict, workdir: str, follow: bool 
 
 
 def evaluate(name: str, config: ConfigDict, workdir: str) -> dict:
-    """Runs one of `EVALUATIONS` or of `finetune.TRAININGS`, and returns its result.
+    """Runs one of `EVALUATIONS` or of `classifiers.TRAININGS`, and returns its result.
 
     Raises:
       Stopped: a signal has stopped a training.
       UserError: there is no evaluation of this name, or what the evaluation raises it for.
     """
     if name in TRAININGS:
-        return TRAININGS[name](config, workdir)
+        return TRAININGS[name].run(config, workdir)
     if name not in EVALUATIONS:
         expected = ", ".join([*EVALUATIONS, *TRAININGS])
         raise UserError(f"unknown evaluation {name!r}: expected one of {expected}")

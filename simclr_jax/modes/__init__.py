@@ -1,7 +1,7 @@
 """The modes of the command line, and the flags that belong to some of them.
 
-To add a mode, write its file and a row in `MODES`; for a flag that it alone has, a row in `FLAGS`. An evaluation of
-features is a mode by its row in `EVALUATIONS`.
+To add a mode, write its file and a row in `MODES`; for a flag that it alone has, a row in `FLAGS`. An evaluation is
+a mode by its row in `EVALUATIONS` or in `TRAININGS`.
 """
 
 import argparse
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from simclr_jax.evals import EVALUATIONS
+from simclr_jax.evals.classifiers import TRAININGS
 
 
 class Mode(NamedTuple):
@@ -118,17 +119,10 @@ MODES = {
         )
         for name, evaluation in EVALUATIONS.items()
     },
-    "linear": Mode("evals.finetune", "linear", "linear evaluation by SGD on random crops"),
-    "finetune": Mode(
-        "evals.finetune",
-        "finetune",
-        "train the whole network with all labels and with few",
-    ),
-    "transfer_finetune": Mode(
-        "evals.finetune",
-        "transfer_finetune",
-        "train the whole network with a grid of settings, as for transfer to other data",
-    ),
+    **{
+        name: Mode("evals.evaluate", "evaluate", training.text, leading=(name,))
+        for name, training in TRAININGS.items()
+    },
     "distill": Mode(
         "modes.distill",
         "distill",

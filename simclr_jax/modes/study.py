@@ -14,8 +14,8 @@ from simclr_jax.console import duration, say, show_table
 from simclr_jax.data import name_of
 from simclr_jax.errors import NotFinite, UserError
 from simclr_jax.evals import subjects
+from simclr_jax.evals.classifiers import finetune
 from simclr_jax.evals.evaluate import evaluate
-from simclr_jax.evals.finetune import finetune
 from simclr_jax.evals.subjects import ENCODER
 from simclr_jax.evals.transformations import TASKS, what_is_known
 from simclr_jax.files import write_json, write_text

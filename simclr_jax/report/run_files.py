@@ -12,7 +12,7 @@ from simclr_jax.assemble import references
 from simclr_jax.config import flatten, from_dict
 from simclr_jax.errors import UserError
 from simclr_jax.evals import EVALUATIONS
-from simclr_jax.evals.finetune import TRAININGS
+from simclr_jax.evals.classifiers import TRAININGS
 from simclr_jax.files import absolute
 from simclr_jax.training.log import SKIPPED_IN_A_ROW
 from simclr_jax.training.metrics import read_lines

@@ -1,5 +1,6 @@
 """The protocols by which classifiers are trained: which trainings, from where, how long, how fast."""
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,7 +8,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from simclr_jax.config import OPTIONS, flatten, set_options, with_defaults
-from simclr_jax.evals.selection import VALIDATIONS
+from simclr_jax.evals.classifiers.selection import VALIDATIONS
 from simclr_jax.evals.subjects import ENCODER
 
 
@@ -112,6 +113,12 @@ class Training(NamedTuple):
             + f", {self.length}, learning rate {rate}"
             + (f", weight decay {self.weight_decay:g}" if self.weight_decay else "")
         )
+
+
+def candidates(options: ConfigDict, prefix: str = "") -> list[tuple[float, float]]:
+    """Returns every (learning rate, weight decay) of the options whose names begin with `prefix`."""
+    rates, decays = options[f"{prefix}learning_rate"], options[f"{prefix}weight_decay"]
+    return list(itertools.product(rates, decays))
 
 
 def what_decides(

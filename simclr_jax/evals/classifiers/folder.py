@@ -8,7 +8,7 @@ from etils import epath
 
 from simclr_jax import processes
 from simclr_jax.console import say
-from simclr_jax.evals.protocol import decides_the_same
+from simclr_jax.evals.classifiers.protocol import decides_the_same
 from simclr_jax.files import write_json
 from simclr_jax.training.checkpoint import save_once
 from simclr_jax.training.state import TrainState

@@ -1,0 +1,112 @@
+"""The result of a protocol: a row for each start and fraction of the labels.
+
+It reports the accuracy of the last step and, if a validation part was held out of the training split, that of
+the step that did best on it. The test split chooses nothing.
+"""
+
+from ml_collections import ConfigDict
+
+from simclr_jax import processes
+from simclr_jax.console import say
+from simclr_jax.evals import results
+from simclr_jax.evals.classifiers.protocol import Protocol
+from simclr_jax.evals.classifiers.training import Trainer
+from simclr_jax.evals.contract import Table
+from simclr_jax.evals.scores import METRIC_NAMES
+from simclr_jax.evals.subjects import ENCODER
+
+
+def train_all(config: ConfigDict, workdir: str, protocol: Protocol) -> dict:
+    """Trains with each fraction of the labels from each start, and returns the result.
+
+    Raises:
+      Stopped: a signal has stopped it.
+      UserError: another program does so in this workdir, the data do not fit, or a training cannot go on.
+    """
+    trainer = Trainer(config, workdir, protocol)
+    for search in protocol.searches(ENCODER):
+        trainer.parts.check_fraction(protocol.mode, search.fraction)
+    with processes.alone(trainer.folder, "wait for it, or stop it"):
+        return _rows(config, trainer, protocol)
+
+
+def _rows(config: ConfigDict, trainer: Trainer, protocol: Protocol) -> dict:
+    """Does the work of `train_all`. The result is saved as it comes: on many images each row takes hours."""
+    rows: list[dict] = []
+    result = {
+        "step": trainer.starts.record["step"],
+        "rows": rows,
+        "train_images": trainer.parts.part.split.count,
+        "validation_images": trainer.parts.validation.split.count
+        if trainer.parts.validation
+        else 0,
+        "test_images": trainer.parts.test.split.count,
+        "settings": protocol.options.to_dict()
+        | {"seed": config.seed, "metric": trainer.parts.metric},
+    }
+    path = trainer.path
+    _say_how_many(trainer, protocol)
+    for kind in trainer.starts.networks:
+        for search in protocol.searches(kind):
+            fraction = search.fraction
+            runs = [trainer.best_of(kind, search, draw) for draw in range(trainer.draws(search))]
+            per_class = None if fraction == 1 else trainer.parts.per_class(fraction)
+            rows.append(_row(kind, per_class, fraction, runs))
+            result["test_images"] = runs[-1].get("test_images", result["test_images"])
+            results.save(path, config, result)
+    title = protocol.title + (f" {METRIC_NAMES[trainer.parts.metric]}" if protocol.refit else "")
+    results.show(path, result, title, (_chosen if protocol.refit else _at_steps)(rows))
+    for row in rows:
+        where = row["runs"][0].get("classifier")
+        if where:  # only for the encoder, and not in results of older versions
+            say(
+                f"classifier  of {100 * row['label_fraction']:g}% of the labels: {path.parent / where}"
+            )
+    return result
+
+
+def _say_how_many(trainer: Trainer, protocol: Protocol) -> None:
+    """Says how many trainings there are, before the first of them: 112 of 20,000 and more steps in appendix B.8."""
+    count = steps = 0
+    for kind in trainer.starts.networks:
+        for search in protocol.searches(kind):
+            trainings = (len(search.candidates) + trainer.refits) * trainer.draws(search)
+            # A fraction is one of all labels, those of the validation part among them.
+            count_of = (
+                trainer.parts.part.split.count
+                if search.fraction == 1
+                else trainer.parts.whole.count
+            )
+            images = round(search.fraction * count_of)
+            count += trainings
+            steps += trainings * search.length.steps(images, protocol.options.batch_size)
+    say(
+        f"trainings   {count}, some {steps:,} steps in all; what was trained before is not trained again"
+    )
+
+
+def _row(kind: str, per_class: int | None, fraction: float, runs: list[dict]) -> dict:
+    row = results.row(kind, per_class, [run["last"] for run in runs]) | {"label_fraction": fraction}
+    if runs[0]["selected"] is not None:
+        selected = results.row(kind, per_class, [run["selected"] for run in runs])
+        row |= {f"selected_{name}": selected[name] for name in ("accuracy", "std")}
+    return row | {"runs": runs}
+
+
+def _at_steps(rows: list[dict]) -> Table:
+    lines = []
+    for row in rows:
+        labels = f"{100 * row['label_fraction']:g}%, {row['runs'][0]['images']} images"
+        held_out = "selected_accuracy" in row
+        selected = results.cell(row, "selected_") if held_out else "none held out"
+        lines.append([row["features"], labels, results.cell(row), selected])
+    return ["from", "labels", "last step", "selected on validation"], lines
+
+
+def _chosen(rows: list[dict]) -> Table:
+    lines = []
+    for row in rows:
+        (run,) = row["runs"]
+        chosen = f"{run['learning_rate']:.2g}, {run['weight_decay']:.2g}"
+        lines.append([row["features"], f"{run['images']}", chosen, results.cell(row)])
+    return ["from", "labels", "chosen rate, decay", "last step"], lines
