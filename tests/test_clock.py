@@ -5,8 +5,10 @@ import types
 
 import pytest
 
+from simclr_jax.console import Progress
 from simclr_jax.training import clock as clock_module
 from simclr_jax.training.clock import Clock
+from simclr_jax.training.log import Log, Reporting
 
 
 @pytest.fixture
@@ -20,6 +22,23 @@ def turn(monkeypatch):
         now[0] += seconds
 
     return turn
+
+
+def test_an_evaluation_is_not_counted_in_images_a_second(turn):
+    written = []
+    writer = types.SimpleNamespace(write=lambda step, values: written.append(values))
+    log = Log("", writer, Progress(10), Reporting(2, 8), [], Clock())
+    for step in (1, 2):
+        turn(2.0)
+        log.add(step, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}, {})
+        log.drain()
+    turn(50.0)
+    log.write(2, {"knn_accuracy": 0.5})
+    for step in (3, 4):
+        turn(2.0)
+        log.add(step, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}, {})
+        log.drain()
+    assert written[0]["images_per_second"] == written[-1]["images_per_second"] == 8 / 2.0
 
 
 def test_images_a_second_leave_out_compiling_and_pauses(turn):

@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 import simclr_jax
 from simclr_jax import assemble, config
 from simclr_jax.data import name_of
+from simclr_jax.data.arrays import in_memory
 from simclr_jax.data.split import DataSet
 from simclr_jax.data.subsets import few_labels, split_validation
 from simclr_jax.errors import NotFinite, UserError
@@ -745,6 +746,41 @@ def test_neighbours_vote_at_any_temperature(temperature):
         (train, np.asarray([2, 1, 0])), (np.asarray([[1.0, 0.0]], np.float32), np.asarray([2])), 3
     )
     assert knn_accuracy(features, k=3, temperature=temperature) == 1.0
+
+
+def test_every_image_has_a_part_in_the_statistics_of_the_untrained_encoder(tiny_resnet):
+    train, mesh = assemble.data_set(tiny_resnet).train, make_mesh(jax.devices()[:1])
+
+    def statistics(images):
+        images = assemble.images_of(tiny_resnet, in_memory(images, train.all_labels()))
+        variables = subjects.untrained(tiny_resnet, images, mesh)
+        return np.asarray(jax.tree.leaves(variables["batch_stats"])[0])
+
+    arrays = train.source.arrays
+    of_all = statistics(arrays)
+    for i in (0, 23, 47):
+        changed = arrays.copy()
+        changed[i] = 255 - changed[i]
+        assert np.abs(statistics(changed) - of_all).max() > 1e-4
+
+
+def test_grey_images_have_one_channel_of_raw_pixels(tiny, tmp_path, monkeypatch):
+    """Three equal channels would weigh each pixel three times against the regularisation."""
+    with np.load(tiny.data.path) as file:
+        arrays = dict(file)
+    for name in ("train_images", "test_images"):
+        arrays[name] = arrays[name][..., :1]
+    np.savez(tiny.data.path, **arrays)
+    workdir, widths = encoder_checkpoint(tiny, tmp_path / "w"), {}
+    evaluation = EVALUATIONS["knn"]
+
+    def rows(features, options, kind):
+        widths[kind] = features.train[0].shape[1]
+        return evaluation.rows(features, options, kind)
+
+    monkeypatch.setitem(EVALUATIONS, "knn", evaluation._replace(rows=rows))
+    evaluate_features("knn", tiny, str(workdir))
+    assert widths == {"raw pixels": 144, "untrained encoder": 16, "encoder": 16}
 
 
 def test_the_untrained_encoder_depends_on_no_devices_and_no_batch(tiny_resnet):

@@ -119,6 +119,13 @@ def test_an_image_is_named_below_its_folder_however_that_was_typed(path, tmp_pat
     assert name_of_image(split.subset(np.asarray([1])), 0) == "a/2.png"
 
 
+def test_pictures_of_a_split_are_evenly_spaced(small_split):
+    found = list(pictures_of(small_split, 4, True))
+    assert [picture.place for picture in found] == [0, 12, 24, 36]
+    for picture in found:
+        np.testing.assert_array_equal(picture.image, small_split.source[picture.place].image)
+
+
 # What an encoder makes of images
 
 

@@ -7,6 +7,7 @@ from simclr_jax import assemble
 from simclr_jax.assemble import Pretraining
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.split import BROKEN
+from simclr_jax.data.subsets import evenly
 from simclr_jax.evals import subjects
 from simclr_jax.training.state import TrainState
 
@@ -54,7 +55,7 @@ class Spread:
         self._every, mesh = config.health.every_steps, made.job.mesh
         some = made.train
         if isinstance(some, IndexedSplit) and some.count > _IMAGES:
-            some = some.subset(np.linspace(0, some.count - 1, _IMAGES).astype(int))
+            some = some.subset(evenly(some.count, _IMAGES))
         self._images = assemble.images_of(config, some, whole=made.train)
         self._views = assemble.views(config, mesh)
         represent = subjects.representations(config, with_z=True)
