@@ -44,6 +44,15 @@ QUICK = (
     *RECIPE,
 )
 
+CLASSIFIERS = (
+    "--mode=finetune",
+    "--config.finetune.label_fractions=(0.2,)",
+    "--config.finetune.epochs=(2.0,)",
+    "--config.finetune.learning_rate=(0.05,0.2)",
+    "--config.finetune.batch_size=32",
+    "--config.eval.seeds=1",
+)
+
 # A ResNet, views with colour made by the hosts, a probe and the baselines: minutes.
 ON_HOSTS = (
     "--config=configs/digits.py",
@@ -170,6 +179,44 @@ def test_two_processes_leave_one_set_of_files_and_say_things_once(two):
     assert len(re.findall(r"^step 6/6 ", process.stdout, re.MULTILINE)) == 1
     assert "2 processes, 16 images a device" in process.stdout
     assert json.loads((workdir / "config.json").read_text())["processes"] == 2
+
+
+@pytest.mark.whole
+def test_two_processes_train_classifiers_as_one_does(one, cache, quick, tmp_path):
+    """From one checkpoint. A command given again finds every training finished."""
+    results = []
+    for count in (1, 2):
+        workdir = tmp_path / f"{count}"
+        shutil.copytree(one, workdir)
+        arguments = [*quick, *CLASSIFIERS, f"--workdir={workdir}"]
+        process = run(count, 4 // count, cache, *arguments)
+        assert process.returncode == 0, process.stderr
+        results.append(json.loads((workdir / "finetune.json").read_text()))
+    ours, theirs = results
+    assert_same_accuracies(ours["rows"], theirs["rows"], kinds=1)
+    for name in ("train_images", "validation_images", "test_images"):
+        assert ours[name] == theirs[name]
+    folders = [sorted(p.name for p in (tmp_path / n / "finetune").iterdir()) for n in "12"]
+    assert folders[0] == folders[1]
+    assert process.stdout.count("Fine-tuning (appendix B.5)") == 1
+    again = run(2, 2, cache, *arguments)
+    assert again.returncode == 0, again.stderr
+    assert not re.search(r"^step \d", again.stdout, re.MULTILINE)
+    rows = json.loads((tmp_path / "2/finetune.json").read_text())["rows"]
+    assert rows == theirs["rows"]
+
+
+@pytest.mark.whole
+def test_two_processes_go_on_before_a_damaged_checkpoint(two, cache, quick, tmp_path):
+    shutil.copytree(two[0], tmp_path / "w")
+    for file in (tmp_path / "w/checkpoints/6").rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(b"0" * file.stat().st_size)
+    process = run(2, 2, cache, *quick, f"--workdir={tmp_path}/w")
+    assert process.returncode == 0, process.stderr
+    assert "resumed from step 3" in process.stdout
+    assert [p.name for p in (tmp_path / "w/broken_checkpoints").iterdir()] == ["6"]
+    assert_same_parameters(tmp_path / "w", two[0], step=6)
 
 
 @pytest.mark.slow
