@@ -5,7 +5,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Container, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from simclr_jax.data import arrays, folder, index, parquet, pictures, synthetic, tfds
 from simclr_jax.data.indexed import IndexedSplit
@@ -26,15 +26,26 @@ SOURCES: dict[str, Callable[[Mapping[str, Any]], DataSet]] = {
     "synthetic": synthetic.open_data_set,
 }
 
-# Options of this package's sources of files that not all of its sources read.
-_READERS = {
-    "test_path": ("folder", "parquet"),
-    "labels_file": ("folder",),
-    "folder_labels": ("folder",),
-}
 _COME_WITH_THE_PACKAGE = frozenset(SOURCES)
 
-_BY_ENDING = {".npz": "arrays", ".parquet": "parquet"}
+
+class Files(NamedTuple):
+    """A source of one's own files, which are at data.path.
+
+    Attributes:
+      ending: of data.path, by which the source is known; "": any other.
+      reads: options of the group "data" that not every source of this package reads.
+    """
+
+    ending: str
+    reads: tuple[str, ...] = ()
+
+
+FILES = {
+    "folder": Files("", ("test_path", "labels_file", "folder_labels")),
+    "arrays": Files(".npz"),
+    "parquet": Files(".parquet", ("test_path",)),
+}
 
 OPTIONS = (
     Option("data.source", "tfds", name_in(SOURCES), "where the images come from"),
@@ -121,7 +132,8 @@ def _of_sources(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def kind_of(path: str) -> str:
     """Returns which of `SOURCES` opens a path of images: one that ends in .npz or .parquet its own, any other "folder"."""
-    return next((kind for end, kind in _BY_ENDING.items() if path.lower().endswith(end)), "folder")
+    ends = [kind for kind, files in FILES.items() if path.lower().endswith(files.ending)]
+    return max(ends, key=lambda kind: len(FILES[kind].ending))
 
 
 def count_and_size(data: Mapping[str, Any]) -> tuple[int, int]:
@@ -175,7 +187,7 @@ def name_of(data: Mapping[str, Any]) -> str:
     if source == "tfds":
         return data["name"] or source
     path = pathlib.PurePath(data["path"])
-    if path.suffix.lower() in _BY_ENDING:
+    if kind_of(path.name) != "folder":
         path = path.parent if "*" in path.name else path.with_suffix("")
         while "*" in path.name:  # DATA/**/*.parquet
             path = path.parent
@@ -220,7 +232,8 @@ def check_given(data: Mapping[str, Any], given: Container[str]) -> None:
     source = data["source"]
     if source not in _COME_WITH_THE_PACKAGE:
         return
-    for name, readers in _READERS.items():
+    for name in dict.fromkeys(name for files in FILES.values() for name in files.reads):
+        readers = [kind for kind, files in FILES.items() if name in files.reads]
         if f"data.{name}" in given and data[name] and source not in readers:
             raise UserError(
                 f"data.source={source} does not read data.{name}: it belongs to data.source={' or '.join(readers)}"
@@ -231,5 +244,5 @@ def check(data: Mapping[str, Any]) -> None:
     """Raises a UserError if an option that the kind of source needs is empty."""
     if data["source"] == "tfds" and not data["name"]:
         raise UserError("data.name is empty: expected the name of a TFDS data set")
-    if data["source"] in ("folder", "arrays", "parquet") and not data["path"]:
+    if data["source"] in FILES and not data["path"]:
         raise UserError(f"data.path is empty: expected where the {data['source']} data are")

@@ -14,7 +14,7 @@ from simclr_jax import config as config_lib
 from simclr_jax.assemble import Pretraining
 from simclr_jax.config import suggest
 from simclr_jax.console import say
-from simclr_jax.data import count_and_size, index
+from simclr_jax.data import FILES, count_and_size, index
 from simclr_jax.evals.evaluate import evaluate_features, why_not
 from simclr_jax.evals.on_the_way import evaluations_on_the_way
 from simclr_jax.evals.spread import Spread
@@ -191,7 +191,7 @@ def describe_run(config: ConfigDict, made: Pretraining) -> None:
     devices = ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
     labels = f"{made.classes} classes" if made.classes else "no labels"
     norm = "the batch" if made.norm_images == batch else f"groups of {made.norm_images} images"
-    if config.data.source in ("folder", "parquet", "arrays"):
+    if config.data.source in FILES:
         describe_choices(config, labelled=bool(made.classes))
     say(f"data        {train.count} images, {labels}; views of {config.data.image_size} px")
     say(f"model       {made.encoder.describe()}, {f:.2f} M parameters; head {g:.2f} M")
