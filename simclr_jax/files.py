@@ -146,6 +146,11 @@ def absolute(path: str) -> str:
     return path if in_bucket(path) else os.path.abspath(expanded(path))
 
 
+def quoted(path: epath.PathLike) -> str:
+    """Returns a path as a text of a Python program, in double quotes, whatever characters it has."""
+    return json.dumps(str(path), ensure_ascii=False)
+
+
 def in_bucket(path: epath.PathLike) -> bool:
     """Returns whether a path is an address such as gs://BUCKET/FOLDER."""
     return "://" in str(path)

@@ -1,9 +1,11 @@
 """Every export, read again by a process that does not have this package."""
 
+import ast
 import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -30,6 +32,7 @@ from simclr_jax.training import saved
 from simclr_jax.training.checkpoint import save_once
 from simclr_jax.training.state import TrainState
 from simclr_jax.training.workdir import about_classifier
+from simclr_jax.weights.torch_head import head_loading
 from simclr_jax.weights.torchvision import pytorch_loading, torchvision_weights
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -171,6 +174,21 @@ def test_options_of_another_model_are_refused_and_another_size_is_taken(workdir,
     images = random_images(3, 32, 32).astype(np.float32) / 255
     expected = simclr_jax.load_encoder(workdir)(images)
     np.testing.assert_allclose(program.call(images), expected, rtol=2e-5, atol=1e-5)
+
+
+def test_the_program_that_loads_an_export_takes_any_path(workdir, tmp_path, capsys):
+    folder = tmp_path / 'a "new" one\\s'
+    export(small(), str(workdir), "stablehlo", str(folder / "x"))
+    said = capsys.readouterr().out
+    program = said[said.index("import jax.export") : said.index("Images are")]
+    size = small().data.image_size
+    names = {"images": np.zeros((2, size, size, 3), np.float32)}
+    exec(program, names)
+    assert np.isfinite(names["h"]).all()
+    for written in (pytorch_loading(ResNet(18), 16, folder), head_loading({}, folder, True)):
+        (line,) = [line for line in written.splitlines() if "load_file(" in line]
+        (text,) = re.findall(r"load_file\((.*)\)\)", line)
+        assert ast.literal_eval(text) == str(folder)
 
 
 def test_what_torchvision_cannot_compute_is_not_exported(tiny, tmp_path):

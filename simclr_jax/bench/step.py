@@ -15,7 +15,7 @@ from simclr_jax.data.arrays import in_memory
 from simclr_jax.encoders import init_encoder, to_float
 from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
-from simclr_jax.mesh import batch_sharded, check_divides, laid_out, make_mesh
+from simclr_jax.mesh import batch_sharded, check_divides, gathered, laid_out, make_mesh
 from simclr_jax.training.loop import Job, job_of
 from simclr_jax.training.objectives import no_loss, supervised
 from simclr_jax.training.state import TrainState, start_of
@@ -156,7 +156,10 @@ def _supervised(config: ConfigDict, mesh: Mesh) -> tuple[Job, dict]:
     )
     rule = UpdateRule(*assemble.pretraining_optimizer(config, assemble.plan_of(config, 10**6)))
     step = make_step(
-        supervised(classified.logits, lambda batch: to_float(batch["views"])), no_loss, rule
+        supervised(classified.logits, lambda batch: to_float(batch["views"])),
+        no_loss,
+        rule,
+        gather=gathered(mesh),
     )
 
     def init(key: jax.Array) -> TrainState:

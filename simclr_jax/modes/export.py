@@ -7,6 +7,7 @@ change is printed, and written into the file if the format has a place for it.
 import functools
 import json
 import os
+import shlex
 
 import jax
 import jax.export
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 
 from simclr_jax.console import say
 from simclr_jax.errors import UserError, one_line
-from simclr_jax.files import located, replacing, writing
+from simclr_jax.files import located, quoted, replacing, writing
 from simclr_jax.modes.hub import torch_weights, write_repository, write_safetensors
 from simclr_jax.pretrained import (
     Classifier,
@@ -94,7 +95,8 @@ def _beginning_local(loading: str, path: epath.Path, format: str) -> str:
     if "://" not in str(path) or format == "savedmodel":
         return loading
     folder = f"{path.parent}/"
-    return f"# first: gcloud storage cp -r '{folder}{path.stem}*' .\n{loading.replace(folder, '')}"
+    source = shlex.quote(f"{folder}{path.stem}*")
+    return f"# first: gcloud storage cp -r {source} .\n{loading.replace(folder, '')}"
 
 
 def _write_safetensors(encoder: Encoder, path: epath.Path) -> str:
@@ -154,7 +156,7 @@ def _write_stablehlo(encoder: Encoder, path: epath.Path) -> str:
         scratch.write_bytes(content)
     return (
         "import jax.export, pathlib\n\n"
-        f'encoder = jax.export.deserialize(pathlib.Path("{path}").read_bytes())\n'
+        f"encoder = jax.export.deserialize(pathlib.Path({quoted(path)}).read_bytes())\n"
         f"h = encoder.call(images)  # float32 [N, {size}, {size}, 3]"
     )
 
@@ -198,7 +200,7 @@ def _write_savedmodel(encoder: Encoder, path: epath.Path) -> str:
         raise UserError(f"cannot write {path}: {one_line(error)[:200]}") from error
     return (
         "import tensorflow as tf\n\n"
-        f'encoder = tf.saved_model.load("{path}")\n'
+        f"encoder = tf.saved_model.load({quoted(path)})\n"
         f"h = encoder(images)  # float32 [N, {size}, {size}, 3]"
     )
 

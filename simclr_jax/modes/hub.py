@@ -6,7 +6,7 @@ from etils import epath
 
 from simclr_jax.encoders.resnet import STANDARDS, ResNet
 from simclr_jax.errors import UserError
-from simclr_jax.files import replacing, write_json, write_text
+from simclr_jax.files import quoted, replacing, write_json, write_text
 from simclr_jax.pretrained import Classifier, Encoder
 from simclr_jax.weights.torchvision import DEPTHS, architecture, torchvision_weights
 
@@ -69,7 +69,7 @@ def write_repository(encoder: Encoder, folder: epath.Path) -> str:
             "import timm",
             "",
             f'model = timm.create_model("{settings["architecture"]}", num_classes={settings["num_classes"]},',
-            f'    checkpoint_path="{folder}/model.safetensors").eval()',
+            f"    checkpoint_path={quoted(folder / 'model.safetensors')}).eval()",
             f"# images: float32 [N, 3, H, W] {_pixels(settings)}",
             f"{'logits' if settings['num_classes'] else 'h'} = model(images)",
         ]

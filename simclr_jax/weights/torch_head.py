@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from simclr_jax.files import quoted
+
 # Per dense layer of g: Linear, BatchNorm1d, ReLU; the last of g has no ReLU.
 _PARTS = 3
 
@@ -64,7 +66,7 @@ def head_loading(weights: Mapping[str, np.ndarray], path: Any, is_whole: bool) -
             "head = torch.nn.Sequential(",
             *(f"    {module}," for module in modules),
             ")",
-            f'head.load_state_dict(load_file("{path}"))',
+            f"head.load_state_dict(load_file({quoted(path)}))",
             f"{'z' if len(normed) == len(kernels) else 'logits'} = head.eval()(h)",
         ]
     )

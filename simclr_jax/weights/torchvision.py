@@ -14,6 +14,7 @@ from etils import epath
 
 from simclr_jax.encoders.resnet import STAGES, STANDARDS, STEMS, ResNet
 from simclr_jax.errors import UserError, one_line
+from simclr_jax.files import quoted
 from simclr_jax.weights.contents import (
     Path,
     Weights,
@@ -240,7 +241,7 @@ def pytorch_loading(
     return "\n".join(
         [
             *lines,
-            f'model.load_state_dict(load_file("{path}"))',
+            f"model.load_state_dict(load_file({quoted(path)}))",
             *(
                 ["images = (images - mean[:, None, None]) / deviation[:, None, None]"]
                 if standard is not None
