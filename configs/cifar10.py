@@ -16,7 +16,8 @@ those that configs/folder.py chooses for as many images, and tau is 0.5.
     python -m simclr_jax.main --config=configs/cifar10.py:resnet18 --workdir=/tmp/simclr_cifar10_resnet18
     python -m simclr_jax.main --config=configs/cifar10.py:cpu --workdir=/tmp/simclr_cifar10_cpu
 
-and, for the figures above, linear evaluation on all training images:
+and, for the paper's figure, linear evaluation on all training images (for that of `resnet18` the README has batches of
+512 for 100 epochs: --config.linear.batch_size=512 --config.linear.epochs=100):
 
     python -m simclr_jax.main --mode=linear --workdir=/tmp/simclr_cifar10 --config.eval.validation_fraction=0
 """

@@ -3,8 +3,9 @@
 2,950 pictures to train on and 862 to test on, of 64 px, seen at 32 px; prepared by
 `python benchmarks/emoji.py emoji` (two public packages, 20 MB). The options are those that configs/folder.py
 chooses for as many images on a CPU, except three: AdamW, tau 0.5, and 8 epochs, which are under a minute of training on 2
-CPU cores and show trends. After so short a run the encoder is level with raw pixels by a linear probe, and
-ahead of them by nearest neighbours (seed 0, 2026-11-26; mean and sample deviation over 5 draws of the labels):
+CPU cores and show trends. Half of them are warm-up. After so short a run the encoder is level with raw pixels by a linear probe, or
+below (58.1 +- 0.8 % with all labels over three seeds, docs/findings.md), and ahead of them by nearest neighbours (seed 0,
+2026-11-26; mean and sample deviation over 5 draws of the labels):
     labels per class          10            all      knn, k 29
     raw pixels         43.1 +- 2.3 %    59.3 %    51.9 %
     untrained encoder  33.3 +- 2.1 %    50.7 %    54.5 %

@@ -16,7 +16,8 @@ fine-tuned with 1, 10 and 100 % of the labels; linear evaluation:
     imagenet_v2.py:depth=152,width=2              233   70.2  76.6  81.1   77.4
     imagenet_v2.py:depth=152,width=2,sk=1         354   74.2  79.4  82.9   79.4
     imagenet_v2.py:depth=152,width=3,sk=1         795   74.9  80.1  83.1   79.8
-Hardware: not published. Weights: published, see --mode=import. They were fine-tuned by LARS at 0.005 x sqrt(1024): with
+Hardware: not published. Weights: published, see --mode=import. They were fine-tuned by LARS, ResNet-50 at 0.005 x
+sqrt(1024) by the published README, larger networks at a lower rate: here the validation part chooses 0.002 or 0.005. With
 1 % of the labels for 60 epochs and with 10 % for 30, from the first layer of the head; with 100 % for 30, from h:
 
     python -m simclr_jax.main --config=configs/imagenet_v2.py --workdir=W --config.data.path=TFDS_FOLDER
@@ -54,7 +55,8 @@ def get_config(argument: str = ""):
     c.eval.labels_per_class = ()  # the 1 % split alone: 13 labels per class
     c.finetune.optimizer = "lars"
     c.finetune.scaling = "sqrt"
-    c.finetune.learning_rate = (0.005,)
+    is_larger = c.model.depth > 50 or c.model.width > 1 or c.model.name == "sk_resnet"
+    c.finetune.learning_rate = (0.002, 0.005) if is_larger else (0.005,)
     c.finetune.batch_size = 1024
     c.finetune.from_layer = 1
     return c

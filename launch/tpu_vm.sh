@@ -104,8 +104,8 @@ setup() {
     echo "warning: there are changes that are not committed, and are left behind: $(git status --porcelain --untracked-files=no | head -n 3 | tr '\n' ' ')" >&2
   do_it git archive --format=tar.gz --output=/tmp/simclr_jax.tar.gz HEAD
   gcloud_tpus tpu-vm scp /tmp/simclr_jax.tar.gz "$name:" --worker=all
-  # The image's own Python may be older than 3.11: uv brings one.
-  on_hosts all "mkdir -p simclr_jax && tar xzf simclr_jax.tar.gz -C simclr_jax && cd simclr_jax && (command -v ~/.local/bin/uv || curl -LsSf https://astral.sh/uv/install.sh | sh) && ~/.local/bin/uv venv --allow-existing --python=3.12 && ~/.local/bin/uv pip install -e '.[tpu,report,studies]' && touch .set_up"
+  # What an earlier setup left is removed first: a file that is gone since must not be found. The image's own Python may be older than 3.11: uv brings one.
+  on_hosts all "mkdir -p simclr_jax && rm -rf simclr_jax/{simclr_jax,configs,launch} && tar xzf simclr_jax.tar.gz -C simclr_jax && cd simclr_jax && (command -v ~/.local/bin/uv || curl -LsSf https://astral.sh/uv/install.sh | sh) && ~/.local/bin/uv venv --allow-existing --python=3.12 && ~/.local/bin/uv pip install -e '.[tpu,report,studies]' && touch .set_up"
 }
 
 run() {

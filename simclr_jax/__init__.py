@@ -98,13 +98,13 @@ def _with_options(
     """Returns the validated configuration with `options` set; a ConfigDict of the caller's is copied, not changed. The
     values of the options named in `unknown` are not looked at.
     """
-    from simclr_jax.config import flatten, set_options, validate
+    from simclr_jax.config import flatten, from_dict, set_options, validate
     from simclr_jax.config.overrides import check_is_known, check_is_read
     from simclr_jax.config.python_files import read_file
     from simclr_jax.errors import UserError
 
     if isinstance(config, ConfigDict):
-        config = config.copy_and_resolve_references()
+        config = from_dict(config.copy_and_resolve_references().to_dict())
     elif isinstance(config, str | os.PathLike):
         config = read_file(os.fspath(config))
     else:

@@ -105,6 +105,7 @@ def locked(folder: epath.PathLike, advice: str) -> Iterator[None]:
         return
     path = pathlib.Path(folder) / "lock"
     made, unused = not path.parent.exists(), False
+    busy = UserError(f"another program is writing into {folder}: {advice}")
     with writing(folder, "It must be a folder that can be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.open("w")
@@ -113,9 +114,12 @@ def locked(folder: epath.PathLike, advice: str) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"another program is writing into {folder}: {advice}") from error
+                raise busy from error
             except OSError:  # a file system without locks
                 pass
+            # Between the two lines above another program may have ended, and removed the file that is locked here.
+            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise busy
             try:
                 yield
             finally:
@@ -209,29 +213,29 @@ def storage_error(error: Exception) -> UserError | None:
     words = re.sub(r"\S*/\S*", "", said)  # without addresses, which may hold any number
     if re.search(_AWAY, words):
         return Unavailable(
-            f"the bucket does not answer: {said[:300]}. Training goes on from the newest checkpoint by the same "
-            "command"
+            f"the bucket does not answer: {said[:300]}. The same command goes on from what is saved"
         )
     if re.search(_NOT_ALLOWED, words):
         return UserError(f"the bucket refused the request or has no such object: {said[:300]}")
     return None
 
 
-# Words of errors that say that the files may be read later.
+# Words of errors that say that a file may be read later.
 _LATER = r"Cannot allocate memory|Too many open files|Stale file handle"
 
 
 def raise_if_passing(error: Exception) -> None:
     """Raises if `error`, which came while reading, says nothing about the content that was read: an `Unavailable` if a
-    bucket does not answer, a UserError if file handles are short, and the error itself if memory is.
+    bucket or a network's file system does not answer, or if file handles or the system's memory are short; the error itself
+    if Python's or a device's memory is.
     """
     if isinstance(away := storage_error(error), Unavailable):
         raise away from error
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         raise error
     if re.search(_LATER, str(error)):
-        raise UserError(
-            f"a checkpoint cannot be read at the moment ({one_line(error)[:200]}): the same command goes on once it can"
+        raise Unavailable(
+            f"files cannot be read at the moment ({one_line(error)[:200]}): the same command goes on once they can"
         ) from error
 
 

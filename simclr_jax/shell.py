@@ -87,7 +87,7 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
         error = raised
         if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
             error = UserError(_out_of_memory(error))
-        error = storage_error(error) or error
+        error = _without_tensorflow(error) or storage_error(error) or error
         if jax.distributed.is_initialized():
             if not isinstance(error, UserError | jax.errors.JaxRuntimeError):
                 traceback.print_exc()
@@ -105,6 +105,18 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
         text = "interrupted: the same command resumes a training or an embedding"
         print(text, file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _without_tensorflow(error: Exception) -> UserError | None:
+    """Returns what to do where TensorFlow or TFDS is not installed; None: the error is another."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return None
+    if error.name.partition(".")[0] not in ("tensorflow", "tensorflow_datasets"):
+        return None
+    return UserError(
+        f"the package {error.name} is not installed, which reads images and makes views on the host: install "
+        "tensorflow and tensorflow-datasets; images in an .npz file need neither with data.placement=device"
+    )
 
 
 def settle_tensorflow(environment: MutableMapping[str, str]) -> None:

@@ -73,7 +73,7 @@ def test_a_file_or_name_and_its_argument(spec, expected):
 
 
 def test_the_configuration_of_v2_is_the_published_one():
-    """LARS at 0.1 x sqrt(4096), 5 % of the epochs as warm-up; fine-tuning at 0.005 x sqrt(1024)."""
+    """LARS at 0.1 x sqrt(4096), 5 % of the epochs as warm-up; fine-tuning at 0.005 x sqrt(1024), of larger networks at less."""
     c = read_file(str(CONFIGS / "imagenet_v2.py:depth=152,width=3,sk=1"))
     plan = assemble.plan_of(c, 1_281_167)
     assert plan.learning_rate == pytest.approx(6.4)
@@ -83,7 +83,8 @@ def test_the_configuration_of_v2_is_the_published_one():
     assert assemble.encoder(c).describe() == "SK-ResNet-152 x3"
     assert assemble.head(c).layers == 3
     assert (c.finetune.optimizer, c.finetune.scaling) == ("lars", "sqrt")
-    assert (c.finetune.learning_rate, c.finetune.batch_size) == ((0.005,), 1024)
+    assert (c.finetune.learning_rate, c.finetune.batch_size) == ((0.002, 0.005), 1024)
+    assert shorter.finetune.learning_rate == (0.005,)
 
 
 def test_the_imagenet_configuration_is_the_papers():

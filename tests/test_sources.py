@@ -23,6 +23,7 @@ import simclr_jax
 from simclr_jax import assemble, config
 from simclr_jax.config.overrides import load
 from simclr_jax.data import kind_of, open_source, order, pixels, streamed
+from simclr_jax.data import tfds as tfds_source
 from simclr_jax.data.arrays import in_memory
 from simclr_jax.data.broken import Broken, Images
 from simclr_jax.data.digits import Digits
@@ -514,6 +515,22 @@ def test_lanes_trade_windows_so_that_none_falls_behind():
         found = order.windows(Order(0, 8), np.full(3, 10), lane, 0)
         given.append([len(positions) for _, _, positions in itertools.islice(found, 4)])
     assert given == [[10, 20, 10, 20], [20, 10, 20, 10]]
+
+
+@pytest.mark.parametrize("most_in_memory", [2**30, 0])
+def test_splits_of_tfds_are_joined(most_in_memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds_source, "_IN_MEMORY_BYTES", most_in_memory)
+    joined, single = (
+        opened(name="digits", path=str(tmp_path), train_split=name, test_split="test")
+        for name in ("train+test", "train")
+    )
+    assert (joined.train.count, single.train.count) == (1797, 1437)
+    labels = np.concatenate([single.train.all_labels(), single.test.all_labels()])
+    np.testing.assert_array_equal(joined.train.all_labels(), labels)
+    assert joined.train.fingerprint() != single.train.fingerprint()
+    for name, says in (("train+tests", "has no split 'tests'"), ("test+test", "a split twice")):
+        with pytest.raises(UserError, match=says):
+            opened(name="digits", path=str(tmp_path), train_split=name)
 
 
 @pytest.mark.parametrize("kind", STREAMED)

@@ -24,7 +24,14 @@ from simclr_jax.modes.study import run_study
 from simclr_jax.studies import Factor, Level, Published, Study, above, among_best, best, rises
 from simclr_jax.studies.claims import sign_test
 from simclr_jax.studies.figure import draw
-from simclr_jax.studies.outcomes import OUTCOME, Outcomes, keys_of, outcomes_of, table_of
+from simclr_jax.studies.outcomes import (
+    OUTCOME,
+    Outcomes,
+    keys_of,
+    outcomes_of,
+    runs_wanted,
+    table_of,
+)
 from simclr_jax.studies.runs import config_of, part_of, read_study, runs_of
 from simclr_jax.views import make_distortion
 
@@ -543,6 +550,7 @@ def test_runs_of_two_factors_are_their_product_seed_after_seed():
     expected = list(itertools.product(range(2), "xy", "12"))
     assert [(run.seed, *run.key) for run in runs] == expected
     assert runs[3].overrides == {"loss.temperature": 0.5, "data.batch_size": 16, "seed": 0}
+    assert not any(run.tried for run in runs)
     parts = [part_of(runs, f"{i}/3") for i in (1, 2, 3)]
     assert sorted(run.name for part in parts for run in part) == sorted(run.name for run in runs)
 
@@ -573,6 +581,42 @@ def test_a_table_says_what_is_missing_and_what_has_failed(tmp_path):
     # The metric of transfer depends on the data set.
     other = study._replace(evaluation="transfer")
     assert table_of(other, outcomes)[0][1] == "metric of B.8.1, %"
+
+
+def with_outcome(folder, run, accuracy, validation):
+    (folder / run.name).mkdir()
+    outcome = {"readings": {"h": {"accuracy": accuracy, "validation": validation}}}
+    (folder / run.name / OUTCOME).write_text(json.dumps(outcome))
+
+
+def test_a_table_names_the_settings_that_were_chosen(tmp_path):
+    settings = tuple({"loss.temperature": tau} for tau in (0.2, 0.5))
+    levels = {
+        "x": Level({}, settings),
+        "y": Level({"data.batch_size": 8}),
+        "z": Level({}, settings),
+    }
+    study = Study("t", (Factor("a", levels),), seeds=1)
+    for run in runs_of(study):
+        if run.key != ("z",):
+            with_outcome(tmp_path, run, 0.5 - 0.1 * run.setting, 0.1 + 0.1 * run.setting)
+    header, lines = table_of(study, outcomes_of(study, epath.Path(tmp_path)))
+    assert header == ["a", "accuracy, %", "seeds", "chosen"]
+    assert lines == [
+        ["x", "40.0", "1", "loss.temperature=0.5"],
+        ["y", "50.0", "1", ""],
+        ["z", "missing", "0", ""],
+    ]
+
+
+def test_keys_that_claims_name_get_the_further_seeds_too(tmp_path):
+    levels = {name: Level({}) for name in "uvwxyz"}
+    study = Study("t", (Factor("a", levels),), seeds=2, extremes=1, always=(("w",), ("u",)))
+    first = [run for run in runs_of(study) if run.seed == 0]
+    for place, run in enumerate(first):
+        with_outcome(tmp_path, run, 0.1 * place, 0.1)
+    wanted = [run for run in runs_wanted(study, epath.Path(tmp_path)) if run.seed == 1]
+    assert [run.key for run in wanted] == [("u",), ("w",), ("z",)]
 
 
 @pytest.mark.parametrize(

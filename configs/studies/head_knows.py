@@ -1,4 +1,8 @@
-"""Table 3: what h and z know of a transformation, where pretraining also applied it, now and then, to each view."""
+"""Table 3: what h and z know of a transformation, where pretraining also applied it, now and then, to each view.
+
+In the paper h and z have 2,048 numbers each. Here z has as many as model.head_width says, 128 by default, so a part of
+what z knows less may be its width: give `--config.model.head_width=` the width of h to leave that out.
+"""
 
 from collections.abc import Mapping
 

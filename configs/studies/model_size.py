@@ -3,6 +3,9 @@
 --study=model_size          ResNet-10 and 18 at an eighth to a half of their width, for CPUs
 --study=model_size:paper    ResNet-18, 34 and 50 at 1, 2 and 4 times their width, for `configs/imagenet.py` on
                             a pod: 18 runs. The paper also has ResNet-101 and 152 at 1 and 2 times
+
+Supervised training sees the same views as SimCLR, with colour distortion and blur, and is judged by a probe of h. The
+paper's supervised networks see crops and flips alone, and their own classifier is judged.
 """
 
 from simclr_jax.studies import Factor, Level, Published, Study, of_scale, rises
@@ -46,7 +49,7 @@ def get_study(argument: str = "") -> Study:
             ),
             *(gains_more(f"ResNet-{depth}", widths[0], widths[-1]) for depth in depths),
         ),
-        published=Published("paper, figure 7: ImageNet, linear, top-1", published)
+        published=Published("paper, figure 7: ImageNet, top-1, linear or supervised", published)
         if argument
         else None,
         seeds=1 if argument else 3,

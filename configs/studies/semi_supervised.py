@@ -1,6 +1,8 @@
 """Table 7 and B.4: fine-tuned with 1 % and 10 % of the labels, beside the same network without pretraining.
 
-The length of the fine-tuning is the configuration's, finetune.label_fractions and finetune.epochs.
+The length of the fine-tuning is the configuration's, finetune.label_fractions and finetune.epochs. "none" is trained by
+the same settings, from random weights; the paper's supervised numbers come from settings tuned for few labels. The
+labels are drawn anew in each of eval.seeds draws; the paper's are the fixed lists of TFDS's imagenet2012_subset.
 
     --study=semi_supervised          an eighth to a half of the width, for CPUs
     --study=semi_supervised:paper    the width, twice and four times it, for `configs/imagenet.py:epochs=1000` on a

@@ -1,4 +1,7 @@
-"""Table 5: the temperature, with z normalised and not."""
+"""Table 5: the temperature, with z normalised and not.
+
+The paper's entropy and contrastive accuracy are other_view_entropy and other_view_top1 in each run's metrics.jsonl.
+"""
 
 from simclr_jax.studies import Factor, Level, Published, Study, above, best
 

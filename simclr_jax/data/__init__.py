@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from simclr_jax.data import arrays, folder, index, parquet, pictures, synthetic, tfds
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Share
-from simclr_jax.data.source import in_order
+from simclr_jax.data.source import elements_of
 from simclr_jax.data.split import DataSet, Split
 from simclr_jax.data.subsets import evenly
 from simclr_jax.errors import UserError
@@ -70,7 +70,12 @@ OPTIONS = (
         "folder or Parquet files of the test images; empty: no test images from here; see data.test_fraction",
         resumable=True,
     ),
-    Option("data.train_split", "train", text(), "split of the TFDS data set that is trained on"),
+    Option(
+        "data.train_split",
+        "train",
+        text(),
+        "split of the TFDS data set that is trained on; several are joined by +, such as train+validation",
+    ),
     Option(
         "data.test_split",
         "test",
@@ -219,9 +224,17 @@ def _are_the_same(train: Split, test: Split) -> bool:
 def _some_of(split: Split) -> list[bytes]:
     """Reads 8 images, evenly spaced, or the first ones of a stream."""
     if isinstance(split, IndexedSplit):
-        return [split.source.encoded(i) for i in evenly(split.count, 8)]
-    some = in_order(split.once(Share()).take(8)).as_numpy_iterator()
-    return [bytes(example["image"]) for example in some]
+        return [_content(split, i) for i in evenly(split.count, 8)]
+    some = split.once(Share()).take(8)
+    return [bytes(example["image"]) for example in elements_of(some, "the data set")]
+
+
+def _content(split: IndexedSplit, index: int) -> bytes:
+    """Reads an image's content; what cannot be read, such as a dead link, has none."""
+    try:
+        return split.source.encoded(index)
+    except OSError:
+        return b""
 
 
 def check_given(data: Mapping[str, Any], given: Container[str]) -> None:

@@ -72,9 +72,12 @@ class Broken:
             some = sorted(self._problems.items())[:3]
             names = ", ".join(f"{self._split.name_of(i)} ({problem})" for i, problem in some)
             where = f"; {self.report} names all that were met" if self.report else ""
+            if bad == count:
+                raise UserError(f"none of {count} images can be read, such as {names}{where}")
+            of = "" if self._limit_of == count else f" of {self._limit_of}"
             raise UserError(
                 f"{bad} of {count} images cannot be read, more than the "
-                f"share of {self._limit:g} that data.max_broken allows, such as {names}: mend or "
+                f"share of {self._limit:g}{of} that data.max_broken allows, such as {names}: mend or "
                 f"remove them, or raise data.max_broken{where}"
             )
 
@@ -106,8 +109,8 @@ class Broken:
 
 def _index_of(line: str) -> int | None:
     try:
-        return json.loads(line)["index"]
-    except ValueError:  # cut off when the run was killed
+        return int(json.loads(line)["index"])
+    except (ValueError, TypeError, KeyError):  # cut off when the run was killed, or edited
         return None
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Share
-from simclr_jax.data.source import Source, in_order
+from simclr_jax.data.source import Source, elements_of
 from simclr_jax.data.split import Split
 from simclr_jax.data.streamed import StreamedSplit
 from simclr_jax.data.subsets import evenly
@@ -77,7 +77,7 @@ def _read(source: Source, places: list[int], upright: bool, made: Callable) -> I
 
 def _streamed(split: Split, count: int, upright: bool, made: Callable) -> Iterator[Any]:
     assert isinstance(split, StreamedSplit)
-    examples = in_order(split.once(Share()).take(count)).as_numpy_iterator()
+    examples = elements_of(split.once(Share()).take(count), split.source.title)
     for place, example in enumerate(examples):
         image = example["image"]
         if isinstance(image, bytes):

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +38,24 @@ def in_order(dataset: Any) -> Any:
     options.deterministic = True
     options.autotune.enabled = False
     return dataset.with_options(options)
+
+
+def elements_of(dataset: Any, title: str) -> Iterator[Any]:
+    """Yields the elements of a tf.data.Dataset, as numpy arrays, in order; `title` names its source.
+
+    Raises:
+      UserError: a file of the source is damaged or not there.
+    """
+    import tensorflow as tf
+
+    from simclr_jax.data.decode import reason_of
+
+    try:
+        yield from in_order(dataset).as_numpy_iterator()
+    except tf.errors.OpError as error:
+        raise UserError(
+            f"the files of {title} cannot be read ({reason_of(error)[:200]}): prepare or copy them anew"
+        ) from error
 
 
 def codes_of(occurring: Sequence[str], classes: Classes, where: str) -> dict[str | None, int]:
@@ -288,7 +306,7 @@ class ShardedSource(Decoding, abc.ABC):
         # `enumerate` makes pairs: `map` would unpack a record that is a tuple into several arguments.
         records = tf.data.Dataset.from_tensor_slices(shards).flat_map(self.records).enumerate()
         found = records.map(lambda _, record: self.parse(record)["label"], CORES)
-        return np.concatenate(list(in_order(found.batch(_LABELS_AT_ONCE)).as_numpy_iterator()))
+        return np.concatenate(list(elements_of(found.batch(_LABELS_AT_ONCE), self.title)))
 
     @abc.abstractmethod
     def fingerprint(self, shards: np.ndarray) -> str:

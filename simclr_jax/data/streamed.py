@@ -17,7 +17,7 @@ from PIL import Image
 from simclr_jax.data.encoded import Encoded
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Lane, Order, Share, lanes, next_whole, windows
-from simclr_jax.data.source import CORES, ShardedSource, in_order
+from simclr_jax.data.source import CORES, ShardedSource, elements_of, in_order
 from simclr_jax.data.split import BROKEN, NONE
 from simclr_jax.data.subsets import split_validation
 from simclr_jax.errors import UserError
@@ -236,7 +236,7 @@ class StreamedSplit:
     def subset(self, indices: np.ndarray) -> IndexedSplit:
         self.check_subset(len(indices))
         wanted, images, labels = set(map(int, indices)), [], []
-        for i, example in enumerate(in_order(self.once(Share())).as_numpy_iterator()):
+        for i, example in enumerate(elements_of(self.once(Share()), self.source.title)):
             if i in wanted:
                 images.append(example["image"])
                 labels.append(example["label"])
@@ -306,7 +306,7 @@ class StreamedSplit:
         wanted = set(indices)
         places = sorted({self._place(index)[0] for index in wanted})
         shards = tf.data.Dataset.from_tensor_slices(self._shards[places])
-        records = in_order(shards.flat_map(self.source.records)).as_numpy_iterator()
+        records = elements_of(shards.flat_map(self.source.records), self.source.title)
         ends = np.cumsum(self._lengths)
         numbers = [i for p in places for i in range(ends[p] - self._lengths[p], ends[p])]
         found: dict[int, str] = {}

@@ -11,7 +11,7 @@ import numpy as np
 from simclr_jax.data.arrays import in_memory
 from simclr_jax.data.label_sets import MOST_LABELS, LabelSets, mask_of, names_of
 from simclr_jax.data.order import Share
-from simclr_jax.data.source import CORES, Classes, ShardedSource, in_order
+from simclr_jax.data.source import CORES, Classes, ShardedSource, elements_of
 from simclr_jax.data.split import DataSet, Split
 from simclr_jax.data.streamed import StreamedSplit
 from simclr_jax.errors import UserError, near_names, one_line
@@ -25,21 +25,21 @@ _RECORDS_AT_ONCE = 64
 
 
 class RecordFiles(ShardedSource):
-    """The record files of a TFDS split, each a shard."""
+    """The record files of a TFDS split, or of several, each a shard."""
 
     shard_name = "file"
 
     def __init__(self, builder: Any, split: str, classes: Classes, sets: LabelSets | None = None):
-        """Takes a prepared TFDS builder, the name of a split, and its classes.
+        """Takes a prepared TFDS builder, the name of a split, such as "train" or "train+validation", and its classes.
 
         `sets`: the classes are sets of labels; None: they are labels.
         """
-        info = builder.info.splits[split]
+        infos = [builder.info.splits[name] for name in _parts(split)]
         self._builder, self._split, self.classes, self._sets = builder, split, classes, sets
-        self._paths = [str(path) for path in info.filepaths]
-        self.lengths = np.asarray(info.shard_lengths, np.int64)
+        self._paths = [str(path) for info in infos for path in info.filepaths]
+        self.lengths = np.concatenate([np.asarray(i.shard_lengths, np.int64) for i in infos])
         self.title = f"{builder.name}/{split}"
-        self.total_bytes = info.num_bytes
+        self.total_bytes = sum(info.num_bytes for info in infos)
         self.image_shape = builder.info.features["image"].shape
         self.is_shuffled = not builder.info.disable_shuffling
 
@@ -81,7 +81,7 @@ class RecordFiles(ShardedSource):
         # `enumerate` makes pairs: `map` would unpack a record that is a tuple into several arguments.
         records = shards.flat_map(self.records).enumerate()
         found = records.map(lambda _, r: mask_of(self._without_pixels(r), labels), CORES)
-        return np.unique(list(in_order(found).as_numpy_iterator())).astype(np.int64)
+        return np.unique(list(elements_of(found, self.title))).astype(np.int64)
 
     def decode(self, image: Any, upright: bool = True) -> Any:
         """Decodes as TFDS does, of whose images published accuracies are, and which turns none."""
@@ -90,6 +90,11 @@ class RecordFiles(ShardedSource):
     def fingerprint(self, shards: np.ndarray) -> str:
         lengths = ",".join(map(str, self.lengths[shards]))
         return f"{self._builder.info.full_name}/{self._split}:{lengths}"
+
+
+def _parts(split: str) -> list[str]:
+    """Returns the names of the splits in "train" or "train+validation"."""
+    return split.split("+")
 
 
 def _is_array_record(builder: Any) -> bool:
@@ -110,7 +115,7 @@ def _blocks(path: bytes) -> Iterator[list[bytes]]:
 def open_data_set(data: Mapping[str, Any]) -> DataSet:
     """Opens the TFDS data set "name" in the folder "path" ("": TFDS's own), prepared if it was not.
 
-    "train_split" and "test_split" name its splits; the latter may be "".
+    "train_split" and "test_split" name its splits, several joined by "+"; the latter may be "".
 
     Raises:
       UserError: there is no such data set or split, or its images are not uint8.
@@ -188,12 +193,15 @@ def is_prepared(name: str, data_dir: str = "") -> bool:
 
 def _check_split(builder: Any, name: str) -> None:
     """Raises a UserError if there is no such split, or it cannot be read."""
-    splits = builder.info.splits
-    if name not in splits:
-        raise UserError(
-            f"the TFDS data set {builder.name!r} has no split {name!r}: it has {', '.join(splits)}; "
-            "see data.train_split and data.test_split, which may be '' for none"
-        )
+    splits, parts = builder.info.splits, _parts(name)
+    for part in parts:
+        if part not in splits:
+            raise UserError(
+                f"the TFDS data set {builder.name!r} has no split {part!r}: it has {', '.join(splits)}; "
+                "see data.train_split and data.test_split, which take one, several joined by +, or '' for none"
+            )
+    if len(set(parts)) < len(parts):
+        raise UserError(f"{name!r} names a split twice: expected each once")
     if _is_array_record(builder) and importlib.util.find_spec("array_record") is None:
         raise UserError(
             f"the TFDS data set {builder.name!r} is prepared as ArrayRecord, which the package array_record "
@@ -228,15 +236,19 @@ def _open_split(builder: Any, name: str) -> Split:
 
 def _all_examples(builder: Any, split: str) -> Mapping[str, np.ndarray]:
     """Reads a split of images of one shape: {feature: array [N, ...]}."""
-    import tensorflow_datasets as tfds
+    parts = [_examples_of_part(builder, part) for part in _parts(split)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
+
+def _examples_of_part(builder: Any, split: str) -> Mapping[str, np.ndarray]:
     if _is_array_record(builder):
         examples = list(builder.as_data_source(split=split))
         return {name: np.stack([x[name] for x in examples]) for name in examples[0]}
-    return tfds.as_numpy(builder.as_dataset(split=split, batch_size=-1))
+    whole = builder.as_dataset(split=split).batch(builder.info.splits[split].num_examples)
+    return next(elements_of(whole, f"{builder.name}/{split}"))
 
 
 def _has_labels(split: StreamedSplit) -> bool:
     """Reads records until one has a label."""
     examples = split.once(Share()).map(lambda example: example["label"])
-    return any(label >= 0 for label in in_order(examples).as_numpy_iterator())
+    return any(label >= 0 for label in elements_of(examples, split.source.title))

@@ -68,7 +68,7 @@ class ProjectionHead(nn.Module):
 
 
 class LinearClassifier(nn.Module):
-    """h [N, D] to logits [N, classes], float32. The caller stops the gradient into h."""
+    """h [N, D] to logits [N, classes], float32."""
 
     classes: int
 

@@ -115,7 +115,10 @@ def compile_step(config: ConfigDict, mesh: Mesh, topology: str) -> Any:
         # For ResNet-50, the compiler of libtpu 0.0.42.1 recurses until the process dies.
         raise UserError("the compiler for v6e needs a large stack: run `ulimit -s unlimited` first")
     count = 1000 * config.data.batch_size  # sets the schedule's constants, no shape
-    unlabelled = config.data.source == "folder" and not config.data.folder_labels
+    data = config.data
+    unlabelled = data.source == "folder" and not (data.folder_labels or data.labels_file)
+    if unlabelled and config.train.objective == "supervised":
+        raise UserError("train.objective=supervised needs labels: see data.folder_labels")
     classes = None if unlabelled else _CLASSES
     job = assemble.pretraining_job(config, assemble.plan_of(config, count), classes, mesh)
     step: Any = job.step  # jitted

@@ -75,8 +75,7 @@ def run_study(
     about = {name: about_run(own, found, images) for name, own in configs.items()}
     check_finished(folder, about)
     while True:
-        runs = [run for run in runs_wanted(found, folder) if run.name in mine]
-        waiting = [run for run in runs if not (folder / run.name / OUTCOME).exists()]
+        runs, waiting = _of_first_process(found, folder, mine)
         say(f"study       {found.title}: {len(runs)} runs, {len(runs) - len(waiting)} finished")
         if dry_run:
             _estimate(
@@ -86,6 +85,27 @@ def run_study(
         if not waiting:  # and the outcomes ask for no further run
             return _show(config, found, folder)
         _finish_all({run.name: configs[run.name] for run in waiting}, found, folder, about)
+
+
+def _of_first_process(
+    study: Study, folder: epath.Path, mine: set[str]
+) -> tuple[list[StudyRun], list[StudyRun]]:
+    """Returns the runs of this part that the study wants, and those of them that are not finished, as process 0 sees the
+    outcomes: other programs write them meanwhile, and all processes must go on with one run.
+
+    Args:
+      study: the study.
+      folder: where its runs lie.
+      mine: names of the runs of this part.
+    """
+    seen = None
+    if jax.process_index() == 0:
+        wanted = [run.name for run in runs_wanted(study, folder) if run.name in mine]
+        waiting = [name for name in wanted if not (folder / name / OUTCOME).exists()]
+        seen = json.dumps([wanted, waiting])
+    names = json.loads(processes.text_of_first(seen) or "")
+    by_name = {run.name: run for run in runs_of(study)}
+    return [by_name[name] for name in names[0]], [by_name[name] for name in names[1]]
 
 
 def check_study(folder: epath.Path, study: Study) -> None:
@@ -180,6 +200,14 @@ def _check_readings(config: ConfigDict, study: Study) -> None:
 
 def _estimate(configs: dict[str, ConfigDict], further: str) -> None:
     """Says how long each run will take, by a short measurement of each kind of step; `further`: what else comes."""
+    if (
+        jax.process_count() > 1
+    ):  # each would measure for its own seconds, and wait for the others' steps
+        say(
+            "".join(f"{name}\n" for name in configs)
+            + "times are not measured with several processes"
+        )
+        return
     measured: dict[str, tuple[float, float]] = {}
     total = 0.0
     for name, own in configs.items():

@@ -101,13 +101,13 @@ def paired(scores: Scores, one: Key, other: Key) -> list[float]:
 
 
 def compared(differences: Sequence[float]) -> str:
-    """Says the mean difference in points, its size in standard deviations, and the sign test."""
+    """Says the mean difference in points, its size in standard deviations of the differences, and the sign test."""
     if not differences:
         return "no seed in common"
     middle = statistics.mean(differences)
     text = f"{100 * middle:+.1f} points"
     if len(differences) > 1 and (spread := statistics.stdev(differences)) > 0:
-        text += f" ({middle / spread:+.1f} standard deviations)"
+        text += f" ({middle / spread:+.1f} standard deviations of the difference over seeds)"
     up = sum(d > 0 for d in differences)
     return (
         f"{text}, {up} of {len(differences)} seeds up, sign test p = {sign_test(differences):.2g}"

@@ -101,7 +101,9 @@ class Study(NamedTuple):
         finetune.label_fractions, or "TASK, h" and "TASK, z" from `evals.transformations.TASKS`.
       labels_per_class: which row of the evaluation; None: all labels.
       seeds: runs of each key, with the seeds 0, 1, ...
-      extremes: N: only the N best and the N worst keys of seed 0 get the further seeds; None: every key.
+      extremes: N: only the N best and the N worst keys of seed 0, and those of `always`, get the further seeds; None:
+        every key.
+      always: keys that get the further seeds whatever seed 0 says, such as those that claims name.
       matrix: draw two factors as a matrix, the first one downwards, with the means of rows beside it.
     """
 
@@ -114,6 +116,7 @@ class Study(NamedTuple):
     labels_per_class: int | None = None
     seeds: int = 3
     extremes: int | None = None
+    always: tuple[Key, ...] = ()
     matrix: bool = False
 
     @property

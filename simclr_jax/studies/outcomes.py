@@ -36,7 +36,7 @@ def runs_wanted(study: Study, folder: epath.Path) -> list[StudyRun]:
     """Lists the runs that a study wants, given those that are finished below `folder`.
 
     These are all runs, unless the study has `extremes`: then only the runs of seed 0 until all of them are finished,
-    and after that also the further seeds of the best and worst keys.
+    and after that also the further seeds of the best and worst keys, and of those in `always`.
     """
     runs = runs_of(study)
     if study.extremes is None:
@@ -53,7 +53,7 @@ def runs_wanted(study: Study, folder: epath.Path) -> list[StudyRun]:
         if len(study.readings) == 1 or key[-1] == reading
     }
     order = sorted(means, key=means.__getitem__)
-    chosen = {*order[: study.extremes], *order[-study.extremes :]}
+    chosen = {*order[: study.extremes], *order[-study.extremes :], *study.always}
     return [run for run in runs if run.seed == 0 or run.key in chosen]
 
 
@@ -113,15 +113,20 @@ def _best(of_key: dict[int, dict[int, dict]], reading: str) -> int:
 
 
 def table_of(study: Study, outcomes: Outcomes) -> tuple[list[str], list[list[str]]]:
-    """Makes a table: a line for each key, with mean and deviation over seeds, and the paper's number. A key without a
-    score is "failed" if one of its trainings could not go on, else "missing".
+    """Makes a table: a line for each key, with mean and deviation over seeds, the setting that was chosen if any key has
+    several, and the paper's number. A key without a score is "failed" if one of its trainings could not go on, else
+    "missing".
     """
     header = [factor.name for factor in study.factors]
     header += ["of"] if len(study.readings) > 1 else []
     header += [f"{study.measure}, %", "seeds"]
+    runs = runs_of(study)
+    tried = {(run.key, run.setting): run.tried for run in runs}
+    has_settings = any(run.setting for run in runs)
+    header += ["chosen"] if has_settings else []
     header += ["paper, %"] if study.published else []
     lines = []
-    failed = {run.key for run in runs_of(study) if run.name in outcomes.failed}
+    failed = {run.key for run in runs if run.name in outcomes.failed}
     for key in keys_of(study):
         there = outcomes.scores.get(key, {})
         cell = "failed" if key[: len(study.factors)] in failed else "missing"
@@ -129,6 +134,9 @@ def table_of(study: Study, outcomes: Outcomes) -> tuple[list[str], list[list[str
             cell = f"{100 * mean(outcomes.scores, key):.1f}"
             cell += f" ± {100 * deviation(outcomes.scores, key):.1f}" if len(there) > 1 else ""
         line = [*key, cell, str(len(there))]
+        if has_settings:
+            chosen = tried[key[: len(study.factors)], outcomes.settings.get(key, 0)]
+            line.append(", ".join(f"{k}={v}" for k, v in chosen.items()) if there else "")
         if study.published:
             value = study.published.values.get(key)
             line.append("" if value is None else f"{value:.1f}")

@@ -28,7 +28,14 @@ _DECIDES_NOTHING = (
     "train.sinks",
 )
 # These change no outcome either. They count as at their defaults, so that studies of earlier versions go on.
-_SAME_OUTCOME = ("data.max_broken", "loss.implementation", "mesh.fsdp", "model.remat")
+_SAME_OUTCOME = (
+    "data.max_broken",
+    "eval.label_fraction",
+    "eval.labels_per_class",  # which row is read is recorded apart
+    "loss.implementation",
+    "mesh.fsdp",
+    "model.remat",
+)
 # Groups of options that matter to a study only if its evaluation has the group's name.
 _OF_OTHER_MODES = ("finetune.", "linear.", "transfer_finetune.", "distill.")
 

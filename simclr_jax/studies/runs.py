@@ -20,12 +20,14 @@ class StudyRun(NamedTuple):
       setting: which combination of its levels' settings, from 0.
       seed: the run's seed.
       overrides: the options that it sets.
+      tried: those of them that are its setting.
     """
 
     key: Key
     setting: int
     seed: int
     overrides: dict[str, Any]
+    tried: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -109,9 +111,11 @@ def runs_of(study: Study) -> list[StudyRun]:
             settings = itertools.product(*(level.settings for _, level in levels))
             for number, chosen in enumerate(settings):
                 overrides: dict[str, Any] = {}
+                tried: dict[str, Any] = {}
                 for (_, level), setting in zip(levels, chosen, strict=True):
                     overrides |= dict(level.overrides) | dict(setting)
-                found.append(StudyRun(key, number, seed, overrides | {"seed": seed}))
+                    tried |= setting
+                found.append(StudyRun(key, number, seed, overrides | {"seed": seed}, tried))
     return found
 
 
@@ -134,11 +138,12 @@ def config_of(base: ConfigDict, study: Study, run: StudyRun) -> ConfigDict:
       UserError: a value is not allowed.
     """
     config = base.copy_and_resolve_references()
-    fixed = {"eval.after_training": "none", "eval.baselines": False}
+    fixed: dict[str, Any] = {"eval.after_training": "none", "eval.baselines": False}
     if "train.epochs" in run.overrides:
         fixed["train.steps"] = 0  # which would count in place of the epochs
-    if study.labels_per_class is not None:
-        fixed |= {"eval.labels_per_class": (study.labels_per_class,)}
+    # No other row of the probe is read.
+    few = () if study.labels_per_class is None else (study.labels_per_class,)
+    fixed |= {"eval.labels_per_class": few, "eval.label_fraction": 0.0}
     config_lib.set_options(config, fixed | run.overrides)
     config_lib.validate(config)
     if study.evaluation == "probe" and config.eval.validation_fraction == 0:

@@ -105,15 +105,16 @@ class MetricWriter:
         return self
 
     def __exit__(self, kind, error, *_) -> None:
-        with contextlib.suppress(OSError):  # what matters is in the metrics, and has been said
-            self._events.close()
-        # A bucket that does not answer would not do so now either.
-        if not isinstance(error, Unavailable) and not (error and storage_error(error)):
-            self.store()
-        if self._scratch is not None:
-            self._scratch.cleanup()
-        if self._sinks is not None:
-            self._sinks.close(self.finished)
+        with contextlib.ExitStack() as whatever_fails:
+            if self._sinks is not None:
+                whatever_fails.callback(self._sinks.close, self.finished)
+            if self._scratch is not None:
+                whatever_fails.callback(self._scratch.cleanup)
+            with contextlib.suppress(OSError):  # what matters is in the metrics, and has been said
+                self._events.close()
+            # A bucket that does not answer would not do so now either.
+            if not isinstance(error, Unavailable) and not (error and storage_error(error)):
+                self.store()
 
 
 def read_lines(file: epath.PathLike) -> list[dict]:

@@ -18,7 +18,7 @@ from simclr_jax import config as config_lib
 from simclr_jax import processes
 from simclr_jax.console import say
 from simclr_jax.data.split import DataSet, Split
-from simclr_jax.errors import UserError
+from simclr_jax.errors import Unavailable, UserError
 from simclr_jax.files import absolute, write_json
 from simclr_jax.training.plan import Plan
 from simclr_jax.training.saved import agreed_steps, check_writable, find, read_newest, read_record
@@ -64,6 +64,8 @@ def saved_config(path: str) -> dict:
         return record["config"]
     try:
         return read_newest(path, read_record)["config"]
+    except Unavailable:
+        raise
     except UserError as error:
         raise UserError(
             f"no {file}: name the run's --workdir, or a checkpoint folder, or give a --config"
@@ -222,6 +224,8 @@ def _newest_record(workdir: str) -> dict | None:
     for step in reversed(agreed_steps(workdir)):
         try:
             return read_record(find(workdir, step))
+        except Unavailable:  # to go on without a record would be to begin another run here
+            raise
         except UserError:  # damaged: what restores the state says so
             continue
     return None
@@ -314,11 +318,15 @@ def _found_from_anywhere(config: ConfigDict) -> dict:
 
 
 def _commit() -> str | None:
-    """Returns the commit of the checkout that this package runs from; None: it is no checkout."""
-    here = pathlib.Path(__file__).parent
+    """Returns the commit of the checkout that this package runs from; None: it is no checkout. A package that lies
+    somewhere below another project's checkout, such as in its .venv, is none of that project.
+    """
+    checkout = pathlib.Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():
+        return None
     try:
         found = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+            ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"],
             capture_output=True,
             text=True,
             timeout=10,

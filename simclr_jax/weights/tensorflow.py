@@ -25,7 +25,7 @@ def prefix_of(path: epath.Path) -> epath.Path | None:
     path = path.absolute() if not in_bucket(path) else path  # "." has no name
     if path.suffix == ".index":
         path = path.with_suffix("")
-    if path.with_name(f"{path.name}.index").exists():
+    if path.name and path.with_name(f"{path.name}.index").exists():
         return path
     if not path.is_dir():
         return None
