@@ -321,12 +321,12 @@ def _commit() -> str | None:
     """Returns the commit of the checkout that this package runs from; None: it is no checkout. A package that lies
     somewhere below another project's checkout, such as in its .venv, is none of that project.
     """
-    checkout = pathlib.Path(__file__).resolve().parents[2]
-    if not (checkout / ".git").exists():
+    here = pathlib.Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
         return None
     try:
         found = subprocess.run(
-            ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"],
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
             capture_output=True,
             text=True,
             timeout=10,
