@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -35,6 +36,23 @@ def smooth(height=24, width=20):
     """An image that JPEG keeps well."""
     y, x = np.mgrid[:height, :width]
     return np.stack([9 * y, 9 * x, 4 * (x + y)], axis=-1).astype(np.uint8)
+
+
+def test_a_report_that_was_edited_is_read_as_far_as_it_goes(small_split, tmp_path):
+    report = tmp_path / "broken.jsonl"
+    report.write_text('[1]\n"x"\n{"image": 1}\n{"index": null}\n{"index": 3}\n{"ind')
+    assert Broken(small_split, 0.1, report).indices == set()  # image 3 can be read
+
+
+def test_images_that_are_all_broken_are_said_to_be(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"none of 3 images can be read, such as /.*0\.png"):
+        Broken(open_split(str(tmp_path), False), 0.9).find(range(3))
+    split = open_split(str(tmp_path), False).subset(np.arange(2))
+    whole = types.SimpleNamespace(count=10)
+    with pytest.raises(UserError, match=r"1 of 2 images .* the share of 0\.05 of 10 that"):
+        Broken(split, 0.05, whole=whole).find([0])
 
 
 def good_images(where):

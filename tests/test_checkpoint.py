@@ -18,7 +18,7 @@ from conftest import encoder_checkpoint
 
 import simclr_jax
 from simclr_jax import assemble, processes
-from simclr_jax.errors import UserError
+from simclr_jax.errors import Unavailable, UserError
 from simclr_jax.mesh import make_mesh, state_shardings
 from simclr_jax.training import saved
 from simclr_jax.training.checkpoint import Checkpoints, Saving
@@ -129,7 +129,7 @@ def test_a_process_restores_what_process_0_has_not_what_it_sees_itself(tmp_path,
     [
         (MemoryError("x"), MemoryError),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: x"), jax.errors.JaxRuntimeError),
-        (OSError(24, "Too many open files"), UserError),
+        (OSError(24, "Too many open files"), Unavailable),
     ],
 )
 def test_what_is_short_while_restoring_is_no_damage(error, raised, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import simclr_jax
-from simclr_jax import assemble, config
+from simclr_jax import assemble, config, shell
 from simclr_jax.config import OPTIONS
 from simclr_jax.config.__main__ import page
 from simclr_jax.config.overrides import load, override
@@ -85,6 +85,15 @@ def test_the_configuration_of_v2_is_the_published_one():
     assert (c.finetune.optimizer, c.finetune.scaling) == ("lars", "sqrt")
     assert (c.finetune.learning_rate, c.finetune.batch_size) == ((0.002, 0.005), 1024)
     assert shorter.finetune.learning_rate == (0.005,)
+
+
+@pytest.mark.parametrize("name", ["tensorflow", "tensorflow_datasets.core"])
+def test_a_missing_tensorflow_is_one_line(name):
+    error = shell._without_tensorflow(ModuleNotFoundError("x", name=name))
+    assert f"the package {name} is not installed" in str(error)
+    assert "data.placement=device" in str(error)
+    assert shell._without_tensorflow(ModuleNotFoundError("x", name="numpy")) is None
+    assert shell._without_tensorflow(ValueError("x")) is None
 
 
 def test_the_imagenet_configuration_is_the_papers():

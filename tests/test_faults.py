@@ -26,7 +26,7 @@ from test_loop import (
 
 from simclr_jax import assemble, load_encoder, main, shell
 from simclr_jax.config import set_options
-from simclr_jax.errors import LOST, UserError
+from simclr_jax.errors import LOST, Unavailable, UserError
 from simclr_jax.mesh import make_mesh
 from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.training import saved
@@ -41,6 +41,39 @@ def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained") / "whole"
     train(workdir, hooks=[Average()])
     return workdir
+
+
+@pytest.mark.parametrize("read", [workdirs._newest_record, workdirs.saved_config])
+def test_a_record_that_cannot_be_read_at_the_moment_is_no_empty_workdir(
+    read, whole, tmp_path, monkeypatch
+):
+    """To go on without it would be to begin another run, with other options, from this one's state."""
+    shutil.copytree(whole, tmp_path / "w")
+    (tmp_path / "w" / "config.json").unlink(missing_ok=True)
+
+    def short(*_, **__):
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saved.ocp.Checkpointer, "restore", short)
+        with pytest.raises(Unavailable, match=r"cannot be read at the moment.*Too many open files"):
+            read(str(tmp_path / "w"))
+
+
+def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
+    """A package below another project's checkout, such as in its .venv, has no commit."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run([*git, *command], check=True)
+    places = (tmp_path / ".venv/lib/simclr_jax/training", tmp_path / "simclr_jax/training")
+    for place in places:
+        place.mkdir(parents=True)
+    found = []
+    for place in places:
+        monkeypatch.setattr(workdirs, "__file__", str(place / "workdir.py"))
+        found.append(workdirs._commit())
+    assert found[0] is None
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", found[1])
 
 
 @pytest.fixture

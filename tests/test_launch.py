@@ -115,6 +115,8 @@ def test_setup_waits_then_copies_the_commit_and_installs_it_on_all_hosts(cloud):
     assert copied[3:] == ["tpu-vm", "scp", "/tmp/simclr_jax.tar.gz", "pod:", "--worker=all", ZONE]
     assert installed[3:7] == ["tpu-vm", "ssh", "pod", "--worker=all"]
     assert "uv pip install -e '.[tpu,report,studies]'" in installed[7]
+    emptied, unpacked = (installed[7].index(x) for x in ("rm -rf simclr_jax/{", "tar xzf"))
+    assert emptied < unpacked  # a file that is gone from the commit is not left over
 
 
 def test_setup_does_not_wait_for_a_slice_that_will_not_come(cloud):

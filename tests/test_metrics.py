@@ -29,6 +29,22 @@ def lines_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_sinks_are_closed_where_the_last_metrics_cannot_be_stored(tmp_path, monkeypatch):
+    closed: list[bool] = []
+    sinks: Any = types.SimpleNamespace(close=closed.append)
+
+    def full(_):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(MetricWriter, "store", full)
+    with (
+        pytest.raises(UserError, match="the disk is full"),
+        MetricWriter(str(tmp_path), sinks=lambda: sinks),
+    ):
+        pass
+    assert closed == [False]
+
+
 def test_scalars_reach_tensorboard(tmp_path):
     with MetricWriter(str(tmp_path)) as writer:
         writer.write(3, {"loss": 0.5, "grad_norm": 2.0})

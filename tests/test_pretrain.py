@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_images, tiny_config
+from ml_collections import ConfigDict
 from PIL import Image
 from test_loop import config_file, metrics_of
 
@@ -348,6 +349,25 @@ def test_test_images_that_are_the_training_images_are_refused(tiny):
     np.savez(tiny.data.path, **arrays, test_images=images, test_labels=labels)
     with pytest.raises(UserError, match="the test images are the training images"):
         assemble.data_set(tiny)
+
+
+def test_folders_with_the_same_dead_link_can_be_compared(tiny, tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "0.png").symlink_to("nowhere.png")
+        for i, image in enumerate(random_images(3, 12, 12)):
+            Image.fromarray(image).save(tmp_path / part / f"{i + 1}.bmp")
+    paths = {"data.path": str(tmp_path / "train"), "data.test_path": str(tmp_path / "test")}
+    set_options(tiny, {"data.source": "folder"} | paths)
+    with pytest.raises(UserError, match="the test images are the training images"):
+        assemble.data_set(tiny)
+
+
+def test_a_configuration_that_lacks_options_gets_their_defaults():
+    made = simclr_jax._with_options(ConfigDict({"data": {"source": "synthetic"}}), {"seed": 3})
+    assert (made.seed, made.train.epochs, made.data.source) == (3, 100.0, "synthetic")
+    with pytest.raises(UserError, match="colour"):
+        simclr_jax._with_options(ConfigDict({"colour": 1}), {})
 
 
 def test_folders_of_equal_names_and_sizes_may_differ(tiny, tmp_path):

@@ -4,10 +4,12 @@ The kinds whose order is tested: record files of TFDS and row groups of Parquet 
 streamed; arrays; and a source of two methods, as somebody would add it.
 """
 
+import errno
 import importlib.util
 import io
 import itertools
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -34,7 +36,7 @@ from simclr_jax.data.pictures import pictures_of
 from simclr_jax.data.source import Example, Source, in_order
 from simclr_jax.data.split import BROKEN, DataSet
 from simclr_jax.data.streamed import StreamedSplit
-from simclr_jax.errors import UserError
+from simclr_jax.errors import Unavailable, UserError
 from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.views import pipeline
 
@@ -515,6 +517,36 @@ def test_lanes_trade_windows_so_that_none_falls_behind():
         found = order.windows(Order(0, 8), np.full(3, 10), lane, 0)
         given.append([len(positions) for _, _, positions in itertools.islice(found, 4)])
     assert given == [[10, 20, 10, 20], [20, 10, 20, 10]]
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.EMFILE, True), (errno.EIO, False)])
+def test_what_cannot_be_read_at_the_moment_is_no_broken_image(number, passes, drawn, monkeypatch):
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(type(drawn.source), "encoded", fails)
+    if passes:
+        with pytest.raises(Unavailable, match="cannot be read at the moment"):
+            drawn.problems([3])
+    else:
+        assert drawn.problems([3]) == {3: os.strerror(number)}
+
+
+def test_damaged_record_files_are_one_line(tmp_path):
+    split = prepared(tmp_path)
+    for file in tmp_path.rglob("*train.tfrecord*"):
+        content = bytearray(file.read_bytes())
+        content[40:60] = bytes(20)
+        file.write_bytes(content)
+    says = "the files of streamed/train cannot be read .*: prepare or copy them anew"
+    for read in (
+        lambda: split.problems([0]),
+        lambda: list(pictures_of(split, 3, True)),
+        split.all_labels,
+        lambda: split.subset(np.arange(3)),
+    ):
+        with pytest.raises(UserError, match=says):
+            read()
 
 
 @pytest.mark.parametrize("most_in_memory", [2**30, 0])

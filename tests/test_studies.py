@@ -32,6 +32,7 @@ from simclr_jax.studies.outcomes import (
     runs_wanted,
     table_of,
 )
+from simclr_jax.studies.record import about_run
 from simclr_jax.studies.runs import config_of, part_of, read_study, runs_of
 from simclr_jax.views import make_distortion
 
@@ -587,6 +588,19 @@ def with_outcome(folder, run, accuracy, validation):
     (folder / run.name).mkdir()
     outcome = {"readings": {"h": {"accuracy": accuracy, "validation": validation}}}
     (folder / run.name / OUTCOME).write_text(json.dumps(outcome))
+
+
+@pytest.mark.parametrize("labels", [None, 5])
+def test_a_run_of_a_study_fits_no_probe_that_is_not_read(labels, tiny):
+    study = Study("t", (Factor("a", {"x": Level({})}),), labels_per_class=labels)
+    config = config_of(tiny, study, runs_of(study)[0])
+    assert config.eval.labels_per_class == (() if labels is None else (labels,))
+    assert config.eval.label_fraction == 0
+    # A study of an earlier version, which fitted them, goes on.
+    tiny.eval.labels_per_class, tiny.eval.label_fraction = (1, 10), 0.01
+    before, now = (about_run(c, study, "d")["options"] for c in (tiny, config))
+    names = ("eval.labels_per_class", "eval.label_fraction")
+    assert [before[name] for name in names] == [now[name] for name in names]
 
 
 def test_a_table_names_the_settings_that_were_chosen(tmp_path):
