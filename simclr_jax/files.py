@@ -9,7 +9,7 @@ import pathlib
 import re
 import secrets
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from etils import epath
 
@@ -105,21 +105,12 @@ def locked(folder: epath.PathLike, advice: str) -> Iterator[None]:
         return
     path = pathlib.Path(folder) / "lock"
     made, unused = not path.parent.exists(), False
-    busy = UserError(f"another program is writing into {folder}: {advice}")
     with writing(folder, "It must be a folder that can be written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("w")
+        lock = _locked_file(path)
+    if lock is None:
+        raise UserError(f"another program is writing into {folder}: {advice}")
     try:
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise busy from error
-            except OSError:  # a file system without locks
-                pass
-            # Between the two lines above another program may have ended, and removed the file that is locked here.
-            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                raise busy
             try:
                 yield
             finally:
@@ -131,6 +122,25 @@ def locked(folder: epath.PathLike, advice: str) -> Iterator[None]:
         if unused and made:
             with contextlib.suppress(OSError):
                 path.parent.rmdir()
+
+
+def _locked_file(path: pathlib.Path) -> IO | None:
+    """Opens and locks a file, made with its folder; returns None if another program has the lock."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return None
+        except OSError:  # a file system without locks
+            return lock
+        # Between opening and locking, the program that had the lock may have removed the file.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        lock.close()
 
 
 def expanded(path: str | os.PathLike) -> pathlib.Path:

@@ -1,5 +1,6 @@
 """What breaks around a run: storage that is full, damaged, read-only or gone. Nothing is lost."""
 
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -27,6 +28,7 @@ from test_loop import (
 from simclr_jax import assemble, load_encoder, main, shell
 from simclr_jax.config import set_options
 from simclr_jax.errors import LOST, Unavailable, UserError
+from simclr_jax.files import locked
 from simclr_jax.mesh import make_mesh
 from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.training import saved
@@ -58,6 +60,27 @@ def test_a_record_that_cannot_be_read_at_the_moment_is_no_empty_workdir(
         patch.setattr(saved.ocp.Checkpointer, "restore", short)
         with pytest.raises(Unavailable, match=r"cannot be read at the moment.*Too many open files"):
             read(str(tmp_path / "w"))
+
+
+def test_a_lock_that_its_owner_removes_before_it_is_taken_is_taken_anew(tmp_path, monkeypatch):
+    flock = fcntl.flock
+    taken: list = []
+
+    def late(file, how):
+        if not taken:
+            (tmp_path / "lock").unlink()
+        taken.append(file)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with (
+        locked(tmp_path, ""),
+        pytest.raises(UserError, match="another program is writing into"),
+        locked(tmp_path, ""),
+    ):
+        pass
+    assert len(taken) == 3
+    assert not (tmp_path / "lock").exists()
 
 
 def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
