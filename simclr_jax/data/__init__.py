@@ -33,7 +33,7 @@ class Files(NamedTuple):
     """A source of one's own files, which are at data.path.
 
     Attributes:
-      ending: of data.path, by which the source is known; "": any other.
+      ending: ending of data.path by which the source is known; "": any other path.
       reads: options of the group "data" that not every source of this package reads.
     """
 

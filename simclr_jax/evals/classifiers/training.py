@@ -29,7 +29,7 @@ from simclr_jax.training.workdir import about_classifier
 
 
 class Starts(NamedTuple):
-    """What trainings start from.
+    """The networks that trainings start from.
 
     Attributes:
       networks: kind -> {"params", "batch_stats"} of f and of g.
@@ -47,7 +47,7 @@ class Trainer:
 
     Attributes:
       parts: the images.
-      starts: what trainings start from.
+      starts: the networks that trainings start from.
       path: WORKDIR/MODE.json, or WORKDIR/MODE_NAME_DIGEST.json for other data than those of pretraining; the
         trainings lie in the folder of the same name.
     """
