@@ -110,7 +110,9 @@ def test_a_study_is_run_shown_and_not_run_again(short, file, tmp_path, capsys, m
             probe = json.loads((folder / name / "probe.json").read_text())
             assert probe["rows"][-1]["accuracy"] == accuracy
     table = (folder / "table.md").read_text()
-    assert "| loss | accuracy, % | seeds | paper, % |" in table
+    assert "| loss | accuracy, % | seeds | chosen | paper, % |" in table
+    margin = (0.4, 0.8)[rows[("margin",)]["setting"]]
+    assert f"| 1 | loss.margin={margin} | 50.0 |" in table
     assert "tau 0.5 is above margin" in table
     assert "sign test p =" in said
     with Image.open(folder / "figure.png") as picture:
