@@ -31,6 +31,7 @@ from simclr_jax.training.state import Networks, init_state
 from simclr_jax.training.step import UpdateRule, make_step
 from simclr_jax.training.verdict import References
 from simclr_jax.views import crops_for_classifiers, make_distortion
+from simclr_jax.views.crop import EvaluationView
 from simclr_jax.views.placement import HostCrops, HostViews, Resident, Views, ViewSettings
 
 
@@ -188,8 +189,13 @@ def _view_settings(
 ) -> ViewSettings:
     share = Share(jax.process_index(), jax.process_count())
     order = Order(config.seed, batch_size, share)
+    return ViewSettings(order, config.data.image_size, distortion, evaluation_view(config), mesh)
+
+
+def evaluation_view(config: ConfigDict) -> EvaluationView:
+    """Returns what every evaluation sees of an image."""
     data = config.data
-    return ViewSettings(order, data.image_size, distortion, data.eval_crop, data.upright, mesh)
+    return EvaluationView(data.image_size, data.eval_crop, config.views.antialias, data.upright)
 
 
 def images_of(

@@ -23,7 +23,7 @@ from simclr_jax.errors import UserError
 from simclr_jax.files import expanded
 from simclr_jax.training import saved
 from simclr_jax.training.state import init_head
-from simclr_jax.views.crop import center_view
+from simclr_jax.views.crop import EvaluationView
 
 _BATCH = 256
 
@@ -35,33 +35,23 @@ class Encoder:
       network: the Flax module, for use inside your own jitted code:
         `encoder.network.apply(encoder.variables, images, train=False)`.
       variables: {"params", "batch_stats"}, float32.
-      image_size: height and width, in pixels, of the images it was trained on. A ResNet takes other sizes too, a ViT
-        multiples of its patch.
-      eval_crop: share of the centred square's side that `preprocess` keeps.
-      upright: whether `preprocess` turns images as their EXIF data say.
-      antialias: whether `preprocess` averages all pixels where it makes an image smaller.
+      view: what `preprocess` makes of an image. Its size is that of the images the encoder was trained on; a ResNet
+        takes other sizes too, a ViT multiples of its patch.
       width: D, the number of features in h.
       step: steps that it was trained for.
     """
 
-    def __init__(
-        self,
-        network: Any,
-        variables: dict,
-        image_size: int,
-        step: int,
-        eval_crop: float = 1.0,
-        upright: bool = True,
-        antialias: bool = False,
-    ):
+    def __init__(self, network: Any, variables: dict, view: EvaluationView, step: int):
         self.network = network
         self.variables = variables
-        self.image_size = image_size
+        self.view = view
         self.step = step
         self.width = network.width
-        self.eval_crop = eval_crop
-        self.upright = upright
-        self.antialias = antialias
+
+    @property
+    def image_size(self) -> int:
+        """Height and width, in pixels, of the images that `preprocess` makes."""
+        return self.view.size
 
     @property
     def function(self) -> Callable[[dict, Any], jax.Array]:
@@ -127,10 +117,10 @@ class Encoder:
           ValueError: the file is a folder or no image (the message names it), or the array has another shape or type.
         """
         if isinstance(image, Image.Image):
-            x = pixels.pixels(image, self.upright)
+            x = pixels.pixels(image, self.view.upright)
         elif isinstance(image, str | os.PathLike):
             try:
-                x = pixels.read(expanded(image).read_bytes(), self.upright)
+                x = pixels.read(expanded(image).read_bytes(), self.view.upright)
             except IsADirectoryError as error:
                 raise ValueError(
                     f"{os.fspath(image)} is a folder: expected an image file; --mode=embed takes folders"
@@ -142,7 +132,7 @@ class Encoder:
             x = np.repeat(x[..., np.newaxis], 3, axis=-1) if x.ndim == 2 else x
         if x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] != 3 or 0 in x.shape:
             raise ValueError(f"an image is {x.dtype} {list(x.shape)}: expected uint8 [H, W, 3]")
-        return center_view(x, self.image_size, self.eval_crop, self.antialias)
+        return self.view.of(x)
 
     def embed(self, images: Iterable[Any]) -> np.ndarray:
         """Computes h float32 [N, D] of N images, each what `preprocess` takes, as --mode=embed does.
@@ -190,8 +180,8 @@ class Classifier(Encoder):
       width: C, the number of logits.
     """
 
-    def __init__(self, *encoder: Any, classes: list[str] | None, **preprocessing: Any):
-        super().__init__(*encoder, **preprocessing)
+    def __init__(self, *encoder: Any, classes: list[str] | None):
+        super().__init__(*encoder)
         self.classes = classes
 
     @property
@@ -246,17 +236,8 @@ def read_classifier(found: epath.Path) -> Classifier:
     }
     read = saved.read_parts(found, saved.with_shardings(wanted, sharding))
     variables = {kind: {"encoder": own[kind]} | read[kind] for kind in ("params", "batch_stats")}
-    data = config.data
-    return Classifier(
-        network,
-        variables,
-        data.image_size,
-        record["step"],
-        data.eval_crop,
-        data.upright,
-        config.views.antialias,
-        classes=about["classes"],
-    )
+    view = assemble.evaluation_view(config)
+    return Classifier(network, variables, view, record["step"], classes=about["classes"])
 
 
 def load_encoder(path, step: int | None = None) -> Encoder:
@@ -281,9 +262,7 @@ def read_encoder(found: epath.Path) -> Encoder:
     network = assemble.encoder(config)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     variables = read_variables(config, network, found, sharding)
-    data = config.data
-    how = data.eval_crop, data.upright, config.views.antialias
-    return Encoder(network, variables, data.image_size, record["step"], *how)
+    return Encoder(network, variables, assemble.evaluation_view(config), record["step"])
 
 
 def read_variables(

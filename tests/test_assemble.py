@@ -15,6 +15,7 @@ from simclr_jax import assemble, config
 from simclr_jax.data.order import Order
 from simclr_jax.errors import UserError
 from simclr_jax.evals.classifiers.selection import Selection
+from simclr_jax.evals.scores import Score
 from simclr_jax.losses.contract import implementation_of
 from simclr_jax.mesh import make_mesh, state_shardings
 from simclr_jax.training.optimizer import make_optimizer, warmup_cosine
@@ -149,7 +150,8 @@ def test_kernels_are_divided_along_their_last_axis_that_can_be():
 
 
 def test_of_equally_good_steps_the_later_is_selected():
-    scores = iter([0.5, 0.1, 0.5, 0.2])  # validation, test, of two moments
+    # Validation, test, of two moments.
+    scores = iter([Score(0.5, 0.6), Score(0.1, 0.3), Score(0.5, 0.6), Score(0.2, 0.4)])
     selection: Any = Selection(8, lambda *_: next(scores), "validation", "test", 2)
     assert [step for step in range(1, 9) if selection.due(step)] == [4, 8]
     for step in (4, 8):
@@ -158,5 +160,20 @@ def test_of_equally_good_steps_the_later_is_selected():
         "last": 0.2,
         "selected": 0.2,
         "selected_step": 8,
+        "validation": 0.5,
+        "last_top_5": 0.4,
+        "selected_top_5": 0.4,
+    }
+
+
+def test_a_selection_goes_on_from_one_of_an_earlier_version():
+    """Whose test score was a number."""
+    selection: Any = Selection(8, lambda *_: Score(0.2), "validation", "test", 2)
+    selection.memory = {"step": 4, "validation": 0.5, "test": 0.1}
+    selection.run(8, None)
+    assert selection.outcome(None) == {
+        "last": 0.2,
+        "selected": 0.1,
+        "selected_step": 4,
         "validation": 0.5,
     }

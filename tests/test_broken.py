@@ -24,12 +24,8 @@ from simclr_jax.data.split import BROKEN
 from simclr_jax.errors import UserError
 from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.views import make_distortion, pipeline
-from simclr_jax.views.pipeline import (
-    EvaluationView,
-    HostWork,
-    evaluation_batches,
-    training_batches,
-)
+from simclr_jax.views.crop import EvaluationView
+from simclr_jax.views.pipeline import HostWork, evaluation_batches, training_batches
 
 
 def smooth(height=24, width=20):

@@ -1,9 +1,11 @@
 """Options, overrides and what they come to."""
 
+import ast
 import json
 import math
 import pathlib
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -394,3 +396,34 @@ def test_every_configuration_file_says_what_it_reaches_and_its_command():
         assert f"python -m simclr_jax.main --config=configs/{path.name}" in text
         assert "%" in text or path.name == "folder.py"
         assert any(word in text for word in ("Hardware", "CPU", "GPU"))
+
+
+def test_every_option_that_the_code_names_exists():
+    """Lists of options by name, such as those that a study passes over, follow a renamed option."""
+    names = {option.name for option in OPTIONS}
+    groups = {name.partition(".")[0] for name in names if "." in name}
+    option = re.compile(rf"(?:{'|'.join(groups)})\.[a-z_0-9.]*")
+    files = (".json", ".html", ".safetensors")
+    found = [
+        text
+        for path in pathlib.Path(simclr_jax.__file__).parent.rglob("*.py")
+        for text in whole_texts(ast.parse(path.read_text()))
+        if option.fullmatch(text) and not text.endswith(files)
+    ]
+    assert len(found) > 100
+    # A text that ends in "." or "_" stands for all options that begin with it.
+    unknown = {
+        text
+        for text in found
+        if text not in names
+        and not (text.endswith((".", "_")) and any(name.startswith(text) for name in names))
+    }
+    assert not unknown
+
+
+def whole_texts(tree):
+    """Returns the texts of a program, less those that are a part of an f-string."""
+    nodes = list(ast.walk(tree))
+    parts = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+    constants = [node for node in nodes if isinstance(node, ast.Constant) and id(node) not in parts]
+    return [node.value for node in constants if isinstance(node.value, str)]

@@ -126,7 +126,7 @@ def test_preprocess_is_the_view_of_evaluation(embedded, tmp_path):
         path = tmp_path / f"{mode}.png"
         image.save(path, exif=exif)
         decoded = decode.decode(tf.constant(path.read_bytes()), upright=True)
-        expected = host.center_crop(decoded, encoder.image_size, encoder.eval_crop)
+        expected = host.center_crop(decoded, encoder.view)
         expected = np.broadcast_to(expected, (12, 12, 3))
         for given in (path, Image.open(path)):
             found = encoder.preprocess(given)

@@ -11,6 +11,7 @@ import pytest
 from conftest import encoder_checkpoint
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import top_k_accuracy_score
 
 import simclr_jax
 from simclr_jax import assemble, config
@@ -27,6 +28,7 @@ from simclr_jax.evals import (
     on_the_way,
     probe,
     results,
+    scores,
     subjects,
     transfer,
 )
@@ -36,6 +38,7 @@ from simclr_jax.evals.features import Extractor, raw_pixels
 from simclr_jax.evals.knn import knn_accuracy
 from simclr_jax.evals.logistic import accuracy, fit_lambdas, fit_logistic, scale
 from simclr_jax.evals.probe import probe_all_labels, probe_few_labels
+from simclr_jax.evals.scores import Score
 from simclr_jax.evals.transfer import LAMBDAS, fit_chosen_lambda
 from simclr_jax.mesh import make_mesh
 from simclr_jax.training.checkpoint import Checkpoints, Saving
@@ -96,15 +99,30 @@ def test_the_regularisation_is_chosen_without_the_test_split(digits):
         "max_iterations": 1000,
     }
     wrong = with_test_labels(digits, (digits.test[1] + 1) % 10)
-    best, l2, validation = probe_all_labels(digits, options)
+    reached, l2, validation = probe_all_labels(digits, options)
     _, same, as_before = probe_all_labels(wrong, options)
     assert validation == as_before
     assert l2 == same
     assert l2 != 1e3
-    assert best > 0.85
-    few = probe_few_labels(digits, options, per_class=5)
+    assert reached.value > 0.85
+    few = [found.value for found in probe_few_labels(digits, options, per_class=5)]
     assert len(few) == len(set(few)) == 3
-    assert 0.5 < np.mean(few) < best
+    assert 0.5 < np.mean(few) < reached.value
+
+
+def test_a_probe_says_its_top_5_accuracy(digits, monkeypatch):
+    """For data of many classes: here of ten."""
+    monkeypatch.setattr(scores, "TOP_5_FROM", 10)
+    options = {"l2": (1e-3,), "validation_fraction": 0.1, "seed": 0, "seeds": 2}
+    options |= {"max_iterations": 100, "labels_per_class": (1,), "label_fraction": 0.0}
+    few, every = probe.rows(digits, options, "encoder")
+    assert few["accuracy"] + 0.1 < few["top_5_accuracy"] < every["top_5_accuracy"]
+    (x, y), (x_test, y_test), *_ = digits
+    theirs = LogisticRegression(C=1 / (1e-3 * len(x)), max_iter=1000).fit(x, y)
+    expected = top_k_accuracy_score(y_test, theirs.decision_function(x_test), k=5)
+    assert every["top_5_accuracy"] == pytest.approx(expected, abs=2.5 / len(y_test))
+    _, ((_, *cells),) = results.labels_table([few, every])
+    assert cells[1] == f"{every['accuracy']:.1%}, top-5 {every['top_5_accuracy']:.1%}"
 
 
 def test_the_probes_fit_to_no_label_of_the_validation_part_but_the_last_to_all(monkeypatch):
@@ -136,7 +154,9 @@ def test_an_evaluation_gets_the_metric_that_was_asked_for(tiny, tmp_path, monkey
 
     def rows(features, options, kind):
         seen.append(options["metric"])
-        return [results.row(kind, None, [0.5]) | {"lambda": 1.0, "validation_accuracies": []}]
+        return [
+            results.row(kind, None, [Score(0.5)]) | {"lambda": 1.0, "validation_accuracies": []}
+        ]
 
     monkeypatch.setitem(EVALUATIONS, "transfer", EVALUATIONS["transfer"]._replace(rows=rows))
     workdir = encoder_checkpoint(tiny, tmp_path / "w")
@@ -156,10 +176,10 @@ def test_features_are_centred_and_scaled_by_the_training_images():
 
 
 def test_a_row_has_the_sample_deviation():
-    found = results.row("encoder", 1, [0.5, 0.6])
+    found = results.row("encoder", 1, [Score(0.5), Score(0.6)])
     assert found["accuracy"] == pytest.approx(0.55)
     assert found["std"] == pytest.approx(0.1 / np.sqrt(2))
-    assert results.row("encoder", 1, [0.5])["std"] == 0
+    assert results.row("encoder", 1, [Score(0.5)])["std"] == 0
 
 
 def objective(x, y, kernel, bias, value):
@@ -400,8 +420,8 @@ def test_the_few_labels_of_a_probe_are_given_as_numbers_and_as_a_share(monkeypat
     """2 % of 150 images in 3 classes is one of each class."""
     x, y = np.eye(150, 4, dtype=np.float32), np.arange(150) % 3
     features = Features((x, y), (x, y), 3)
-    monkeypatch.setattr(probe, "probe_few_labels", lambda _, options, n: [n / 10] * 2)
-    monkeypatch.setattr(probe, "probe_all_labels", lambda *_: (0.9, 1e-3, 0.8))
+    monkeypatch.setattr(probe, "probe_few_labels", lambda _, options, n: [Score(n / 10)] * 2)
+    monkeypatch.setattr(probe, "probe_all_labels", lambda *_: (Score(0.9), 1e-3, 0.8))
     found = {}
     for share in (0.0, 0.02, 0.08):
         options = {"labels_per_class": (10, 4), "label_fraction": share}
@@ -484,7 +504,7 @@ def nearest_mean(x, y, x_test, y_test):
 MEANS = Evaluation(
     text="the nearest of the classes' means",
     rows=lambda features, options, kind: [
-        results.row(kind, None, [nearest_mean(*features.train, *features.test)])
+        results.row(kind, None, [Score(nearest_mean(*features.train, *features.test))])
     ],
     settings=lambda options, images, classes: {"classes": classes, "seed": options["seed"]},
     title=lambda settings: f"The nearest of {settings['classes']} means, test accuracy",
@@ -818,7 +838,7 @@ def test_data_are_called_what_a_person_calls_them(options, expected):
 def test_two_shares_of_as_many_labels_a_class_have_a_column_each():
     """100 images of 10 classes: 1 % and 10 % are one label per class."""
     rows = [
-        results.row("encoder", per_class, [accuracy]) | {"label_fraction": share}
+        results.row("encoder", per_class, [Score(accuracy)]) | {"label_fraction": share}
         for per_class, share, accuracy in ((1, 0.01, 0.1), (1, 0.1, 0.2), (None, 1.0, 0.3))
     ]
     header, lines = results.labels_table(rows)

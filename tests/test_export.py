@@ -32,6 +32,7 @@ from simclr_jax.training import saved
 from simclr_jax.training.checkpoint import save_once
 from simclr_jax.training.state import TrainState
 from simclr_jax.training.workdir import about_classifier
+from simclr_jax.views.crop import EvaluationView
 from simclr_jax.weights.torch_head import head_loading
 from simclr_jax.weights.torchvision import pytorch_loading, torchvision_weights
 
@@ -358,7 +359,7 @@ def test_a_repository_says_how_it_is_loaded(tmp_path):
     variables["params"]["classifier"] = {"dense": dense}
     classified = Classified(network, ProjectionHead("none"), 0, LinearClassifier(7), False)
     names = [f"class {i}" for i in range(7)]
-    classifier = simclr_jax.Classifier(classified, variables, 64, 9, classes=names)
+    classifier = simclr_jax.Classifier(classified, variables, EvaluationView(64), 9, classes=names)
     loading = write_repository(classifier, epath.Path(tmp_path / "hub"))
     settings = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert (settings["architecture"], settings["num_classes"]) == ("resnet18", 7)

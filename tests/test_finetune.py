@@ -21,7 +21,7 @@ from simclr_jax.encoders import apply_network, init_encoder
 from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.errors import Stopped, UserError
-from simclr_jax.evals import classifiers, subjects
+from simclr_jax.evals import classifiers, scores, subjects
 from simclr_jax.evals.classifiers import program, protocol, training
 from simclr_jax.evals.features import Extractor
 from simclr_jax.files import locked
@@ -226,7 +226,8 @@ def leaves_a_classifier(config, workdir, result, states):
 
 
 @pytest.mark.whole
-def test_fine_tuning_with_few_labels_and_all(run, capsys, one_device):
+def test_fine_tuning_with_few_labels_and_all(run, capsys, monkeypatch, one_device):
+    monkeypatch.setattr(scores, "TOP_5_FROM", 3)
     config, workdir = run
     with states_of_fit() as states:
         result = classifiers.finetune(config, str(workdir))
@@ -245,6 +246,7 @@ def test_fine_tuning_with_few_labels_and_all(run, capsys, one_device):
         assert row["labels_per_class"] == (3 if fraction < 1 else None)
         assert {r["images"] for r in row["runs"]} == {9 if fraction < 1 else 36}
         assert 0 <= row["selected_accuracy"] <= 1
+        assert row["top_5_accuracy"] == row["selected_top_5_accuracy"] == 1.0  # of three classes
     said = capsys.readouterr().out
     assert "trainings   6, some 12 steps in all" in said
     assert "encoder, 9 labels, draw 2, 2 epochs, learning rate 0.05 x 16 / 256\n" in said
@@ -657,6 +659,16 @@ def test_without_a_validation_part_all_is_trained_on_and_nothing_chosen(begun):
     config.linear.learning_rate = (0.1, 0.2)
     with pytest.raises(UserError, match="leaves nothing to choose them on"):
         classifiers.linear(config, str(workdir))
+
+
+def test_the_top_5_accuracy_is_said_of_many_classes(begun, monkeypatch, capsys):
+    """Here of three, of which the first five are all."""
+    monkeypatch.setattr(scores, "TOP_5_FROM", 3)
+    config, workdir, _ = begun
+    (row,) = classifiers.linear(config, str(workdir))["rows"]
+    assert row["top_5_accuracy"] == 1.0
+    assert row["runs"][0]["last_top_5"] == 1.0
+    assert "top-5 100.0%" in capsys.readouterr().out
 
 
 def test_accuracies_are_of_the_test_images_that_can_be_read(begun, monkeypatch):

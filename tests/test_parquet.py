@@ -28,6 +28,7 @@ from simclr_jax.data.split import BROKEN
 from simclr_jax.errors import UserError
 from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.views import make_distortion, pipeline
+from simclr_jax.views.crop import EvaluationView
 
 PNG = png(picture(0))
 IMAGE_LABEL = Columns("image", "label")
@@ -409,7 +410,7 @@ def test_a_file_that_changes_under_a_run_stops_it_in_one_line(tmp_path):
     with pytest.raises(
         UserError, match=r"cannot read .*a\.parquet: .*expected a Parquet"
     ) as caught:
-        next(pipeline.evaluation_batches(images, 4, Share(), pipeline.EvaluationView(4, 1.0)))
+        next(pipeline.evaluation_batches(images, 4, Share(), EvaluationView(4, 1.0)))
     assert "\n" not in str(caught.value)
 
 
@@ -463,7 +464,7 @@ def test_evaluation_leaves_broken_images_out(damaged):
     path, bad = damaged
     split = train_on(path).train
     images = Images(split, Broken(split, 0.1))
-    found = pipeline.evaluation_batches(images, 30, Share(), pipeline.EvaluationView(4, 1.0))
+    found = pipeline.evaluation_batches(images, 30, Share(), EvaluationView(4, 1.0))
     labels = np.concatenate([batch["label"] for batch in found])
     assert labels.tolist() == [BROKEN if i in bad else i % 3 for i in range(60)]
 

@@ -3,6 +3,7 @@
 import io
 import re
 import struct
+import zlib
 
 import numpy as np
 import pillow_heif
@@ -282,9 +283,27 @@ def test_a_jpeg_in_cmyk_has_the_pixels_that_pillow_gives():
         np.testing.assert_array_equal(decoded(x), pixels.read(x))
 
 
+def png_of_size(width, height):
+    """The beginning of a PNG that says it is so large."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + header
+        + struct.pack(">I", zlib.crc32(header))
+    )
+
+
+def test_pillow_still_refuses_what_is_far_larger_than_any_photograph():
+    """Its limit is one of the whole process, in which other code reads images too."""
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(io.BytesIO(png_of_size(40000, 40000)))
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
+        (png_of_size(40000, 40000), "more than 268435456 pixels"),
         (b"", "there are no bytes"),
         (b"not an image", "not an image of a known format"),
         (saved(Image.new("F", (9, 9)), "tiff"), "32 bits a sample .*: expected 8 or 16"),

@@ -26,7 +26,7 @@ from simclr_jax.errors import UserError
 from simclr_jax.mesh import batch_sharded, make_mesh
 from simclr_jax.views import device, pipeline
 from simclr_jax.views.color import Flip, Grey
-from simclr_jax.views.crop import Crop, center_view
+from simclr_jax.views.crop import Crop, EvaluationView
 from simclr_jax.views.distortion import Distortion
 from simclr_jax.views.placement import HostCrops, HostViews, Resident, ViewSettings, stream
 from simclr_jax.views.solarize import Solarize
@@ -68,7 +68,9 @@ def images(split=SPLIT):
 
 def views_of(way, share=Share(), size=SIZE, devices=8, batch_size=8):
     mesh = make_mesh(jax.devices()[:devices])
-    return way(ViewSettings(Order(1, batch_size, share), size, DISTORTION, 1.0, True, mesh))
+    return way(
+        ViewSettings(Order(1, batch_size, share), size, DISTORTION, EvaluationView(size), mesh)
+    )
 
 
 def batches(way, steps=STEPS, start=0, share=Share()):
@@ -243,9 +245,10 @@ def test_a_stream_pairs_the_global_batch_with_the_names_of_its_images(whole, way
 EVALUATED = pytest.mark.parametrize("way", [HostViews, Resident], ids=["host", "device"])
 
 
-def evaluated(way, batch_size, split=SPLIT, start=0, share=Share(), **changed):
+def evaluated(way, batch_size, split=SPLIT, start=0, share=Share(), **view):
     views = views_of(way, share, size=10)
-    views = dataclasses.replace(views, settings=dataclasses.replace(views.settings, **changed))
+    settings = dataclasses.replace(views.settings, evaluation=EvaluationView(10, **view))
+    views = dataclasses.replace(views, settings=settings)
     return list(views.evaluation_batches(images(split), batch_size, start))
 
 
@@ -268,12 +271,12 @@ def test_evaluation_gives_every_image_once_in_order_and_not_distorted(way, batch
 @pytest.mark.parametrize("antialias", [False, True])
 def test_evaluation_crops_and_averages_as_the_options_say(way, antialias):
     large = in_memory(random_images(5, 40, 36), np.arange(5) % 3, ("a", "b", "c"))
-    distortion = Distortion(Window(antialias=antialias), ())
-    (found,) = evaluated(way, 5, large, eval_crop=0.8, distortion=distortion)
-    expected = [center_view(image, 10, 0.8, antialias) for image in large.source.arrays]
+    (found,) = evaluated(way, 5, large, proportion=0.8, antialias=antialias)
+    view = EvaluationView(10, 0.8, antialias)
+    expected = [view.of(image) for image in large.source.arrays]
     assert np.max(np.abs(found["image"].astype(int) - np.asarray(expected, int))) <= 1
     assert not np.allclose(
-        expected, [center_view(x, 10, 1.0, antialias) for x in large.source.arrays], atol=9
+        expected, [view._replace(proportion=1.0).of(x) for x in large.source.arrays], atol=9
     )
 
 
@@ -317,7 +320,7 @@ def test_evaluation_makes_three_channels_of_one(way):
 def test_an_unreadable_image_is_named(tmp_path):
     (tmp_path / "broken.png").write_text("no image")
     split = open_split(str(tmp_path), labels=False)
-    with pytest.raises(UserError, match=r"1 of 1 images .*broken\.png") as caught:
+    with pytest.raises(UserError, match=r"none of 1 images .*broken\.png") as caught:
         next(views_of(HostViews).batches(images(split), 0))
     assert "\n" not in str(caught.value)
 

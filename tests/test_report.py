@@ -21,6 +21,7 @@ from simclr_jax.data.folder import open_split
 from simclr_jax.data.pictures import pictures_of
 from simclr_jax.errors import UserError
 from simclr_jax.evals import results
+from simclr_jax.evals.scores import Score
 from simclr_jax.main import main
 from simclr_jax.mesh import make_mesh
 from simclr_jax.modes.pretrain import pretrain, pretrain_and_evaluate
@@ -372,7 +373,10 @@ def test_a_record_says_how_far_its_run_is(tmp_path):
 
 def test_a_distillation_is_not_held_against_the_bounds_of_another_loss(tiny, tmp_path):
     tiny.data.path = str(tmp_path / "moved.npz")
-    rows = [results.row("teacher", None, [0.75]), results.row("student", None, [0.625])]
+    rows = [
+        results.row("teacher", None, [Score(0.75)]),
+        results.row("student", None, [Score(0.625)]),
+    ]
     line = '{"step": 4, "loss": 0.5, "teacher_agreement": 0.9}\n'
     about, distill = {"mode": "distill"}, {"step": 4, "rows": rows, "test_images": 8}
     student = write_run(tmp_path / "runs/student", line, about=about, distill=distill)
@@ -486,8 +490,8 @@ def test_a_skipped_step_is_no_failure_and_a_sick_run_that_goes_on_is_judged(tmp_
 
 
 def test_an_unfinished_fine_tuning_has_empty_cells():
-    rows = [results.row("encoder", n, [0.5]) for n in (1, None)]
-    rows.append(results.row("untrained", 1, [0.4]))
+    rows = [results.row("encoder", n, [Score(0.5)]) for n in (1, None)]
+    rows.append(results.row("untrained", 1, [Score(0.4)]))
     expected = [["encoder", "50.0%", "50.0%"], ["untrained", "40.0%", ""]]
     assert results.labels_table(rows)[1] == expected
 

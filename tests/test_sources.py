@@ -39,6 +39,7 @@ from simclr_jax.data.streamed import StreamedSplit
 from simclr_jax.errors import Unavailable, UserError
 from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.views import pipeline
+from simclr_jax.views.crop import EvaluationView
 
 COUNT = 60
 STREAMED = ["files", "row_groups"]
@@ -806,7 +807,7 @@ def test_a_source_with_a_format_of_its_own_is_decoded_by_itself(places):
     """In evaluation, in the search for what is broken, and for pictures in reports; so is a part of it."""
     split = IndexedSplit(Raw()).subset(np.asarray(places))
     images = Images(split, Broken(split, 0.5))
-    found = list(pipeline.evaluation_batches(images, 16, Share(), pipeline.EvaluationView(4, 1.0)))
+    found = list(pipeline.evaluation_batches(images, 16, Share(), EvaluationView(4, 1.0)))
     values = np.concatenate([batch["image"] for batch in found]).max((1, 2, 3))
     labels = np.concatenate([batch["label"] for batch in found])
     assert values[labels != BROKEN].tolist() == [i for i in places if i != 7]
@@ -818,7 +819,7 @@ def test_a_source_with_a_format_of_its_own_is_decoded_by_itself(places):
 def test_evaluation_leaves_out_what_a_source_of_two_methods_cannot_read():
     split = IndexedSplit(Drawn(lost=(5, 6), classes=("a", "b", "c")))
     images = Images(split, Broken(split, 0.1))
-    view = pipeline.EvaluationView(4, 1.0)
+    view = EvaluationView(4, 1.0)
     found = list(pipeline.evaluation_batches(images, 16, Share(), view))
     labels = np.concatenate([batch["label"] for batch in found])
     assert labels.tolist() == [BROKEN if i in (5, 6) else i % 3 for i in range(COUNT)]

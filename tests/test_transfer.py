@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 from conftest import encoder_checkpoint, random_images
 from etils import epath
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 import simclr_jax
 from simclr_jax import assemble, config
@@ -16,7 +16,13 @@ from simclr_jax.evals import classifiers, transfer
 from simclr_jax.evals.classifiers import training
 from simclr_jax.evals.evaluate import evaluate_features
 from simclr_jax.evals.logistic import fit_lambdas
-from simclr_jax.evals.scores import eleven_point_map, mean_per_class, metric_of
+from simclr_jax.evals.scores import (
+    eleven_point_map,
+    mean_per_class,
+    metric_of,
+    score,
+    top_5_accuracy,
+)
 from simclr_jax.losses.classification import cross_entropy_of_sets
 from simclr_jax.mesh import make_mesh
 
@@ -66,6 +72,27 @@ def test_the_mean_of_the_classes_is_scikit_learns():
     labels, logits = rng.choice(4, size=50, p=[0.7, 0.1, 0.1, 0.1]), rng.normal(size=(50, 4))
     expected = balanced_accuracy_score(labels, logits.argmax(1))
     assert mean_per_class(logits, labels) == pytest.approx(expected)
+
+
+def test_the_top_5_accuracy_is_scikit_learns_and_said_of_many_classes_alone():
+    rng = np.random.default_rng(0)
+    labels, logits = rng.integers(0, 100, 300), rng.normal(size=(300, 100))
+    logits[np.arange(300), labels] += 1.5
+    expected = top_k_accuracy_score(labels, logits, k=5, labels=range(100))
+    assert score("accuracy", logits, labels) == (
+        pytest.approx(np.mean(logits.argmax(1) == labels)),
+        pytest.approx(expected),
+    )
+    assert 0.2 < expected < 0.8
+    assert score("mean_per_class", logits, labels).top_5 is None
+    few = np.minimum(labels, 98)
+    assert score("accuracy", logits[:, :99], few).top_5 is None
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_a_classifier_that_says_nothing_has_no_better_top_5_accuracy_than_chance(value):
+    labels = np.arange(100)
+    assert top_5_accuracy(np.full((100, 100), value), labels) == 0.05
 
 
 @pytest.mark.parametrize(

@@ -128,11 +128,12 @@ def test_antialiasing_averages_what_a_smaller_view_is_made_of():
     """Pillow's bicubic reduction; moving the picture by a pixel changes the view less than without."""
     x = image(96, 96)
     expected = np.asarray(Image.fromarray(x).resize((24, 24), Image.BICUBIC)).astype(int)
-    found = crop.center_view(x, 24, 1.0, antialias=True).astype(int)
+    view = crop.EvaluationView(24, antialias=True)
+    found = view.of(x).astype(int)
     assert np.max(np.abs(found - expected)) <= 1
-    without = crop.center_view(x, 24, 1.0).astype(int)
+    without = crop.EvaluationView(24).of(x).astype(int)
     assert np.mean(np.abs(without - expected)) > 5
-    np.testing.assert_array_equal(host.center_crop(tf.constant(x), 24, 1.0, True), found)
+    np.testing.assert_array_equal(host.center_crop(tf.constant(x), view), found)
 
 
 def jittered(x, factors, order=(0.0, 0.1, 0.2, 0.3), strength=1.0, brightness="additive"):
@@ -314,7 +315,8 @@ def test_one_channel_images_become_three():
 def test_center_crop_keeps_the_middle():
     x = np.zeros((40, 60, 3), np.uint8)
     x[5:35, 15:45] = 200  # the middle 0.75 of the centred 40 x 40 square
-    kept = host.center_crop(tf.constant(x), 32, 0.75).numpy()
+    kept = host.center_crop(tf.constant(x), crop.EvaluationView(32, 0.75)).numpy()
     assert kept.shape == (32, 32, 3)
     np.testing.assert_array_equal(kept, 200)
-    np.testing.assert_array_equal(host.center_crop(tf.constant(x[:32, :32]), 32, 1.0), x[:32, :32])
+    whole = host.center_crop(tf.constant(x[:32, :32]), crop.EvaluationView(32))
+    np.testing.assert_array_equal(whole, x[:32, :32])

@@ -362,6 +362,12 @@ def test_other_networks_of_torchvision_are_refused(more, message, tmp_path):
         weights.read(str(tmp_path / "w.safetensors"))
 
 
+def test_a_description_of_no_network_is_refused():
+    weights = torchvision.torchvision_weights(init_encoder(ResNet(18), 32, jax.random.key(0)))
+    with pytest.raises(UserError, match="stem=wide: expected imagenet or cifar or strided"):
+        torchvision.convert(weights, {"stem": "wide"})
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -18,7 +18,10 @@ from simclr_jax.console import say
 # The largest photographs of telephones have 200 million pixels; this is 0.8 GB once decoded.
 MOST_PIXELS = 2**28
 
-Image.MAX_IMAGE_PIXELS = None  # judged here, by the same limit for every format
+if (
+    Image.MAX_IMAGE_PIXELS is not None
+):  # of the whole process: raised, so that Pillow still refuses what is far larger
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MOST_PIXELS)
 
 with contextlib.suppress(ImportError):  # an extra of this package
     import pillow_heif
@@ -50,7 +53,7 @@ def read(content: bytes, upright: bool = True) -> np.ndarray:
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(content)) as image:
             if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"the image has more than {MOST_PIXELS} pixels")
+                raise Image.DecompressionBombError
             if content.startswith(_PNG) and content[24] == 16:
                 x = _png_of_16_bits(content)
                 return turned(x, orientation(image)) if upright else x
@@ -64,6 +67,8 @@ def _as_value_error(content: bytes):
         yield
     except Image.UnidentifiedImageError:
         raise ValueError(_what_it_is(content)) from None
+    except Image.DecompressionBombError:  # Pillow's, from twice its limit on, or ours
+        raise ValueError(f"the image has more than {MOST_PIXELS} pixels") from None
     except (ValueError, MemoryError):
         raise
     except ImportError as error:

@@ -9,6 +9,7 @@ import numpy as np
 from simclr_jax.console import say
 from simclr_jax.evals import results
 from simclr_jax.evals.contract import Evaluation, Features, Options
+from simclr_jax.evals.scores import Score
 from simclr_jax.losses.contract import normalize
 from simclr_jax.mesh import batch_sharded, laid_out, replicated
 
@@ -21,8 +22,8 @@ def rows(features: Features, options: Options, kind: str) -> list[dict]:
     k = min(options["knn_k"], count)
     if k > count / 2:
         _say_once(k, count)
-    score = knn_accuracy(features, k=k, temperature=options["knn_temperature"])
-    return [results.row(kind, None, [score])]
+    found = knn_accuracy(features, k=k, temperature=options["knn_temperature"])
+    return [results.row(kind, None, [Score(found)])]
 
 
 @functools.cache

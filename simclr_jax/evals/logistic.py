@@ -99,11 +99,11 @@ def fit_from(
     def objective(weights):
         if basis is not None:
             weights = weights | {"kernel": basis @ weights["kernel"]}
-        logits = _logits(weights, x)
+        found = logits(weights, x)
         if y.ndim == 1:
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(y, 0))
+            losses = optax.softmax_cross_entropy_with_integer_labels(found, jnp.maximum(y, 0))
         else:
-            losses = optax.sigmoid_binary_cross_entropy(logits, jnp.maximum(y, 0))
+            losses = optax.sigmoid_binary_cross_entropy(found, jnp.maximum(y, 0))
         return jnp.sum(counts * losses) / n + l2 / 2 * jnp.sum(weights["kernel"] ** 2)
 
     solver = optax.lbfgs()
@@ -138,12 +138,8 @@ def fit_from(
 
 
 @jax.jit
-def predict(weights: dict, x):
-    """Predicts the class [n] of the largest logit for each row of x [n, D]."""
-    return jnp.argmax(_logits(weights, x), axis=-1)
-
-
-def _logits(weights: dict, x):
+def logits(weights: dict, x):
+    """Computes logits [n, C] of features x [n, D]."""
     # HIGHEST: TPUs would round to bfloat16 and an H100 to TF32, where a line search finds no descent.
     return jnp.matmul(x, weights["kernel"], precision=jax.lax.Precision.HIGHEST) + weights["bias"]
 
@@ -151,7 +147,7 @@ def _logits(weights: dict, x):
 @jax.jit
 def accuracy(weights: dict, x, y):
     """Computes the share of rows of x [n, D] whose largest logit is that of the label y [n]."""
-    return jnp.mean(predict(weights, x) == y)
+    return jnp.mean(jnp.argmax(logits(weights, x), axis=-1) == y)
 
 
 def scale(train: np.ndarray, *rest: np.ndarray) -> tuple[np.ndarray, ...]:

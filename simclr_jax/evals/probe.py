@@ -13,7 +13,8 @@ from simclr_jax.console import say
 from simclr_jax.data.subsets import few_labels, split_validation
 from simclr_jax.evals import results
 from simclr_jax.evals.contract import Evaluation, Features, Options
-from simclr_jax.evals.logistic import accuracy, divided, fit_logistic, scale, to_host
+from simclr_jax.evals.logistic import accuracy, divided, fit_logistic, logits, scale, to_host
+from simclr_jax.evals.scores import Score, score
 
 
 def rows(features: Features, options: Options, kind: str) -> list[dict]:
@@ -37,9 +38,9 @@ def rows(features: Features, options: Options, kind: str) -> list[dict]:
         say(f"probing {kind}, {per_class} label{'s' if per_class > 1 else ''} per class{hint}")
         found.append(results.row(kind, per_class, probe_few_labels(scaled, options, per_class)))
     say(f"probing {kind}, all labels")
-    best, l2, validation = probe_all_labels(scaled, options)
+    reached, l2, validation = probe_all_labels(scaled, options)
     more = {"l2": l2, "validation_accuracy": validation}
-    return [*found, results.row(kind, None, [best]) | more]
+    return [*found, results.row(kind, None, [reached]) | more]
 
 
 def settings(options: Options, images: int, classes: int) -> dict:
@@ -48,7 +49,7 @@ def settings(options: Options, images: int, classes: int) -> dict:
     return {name: options[name] for name in names} | {"classes": classes}
 
 
-def probe_all_labels(features: Features, options: Options) -> tuple[float, float, float]:
+def probe_all_labels(features: Features, options: Options) -> tuple[Score, float, float]:
     """Fits with every label of the training split, with the l2 that does best on a validation part.
 
     Args:
@@ -56,7 +57,7 @@ def probe_all_labels(features: Features, options: Options) -> tuple[float, float
       options: "l2", the candidates, "validation_fraction", "seed" and "max_iterations".
 
     Returns:
-      test accuracy, the l2 chosen, and its accuracy on the validation part.
+      test accuracies, the l2 chosen, and its accuracy on the validation part.
     """
     x, y = features.train
     part, held = split_validation(len(y), options["validation_fraction"], options["seed"])
@@ -65,10 +66,10 @@ def probe_all_labels(features: Features, options: Options) -> tuple[float, float
     l2, validation = options["l2"][best], float(accuracy(weights, x[held], y[held]))
     everything = divided(features.mesh, x, y)
     weights = fit_logistic(*everything, l2, features.classes, options["max_iterations"])
-    return float(accuracy(to_host(weights), *features.test)), l2, validation
+    return _score(to_host(weights), features), l2, validation
 
 
-def probe_few_labels(features: Features, options: Options, per_class: int) -> list[float]:
+def probe_few_labels(features: Features, options: Options, per_class: int) -> list[Score]:
     """Fits with `per_class` labels of each class, for each of "seeds" draws of them.
 
     The labels are drawn outside the validation part, which is used only to choose the l2, separately
@@ -79,13 +80,18 @@ def probe_few_labels(features: Features, options: Options, per_class: int) -> li
     """
     x, y = features.train
     part, held = split_validation(len(y), options["validation_fraction"], options["seed"])
-    accuracies = []
+    found = []
     for draw in range(options["seeds"]):
         picked = part[few_labels(y[part], per_class, draw)]
         some = divided(features.mesh, x[picked], y[picked])
         _, weights = _choose_l2(some, (x[held], y[held]), options, features.classes)
-        accuracies.append(float(accuracy(weights, *features.test)))
-    return accuracies
+        found.append(_score(weights, features))
+    return found
+
+
+def _score(weights: dict, features: Features) -> Score:
+    x, y = features.test
+    return score("accuracy", np.asarray(logits(weights, x)), y)
 
 
 def _choose_l2(some: tuple, validation: tuple, options: Options, classes: int) -> tuple[int, dict]:

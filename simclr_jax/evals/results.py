@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -12,32 +13,37 @@ from simclr_jax.console import say, show_table
 from simclr_jax.data import name_of
 from simclr_jax.data.split import DataSet
 from simclr_jax.evals.contract import Table
+from simclr_jax.evals.scores import Score
 from simclr_jax.files import absolute, write_json
 from simclr_jax.training.saved import RECORD
 
 
-def row(kind: str, per_class: int | None, accuracies: list[float]) -> dict:
+def row(kind: str, per_class: int | None, found: Sequence[Score]) -> dict:
     """Makes one row of a result: {"features", "labels_per_class", "accuracy", "std", "seeds"}, mean and
-    sample standard deviation (n - 1) over the draws of the labels; 0 for one draw.
+    sample standard deviation (n - 1) over the draws of the labels, 0 for one draw; and "top_5_accuracy", the mean,
+    where it was measured.
 
     Args:
       kind: name of the features.
       per_class: labels of each class; None: all there are.
-      accuracies: in [0, 1], one for each draw.
+      found: one for each draw.
     """
+    values = [one.value for one in found]
+    top_5 = [one.top_5 for one in found if one.top_5 is not None]
     return {
         "features": kind,
         "labels_per_class": per_class,
-        "accuracy": float(np.mean(accuracies)),
-        "std": float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else 0.0,
-        "seeds": len(accuracies),
-    }
+        "accuracy": float(np.mean(values)),
+        "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+        "seeds": len(values),
+    } | ({"top_5_accuracy": float(np.mean(top_5))} if top_5 else {})
 
 
 def cell(of: dict, which: str = "") -> str:
-    """Writes a row's accuracy as people read it; `which`: prefix of its keys, "" or "selected_"."""
+    """Writes a row's accuracies as people read them; `which`: prefix of its keys, "" or "selected_"."""
     spread = f" ± {of[f'{which}std']:.1%}" if of["seeds"] > 1 else ""
-    return f"{of[f'{which}accuracy']:.1%}{spread}"
+    top_5 = of.get(f"{which}top_5_accuracy")
+    return f"{of[f'{which}accuracy']:.1%}{spread}" + (f", top-5 {top_5:.1%}" if top_5 else "")
 
 
 def labels_table(rows: list[dict]) -> Table:

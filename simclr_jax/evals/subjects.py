@@ -192,7 +192,7 @@ def score_of(
     variables: Any,
     images: Images,
     members: np.ndarray | None = None,
-) -> tuple[float, int]:
+) -> tuple[scores.Score, int]:
     """Scores the logits of a classifier.
 
     Args:
@@ -204,11 +204,11 @@ def score_of(
       members: see `DataSet`.
 
     Returns:
-      (score in [0, 1], number of images that could be read)
+      (score, number of images that could be read)
     """
     found, labels = features_of(extractor, views, variables, images)
     targets = labels if members is None else members[labels]
-    return scores.METRICS[metric](found["logits"], targets), len(labels)
+    return scores.score(metric, found["logits"], targets), len(labels)
 
 
 def untrained(config: ConfigDict, images: Images, mesh: Mesh) -> dict:

@@ -11,7 +11,7 @@ from simclr_jax.data.subsets import split_validation
 from simclr_jax.evals import results
 from simclr_jax.evals.contract import Evaluation, Features, Options, Table
 from simclr_jax.evals.logistic import ROUGHLY, fit_lambdas
-from simclr_jax.evals.scores import METRIC_NAMES, METRICS, mean_per_class
+from simclr_jax.evals.scores import METRIC_NAMES, METRICS, mean_per_class, score
 
 # The candidates of appendix B.8: 45, logarithmically spaced. They weigh |kernel|^2 / 2 beside the sum
 # of the cross-entropies, so that scikit-learn's C is 1 / lambda; beside a mean 1e5 would leave nothing.
@@ -22,7 +22,7 @@ def rows(features: Features, options: Options, kind: str) -> list[dict]:
     """Fits with the lambda that does best: one row."""
     say(f"fitting {kind}, {len(LAMBDAS)} values of lambda")
     found = fit_chosen_lambda(features, options, LAMBDAS)
-    return [results.row(kind, None, [found.pop("accuracy")]) | found]
+    return [results.row(kind, None, [found.pop("score")]) | found]
 
 
 def settings(options: Options, images: int, classes: int) -> dict:
@@ -41,7 +41,7 @@ def fit_chosen_lambda(features: Features, options: Options, lambdas: tuple[float
       lambdas: candidates; each weighs |kernel|^2 / 2 beside the sum of the cross-entropies.
 
     Returns:
-      {"accuracy": the metric on the test images, "lambda", "validation_accuracies": the metric for each lambda,
+      {"score": the `Score` on the test images, "lambda", "validation_accuracies": the metric for each lambda,
       ascending, "unfinished": the lambdas of which a fit ended at "max_iterations", be it on the validation part's
       complement or on all training images}, and "mean_per_class_accuracy" where images have one label.
     """
@@ -72,7 +72,7 @@ def fit_chosen_lambda(features: Features, options: Options, lambdas: tuple[float
     x_test, y_test = features.test
     logits = _logits(weights, x_test)
     found = {
-        "accuracy": metric(logits, features.targets(y_test)),
+        "score": score(options["metric"], logits, features.targets(y_test)),
         "lambda": lambdas[best],
         "validation_accuracies": scores,
         "unfinished": unfinished,

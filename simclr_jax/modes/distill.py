@@ -257,8 +257,8 @@ def _compare(
     rows, count = [], 0
     for kind, network, variables in compared:
         extractor = subjects.extractor(config, views.settings.mesh, network.predict)
-        accuracy, count = subjects.score_of("accuracy", extractor, views, variables, images)
-        rows.append(results.row(kind, None, [accuracy]))
+        score, count = subjects.score_of("accuracy", extractor, views, variables, images)
+        rows.append(results.row(kind, None, [score]))
     path = epath.Path(workdir) / "distill.json"
     settings = config.distill.to_dict() | {"seed": config.seed}
     result = {

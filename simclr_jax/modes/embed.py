@@ -121,7 +121,7 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
     config = config.copy_and_resolve_references()
     if not (isinstance(source.split, IndexedSplit) and isinstance(source.split.source, InMemory)):
         config.data.placement = "host"
-    mesh = make_mesh()
+    mesh, view = make_mesh(), assemble.evaluation_view(config)
     report = path.with_name(path.name + ".broken_images.jsonl")
     images = assemble.images_of(config, source.split, report)
     _say_what_is_replaced(path, source)
@@ -137,12 +137,8 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
                 "step": trained.record["step"],
                 "encoder": digest_of(trained.encoder),
                 "images": source.split.fingerprint(),
-                "crop": [
-                    config.data.image_size,
-                    config.data.eval_crop,
-                    config.views.antialias,
-                ],
-                "upright": config.data.upright,
+                "crop": [view.size, view.proportion, view.antialias],
+                "upright": view.upright,
                 "z": with_z,
                 "batch": parts.batch_size,
                 "input": source.name,

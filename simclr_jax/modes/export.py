@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
+from simclr_jax import assemble
 from simclr_jax.console import say
 from simclr_jax.errors import UserError, one_line
 from simclr_jax.files import located, quoted, replacing, writing
@@ -61,8 +62,7 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
         return encoder, read_head_variables(config, encoder.network, checkpoint, here)
 
     encoder, head = read_newest(workdir, read)
-    encoder.image_size, encoder.eval_crop = config.data.image_size, config.data.eval_crop
-    encoder.upright, encoder.antialias = config.data.upright, config.views.antialias
+    encoder.view = assemble.evaluation_view(config)
     encoder.network.check_image_size(encoder.image_size)
     path = located(output or os.path.join(workdir, f"encoder.{format}"))
     with writing(path):
@@ -75,17 +75,11 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
     say(f"\n{_beginning_local(loading, path, format)}\n")
     if format != "huggingface":  # its program says what images are
         say("Images are numbers in [0, 1]: divided by 255, and not standardised.")
-        say(f"They have {_crop_in_words(encoder)}.")
+        say(f"They have {encoder.view.describe()}.")
         if isinstance(encoder, Classifier) and encoder.classes:
             some, more = encoder.classes[:10], len(encoder.classes) - 10
             rest = f" and {more} more" if more > 0 else ""
             say(f"Classes, in the order of the logits: {', '.join(some)}{rest}")
-
-
-def _crop_in_words(encoder: Encoder) -> str:
-    """Returns in words what is cut from a picture, and to which size it is brought."""
-    size, antialias = encoder.image_size, " with antialiasing" if encoder.antialias else ""
-    return f"{size} px: the middle {encoder.eval_crop:.1%} of each side of the centred square, resized{antialias}"
 
 
 def _beginning_local(loading: str, path: epath.Path, format: str) -> str:
@@ -106,7 +100,7 @@ def _write_safetensors(encoder: Encoder, path: epath.Path) -> str:
     metadata = {
         "loading": loading,
         "images": "float32 [N, 3, H, W] in [0, 1]; the program above does the rest",
-        "crop": _crop_in_words(encoder),
+        "crop": encoder.view.describe(),
         "step": str(encoder.step),
         **architecture(network),
     }

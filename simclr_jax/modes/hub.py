@@ -111,7 +111,7 @@ def _timm_settings(encoder: Encoder, network: ResNet) -> dict:
             "input_size": [3, size, size],
             "fixed_input_size": False,
             "interpolation": "bicubic",
-            "crop_pct": encoder.eval_crop,
+            "crop_pct": encoder.view.proportion,
             "crop_mode": "center",
             "mean": list(mean),
             "std": list(deviation),
@@ -148,7 +148,7 @@ Trained for {encoder.step} steps at {encoder.image_size} px by simclr_jax, an im
 (https://arxiv.org/abs/2002.05709).
 
 It takes images {_pixels(settings)}, {encoder.image_size} x {encoder.image_size} px: the largest centred square, of whose side
-{encoder.eval_crop:g} is kept, resized by bicubic interpolation. It gives
+{encoder.view.proportion:g} is kept, resized by bicubic interpolation. It gives
 {settings["num_classes"] or network.width} numbers an image{" (logits)" if settings["num_classes"] else " (the representation h)"}.
 
 ```python

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -79,27 +79,37 @@ def center_square(height: int, width: int, proportion: float) -> tuple[int, int,
     return (height - side + 1) // 2, (width - side + 1) // 2, side
 
 
-def center_view(
-    image: np.ndarray, size: int, proportion: float, antialias: bool = False
-) -> np.ndarray:
-    """Makes the view that evaluation takes of one image, in NumPy: the largest centred square, of which
-    the middle `proportion` of each side is kept and resized.
+class EvaluationView(NamedTuple):
+    """The one view of an image that evaluation takes: the largest centred square, of which the middle
+    `proportion` of each side is kept and resized.
 
-    Args:
-      image: uint8 [H, W, C].
+    Attributes:
       size: height and width of the view, pixels.
       proportion: in (0, 1].
       antialias: see `Crop`.
-
-    Returns:
-      uint8 [size, size, C]
+      upright: turn images as the orientation in their EXIF data says, before all else.
     """
-    height, width, _ = image.shape
-    top, left, side = center_square(height, width, proportion)
-    square = image[top : top + side, left : left + side].astype(np.float32)
-    weights = resize_matrix(np, 0.0, float(side), side, size, antialias).astype(np.float32)
-    x = np.einsum("uh,hwc,vw->uvc", weights, square, weights, optimize=True)
-    return np.round(np.clip(x, 0.0, 255.0)).astype(np.uint8)
+
+    size: int
+    proportion: float = 1.0
+    antialias: bool = False
+    upright: bool = True
+
+    def of(self, image: np.ndarray) -> np.ndarray:
+        """Makes the view, uint8 [size, size, C], of an upright image, uint8 [H, W, C], in NumPy."""
+        height, width, _ = image.shape
+        top, left, side = center_square(height, width, self.proportion)
+        square = image[top : top + side, left : left + side].astype(np.float32)
+        weights = resize_matrix(np, 0.0, float(side), side, self.size, self.antialias)
+        weights = weights.astype(np.float32)
+        x = np.einsum("uh,hwc,vw->uvc", weights, square, weights, optimize=True)
+        return np.round(np.clip(x, 0.0, 255.0)).astype(np.uint8)
+
+    def describe(self) -> str:
+        """Says in words what is cut from a picture, and to which size it is brought."""
+        antialias = " with antialiasing" if self.antialias else ""
+        kept = f"the middle {self.proportion:.1%} of each side of the centred square"
+        return f"{self.size} px: {kept}, resized{antialias}"
 
 
 def resize_matrix(

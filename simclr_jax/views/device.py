@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from simclr_jax.views.crop import center_square, resize_matrix
+from simclr_jax.views.crop import EvaluationView, center_square, resize_matrix
 from simclr_jax.views.distortion import Distortion, key_of
 
 
@@ -59,15 +59,12 @@ def crop(image, draws, size: int, distortion: Distortion):
     return _resize(image, rows, columns)
 
 
-def center_crop(images, size: int, proportion: float, antialias: bool = False):
-    """Makes the evaluation views, uint8 [N, size, size, C], of images uint8 [N, H, W, C]: the largest
-    centred square, of which the middle `proportion` of each side is kept and resized; `antialias`: see
-    `Crop`.
-    """
+def center_crop(images, view: EvaluationView):
+    """Makes the evaluation views, uint8 [N, size, size, C], of images uint8 [N, H, W, C]."""
     _, height, width, _ = images.shape
-    top, left, side = center_square(height, width, proportion)
-    rows = resize_matrix(jnp, float(top), float(side), height, size, antialias)
-    columns = resize_matrix(jnp, float(left), float(side), width, size, antialias)
+    top, left, side = center_square(height, width, view.proportion)
+    rows = resize_matrix(jnp, float(top), float(side), height, view.size, view.antialias)
+    columns = resize_matrix(jnp, float(left), float(side), width, view.size, view.antialias)
     return jax.vmap(functools.partial(_resize, rows=rows, columns=columns))(images)
 
 

@@ -13,7 +13,7 @@ import itertools
 
 import tensorflow as tf
 
-from simclr_jax.views.crop import resize_matrix
+from simclr_jax.views.crop import EvaluationView, resize_matrix
 from simclr_jax.views.distortion import Distortion, key_of
 
 # Pixels: for images up to this size, calling one operation after the other takes longer than what
@@ -229,13 +229,11 @@ def three_channels(x):
     return tf.repeat(x, 3, axis=-1) if x.shape[-1] == 1 else x
 
 
-def center_crop(image, size: int, proportion: float, antialias: bool = False):
-    """Makes the evaluation view, uint8 [size, size, 3]: the largest centred square, of which the
-    middle `proportion` of each side is kept and resized; `antialias`: see `Crop`.
-    """
+def center_crop(image, view: EvaluationView):
+    """Makes the evaluation view, uint8 [size, size, 3], of an image uint8 [H, W, 1 or 3]."""
     height, width = tf.shape(image)[0], tf.shape(image)[1]
     short = tf.cast(tf.minimum(height, width), tf.float64)  # as in `crop.center_square`
-    side = tf.maximum(1, tf.cast(tf.round(proportion * short), tf.int32))
+    side = tf.maximum(1, tf.cast(tf.round(view.proportion * short), tf.int32))
     top, left = (height - side + 1) // 2, (width - side + 1) // 2
-    x = resize(image[top : top + side, left : left + side], size, antialias)
+    x = resize(image[top : top + side, left : left + side], view.size, view.antialias)
     return three_channels(_rounded(x * 255.0))

@@ -12,6 +12,7 @@ from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Order, Share
 from simclr_jax.data.source import CORES, in_order
 from simclr_jax.errors import UserError
+from simclr_jax.views.crop import EvaluationView
 from simclr_jax.views.distortion import Distortion
 from simclr_jax.views.host import SMALL, center_crop, draw, make_crops, make_views, of_each
 
@@ -103,23 +104,6 @@ def _are_small(split: IndexedSplit) -> bool:
     return arrays is not None and max(arrays.shape[1:3]) <= SMALL
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluationView:
-    """The one view of an image that evaluation takes.
-
-    Attributes:
-      size: height and width, pixels.
-      proportion: share of the centred square's side that is kept, in (0, 1].
-      antialias: see `Crop`.
-      upright: turn images as the orientation in their EXIF data says.
-    """
-
-    size: int
-    proportion: float
-    antialias: bool = False
-    upright: bool = True
-
-
 def evaluation_batches(
     images: Images, batch_size: int, share: Share, view: EvaluationView, start: int = 0
 ) -> Generator[dict[str, np.ndarray]]:
@@ -155,7 +139,7 @@ def evaluation_batches(
     @_as_written
     def image_of(example):
         decoded = split.decode(example["image"], view.upright)
-        image = center_crop(decoded, view.size, view.proportion, view.antialias)
+        image = center_crop(decoded, view)
         return {"image": image, "label": example["label"]}
 
     return _run(images, dataset, indices, start)

@@ -22,6 +22,7 @@ from simclr_jax.encoders import to_float
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import batch_sharded, laid_out, replicated, to_global
 from simclr_jax.views import device
+from simclr_jax.views.crop import EvaluationView
 from simclr_jax.views.distortion import Distortion
 
 
@@ -33,16 +34,14 @@ class ViewSettings:
       order: the seed, the global batch's size and this process's part.
       size: height and width of a view, pixels.
       distortion: how strongly views differ.
-      eval_crop: share of the centred square's side that evaluation keeps.
-      upright: turn images as the orientation in their EXIF data says.
+      evaluation: the view that evaluation takes; training turns images upright where it does.
       mesh: all devices.
     """
 
     order: Order
     size: int
     distortion: Distortion
-    eval_crop: float
-    upright: bool
+    evaluation: EvaluationView
     mesh: Mesh
 
 
@@ -122,7 +121,8 @@ class HostViews:
         from simclr_jax.views import pipeline
 
         settings = self.settings
-        work = pipeline.HostWork(settings.size, settings.distortion, self.whole, settings.upright)
+        upright = settings.evaluation.upright
+        work = pipeline.HostWork(settings.size, settings.distortion, self.whole, upright)
         return pipeline.training_batches(images, settings.order, start_step, work)
 
     def placer(self, split: Split) -> Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]:
@@ -149,10 +149,7 @@ class HostViews:
     ) -> Iterator[dict[str, np.ndarray]]:
         from simclr_jax.views import pipeline
 
-        settings, share = self.settings, self.settings.order.share
-        view = pipeline.EvaluationView(
-            settings.size, settings.eval_crop, settings.distortion.crop.antialias, settings.upright
-        )
+        share, view = self.settings.order.share, self.settings.evaluation
         return pipeline.evaluation_batches(images, batch_size // share.count, share, view, start)
 
     def sample(self, image: np.ndarray, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -254,9 +251,8 @@ class Resident:
         self, images: Images, batch_size: int, start: int = 0
     ) -> Iterator[dict[str, np.ndarray]]:
         _, source = _resident(images.split)
-        share, settings = self.settings.order.share, self.settings
-        cropped = jax.jit(device.center_crop, static_argnums=(1, 2, 3))
-        how = settings.size, settings.eval_crop, settings.distortion.crop.antialias
+        share, view = self.settings.order.share, self.settings.evaluation
+        cropped = jax.jit(device.center_crop, static_argnums=1)
         own_size = batch_size // share.count
         stride = own_size * share.count
         for first in range(share.index + start * stride, len(source), stride):
@@ -264,7 +260,7 @@ class Resident:
             some = source.arrays[own]
             filled = np.zeros((own_size, *some.shape[1:]), np.uint8)
             filled[: len(some)] = some  # one shape, so one compilation
-            crops = np.asarray(cropped(filled, *how))[: len(some)]
+            crops = np.asarray(cropped(filled, view))[: len(some)]
             yield {
                 "image": np.broadcast_to(crops, (*crops.shape[:-1], 3)),
                 "label": source.labels[own],

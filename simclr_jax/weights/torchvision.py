@@ -4,7 +4,7 @@ program that loads them.
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from simclr_jax.encoders.resnet import STAGES, STANDARDS, STEMS, ResNet
+from simclr_jax.encoders.resnet import POOL_PADDINGS, STAGES, STANDARDS, STEMS, ResNet
 from simclr_jax.errors import UserError, one_line
 from simclr_jax.files import quoted
 from simclr_jax.weights.contents import (
@@ -111,11 +111,21 @@ def convert(weights: Mapping[str, np.ndarray], about: Mapping[str, str]) -> Weig
       about: the result of `architecture`; an entry that is missing gets torchvision's value.
 
     Raises:
-      UserError: a weight is missing, is one too many, or has another shape.
+      UserError: a weight is missing, is one too many, or has another shape, or `about` says what no network is.
     """
     weights = {name: x for name, x in weights.items() if not name.endswith("num_batches_tracked")}
     unknown = {"standardize": "imagenet", "pool_padding": "symmetric"}
-    told = {name: about[name] for name in ("stem", *unknown) if name in about}
+    known: dict[str, Iterable[str]] = {
+        "stem": STEMS,
+        "standardize": STANDARDS,
+        "pool_padding": POOL_PADDINGS,
+    }
+    told = {name: about[name] for name in known if name in about}
+    for name, value in told.items():
+        if value not in set(known[name]):
+            raise UserError(
+                f"the file's description says {name}={value}: expected {' or '.join(known[name])}"
+            )
     model = _model_of(weights) | unknown | told | {"head": "none"}
     network, abstract = network_of(model)
     ours = _paths(abstract["params"])

@@ -15,6 +15,7 @@ from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.evals import subjects
 from simclr_jax.evals.classifiers.parts import Parts
 from simclr_jax.evals.classifiers.protocol import Protocol
+from simclr_jax.evals.scores import Score
 from simclr_jax.losses.classification import loss_of_labels
 from simclr_jax.mesh import replicated
 from simclr_jax.training.loop import Job, job_of
@@ -65,7 +66,7 @@ class Program:
             init=lambda: begin(*start, key),
         )
 
-    def score(self, state: TrainState, images: Images) -> tuple[float, int]:
+    def score(self, state: TrainState, images: Images) -> tuple[Score, int]:
         """Returns (score by the metric of the parts, number of images that could be read)."""
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         own = self._predict, self._views, variables, images, self._parts.data.members

@@ -12,7 +12,7 @@ from simclr_jax.evals import results
 from simclr_jax.evals.classifiers.protocol import Protocol
 from simclr_jax.evals.classifiers.training import Trainer
 from simclr_jax.evals.contract import Table
-from simclr_jax.evals.scores import METRIC_NAMES
+from simclr_jax.evals.scores import METRIC_NAMES, Score
 from simclr_jax.evals.subjects import ENCODER
 
 
@@ -86,11 +86,16 @@ def _say_how_many(trainer: Trainer, protocol: Protocol) -> None:
 
 
 def _row(kind: str, per_class: int | None, fraction: float, runs: list[dict]) -> dict:
-    row = results.row(kind, per_class, [run["last"] for run in runs]) | {"label_fraction": fraction}
+    row = results.row(kind, per_class, _scores(runs, "last")) | {"label_fraction": fraction}
     if runs[0]["selected"] is not None:
-        selected = results.row(kind, per_class, [run["selected"] for run in runs])
-        row |= {f"selected_{name}": selected[name] for name in ("accuracy", "std")}
+        selected = results.row(kind, per_class, _scores(runs, "selected"))
+        names = selected.keys() & {"accuracy", "std", "top_5_accuracy"}
+        row |= {f"selected_{name}": selected[name] for name in sorted(names)}
     return row | {"runs": runs}
+
+
+def _scores(runs: list[dict], when: str) -> list[Score]:
+    return [Score(run[when], run.get(f"{when}_top_5")) for run in runs]
 
 
 def _at_steps(rows: list[dict]) -> Table:

@@ -1,8 +1,9 @@
 """The step of a training that does best on a validation part, found on the way."""
 
-from typing import Any
+from collections.abc import Callable
 
 from simclr_jax.data.broken import Images
+from simclr_jax.evals.scores import Score
 from simclr_jax.training.state import TrainState
 
 VALIDATIONS = 10  # evenly spaced moments of a training among which the validation part chooses
@@ -13,8 +14,8 @@ class Selection:
 
     Attributes:
       name: "selection".
-      memory: {"step", "validation", "test"} of the best moment so far, the later of equals; None: there
-        was none yet.
+      memory: {"step", "validation", "test"} of the best moment so far, the later of equals, the last a `Score` as a list
+        or, from earlier versions, its value; None: there was none yet.
     """
 
     name = "selection"
@@ -22,7 +23,7 @@ class Selection:
     def __init__(
         self,
         steps: int,
-        accuracy: Any,
+        score: Callable[[TrainState, Images], Score],
         validation: Images | None,
         test: Images,
         moments: int = VALIDATIONS,
@@ -31,14 +32,14 @@ class Selection:
 
         Args:
           steps: number of training steps.
-          accuracy: (state, images) -> accuracy in [0, 1].
+          score: scores the classifier of a state on images.
           validation: images that choose the best step; None: none is chosen.
           test: images evaluated at each new best step and at the last; they choose nothing.
           moments: how many there are, evenly spaced; 1: the last step.
         """
         self.memory: dict | None = None
         self._moments = {round((i + 1) * steps / moments) for i in range(moments)}
-        self._steps, self._accuracy = steps, accuracy
+        self._steps, self._score = steps, score
         self._validation, self._test = validation, test
 
     def due(self, step: int) -> bool:
@@ -46,24 +47,26 @@ class Selection:
 
     def run(self, step: int, state: TrainState) -> dict[str, float]:
         assert self._validation is not None
-        score = self._accuracy(state, self._validation)
-        if self.memory is None or score >= self.memory["validation"]:
-            test = self._accuracy(state, self._test)
-            self.memory = {"step": step, "validation": score, "test": test}
-        return {"validation_accuracy": score}
+        value = self._score(state, self._validation).value
+        if self.memory is None or value >= self.memory["validation"]:
+            test = list(self._score(state, self._test))
+            self.memory = {"step": step, "validation": value, "test": test}
+        return {"validation_accuracy": value}
 
     def outcome(self, state: TrainState) -> dict:
-        """Returns the test score at the last step ("last") and at the chosen one ("selected"), with the
-        chosen step and its validation accuracy; None where nothing was chosen.
+        """Returns the test score at the last step ("last", and "last_top_5" where it was measured) and at the chosen one
+        ("selected", "selected_top_5"), with the chosen step and its validation accuracy; None where nothing was chosen.
         """
-        if self.memory is not None and self.memory["step"] == self._steps:
-            last = self.memory["test"]
-        else:
-            last = self._accuracy(state, self._test)
         chosen = self.memory or {"step": None, "validation": None, "test": None}
-        return {
-            "last": last,
-            "selected": chosen["test"],
+        test = chosen["test"]
+        selected = Score(*test) if isinstance(test, list) else Score(test)
+        is_last = chosen["step"] == self._steps
+        last = selected if is_last else self._score(state, self._test)
+        found = {
+            "last": last.value,
+            "selected": selected.value,
             "selected_step": chosen["step"],
             "validation": chosen["validation"],
         }
+        top_5 = {"last_top_5": last.top_5, "selected_top_5": selected.top_5}
+        return found | {name: x for name, x in top_5.items() if x is not None}

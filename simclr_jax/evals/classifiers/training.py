@@ -18,6 +18,7 @@ from simclr_jax.evals.classifiers.parts import Parts, parts_of
 from simclr_jax.evals.classifiers.program import Program
 from simclr_jax.evals.classifiers.protocol import Protocol, Search, Training, what_decides
 from simclr_jax.evals.classifiers.selection import VALIDATIONS, Selection
+from simclr_jax.evals.scores import Score
 from simclr_jax.evals.subjects import ENCODER, UNTRAINED
 from simclr_jax.mesh import check_divides, make_mesh, replicated
 from simclr_jax.training.checkpoint import Saving
@@ -164,7 +165,7 @@ class Trainer:
         hang_seconds = self._config.train.hang_seconds
         return Run(str(folder.path), {}, saving, reporting, hang_seconds=hang_seconds)
 
-    def _score(self, state: TrainState, images: Images) -> float:
+    def _score(self, state: TrainState, images: Images) -> Score:
         score, count = self._program.score(state, images)
         if images is self.parts.test:
             self._tested = count
