@@ -17,6 +17,7 @@ from simclr_jax.evals.classifiers import training
 from simclr_jax.evals.evaluate import evaluate_features
 from simclr_jax.evals.logistic import fit_lambdas
 from simclr_jax.evals.scores import (
+    Score,
     eleven_point_map,
     mean_per_class,
     metric_of,
@@ -268,7 +269,8 @@ def test_the_grid_is_chosen_on_validation_and_the_choice_trained_on_all(
 
     def score(trainer, state, images):
         better = "rate_0.1" in looked_at_validation["now"]
-        return (0.9 if better else 0.2) if images is trainer.parts.validation else 0.5
+        judges = images is trainer.parts.validation
+        return Score((0.9 if better else 0.2) if judges else 0.5)
 
     monkeypatch.setattr(training, "fit", fit)
     monkeypatch.setattr(training.Trainer, "_score", score)
