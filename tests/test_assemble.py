@@ -161,6 +161,7 @@ def test_of_equally_good_steps_the_later_is_selected():
         "selected": 0.2,
         "selected_step": 8,
         "validation": 0.5,
+        "last_validation": 0.5,
         "last_top_5": 0.4,
         "selected_top_5": 0.4,
     }
@@ -176,4 +177,5 @@ def test_a_selection_goes_on_from_one_of_an_earlier_version():
         "selected": 0.1,
         "selected_step": 4,
         "validation": 0.5,
+        "last_validation": 0.2,
     }

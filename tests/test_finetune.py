@@ -8,6 +8,8 @@ import math
 import os
 import shutil
 import signal
+import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -364,6 +366,22 @@ def test_candidates_share_one_program_and_train_as_alone(run, monkeypatch, one_d
         classifiers.linear(config, str(workdir))
     found = alone[0].params["classifier"]["dense"]["kernel"]
     np.testing.assert_array_equal(found, kernels[3])
+
+
+def test_the_candidate_is_chosen_by_the_step_that_is_reported():
+    """The first candidate is the better one on the way, the second at the end."""
+    found = [
+        {"last": 0.1, "validation": 0.9, "last_validation": 0.3},
+        {"last": 0.2, "validation": 0.6, "last_validation": 0.5},
+    ]
+    outcomes = iter(found)
+    parts = types.SimpleNamespace(labels=lambda fraction, draw: None)
+    trainer: Any = types.SimpleNamespace(
+        parts=parts, refits=False, _train=lambda *_, **__: next(outcomes)
+    )
+    search = protocol.Search(1.0, protocol.Length(1, "epochs"), [(0.1, 0.0), (0.4, 0.0)])
+    chosen = training.Trainer.best_of(trainer, "encoder", search, 0)
+    assert (chosen["learning_rate"], chosen["last"]) == (0.4, 0.2)
 
 
 @contextlib.contextmanager

@@ -14,8 +14,9 @@ class Selection:
 
     Attributes:
       name: "selection".
-      memory: {"step", "validation", "test"} of the best moment so far, the later of equals, the last a `Score` as a list
-        or, from earlier versions, its value; None: there was none yet.
+      memory: {"step", "validation", "test"} of the best moment so far, the later of equals, "test" a `Score` as a list
+        or, from earlier versions, its value; and "now", the validation accuracy of the newest moment. None: there was
+        none yet.
     """
 
     name = "selection"
@@ -51,11 +52,13 @@ class Selection:
         if self.memory is None or value >= self.memory["validation"]:
             test = list(self._score(state, self._test))
             self.memory = {"step": step, "validation": value, "test": test}
+        self.memory["now"] = value
         return {"validation_accuracy": value}
 
     def outcome(self, state: TrainState) -> dict:
         """Returns the test score at the last step ("last", and "last_top_5" where it was measured) and at the chosen one
-        ("selected", "selected_top_5"), with the chosen step and its validation accuracy; None where nothing was chosen.
+        ("selected", "selected_top_5"), with the chosen step and its validation accuracy, and that of the last step
+        ("last_validation"); None where nothing was chosen.
         """
         chosen = self.memory or {"step": None, "validation": None, "test": None}
         test = chosen["test"]
@@ -67,6 +70,7 @@ class Selection:
             "selected": selected.value,
             "selected_step": chosen["step"],
             "validation": chosen["validation"],
+            "last_validation": chosen.get("now"),
         }
         top_5 = {"last_top_5": last.top_5, "selected_top_5": selected.top_5}
         return found | {name: x for name, x in top_5.items() if x is not None}

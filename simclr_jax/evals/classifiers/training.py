@@ -80,8 +80,8 @@ class Trainer:
         return 1 if search.fraction == 1 else self._config.eval.seeds
 
     def best_of(self, kind: str, search: Search, draw: int) -> dict:
-        """Trains with every candidate; the validation part chooses one, if there are several. Of several, one whose
-        loss or state does not stay finite is left out.
+        """Trains with every candidate; the validation part chooses one, if there are several, by the last step, which is
+        what is reported first. Of several, one whose loss or state does not stay finite is left out.
 
         Returns:
           the outcome of the chosen one, see `Selection.outcome`, with "steps", "images", the labelled
@@ -102,7 +102,7 @@ class Trainer:
         finite = [pair for pair in outcomes if "failed" not in pair[1]]
         if not finite:
             raise NotFinite(f"of all candidates: {outcomes[-1][1]['failed']}")
-        training, outcome = max(finite, key=lambda pair: pair[1]["validation"] or 0.0)
+        training, outcome = max(finite, key=lambda pair: _on_validation(pair[1]))
         if self.refits:
             again = self._train(self.parts.everything, training._replace(refit=True), "chosen: ")
             chosen = {"validation": outcome["validation"], "candidates": len(search.candidates)}
@@ -225,6 +225,11 @@ def _untrained(
     if not train_encoder:  # frozen, this start would be too weak a baseline
         encoder = subjects.untrained(config, parts.everything, mesh)
     return encoder, head
+
+
+def _on_validation(outcome: dict) -> float:
+    # Earlier versions kept no validation accuracy of the last step.
+    return outcome.get("last_validation", outcome["validation"]) or 0.0
 
 
 def _said(outcome: dict) -> dict:
