@@ -109,11 +109,19 @@ def test_a_study_is_run_shown_and_not_run_again(short, file, tmp_path, capsys, m
             name = f"{key[0].replace(' ', '-')}{setting}_seed-{seed}"
             probe = json.loads((folder / name / "probe.json").read_text())
             assert probe["rows"][-1]["accuracy"] == accuracy
+    # Those of the first run alone.
+    first = json.loads((folder / "tau-0.5_seed-0" / "probe.json").read_text())["rows"]
+    beside = {row["features"]: row["accuracy"] for row in first}
+    del beside["encoder"]
+    assert set(beside) == {"raw pixels", "untrained encoder"}
+    assert result["baselines"] == beside
+    assert f"raw pixels {100 * beside['raw pixels']:.1f} %, untrained encoder " in said
     table = (folder / "table.md").read_text()
     assert "| loss | accuracy, % | seeds | chosen | paper, % |" in table
     margin = (0.4, 0.8)[rows[("margin",)]["setting"]]
     assert f"| 1 | loss.margin={margin} | 50.0 |" in table
     assert "tau 0.5 is above margin" in table
+    assert f"\nWithout training: raw pixels {100 * beside['raw pixels']:.1f} %, untrained" in table
     assert "sign test p =" in said
     with Image.open(folder / "figure.png") as picture:
         assert min(picture.size) > 400
@@ -454,7 +462,7 @@ def test_a_study_of_two_factors_can_be_drawn_as_a_matrix(tmp_path):
     study = read_study("augment_pairs")
     keys = keys_of(study)
     scores = {key: {0: 0.1 + i / 100} for i, key in enumerate(keys[:10])}
-    files = draw(study, Outcomes(scores, {}, [], {}), "digits", epath.Path(tmp_path))
+    files = draw(study, Outcomes(scores, {}, [], {}, {}), "digits", epath.Path(tmp_path))
     text = files[1].read_text()
     for shown in (
         ">10.0<",
@@ -578,7 +586,7 @@ def test_a_table_says_what_is_missing_and_what_has_failed(tmp_path):
         ["y", "missing", "0", ""],
         ["z|", "failed", "0", ""],
     ]
-    text = mode._markdown("t", header, lines, [], outcomes.failed)
+    text = mode._markdown("t", header, lines, [], outcomes)
     assert "| z\\| | failed | 0 |  |" in text
     assert f"- **Failed**: {name}: step 1: loss nan" in text
     # The metric of transfer depends on the data set.
@@ -780,7 +788,7 @@ def test_what_a_probe_is_told_it_finds():
 def test_the_legend_is_inside_the_figure(tmp_path):
     study = read_study("model_size")
     scores = {key: {0: 0.5 + i / 100} for i, key in enumerate(keys_of(study))}
-    png, _ = draw(study, Outcomes(scores, {}, [], {}), "emoji", epath.Path(tmp_path))
+    png, _ = draw(study, Outcomes(scores, {}, [], {}, {}), "emoji", epath.Path(tmp_path))
     legend = np.asarray(Image.open(png).convert("L"))[-80:]
     assert legend.min() < 100
     assert legend[:, :4].min() == legend[:, -4:].min() == 255
@@ -789,7 +797,9 @@ def test_the_legend_is_inside_the_figure(tmp_path):
 def test_readings_of_one_level_are_drawn_side_by_side(tmp_path):
     study = read_study("head_knows")
     scores = {key: {0: 0.5 + i / 100} for i, key in enumerate(keys_of(study))}
-    text = draw(study, Outcomes(scores, {}, [], {}), "digits", epath.Path(tmp_path))[1].read_text()
+    text = draw(study, Outcomes(scores, {}, [], {}, {}), "digits", epath.Path(tmp_path))[
+        1
+    ].read_text()
     for shown in (">rotation<", ">original or Sobel<", ">h<", ">z<"):
         assert shown in text
     assert ">rotation, h<" not in text

@@ -13,7 +13,7 @@ from simclr_jax.bench.e2e import measure_e2e
 from simclr_jax.console import duration, say, show_table
 from simclr_jax.data import name_of
 from simclr_jax.errors import NotFinite, UserError
-from simclr_jax.evals import subjects
+from simclr_jax.evals import EVALUATIONS, subjects
 from simclr_jax.evals.classifiers import finetune
 from simclr_jax.evals.evaluate import evaluate
 from simclr_jax.evals.subjects import ENCODER
@@ -136,39 +136,47 @@ def _finish_all(
             seconds = (time.monotonic() - began) / number * (len(configs) - number)
             left = f", left {duration(seconds)}"
         say(f"run         {number + 1} of {len(configs)}{left}: {name}")
-        outcome = _outcome(config, study, str(folder / name))
+        outcome = _outcome(config, study, str(folder / name), name == runs_of(study)[0].name)
         if jax.process_index() == 0:
             write_json(folder / name / OUTCOME, {"about": about[name]} | outcome)
         processes.wait_until_all_see(name, (folder / name / OUTCOME).exists)  # all read it
 
 
-def _outcome(config: ConfigDict, study: Study, workdir: str) -> dict:
-    """Trains and evaluates one run. Returns {"readings"}, or {"failed": why} if its loss did not stay finite, as
-    it would not the next time either.
+def _outcome(config: ConfigDict, study: Study, workdir: str, is_first: bool) -> dict:
+    """Trains and evaluates one run. Returns what `_read` does, or {"failed": why} if its loss did not stay finite, as it
+    would not the next time either.
     """
     try:
         pretrain(config, workdir)
-        return {"readings": _read(config, study, workdir)}
+        return _read(config, study, workdir, is_first)
     except NotFinite as error:
         say(f"failed      {error}")
         return {"failed": str(error)}
 
 
-def _read(config: ConfigDict, study: Study, workdir: str) -> dict[str, dict]:
-    """Evaluates a run: {reading: {"accuracy", "validation"}}."""
+def _read(config: ConfigDict, study: Study, workdir: str, is_first: bool) -> dict:
+    """Evaluates a run: {"readings": {reading: {"accuracy", "validation"}}} and, of the study's first run, "baselines":
+    {kind: accuracy} by the first reading, where the evaluation is one of features.
+    """
     if study.evaluation in BY_NAME:
         known = _known(config, study, workdir)
-        return {name: {"accuracy": known[name], "validation": None} for name in study.readings}
-    outcome = {}
+        by_name = {n: {"accuracy": known[n], "validation": None} for n in study.readings}
+        return {"readings": by_name}
+    readings: dict[str, dict] = {}
+    baselines = {}
     for reading, overrides in study.readings.items():
         own = reading_of(config, overrides)
-        result = evaluate(study.evaluation, own, workdir)
-        rows = {r["labels_per_class"]: r for r in result["rows"] if r["features"] == ENCODER}
-        outcome[reading] = {
-            "accuracy": rows[study.labels_per_class]["accuracy"],
-            "validation": rows[None].get("validation_accuracy"),
+        own.eval.baselines = is_first and not readings and study.evaluation in EVALUATIONS
+        found = evaluate(study.evaluation, own, workdir)["rows"]
+        rows = {(row["features"], row["labels_per_class"]): row for row in found}
+        readings[reading] = {
+            "accuracy": rows[ENCODER, study.labels_per_class]["accuracy"],
+            "validation": rows[ENCODER, None].get("validation_accuracy"),
         }
-    return outcome
+        for (kind, labels), row in rows.items():
+            if kind != ENCODER and labels == study.labels_per_class:
+                baselines[kind] = row["accuracy"]
+    return {"readings": readings} | ({"baselines": baselines} if baselines else {})
 
 
 def _known(config: ConfigDict, study: Study, workdir: str) -> dict[str, float]:
@@ -242,9 +250,11 @@ def _show(config: ConfigDict, study: Study, folder: epath.Path) -> dict:
     result = _record(study, outcomes, verdicts)
     if jax.process_index() == 0:
         write_json(folder / "study.json", result)
-        write_text(folder / "table.md", _markdown(title, header, lines, verdicts, outcomes.failed))
+        write_text(folder / "table.md", _markdown(title, header, lines, verdicts, outcomes))
         files = draw(study, outcomes, data, folder)
         show_table(title, header, lines)
+        if outcomes.baselines:
+            say(f"beside      {_baselines_in_words(outcomes)}")
         for verdict in verdicts:
             held = {True: "holds", False: "does not hold", None: "open"}[verdict.held]
             say(f"{held:<14}{verdict.claim}: {verdict.because}")
@@ -270,7 +280,12 @@ def _record(study: Study, outcomes: Outcomes, verdicts: list[Verdict]) -> dict:
         "verdicts": [verdict._asdict() for verdict in verdicts],
         "missing": [run.name for run in outcomes.missing],
         "failed": outcomes.failed,
+        "baselines": outcomes.baselines,
     }
+
+
+def _baselines_in_words(outcomes: Outcomes) -> str:
+    return ", ".join(f"{kind} {100 * value:.1f} %" for kind, value in outcomes.baselines.items())
 
 
 def _markdown(
@@ -278,7 +293,7 @@ def _markdown(
     header: list[str],
     lines: list[list[str]],
     verdicts: list[Verdict],
-    failed: dict[str, str],
+    outcomes: Outcomes,
 ) -> str:
     rows = [header, ["---"] * len(header), *lines]
     rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
@@ -287,5 +302,6 @@ def _markdown(
         f"- **{ {True: 'Holds', False: 'Does not hold', None: 'Open'}[v.held] }**: {v.claim} ({v.because})"
         for v in verdicts
     )
-    claims += "".join(f"\n- **Failed**: {name}: {why}" for name, why in failed.items())
-    return f"{title}\n\n{text}\n\n{claims}\n"
+    claims += "".join(f"\n- **Failed**: {name}: {why}" for name, why in outcomes.failed.items())
+    beside = f"Without training: {_baselines_in_words(outcomes)}.\n\n" if outcomes.baselines else ""
+    return f"{title}\n\n{text}\n\n{beside}{claims}\n"

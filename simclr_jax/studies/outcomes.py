@@ -12,7 +12,7 @@ from simclr_jax.studies.contract import Key, Scores, Study
 from simclr_jax.studies.runs import StudyRun, runs_of
 
 # In a run's workdir: {"about": see `record.about_run`, "readings": {reading: {"accuracy", "validation"}}}, or in place
-# of the readings "failed": why the training could not go on.
+# of the readings "failed": why the training could not go on. That of the study's first run also holds "baselines".
 OUTCOME = "study_outcome.json"
 
 
@@ -24,12 +24,15 @@ class Outcomes(NamedTuple):
       settings: key -> the setting that was chosen, from 0, where there were several.
       missing: runs of `runs_wanted` that are not finished.
       failed: {run: why its training could not go on}. They have no score.
+      baselines: {"raw pixels", "untrained encoder": accuracy} by the first reading's evaluation, with the encoder and
+        data of the study's first run; {} where that evaluation has none.
     """
 
     scores: Scores
     settings: dict[Key, int]
     missing: list[StudyRun]
     failed: dict[str, str]
+    baselines: dict[str, float]
 
 
 def runs_wanted(study: Study, folder: epath.Path) -> list[StudyRun]:
@@ -70,6 +73,7 @@ def _outcomes_among(runs: list[StudyRun], study: Study, folder: epath.Path) -> O
     found: dict[tuple[Key, int], dict[int, dict]] = {}
     missing: list[StudyRun] = []
     failed: dict[str, str] = {}
+    baselines: dict[str, float] = {}
     unstable = set()
     for run in runs:
         file = folder / run.name / OUTCOME
@@ -81,6 +85,7 @@ def _outcomes_among(runs: list[StudyRun], study: Study, folder: epath.Path) -> O
             unstable.add((run.key, run.setting))
         else:
             found.setdefault((run.key, run.setting), {})[run.seed] = outcome["readings"]
+            baselines |= outcome.get("baselines", {})
     several = {run.key for run in runs if run.setting}
     scores: dict[Key, dict[int, float]] = {}
     settings = {}
@@ -94,7 +99,7 @@ def _outcomes_among(runs: list[StudyRun], study: Study, folder: epath.Path) -> O
             scores[name] = {seed: x[reading]["accuracy"] for seed, x in by_seed.items()}
             if key in several:
                 settings[name] = chosen
-    return Outcomes(scores, settings, missing, failed)
+    return Outcomes(scores, settings, missing, failed, baselines)
 
 
 def _best(of_key: dict[int, dict[int, dict]], reading: str) -> int:
