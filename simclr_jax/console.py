@@ -61,12 +61,12 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text="left")
 
-    def report(self, step: int, metrics: dict[str, float]) -> None:
-        """Shows metrics as a line, with the time that is left."""
+    def report(self, step: int, text: str) -> None:
+        """Shows a text about a step as a line, with the time that is left."""
         self.advance(step)
         left = self._left(step)
         ending = f"  left {duration(left)}" if left is not None and self._bar is None else ""
-        say(f"step {step}/{self.total}  {summary_of(metrics)}{ending}")
+        say(f"step {step}/{self.total}  {text}{ending}")
 
     def _left(self, step: int) -> float | None:
         """Estimates the seconds left from the time of the steps after the first one; None before there is one."""
@@ -90,24 +90,6 @@ class Progress:
     def __exit__(self, *_) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def summary_of(metrics: dict[str, float]) -> str:
-    """Writes the few metrics that a person watches in one line."""
-    parts = []
-    if "loss" in metrics:  # else every step was skipped
-        parts.append(f"loss {metrics['loss']:.3f}")
-    if "contrastive_top1" in metrics:
-        parts.append(f"contrastive acc {metrics['contrastive_top1']:.1%}")
-    if metrics.get("skipped_steps"):
-        parts.append(f"{metrics['skipped_steps']} steps skipped")
-    if "classifier_accuracy" in metrics:
-        name = "online acc" if "contrastive_top1" in metrics else "training acc"
-        parts.append(f"{name} {metrics['classifier_accuracy']:.1%}")
-    parts.append(f"lr {metrics['learning_rate']:.2g}")
-    if "images_per_second" in metrics:  # not before a second step has been timed
-        parts.append(f"{metrics['images_per_second']:.0f} images/s")
-    return "  ".join(parts)
 
 
 def duration(seconds: float) -> str:

@@ -117,7 +117,7 @@ class Log:
         means = mean_of(self.window) | self._clock.report(self._reporting.batch_size)
         if self._writer is not None:
             self._writer.write(step, means)
-        self._progress.report(step, means)
+        self._progress.report(step, summary_of(means))
         self.window = []
         self._judge(step, means)
 
@@ -203,3 +203,21 @@ def not_finite(step: int, what: str, advice: str, more: str = "") -> NotFinite:
     return NotFinite(
         f"step {step}: {what} not finite.{more} The last checkpoint is from before it; {advice}"
     )
+
+
+def summary_of(metrics: dict[str, float]) -> str:
+    """Writes the few metrics that a person watches in one line."""
+    parts = []
+    if "loss" in metrics:  # else every step was skipped
+        parts.append(f"loss {metrics['loss']:.3f}")
+    if "contrastive_top1" in metrics:
+        parts.append(f"contrastive acc {metrics['contrastive_top1']:.1%}")
+    if metrics.get("skipped_steps"):
+        parts.append(f"{metrics['skipped_steps']} steps skipped")
+    if "classifier_accuracy" in metrics:
+        name = "online acc" if "contrastive_top1" in metrics else "training acc"
+        parts.append(f"{name} {metrics['classifier_accuracy']:.1%}")
+    parts.append(f"lr {metrics['learning_rate']:.2g}")
+    if "images_per_second" in metrics:  # not before a second step has been timed
+        parts.append(f"{metrics['images_per_second']:.0f} images/s")
+    return "  ".join(parts)
