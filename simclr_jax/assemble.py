@@ -60,25 +60,16 @@ class Pretraining:
     norm_images: int
 
 
-def pretraining(
-    config: ConfigDict, train: Split | None = None, mesh: Mesh | None = None
-) -> Pretraining:
-    """Assembles a pretraining run.
-
-    Args:
-      config: the run's configuration.
-      train: the images; None: those of the configuration.
-      mesh: None: all devices there are.
+def pretraining(config: ConfigDict) -> Pretraining:
+    """Assembles a pretraining run over all devices there are.
 
     Raises:
       UserError: the data are not there, the batch does not divide over the devices, or the options
         do not fit each other.
     """
-    mesh = mesh or make_mesh(fsdp=config.mesh.fsdp)
-    several_labels = False
-    if train is None:
-        data = data_set(config)
-        train, several_labels = data.train, data.members is not None
+    mesh = make_mesh(fsdp=config.mesh.fsdp)
+    data = data_set(config)
+    train, several_labels = data.train, data.members is not None
     check_divides(config.data.batch_size, mesh, config.train.microbatches)
     _check_enough(config.data.batch_size, train.count)
     plan = plan_of(config, train.count)
