@@ -93,16 +93,14 @@ def test_the_jitter_says_its_factors_in_their_order():
 def test_the_sheet_shows_the_views_that_training_sees(tiny, options):
     config.set_options(tiny, {"data.placement": "host", "views.color_strength": 1.0} | options)
     mesh = make_mesh(jax.devices()[:1])
-    made = assemble.pretraining(tiny, mesh=mesh)
-    images = assemble.images_of(tiny, made.train)
-    batches = made.views.batches(images, 0)
+    train, views = assemble.data_set(tiny).train, assemble.views(tiny, mesh)
+    batches = views.batches(assemble.images_of(tiny, train), 0)
     batch = next(batches)
     batches.close()
-    placed = made.views.placer(made.train)(batch)
-    seen = np.asarray(jax.jit(lambda b: made.views.views(made.views.fetch(b)))(placed))
+    placed = views.placer(train)(batch)
+    seen = np.asarray(jax.jit(lambda b: views.views(views.fetch(b)))(placed))
     index = int(batch["index"][3])
-    image = made.train.source[index].image
-    sampled = sample_views(made.views, image, index, 1)
+    sampled = sample_views(views, train.source[index].image, index, 1)
     for view, wanted in zip(sampled, seen[3], strict=True):
         assert np.abs(view.image - 255 * wanted).max() < 1.01
         assert view.drawn[0].startswith("crop ")
