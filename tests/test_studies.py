@@ -462,7 +462,7 @@ def test_a_study_of_two_factors_can_be_drawn_as_a_matrix(tmp_path):
     study = read_study("augment_pairs")
     keys = keys_of(study)
     scores = {key: {0: 0.1 + i / 100} for i, key in enumerate(keys[:10])}
-    files = draw(study, Outcomes(scores, {}, [], {}, {}), "digits", epath.Path(tmp_path))
+    files = draw(study, Outcomes(scores, {}, [], {}, {}, {}), "digits", epath.Path(tmp_path))
     text = files[1].read_text()
     for shown in (
         ">10.0<",
@@ -589,6 +589,17 @@ def test_a_table_says_what_is_missing_and_what_has_failed(tmp_path):
     text = mode._markdown("t", header, lines, [], outcomes)
     assert "| z\\| | failed | 0 |  |" in text
     assert f"- **Failed**: {name}: step 1: loss nan" in text
+    # The last values of training, over both seeds; one of them stands in an earlier line alone.
+    for seed in (0, 1):
+        lines_of = [{"step": 1, "rank_h": 10.0}, {"step": 2, "loss": 0.5 + seed}]
+        text = "".join(json.dumps(line) + "\n" for line in lines_of)
+        (tmp_path / f"x_seed-{seed}" / "metrics.jsonl").write_text(text)
+    watched = study._replace(metrics=("loss", "rank_h", "unknown"))
+    header, ((*_, loss, rank, unknown, _), (*_, missing, _, _, _), _) = table_of(
+        watched, outcomes_of(watched, epath.Path(tmp_path))
+    )
+    assert header[-4:] == ["loss", "rank_h", "unknown", "paper, %"]
+    assert (loss, rank, unknown, missing) == ("1", "10", "", "")
     # The metric of transfer depends on the data set.
     other = study._replace(evaluation="transfer")
     assert table_of(other, outcomes)[0][1] == "metric of B.8.1, %"
@@ -788,7 +799,7 @@ def test_what_a_probe_is_told_it_finds():
 def test_the_legend_is_inside_the_figure(tmp_path):
     study = read_study("model_size")
     scores = {key: {0: 0.5 + i / 100} for i, key in enumerate(keys_of(study))}
-    png, _ = draw(study, Outcomes(scores, {}, [], {}, {}), "emoji", epath.Path(tmp_path))
+    png, _ = draw(study, Outcomes(scores, {}, [], {}, {}, {}), "emoji", epath.Path(tmp_path))
     legend = np.asarray(Image.open(png).convert("L"))[-80:]
     assert legend.min() < 100
     assert legend[:, :4].min() == legend[:, -4:].min() == 255
@@ -797,7 +808,7 @@ def test_the_legend_is_inside_the_figure(tmp_path):
 def test_readings_of_one_level_are_drawn_side_by_side(tmp_path):
     study = read_study("head_knows")
     scores = {key: {0: 0.5 + i / 100} for i, key in enumerate(keys_of(study))}
-    text = draw(study, Outcomes(scores, {}, [], {}, {}), "digits", epath.Path(tmp_path))[
+    text = draw(study, Outcomes(scores, {}, [], {}, {}, {}), "digits", epath.Path(tmp_path))[
         1
     ].read_text()
     for shown in (">rotation<", ">original or Sobel<", ">h<", ">z<"):

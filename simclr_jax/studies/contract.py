@@ -104,6 +104,7 @@ class Study(NamedTuple):
       extremes: N: only the N best and the N worst keys of seed 0, and those of `always`, get the further seeds; None:
         every key.
       always: keys that get the further seeds whatever seed 0 says, such as those that claims name.
+      metrics: names in metrics.jsonl, such as other_view_entropy, whose last values the table shows, as means over seeds.
       matrix: draw two factors as a matrix, the first one downwards, with the means of rows beside it.
     """
 
@@ -117,6 +118,7 @@ class Study(NamedTuple):
     seeds: int = 3
     extremes: int | None = None
     always: tuple[Key, ...] = ()
+    metrics: tuple[str, ...] = ()
     matrix: bool = False
 
     @property

@@ -1,5 +1,6 @@
 """Outcomes of a study's runs: read from their workdirs, chosen by validation, as a table."""
 
+import collections
 import json
 import statistics
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from etils import epath
 from simclr_jax.studies.claims import deviation, mean
 from simclr_jax.studies.contract import Key, Scores, Study
 from simclr_jax.studies.runs import StudyRun, runs_of
+from simclr_jax.training.metrics import read_lines
 
 # In a run's workdir: {"about": see `record.about_run`, "readings": {reading: {"accuracy", "validation"}}}, or in place
 # of the readings "failed": why the training could not go on. That of the study's first run also holds "baselines".
@@ -26,6 +28,7 @@ class Outcomes(NamedTuple):
       failed: {run: why its training could not go on}. They have no score.
       baselines: {"raw pixels", "untrained encoder": accuracy} by the first reading's evaluation, with the encoder and
         data of the study's first run; {} where that evaluation has none.
+      metrics: (key without the reading, setting) -> the means of `Study.metrics` over the seeds.
     """
 
     scores: Scores
@@ -33,6 +36,7 @@ class Outcomes(NamedTuple):
     missing: list[StudyRun]
     failed: dict[str, str]
     baselines: dict[str, float]
+    metrics: dict[tuple[Key, int], dict[str, float]]
 
 
 def runs_wanted(study: Study, folder: epath.Path) -> list[StudyRun]:
@@ -99,7 +103,22 @@ def _outcomes_among(runs: list[StudyRun], study: Study, folder: epath.Path) -> O
             scores[name] = {seed: x[reading]["accuracy"] for seed, x in by_seed.items()}
             if key in several:
                 settings[name] = chosen
-    return Outcomes(scores, settings, missing, failed, baselines)
+    metrics = {which: _mean_metrics(runs, which, study, folder) for which in found}
+    return Outcomes(scores, settings, missing, failed, baselines, metrics)
+
+
+def _mean_metrics(
+    runs: list[StudyRun], which: tuple[Key, int], study: Study, folder: epath.Path
+) -> dict[str, float]:
+    """Returns the means of `Study.metrics` over the last lines of the finished runs of one key and setting."""
+    lasts: dict[str, list[float]] = {name: [] for name in study.metrics}
+    for run in runs if study.metrics else []:
+        if (run.key, run.setting) == which and (folder / run.name / OUTCOME).exists():
+            newest = collections.ChainMap(*read_lines(folder / run.name / "metrics.jsonl")[::-1])
+            for name in study.metrics:
+                if name in newest:
+                    lasts[name].append(newest[name])
+    return {name: statistics.mean(values) for name, values in lasts.items() if values}
 
 
 def _best(of_key: dict[int, dict[int, dict]], reading: str) -> int:
@@ -119,7 +138,7 @@ def _best(of_key: dict[int, dict[int, dict]], reading: str) -> int:
 
 def table_of(study: Study, outcomes: Outcomes) -> tuple[list[str], list[list[str]]]:
     """Makes a table: a line for each key, with mean and deviation over seeds, the setting that was chosen if any key has
-    several, and the paper's number. A key without a score is "failed" if one of its trainings could not go on, else
+    several, `Study.metrics` and the paper's number. A key without a score is "failed" if one of its trainings could not go on, else
     "missing".
     """
     header = [factor.name for factor in study.factors]
@@ -129,6 +148,7 @@ def table_of(study: Study, outcomes: Outcomes) -> tuple[list[str], list[list[str
     tried = {(run.key, run.setting): run.tried for run in runs}
     has_settings = any(run.setting for run in runs)
     header += ["chosen"] if has_settings else []
+    header += study.metrics
     header += ["paper, %"] if study.published else []
     lines = []
     failed = {run.key for run in runs if run.name in outcomes.failed}
@@ -139,9 +159,12 @@ def table_of(study: Study, outcomes: Outcomes) -> tuple[list[str], list[list[str
             cell = f"{100 * mean(outcomes.scores, key):.1f}"
             cell += f" ± {100 * deviation(outcomes.scores, key):.1f}" if len(there) > 1 else ""
         line = [*key, cell, str(len(there))]
+        setting = outcomes.settings.get(key, 0)
         if has_settings:
-            chosen = tried[key[: len(study.factors)], outcomes.settings.get(key, 0)]
+            chosen = tried[key[: len(study.factors)], setting]
             line.append(", ".join(f"{k}={v}" for k, v in chosen.items()) if there else "")
+        beside = outcomes.metrics.get((key[: len(study.factors)], setting), {})
+        line += [f"{beside[name]:.3g}" if name in beside else "" for name in study.metrics]
         if study.published:
             value = study.published.values.get(key)
             line.append("" if value is None else f"{value:.1f}")
