@@ -98,6 +98,43 @@ def test_a_row_for_every_whole_image(embedded, suffix):
     assert [json.loads(line)["image"].rpartition("/")[2] for line in broken] == ["04.png", "21.png"]
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_a_file_that_embed_did_not_write_is_not_replaced(embedded, tmp_path, suffix):
+    """Such as the images themselves."""
+    (config, workdir, _), _ = embedded
+    images = tmp_path / f"images{suffix}"
+    if suffix == ".npz":
+        np.savez(images, train_images=random_images(8, 12, 12))
+    else:
+        pq.write_table(pa.table({"image": [b"", b""]}), images)
+    content = images.read_bytes()
+    with pytest.raises(UserError, match=r"would replace a file that --mode=embed did not write"):
+        embed(config, workdir, "train", str(images))
+    assert images.read_bytes() == content
+    with pytest.raises(UserError, match=r"is not what --mode=embed wrote: there is no b?'"):
+        neighbours.neighbours(config, workdir, str(images), None)
+
+
+def test_labels_of_other_classes_than_the_runs_are_told(embedded, tmp_path, capsys):
+    (config, workdir, _), _ = embedded
+    other = tmp_path / "other.npz"
+    np.savez(other, train_images=random_images(8, 12, 12), train_labels=np.arange(8) % 2 + 5)
+    embed(config, workdir, str(other), str(tmp_path / "f.npz"))
+    with np.load(tmp_path / "f.npz") as file:
+        labels, classes = file["label"], json.loads(str(file["about"]))["classes"]
+    assert [classes[i] for i in labels] == ["5", "6"] * 4
+    said = capsys.readouterr().out
+    first = classes.index("5")
+    assert first  # the run has classes of its own
+    assert f"then of the input: {first} is '5', {first + 1} is '6'" in said
+
+
+def test_a_folder_is_told_from_what_was_embedded_of_it(embedded):
+    (config, workdir, root), _ = embedded
+    with pytest.raises(UserError, match=r"is a folder: expected what --mode=embed --input="):
+        neighbours.neighbours(config, workdir, str(root), None)
+
+
 def test_load_encoder_embeds_files_as_embed_does(embedded):
     """By path, as PIL images and as arrays; more images than there are in a batch."""
     (_, workdir, root), folder = embedded

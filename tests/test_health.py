@@ -67,8 +67,9 @@ def test_spread_equals_loops():
 @pytest.mark.parametrize(("loss", "early"), [(6.929, True), (7.5, True), (5.0, False)])
 def test_a_run_that_ends_before_it_can_have_learned_says_so(loss, early):
     found = judge(10, {"loss": loss, "z_std": EVEN}, OF_512)
-    assert found.name == "sound"
-    assert ("too early to say whether it learns: before step 11" in found.because) == early
+    assert found.name == ("too early to say" if early else "sound")
+    assert not found.is_bad
+    assert ("before step 11 it may be near chance" in found.because) == early
     assert (judge(11, {"loss": loss, "z_std": EVEN}, OF_512).name == "not learning") == early
 
 
@@ -126,13 +127,13 @@ def is_shape(x):
 @pytest.mark.parametrize(
     ("step", "loss", "z_std", "expected"),
     [
-        (5, 6.93, EVEN, "sound"),  # before the end of the warm-up
+        (5, 6.93, EVEN, "too early to say"),  # before the end of the warm-up
         (50, 6.93, EVEN, "not learning"),
         (50, 5.0, EVEN, "sound"),
         (50, 0.01, EVEN, "below the lower bound"),
         (50, 0.0447, EVEN, "sound"),
         (5, 6.93, 0.005, "collapsed"),
-        (5, 7.3, EVEN, "sound"),  # untrained, a loss may lie above chance
+        (5, 7.3, EVEN, "too early to say"),  # untrained, a loss may lie above chance
         (50, 7.3, EVEN, "not learning"),
     ],
 )
@@ -152,7 +153,7 @@ def test_at_a_high_temperature_every_loss_is_near_chance_and_that_is_no_alarm():
 
 def test_of_a_loss_without_bounds_only_the_spread_is_judged():
     unbounded = OF_512._replace(temperature=None)
-    assert judge(50, {"loss": -9.0, "z_std": EVEN}, unbounded).is_sound
+    assert judge(50, {"loss": -9.0, "z_std": EVEN}, unbounded).name == "sound"
     assert judge(50, {"loss": -9.0, "z_std": 0.0}, unbounded).name == "collapsed"
 
 
@@ -161,11 +162,17 @@ def test_an_encoder_that_is_no_better_than_untrained_is_named():
         {"features": "untrained", "labels_per_class": None, "accuracy": 0.5},
         {"features": "trained", "labels_per_class": None, "accuracy": 0.4},
     ]
-    names = "trained", "untrained"
+    names = "trained", "untrained", "pixels"
     assert judge_accuracy(rows, {"other_view_top1": 0.5}, *names).name == "no better than untrained"
     assert judge_accuracy(rows, {"other_view_top1": 0.999}, *names).name == "a shortcut"
     rows[1]["accuracy"] = 0.6
-    assert judge_accuracy(rows, {}, *names).is_sound
+    assert judge_accuracy(rows, {}, *names).name == "sound"
+    rows.append({"features": "pixels", "labels_per_class": None, "accuracy": 0.6})
+    assert judge_accuracy(rows, {}, *names).name == "sound"
+    rows[2]["accuracy"] = 0.7
+    found = judge_accuracy(rows, {}, *names)
+    assert (found.name, found.is_bad) == ("below raw pixels", True)
+    assert "raw pixels 70.0%" in found.because
     assert judge_accuracy(rows[1:], {}, *names) is None
 
 
@@ -240,9 +247,11 @@ def test_a_healthy_run_raises_no_alarm_and_its_metrics_are_there(plain, tmp_path
     plain.eval.after_training = "knn"
     plain.train.log_every_steps = 8  # of 8 steps on noise none is after the warm-up
     pretrain_and_evaluate(plain, str(tmp_path / "w"))
-    assert health_of(tmp_path / "w") in ("sound", "no better than untrained")  # 8 steps on noise
+    # 8 steps on noise.
+    early = "too early to say"
+    assert health_of(tmp_path / "w") in (early, "no better than untrained", "below raw pixels")
     said = capsys.readouterr().out
-    assert "health      sound: loss " in said
+    assert f"health      {early}: loss " in said
     lines = [json.loads(x) for x in (tmp_path / "w/metrics.jsonl").read_text().splitlines()]
     names = {"alignment", "z_std", "update_norm", "share_of_time_input"}
     assert names < set(lines[-1])

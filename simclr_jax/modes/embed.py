@@ -3,7 +3,6 @@
 Images stream through the devices, and their rows to `feature_file.py` as they come.
 """
 
-import contextlib
 import os
 import pathlib
 import time
@@ -124,7 +123,7 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
     mesh, view = make_mesh(), assemble.evaluation_view(config)
     report = path.with_name(path.name + ".broken_images.jsonl")
     images = assemble.images_of(config, source.split, report)
-    _say_what_is_replaced(path, source)
+    _check_what_is_replaced(path, source)
     with alone(path.with_name(path.name + ".parts")) as scratch:
         parts = Parts(scratch, subjects.batch_size_of(config, mesh))
         step = parts.begun_with(workdir)
@@ -132,6 +131,7 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
         if input == "train" and source.split.fingerprint() != trained.record["data_fingerprint"]:
             say("images      other ones than the run was trained on: data.path has changed since")
         classes = _classes(source, trained)
+        _say_how_labels_are_numbered(source, classes)
         parts.begin(
             {
                 "step": trained.record["step"],
@@ -149,15 +149,37 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
             parts.add(rows)
         if jax.process_index() == 0:
             count = parts.join(path)
-            say(f"{count} images, encoder of step {trained.record['step']}: {path}")
+            say(f"features of {count} images, encoder of step {trained.record['step']}: {path}")
     images.broken.say_how_many()
 
 
-def _say_what_is_replaced(path: pathlib.Path, source: Input) -> None:
-    """Says that a file with the features of other images will be replaced, if there is one."""
-    with contextlib.suppress(UserError):  # there is no file, or another kind of file
-        if read_feature_file(str(path)).about["images"] != source.split.fingerprint():
-            say(f"replaces    {path}, which holds features of other images")
+def _check_what_is_replaced(path: pathlib.Path, source: Input) -> None:
+    """Says that a file with the features of other images will be replaced, if there is one.
+
+    Raises:
+      UserError: there is another kind of file, such as the images themselves.
+    """
+    if not path.exists():
+        return
+    try:
+        about = read_feature_file(str(path)).about
+    except UserError as error:
+        raise UserError(
+            f"--output={path} would replace a file that --mode=embed did not write: expected another name"
+        ) from error
+    if about["images"] != source.split.fingerprint():
+        say(f"replaces    {path}, which holds features of other images")
+
+
+def _say_how_labels_are_numbered(source: Input, classes: list[str]) -> None:
+    """Says what the numbers of labels stand for, where they are not the places in the input's own list of classes."""
+    own = list(source.split.classes or ())
+    if own != classes[: len(own)]:
+        some = ", ".join(f"{classes.index(name)} is {name!r}" for name in own[:3])
+        more = ", ..." if len(own) > 3 else ""
+        say(
+            f"labels      are places in the list of classes of the run, then of the input: {some}{more}"
+        )
 
 
 def _classes(source: Input, trained: subjects.Trained) -> list[str]:
@@ -206,4 +228,4 @@ def _rows(
                 rate = (done - first) / (time.monotonic() - began)
                 yield {name: np.concatenate([r[name] for r in held]) for name in held[0]}
                 held = []
-                say(f"embedded {done} of {count} images, {rate:.0f} images/s")
+                say(f"passed {done} of {count} images, {rate:.0f} images/s")

@@ -242,6 +242,10 @@ def _npz_blocks(path: pathlib.Path) -> Iterator[np.ndarray]:
 def read_feature_file(path: str) -> FeatureFile:
     """Opens a file that --mode=embed wrote. Raises a UserError if it is none."""
     file = expanded(path)
+    if file.is_dir():
+        raise UserError(
+            f"{path} is a folder: expected what --mode=embed --input={path} --output=FILE.parquet writes"
+        )
     if not file.is_file():
         raise UserError(f"no file {path!r}: expected what --mode=embed wrote")
     try:
@@ -255,7 +259,11 @@ def read_feature_file(path: str) -> FeatureFile:
             table = pq.read_table(file, columns=["image"])
         except pa.ArrowException as error:
             raise ValueError(error) from error
-        about = json.loads(table.schema.metadata[b"simclr_jax"])
+        about = json.loads((table.schema.metadata or {})[b"simclr_jax"])
         return FeatureFile(about, np.asarray(table["image"].to_pylist()), file)
-    except (KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except KeyError as error:
+        raise UserError(
+            f"{path} is not what --mode=embed wrote: there is no {error} in it"
+        ) from error
+    except (TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not what --mode=embed wrote: {error}") from error

@@ -18,7 +18,7 @@ from simclr_jax.data import FILES, count_and_size, index
 from simclr_jax.evals.evaluate import evaluate_features, why_not
 from simclr_jax.evals.on_the_way import evaluations_on_the_way
 from simclr_jax.evals.spread import Spread
-from simclr_jax.evals.subjects import ENCODER, UNTRAINED
+from simclr_jax.evals.subjects import ENCODER, RAW_PIXELS, UNTRAINED
 from simclr_jax.files import expanded, write_json
 from simclr_jax.mesh import FSDP
 from simclr_jax.modes.oddities import oddities, say_unusual
@@ -94,7 +94,7 @@ def _evaluate(config: ConfigDict, workdir: str) -> None:
         return
     rows = evaluate_features(evaluation, config, workdir)["rows"]
     last = _last_metrics(workdir)
-    verdict = judge_accuracy(rows, last, ENCODER, UNTRAINED)
+    verdict = judge_accuracy(rows, last, ENCODER, UNTRAINED, RAW_PIXELS)
     if verdict is not None:
         _judge_at_end(config, workdir, verdict, last)
 
@@ -116,10 +116,10 @@ def _judge_at_end(
     if "z_std" in last:  # not in metrics of older versions
         plan = assemble.plan_of(config, assemble.data_set(config).train.count)
         trained = judge(int(last["step"]), last, assemble.references(config, plan))
-    if not evaluated.is_sound and (trained is None or trained.is_sound):
+    if evaluated.is_bad and (trained is None or not trained.is_bad):
         _say_verdict(workdir, evaluated)
     file = epath.Path(workdir) / "health.json"
-    if not evaluated.is_sound or trained is None or not file.exists():
+    if evaluated.is_bad or trained is None or not file.exists():
         return
     if json.loads(file.read_text())["name"] in OF_EVALUATIONS:
         _say_verdict(workdir, trained)

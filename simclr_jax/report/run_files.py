@@ -17,7 +17,7 @@ from simclr_jax.files import absolute
 from simclr_jax.training.log import SKIPPED_IN_A_ROW
 from simclr_jax.training.metrics import read_lines
 from simclr_jax.training.plan import Plan
-from simclr_jax.training.verdict import References, judge
+from simclr_jax.training.verdict import References, Verdict, judge
 from simclr_jax.training.workdir import run_record
 
 # Results are in WORKDIR/NAME.json, and in WORKDIR/NAME_DATA_DIGEST.json on other data.
@@ -113,7 +113,7 @@ class RunFiles:
         if found is None:
             said = "" if self.lines else "nothing is reported yet"
             return {"name": self.state, "because": said, "is_bad": False}
-        return found | {"is_bad": found["name"] != "sound"}
+        return found | {"is_bad": Verdict(found["name"], found["because"]).is_bad}
 
     def _now(self) -> dict[str, str] | None:
         lines = [line for line in self.lines if "loss" in line and "z_std" in line]

@@ -122,13 +122,13 @@ class Log:
         self._judge(step, means)
 
     def _judge(self, step: int, means: dict[str, float]) -> None:
-        """Prints the verdict when it differs from the one before; a run begins as sound."""
+        """Prints the verdict when it turns bad, turns to another bad one, or is no longer bad."""
         if self._reporting.judge is None or "loss" not in means:
             return
         before, self._verdict = self._verdict, self._reporting.judge(step, means)
-        name = "sound" if before is None else before.name
-        if self._verdict.name != name:
-            again = " again" if self._verdict.is_sound else ""
+        was_bad = before.name if before is not None and before.is_bad else ""
+        if was_bad != (self._verdict.name if self._verdict.is_bad else ""):
+            again = "" if self._verdict.is_bad else " again"
             say(f"step {step}  {self._verdict.name}{again}: {self._verdict.because}")
 
     def _check(self, step: int, values: dict[str, float], images: dict[str, np.ndarray]) -> None:

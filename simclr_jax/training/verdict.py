@@ -8,9 +8,13 @@ from simclr_jax.losses.health import chance, lower_bound
 
 _BELOW, _NEAR_CHANCE, _COLLAPSED = 1e-3, 0.01, 0.1  # nats; nats; share of 1 / sqrt(d): ours
 
-
+_SOUND, _TOO_EARLY = "sound", "too early to say"
 # The verdicts of `judge_accuracy`, but for "sound".
-OF_EVALUATIONS = _SHORTCUT, _NO_BETTER = "a shortcut", "no better than untrained"
+OF_EVALUATIONS = _SHORTCUT, _NO_BETTER, _BELOW_PIXELS = (
+    "a shortcut",
+    "no better than untrained",
+    "below raw pixels",
+)
 
 
 class References(NamedTuple):
@@ -33,8 +37,7 @@ class Verdict(NamedTuple):
     """A judgement of a run at one moment.
 
     Attributes:
-      name: "sound", "below the lower bound", "collapsed", "not learning", "a shortcut" or "no better than
-        untrained".
+      name: "sound", "too early to say", "below the lower bound", "collapsed", "not learning" or one of OF_EVALUATIONS.
       because: the numbers, the reference and where it comes from.
     """
 
@@ -42,8 +45,8 @@ class Verdict(NamedTuple):
     because: str
 
     @property
-    def is_sound(self) -> bool:
-        return self.name == "sound"
+    def is_bad(self) -> bool:
+        return self.name not in (_SOUND, _TOO_EARLY)
 
 
 def judge(step: int, metrics: Mapping[str, float], references: References) -> Verdict:
@@ -61,7 +64,7 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
         why = "under a tenth (ours) of 1 / sqrt(d) (SimSiam, section 4.1)"
         return Verdict("collapsed", f"all images have nearly one projection: {seen}: {why}")
     if temperature is None:
-        return Verdict("sound", seen)
+        return Verdict(_SOUND, seen)
     loss, least, no_better = metrics["loss"], lower_bound(images, temperature), chance(images)
     way = (no_better - loss) / (no_better - least)
     far = f"{way:.0%} of the way" if way > -0.005 else "worse than chance"
@@ -73,24 +76,24 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
     near = min(_NEAR_CHANCE, 0.1 * (no_better - least))
     if loss > no_better - near:
         if step <= settled_after:
-            early = f"too early to say whether it learns: before step {settled_after + 1} it may be near chance"
-            return Verdict("sound", f"{where}; {seen}; {early}")
+            early = f"before step {settled_after + 1} it may be near chance"
+            return Verdict(_TOO_EARLY, f"{where}; {seen}; {early}")
         why = f"after the warm-up within {near:.2g} (ours) of ln(2B - 1), and z is spread"
         if loss > no_better + near:
             why = "after the warm-up above ln(2B - 1): worse than telling nothing apart"
         return Verdict("not learning", f"{where}: {why}: {seen}")
-    return Verdict("sound", f"{where}; {seen}")
+    return Verdict(_SOUND, f"{where}; {seen}")
 
 
 def judge_accuracy(
-    rows: list[dict], metrics: Mapping[str, float], trained: str, untrained: str
+    rows: list[dict], metrics: Mapping[str, float], trained: str, untrained: str, pixels: str
 ) -> Verdict | None:
-    """Judges a run by its final evaluation: by the accuracy of the trained and of the untrained encoder.
+    """Judges a run by its final evaluation: by the accuracy of the trained and of the untrained encoder, and of pixels.
 
     Args:
       rows: the evaluation's, see `evals.results.row`.
       metrics: the last of the run.
-      trained, untrained: names of the two encoders in the rows.
+      trained, untrained, pixels: names in the rows of the two encoders and of raw pixels, which may be missing.
 
     Returns:
       None where the evaluation has no untrained encoder.
@@ -100,7 +103,11 @@ def judge_accuracy(
         return None
     said = f"accuracy {found[trained]:.1%}, untrained {found[untrained]:.1%}"
     if found[trained] > found[untrained]:
-        return Verdict("sound", said)
+        of_pixels = found.get(pixels, 0.0)
+        if found[trained] >= of_pixels:
+            return Verdict(_SOUND, said)
+        why = "the pixels alone tell more: train longer, or on more images"
+        return Verdict(_BELOW_PIXELS, f"{said}, raw pixels {of_pixels:.1%}: {why}")
     told = metrics.get("other_view_top1", 0.0)
     if told > 0.99:  # ours
         why = "it tells views apart and images not: a shortcut, such as BatchNorm of few images a device"
