@@ -25,20 +25,33 @@ def turn(monkeypatch):
 
 
 def test_an_evaluation_is_not_counted_in_images_a_second(turn):
+    """Nor are steps that are waited for at once, which may have ended together."""
     written = []
     writer = types.SimpleNamespace(write=lambda step, values: written.append(values))
-    log = Log("", writer, Progress(10), Reporting(2, 8), [], Clock())
-    for step in (1, 2):
+    log = Log("", writer, Progress(8), Reporting(4, 8), [], Clock())
+    metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}
+    for step in range(1, 9):
         turn(2.0)
-        log.add(step, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}, {})
-        log.drain()
-    turn(50.0)
-    log.write(2, {"knn_accuracy": 0.5})
-    for step in (3, 4):
-        turn(2.0)
-        log.add(step, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}, {})
-        log.drain()
+        log.add(step, metrics, {})
+        if step == 4:
+            log.drain()
+            turn(50.0)
+            log.write(4, {"knn_accuracy": 0.5})
+    log.drain()
+    assert len(written) == 3
     assert written[0]["images_per_second"] == written[-1]["images_per_second"] == 8 / 2.0
+
+
+def test_a_training_of_two_steps_has_no_speed(turn):
+    """The first compiles, and when it is read the second may be over."""
+    written = []
+    writer = types.SimpleNamespace(write=lambda step, values: written.append(values))
+    log = Log("", writer, Progress(2), Reporting(2, 8), [], Clock())
+    for step in (1, 2):
+        log.add(step, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}, {})
+    turn(1e-3)
+    log.drain()
+    assert "images_per_second" not in written[0]
 
 
 def test_images_a_second_leave_out_compiling_and_pauses(turn):

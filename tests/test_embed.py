@@ -115,18 +115,24 @@ def test_a_file_that_embed_did_not_write_is_not_replaced(embedded, tmp_path, suf
         neighbours.neighbours(config, workdir, str(images), None)
 
 
-def test_labels_of_other_classes_than_the_runs_are_told(embedded, tmp_path, capsys):
+def test_labels_of_other_classes_than_the_runs_are_told(embedded, tmp_path, capsys, monkeypatch):
     (config, workdir, _), _ = embedded
+    trained = subjects.trained
+
+    def of_two_classes(*args, **named):
+        found = trained(*args, **named)
+        return found._replace(record=found.record | {"classes": ["a", "b"]})
+
+    monkeypatch.setattr(subjects, "trained", of_two_classes)
     other = tmp_path / "other.npz"
     np.savez(other, train_images=random_images(8, 12, 12), train_labels=np.arange(8) % 2 + 5)
     embed(config, workdir, str(other), str(tmp_path / "f.npz"))
     with np.load(tmp_path / "f.npz") as file:
         labels, classes = file["label"], json.loads(str(file["about"]))["classes"]
-    assert [classes[i] for i in labels] == ["5", "6"] * 4
-    said = capsys.readouterr().out
-    first = classes.index("5")
-    assert first  # the run has classes of its own
-    assert f"then of the input: {first} is '5', {first + 1} is '6'" in said
+    assert classes == ["a", "b", "5", "6"]
+    assert labels.tolist() == [2, 3] * 4
+    said = "list of classes of the run, then of the input: 2 is '5', 3 is '6'"
+    assert said in capsys.readouterr().out
 
 
 def test_a_folder_is_told_from_what_was_embedded_of_it(embedded):

@@ -1,6 +1,9 @@
 """Results of evaluations: WORKDIR/NAME.json, and a table at the terminal."""
 
+import contextlib
 import hashlib
+import json
+import os
 import re
 from collections.abc import Sequence
 
@@ -82,10 +85,8 @@ def path_of(config: ConfigDict, record: dict, data: DataSet, workdir: str, mode:
     then = record["data_fingerprint"], record.get("test_fingerprint", test)
     if (train, test) == then:
         return folder / f"{mode}.json"
-    # TFDS has names such as SET/CONFIG.
-    name = re.sub(r"[^\w.-]+", "-", name_of(config.data.to_dict()))
     digest = hashlib.blake2b(f"{train} {test}".encode(), digest_size=3).hexdigest()
-    path = folder / f"{mode}_{name}_{digest}.json"
+    path = folder / f"{mode}_{_name_of(config.data.to_dict())}_{digest}.json"
     which = "training" if train != then[0] else "test"
     say(
         f"data        other {which} images or labels than the run's, so the result goes to {path.name}"
@@ -93,10 +94,48 @@ def path_of(config: ConfigDict, record: dict, data: DataSet, workdir: str, mode:
     return path
 
 
+def _name_of(data: dict) -> str:
+    return re.sub(r"[^\w.-]+", "-", name_of(data))  # TFDS has names such as SET/CONFIG
+
+
+def title_of(stem: str, result: dict) -> str:
+    """Returns what a person calls a result: "knn", or of other data than the run's "knn on DATA, test images of PATH".
+
+    Args:
+      stem: its file's name without ".json", see `path_of`.
+      result: what `save` wrote there.
+    """
+    data = result.get("config", {}).get("data")
+    if data is None or not (
+        found := re.fullmatch(rf"(.+)_{re.escape(_name_of(data))}_\w{{6}}", stem)
+    ):
+        return stem
+    of_test = f", test images of {os.path.basename(data['test_path'])}" if data["test_path"] else ""
+    return f"{found[1]} on {name_of(data)}{of_test}"
+
+
+def settings_in_words(result: dict) -> str:
+    """Writes the settings of a result that are single values, such as "k 200, temperature 0.1"."""
+    return ", ".join(
+        f"{name} {value}"
+        for name, value in result.get("settings", {}).items()
+        if isinstance(value, int | float | str)
+    )
+
+
 def save(path: epath.Path, config: ConfigDict, result: dict) -> None:
-    """Writes a result and the configuration of the evaluation. Raises a UserError if it cannot."""
-    if jax.process_index() == 0:
-        write_json(path, result | {"config": config.to_dict()})
+    """Writes a result and the configuration of the evaluation, and says so if it replaces one with other settings.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    if jax.process_index() > 0:
+        return
+    with contextlib.suppress(OSError, ValueError):  # there is none, or it is damaged
+        before, now = settings_in_words(json.loads(path.read_text())), settings_in_words(result)
+        if before != now:
+            say(f"replaces    {path.name}, made with {before}")
+    write_json(path, result | {"config": config.to_dict()})
 
 
 def show(path: epath.Path, result: dict, title: str, table: Table) -> None:

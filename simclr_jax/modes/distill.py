@@ -27,7 +27,7 @@ from simclr_jax.mesh import check_divides, gathered, laid_out, make_mesh, replic
 from simclr_jax.modes.report import report_at_end
 from simclr_jax.pretrained import Classifier, load_classifier
 from simclr_jax.training.checkpoint import Saving
-from simclr_jax.training.log import Reporting
+from simclr_jax.training.log import Reporting, steps_between_reports
 from simclr_jax.training.loop import Job, Run, fit, job_of
 from simclr_jax.training.objectives import distilled, no_loss
 from simclr_jax.training.optimizer import of_parts
@@ -99,7 +99,8 @@ def _distill(config: ConfigDict, workdir: str) -> None:
     record = write_record(config, about_training(plan, data, fingerprint) | about, workdir)
     _describe(config, plan, student, teacher.network, job, train.count)
     images = assemble.images_of(config, train, epath.Path(workdir) / "broken_images.jsonl")
-    reporting = Reporting(config.train.log_every_steps, config.data.batch_size, _ADVICE)
+    every = steps_between_reports(config.train.log_every_steps, plan.steps)
+    reporting = Reporting(every, config.data.batch_size, _ADVICE)
     sinks = functools.partial(Sinks, config.train.sinks, workdir, config_lib.flatten(config))
     hang, saving = config.train.hang_seconds, Saving(**config.checkpoint.to_dict())
     run = Run(workdir, record, saving, reporting, sinks, hang)

@@ -25,7 +25,7 @@ from simclr_jax.modes.oddities import oddities, say_unusual
 from simclr_jax.modes.report import report_at_end
 from simclr_jax.modes.warm_start import begun_with, describe_start, find_start
 from simclr_jax.training.checkpoint import Saving
-from simclr_jax.training.log import Reporting
+from simclr_jax.training.log import Reporting, steps_between_reports
 from simclr_jax.training.loop import Run, check_length, fit
 from simclr_jax.training.metrics import read_lines
 from simclr_jax.training.optimizer import scaling_in_words
@@ -157,8 +157,8 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> None:
         verdicts[:] = [judge(step, means, references)]
         return verdicts[0]
 
-    every, batch = config.train.log_every_steps, config.data.batch_size
-    reporting = Reporting(every, batch, _ADVICE, judged)
+    every = steps_between_reports(config.train.log_every_steps, plan.steps)
+    reporting = Reporting(every, config.data.batch_size, _ADVICE, judged)
     sinks = functools.partial(Sinks, config.train.sinks, workdir, config_lib.flatten(config))
     hang = config.train.hang_seconds
     run = Run(workdir, record, Saving(**config.checkpoint.to_dict()), reporting, sinks, hang)

@@ -1,6 +1,5 @@
 """Makes the page of one run."""
 
-import os
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from simclr_jax.data.split import Split
 from simclr_jax.data.subsets import evenly
 from simclr_jax.errors import UserError
 from simclr_jax.evals.nearest import unit
-from simclr_jax.evals.results import labels_table
+from simclr_jax.evals.results import labels_table, settings_in_words, title_of
 from simclr_jax.evals.scores import METRIC_NAMES
 from simclr_jax.losses.health import chance, lower_bound
 from simclr_jax.pretrained import load_encoder
@@ -23,7 +22,7 @@ from simclr_jax.report.curves import COLOURS, draw_curves
 from simclr_jax.report.map import colours_of, draw_map
 from simclr_jax.report.page import render
 from simclr_jax.report.run_files import RunFiles
-from simclr_jax.report.sheet import SHEET_EPOCHS, name_of_image, sheet_of
+from simclr_jax.report.sheet import SHEET_EPOCHS, name_of_image, sheet_of, short_name
 from simclr_jax.report.thumbnails import tile
 
 _EMBEDDED = 5000  # training images that the pictures are chosen from, at most
@@ -130,7 +129,7 @@ def _pictures(config: ConfigDict, run: RunFiles, data: Any) -> dict[str, Any]:
 
     def shown(i: int, *said: str) -> dict:
         label = classes[some.labels[i]] if classes and some.labels[i] >= 0 else ""
-        lines = [line for line in (*said, label, os.path.basename(names[i])) if line]
+        lines = [line for line in (*said, label, short_name(names[i])) if line]
         return tile(some.thumbnails[i], 96, names[i], lines)
 
     def row(i: int) -> dict:
@@ -239,7 +238,14 @@ def _result(name: str, found: dict) -> dict:
         if any("±" in c for r in rows for c in r)
         else ""
     )
-    return {"title": name, "header": header, "rows": rows, "note": f"{note}{spread}."}
+    used = settings_in_words(found)
+    with_settings = f" Settings: {used}." if used else ""
+    return {
+        "title": title_of(name, found),
+        "header": header,
+        "rows": rows,
+        "note": f"{note}{spread}.{with_settings}",
+    }
 
 
 def _options(run: RunFiles) -> list[dict]:

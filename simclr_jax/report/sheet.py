@@ -6,9 +6,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble
+from simclr_jax.console import say
 from simclr_jax.data.folder import root_of
 from simclr_jax.data.pictures import pictures_of
 from simclr_jax.data.split import Split
+from simclr_jax.data.subsets import evenly
+from simclr_jax.errors import UserError
 from simclr_jax.mesh import make_mesh
 from simclr_jax.report.thumbnails import tile
 from simclr_jax.views.sample import sample_views
@@ -18,11 +21,15 @@ _SIDE = 132  # pixels
 
 
 def sheet_of(config: ConfigDict, split: Split) -> list[dict]:
-    """Makes a row for each of eight images: {"original", "views"}, tiles as in `thumbnails.tile`.
+    """Makes a row for each of eight images: {"original", "pairs"}, tiles as in `thumbnails.tile`; a pair is {"said": which
+    epoch it is of, "views"}.
 
     Args:
       config: the run's configuration.
       split: its training images.
+
+    Raises:
+      UserError: none of the images can be read.
     """
     made = assemble.views(config, make_mesh())
     rows = []
@@ -30,11 +37,27 @@ def sheet_of(config: ConfigDict, split: Split) -> list[dict]:
         height, width, channels = picture.image.shape
         name = name_of_image(split, picture.place)
         colour = np.repeat(picture.image, 3 // channels, axis=-1)
-        lines = [os.path.basename(name), f"{width} x {height} px"]
+        lines = [short_name(name), f"{width} x {height} px"]
         sampled = sample_views(made, picture.image, picture.place, SHEET_EPOCHS)
         shown = [tile(view.image, _SIDE, name, view.drawn) for view in sampled]
-        rows.append({"original": tile(colour, _SIDE, name, lines), "views": shown})
+        pairs = [
+            {"said": f"epoch {epoch + 1}", "views": shown[2 * epoch : 2 * epoch + 2]}
+            for epoch in range(SHEET_EPOCHS)
+        ]
+        rows.append({"original": tile(colour, _SIDE, name, lines), "pairs": pairs})
+    asked = min(_IMAGES, split.count)
+    if not rows:
+        reasons = split.problems(evenly(split.count, _IMAGES))
+        said = "; ".join(f"{split.name_of(i)} ({why})" for i, why in list(reasons.items())[:1])
+        raise UserError(f"none of {asked} images can be read, such as {said}")
+    if len(rows) < asked:
+        say(f"views       of {len(rows)} images: {asked - len(rows)} of {asked} cannot be read")
     return rows
+
+
+def short_name(name: str) -> str:
+    """Returns the end of a path that tells images apart: the file and its folder."""
+    return "/".join(name.split("/")[-2:])
 
 
 def name_of_image(split: Split, index: int) -> str:

@@ -31,6 +31,7 @@ class Clock:
         self._gather = gather
         self._reported_at = time.monotonic()
         self._last_step_at: float | None = None  # None: nothing is timed until the next step
+        self._is_timed = True  # whether the next step is
         self._saved_since_step = 0.0  # seconds
         self._save_seconds: list[float] = []  # of each save
         self._first_step_at: float | None = None
@@ -66,20 +67,23 @@ class Clock:
         yield
         self._computed += time.monotonic() - began
 
-    def step(self) -> None:
-        """Says that a step has ended."""
+    def step(self, is_timed: bool = True) -> None:
+        """Says that a step has ended. One that is not timed, and the next one, do not count in images_per_second."""
         now = time.monotonic()
         self._first_step_at = now if self._first_step_at is None else self._first_step_at
         if self._last_step_at is not None:
-            self._steps += 1
-            self._seconds += now - self._last_step_at
+            if is_timed and self._is_timed:
+                self._steps += 1
+                self._seconds += now - self._last_step_at
             self._trained += max(0.0, now - self._last_step_at - self._saved_since_step)
         self._last_step_at, self._saved_since_step = now, 0.0
+        self._is_timed = is_timed
 
     def pause(self) -> None:
         """Leaves the time since the last step out."""
         if self._last_step_at is not None:
             self._last_step_at, self._saved_since_step = time.monotonic(), 0.0
+            self._is_timed = False
 
     def costly_saving(self) -> str | None:
         """Returns, once, a line that says what saves cost, if five or more took over a tenth of the time."""

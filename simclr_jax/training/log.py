@@ -89,7 +89,8 @@ class Log:
     def drain(self) -> None:
         """Waits for all metrics taken so far."""
         while self._pending:
-            self._read(*self._pending.popleft())
+            # On a CPU these steps may have ended before the ones that were read last: they would count as taking no time.
+            self._read(*self._pending.popleft(), is_timed=False)
 
     def store(self) -> None:
         """Waits for all metrics taken so far, and has them stored."""
@@ -103,12 +104,14 @@ class Log:
             self._writer.write(step, values)
         self._clock.pause()
 
-    def _read(self, step: int, metrics: Any, images: dict[str, np.ndarray]) -> None:
+    def _read(
+        self, step: int, metrics: Any, images: dict[str, np.ndarray], is_timed: bool = True
+    ) -> None:
         with self._clock.computing():
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._check(step, values, images)
         self.window.append(values)
-        self._clock.step()
+        self._clock.step(is_timed)
         self._progress.advance(step)
         if step % self._reporting.every_steps == 0 or step == self._progress.total:
             self._report(step)
@@ -203,6 +206,13 @@ def not_finite(step: int, what: str, advice: str, more: str = "") -> NotFinite:
     return NotFinite(
         f"step {step}: {what} not finite.{more} The last checkpoint is from before it; {advice}"
     )
+
+
+def steps_between_reports(asked: int, steps: int) -> int:
+    """Returns the steps of a training between its reports: what is asked for, but a tenth of a training that is shorter
+    than that, so that its curves are more than a point.
+    """
+    return asked if asked <= steps else max(1, steps // 10)
 
 
 def summary_of(metrics: dict[str, float]) -> str:
