@@ -160,6 +160,12 @@ def absolute(path: str) -> str:
     return path if in_bucket(path) else os.path.abspath(expanded(path))
 
 
+def no_folder(path: str) -> str:
+    """Says that there is no folder of this name, and of a relative one where it was looked for."""
+    where = "" if expanded(path).is_absolute() else f" below {os.getcwd()}"
+    return f"no folder {path!r}{where}"
+
+
 def quoted(path: epath.PathLike) -> str:
     """Returns a path as a text of a Python program, in double quotes, whatever characters it has."""
     return json.dumps(str(path), ensure_ascii=False)

@@ -49,7 +49,9 @@ def _flags_of(args: argparse.Namespace) -> dict:
     given = {flag: getattr(args, flag) for flag in FLAGS if getattr(args, flag)}
     for flag in mode.needs:
         if flag not in given:
-            raise UserError(f"--mode={args.mode} and --{flag} go together: give both")
+            choices = FLAGS[flag].choices
+            expected = f", one of {', '.join(choices)}" if choices else ""
+            raise UserError(f"--mode={args.mode} needs --{flag}{expected}")
     for flag in given:
         if flag not in mode.flags:
             raise UserError(f"--{flag} belongs to --mode={owners(flag)}, not to --mode={args.mode}")
@@ -59,7 +61,7 @@ def _flags_of(args: argparse.Namespace) -> dict:
 def _mode(text: str) -> str:
     """Reads the name of a mode, for argparse."""
     if text not in MODES:
-        hint = near_names(text, MODES, 0.5)
+        hint = near_names(text, MODES, 0.5) or f": expected one of {', '.join(MODES)}"
         raise argparse.ArgumentTypeError(f"there is no mode {text!r}{hint}")
     return text
 

@@ -16,9 +16,10 @@ from PIL import Image
 from simclr_jax import assemble
 from simclr_jax.config import from_dict
 from simclr_jax.data import pixels
-from simclr_jax.encoders import apply_network, init_encoder, to_float
+from simclr_jax.encoders import apply_network, init_encoder
 from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
+from simclr_jax.encoders.images import to_float
 from simclr_jax.errors import UserError
 from simclr_jax.files import expanded
 from simclr_jax.training import saved
@@ -131,7 +132,10 @@ class Encoder:
             x = np.asarray(image)
             x = np.repeat(x[..., np.newaxis], 3, axis=-1) if x.ndim == 2 else x
         if x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] != 3 or 0 in x.shape:
-            raise ValueError(f"an image is {x.dtype} {list(x.shape)}: expected uint8 [H, W, 3]")
+            raise ValueError(
+                f"an image is {x.dtype} {list(x.shape)}: expected uint8 [H, W, 3]; encoder(images) takes floats in [0, 1], "
+                "all of one size"
+            )
         return self.view.of(x)
 
     def embed(self, images: Iterable[Any]) -> np.ndarray:
@@ -183,6 +187,9 @@ class Classifier(Encoder):
     def __init__(self, *encoder: Any, classes: list[str] | None):
         super().__init__(*encoder)
         self.classes = classes
+
+    def __repr__(self) -> str:
+        return f"<Classifier of images of {self.image_size} px, {self.width} classes, trained for {self.step} steps>"
 
     @property
     def function(self) -> Callable[[dict, Any], jax.Array]:

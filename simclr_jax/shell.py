@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     """Reads flags, and says in one line what is wrong with them, as for every other mistake."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help names all flags")
+        raise UserError(f"{message}; --help names all flags and modes")
 
     def parse_with_options(self, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """Returns the parser's flags, and the rest, which `config.overrides.load` reads. Raises a UserError for a flag

@@ -135,6 +135,37 @@ def test_labels_of_other_classes_than_the_runs_are_told(embedded, tmp_path, caps
     assert said in capsys.readouterr().out
 
 
+def test_neighbours_replace_no_image_and_no_other_table(embedded, tmp_path):
+    (config, workdir, root), folder = embedded
+    image, table = root / "class0" / "02.png", tmp_path / "images.parquet"
+    pq.write_table(pa.table({"image": [b"", b""]}), table)
+    for output, why in (
+        (image, "is one of the images"),
+        (table, "would replace a file that --mode=neighbours did not write"),
+        (folder / "f.parquet", "is the --input"),
+    ):
+        content = output.read_bytes()
+        with pytest.raises(UserError, match=why):
+            neighbours.neighbours(config, workdir, str(folder / "f.parquet"), str(output))
+        assert output.read_bytes() == content
+    near = str(tmp_path / "near.parquet")
+    for _ in range(2):  # its own table is replaced
+        neighbours.neighbours(config, workdir, str(folder / "f.parquet"), near)
+
+
+def test_whole_numbers_are_refused_inside_other_code(embedded):
+    """Of pixels from 0 to 255 the network would make other features than `encoder(images)`, without a word."""
+    (_, workdir, root), _ = embedded
+    encoder = simclr_jax.load_encoder(workdir)
+    _, _, pixels = expected_rows(root)
+    with pytest.raises(TypeError, match=r"images are uint8: expected floats in \[0, 1\]"):
+        encoder.network.apply(encoder.variables, pixels, train=False)
+    h = encoder.network.apply(encoder.variables, pixels / np.float32(255), train=False)
+    np.testing.assert_allclose(h, encoder(pixels), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"an image is float64 .*; encoder\(images\) takes floats"):
+        encoder.embed([pixels[0] / 255.0])
+
+
 def test_a_folder_is_told_from_what_was_embedded_of_it(embedded):
     (config, workdir, root), _ = embedded
     with pytest.raises(UserError, match=r"is a folder: expected what --mode=embed --input="):
@@ -306,12 +337,13 @@ def test_parts_of_a_join_that_was_cut_off_are_not_used_again(embedded, tmp_path,
     (config, workdir, root), whole = embedded
     monkeypatch.setattr(feature_file, "_PART", 16)
     output = tmp_path / "f.npz"
-    output.write_bytes(b"of an earlier command")
+    shutil.copy(whole / "f.npz", output)
+    earlier = output.read_bytes()
     restore = cut_off(monkeypatch, "join", 3)
     with pytest.raises(KeyboardInterrupt):
         embed(config, workdir, str(root), str(output))
     restore()
-    assert output.read_bytes() == b"of an earlier command"
+    assert output.read_bytes() == earlier
     # What a kill amid the removal leaves, and a part lost besides.
     (tmp_path / "f.npz.parts" / "about.json").unlink()
     (tmp_path / "f.npz.parts" / "00000001.npz").unlink()
@@ -415,7 +447,7 @@ def test_test_images_are_named_below_their_own_folder(run, tmp_path, held_out):
 @pytest.mark.parametrize(
     ("input", "output", "says"),
     [
-        ("nowhere", "f.npz", "no folder 'nowhere': expected --input=FOLDER"),
+        ("nowhere", "f.npz", "no folder 'nowhere' below /.*: expected --input=FOLDER"),
         ("test", "f.csv", r"ends in \.parquet or \.npz"),
         ("test", "w/config/x/f.npz", "cannot write"),
     ],

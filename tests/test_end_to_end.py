@@ -102,6 +102,12 @@ def test_a_mistake_ends_in_one_line(tmp_path):
         (("--config=configs/folder.py:/nowhere",), "no folder '/nowhere'"),
         (("--mode=knn",), "config.json"),
         (("--mode=knn", "--workdir=/nowhere"), "no folder '/nowhere': expected the --workdir of a"),
+        (("--mode=wrong",), "there is no mode 'wrong': expected one of pretrain, probe, knn, "),
+        (
+            ("--config=configs/digits.py", "extra", "stuff"),
+            "unknown argument 'extra': options are given as --config.NAME=VALUE",
+        ),
+        (("--config=configs/digits",), "; digits is one of these"),
         (("--mode=prob",), "argument --mode: there is no mode 'prob'; near names: probe"),
         (("--workdirs=R",), "unknown argument '--workdirs=R': options are given as --config.NAME="),
         (("--workdirs=R",), "near names: --workdir"),
@@ -113,8 +119,11 @@ def test_a_mistake_ends_in_one_line(tmp_path):
             "--extend belongs to --mode=pretrain, not to --mode=linear",
         ),
         (("--follow",), "--follow belongs to --mode=probe, knn and transfer, not to --mode=pre"),
-        (("--mode=export",), "--mode=export and --format go together: give both"),
-        (("--mode=embed", "--input=test"), "--mode=embed and --output go together"),
+        (
+            ("--mode=export",),
+            "--mode=export needs --format, one of safetensors, stablehlo, savedmodel, huggingface",
+        ),
+        (("--mode=embed", "--input=test"), "--mode=embed needs --output"),
     ],
 )
 def test_mistakes_leave_nothing_behind(arguments, says, tmp_path, monkeypatch):

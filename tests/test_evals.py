@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import encoder_checkpoint
+from conftest import encoder_checkpoint, random_images
+from etils import epath
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import top_k_accuracy_score
@@ -870,6 +871,55 @@ def test_results_of_other_data_have_files_of_their_own(tiny, tmp_path, capsys):
     assert "/" not in name("a", "b", **{"data.name": "set/config"})
     del saved["test_fingerprint"]  # of an earlier version
     assert name("run", "d", **{"data.name": ""}) == "knn.json"
+
+
+def test_test_images_that_were_trained_on_are_told(tiny, tmp_path, capsys):
+    """Held out only after a training on all images, or held out by another seed; and the training images themselves."""
+
+    class Print:
+        def __init__(self, text):
+            self.fingerprint = lambda: text
+
+    def is_told(then, now, test="test"):
+        record = tiny.copy_and_resolve_references()
+        config.set_options(record, then)
+        evaluation = tiny.copy_and_resolve_references()
+        config.set_options(evaluation, now)
+        saved = {"data_fingerprint": "run", "config": record.to_dict()}
+        results.path_of(evaluation, saved, DataSet(Print("a"), Print(test)), str(tmp_path), "knn")
+        return "was trained on test images" in capsys.readouterr().out
+
+    fifth = {"data.test_fraction": 0.2}
+    assert is_told({}, fifth)
+    assert not is_told(fifth, fifth)
+    assert is_told(fifth, fifth | {"seed": 7})
+    assert not is_told({}, fifth | {"data.path": "elsewhere"})
+    assert not is_told({}, {})
+    assert is_told({}, {}, test="run")
+
+
+def test_a_result_is_called_after_its_data_and_says_its_settings(tiny, tmp_path, capsys):
+    tiny.data.path, tiny.data.test_path = "x/train", "y/held out"
+    result = {"config": tiny.to_dict(), "settings": {"k": 3, "l2": [0.1, 0.2], "temperature": 0.1}}
+    name = results._name_of(tiny.data.to_dict())
+    assert results.title_of("knn", result) == "knn"
+    assert results.title_of("knn_step_5", result) == "knn_step_5"
+    assert results.title_of(f"probe_z_{name}_0a1b2c", result).startswith("probe_z on ")
+    assert results.title_of(f"knn_{name}_0a1b2c", result).endswith(", test images of held out")
+    path = epath.Path(tmp_path) / "knn.json"
+    for k, said in ((3, ""), (3, ""), (5, "replaces    knn.json, made with k 3, temperature 0.1")):
+        results.save(path, tiny, {"settings": result["settings"] | {"k": k}})
+        assert capsys.readouterr().out.strip() == said
+
+
+def test_one_class_is_nothing_to_tell_apart(tiny, tmp_path):
+    images = random_images(16, 12, 12)
+    arrays = {"train_images": images[:8], "test_images": images[8:]}
+    arrays |= {f"{part}_labels": np.zeros(8, np.int64) for part in ("train", "test")}
+    np.savez(tmp_path / "one.npz", **arrays)
+    tiny.data.path = str(tmp_path / "one.npz")
+    with pytest.raises(UserError, match="all labels are of one class, so there is nothing to tell"):
+        evaluate_features("knn", tiny, str(tmp_path / "w"))
 
 
 def test_the_result_of_a_checkpoint_does_not_lie_where_training_deletes_it(tiny, tmp_path):

@@ -360,7 +360,12 @@ def test_a_repository_says_how_it_is_loaded(tmp_path):
     classified = Classified(network, ProjectionHead("none"), 0, LinearClassifier(7), False)
     names = [f"class {i}" for i in range(7)]
     classifier = simclr_jax.Classifier(classified, variables, EvaluationView(64), 9, classes=names)
-    loading = write_repository(classifier, epath.Path(tmp_path / "hub"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"config": {}}')
+    with pytest.raises(UserError, match="is not of a repository, and would be replaced"):
+        write_repository(classifier, epath.Path(tmp_path / "run"))
+    for _ in range(2):  # its own files are replaced
+        loading = write_repository(classifier, epath.Path(tmp_path / "hub"))
     settings = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert (settings["architecture"], settings["num_classes"]) == ("resnet18", 7)
     assert settings["label_names"][2] == "class 2"

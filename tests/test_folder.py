@@ -18,7 +18,7 @@ from simclr_jax.data import count_and_size, index
 from simclr_jax.data.folder import open_split
 from simclr_jax.errors import UserError
 from simclr_jax.modes.oddities import oddities
-from simclr_jax.modes.pretrain import describe_choices
+from simclr_jax.modes.pretrain import describe_choices, pretrain
 
 
 @pytest.fixture
@@ -261,6 +261,20 @@ def test_the_summary_says_what_a_person_would_ask(photos):
     assert "1 of 8 looked at cannot be read, such as empty.jpg: " in said
     assert "; 1 of all are empty" in said
     assert "passed over 2 files that are hidden or no images: 1 hidden, 1 .txt" in said
+
+
+def test_files_without_a_suffix_are_named_among_what_is_passed_over():
+    passed = {".a": 9, ".b": 8, ".c": 7, ".d": 6, ".e": 5, ".f": 2, "": 1}
+    said = "9 .a, 8 .b, 7 .c, 6 .d, 5 .e, 1 without suffix, 2 more"
+    assert index.most_common(passed) == said
+    assert index.most_common({".a": 2, "": 1}) == "2 .a, 1 without suffix"
+
+
+def test_the_folder_of_images_is_no_workdir(photos, tiny):
+    tiny.data.source, tiny.data.path = "folder", str(photos)
+    with pytest.raises(UserError, match="is where the images are: expected another folder"):
+        pretrain(tiny, f"{photos}/.")
+    assert not (photos / "lock").exists()
 
 
 @pytest.mark.parametrize(

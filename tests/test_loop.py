@@ -22,7 +22,7 @@ from simclr_jax.training import loop
 from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.clock import Clock
 from simclr_jax.training.gradients import Embedding
-from simclr_jax.training.log import Log, Reporting, mean_of
+from simclr_jax.training.log import Log, Reporting, mean_of, steps_between_reports
 from simclr_jax.training.loop import Run, fit
 from simclr_jax.training.optimizer import make_optimizer
 from simclr_jax.training.saved import find, read_record, saved_steps
@@ -452,6 +452,10 @@ def scalars(step, **changed):
 
 def log_of(recorder, every, total, workdir=""):
     return Log(str(workdir), recorder, Progress(total), Reporting(every, 8), [], Clock())
+
+
+def test_a_training_shorter_than_a_report_is_reported_ten_times():
+    assert [steps_between_reports(50, steps) for steps in (50, 49, 12, 5)] == [50, 4, 1, 1]
 
 
 def test_the_log_writes_means_of_the_steps_since_the_last_line():

@@ -228,7 +228,7 @@ def test_slices_have_the_devices_that_jax_sees_there(topology, devices):
         (("--topology=v5e:4x4", "--config.mesh.fsdp=3"), "mesh.fsdp=3 does not divide 16 devices"),
         (("--topology=v5e:4x4", "--config.data.batch_size=100"), "does not divide over 16 devices"),
         (("--topology=v6e:8x8",), "run `ulimit -s unlimited` first"),
-        ((), "go together"),
+        ((), "needs --topology"),
     ],
 )
 @needs_libtpu

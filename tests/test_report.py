@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import tensorflow as tf
-from conftest import tiny_config
+from conftest import random_images, tiny_config
 from PIL import Image
 
 from simclr_jax import assemble, config
@@ -29,7 +29,7 @@ from simclr_jax.modes.report import report, views
 from simclr_jax.report import learned, run_page
 from simclr_jax.report.curves import PANELS, draw_curves
 from simclr_jax.report.run_files import read_run_files
-from simclr_jax.report.sheet import name_of_image
+from simclr_jax.report.sheet import name_of_image, sheet_of
 from simclr_jax.report.thumbnails import data_url, tile
 from simclr_jax.views import host, make_distortion
 from simclr_jax.views.sample import sample_views
@@ -418,6 +418,22 @@ def test_views_can_be_looked_at_before_training(tiny, tmp_path):
     page = (tmp_path / "w/views.html").read_text()
     assert page.count("crop ") >= 8 * 6
     assert page.count("<img") == 8 * 7
+    assert [page.count(f"epoch {n}<") for n in (1, 2, 3, 4)] == [8, 8, 8, 0]
+
+
+def test_views_of_images_that_cannot_be_read_are_told(tiny, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(b"no image")
+    tiny.data.source, tiny.data.path, tiny.data.folder_labels = "folder", str(folder), False
+    split = assemble.data_set(tiny).train
+    with pytest.raises(UserError, match=r"none of 3 images can be read, such as .*0\.png \(not an"):
+        sheet_of(tiny, split)
+    Image.fromarray(random_images(1, 12, 12)[0]).save(folder / "1.png")
+    (row,) = sheet_of(tiny, assemble.data_set(tiny).train)
+    assert row["original"]["lines"][0] == "1.png"
+    assert "views       of 1 images: 2 of 3 cannot be read" in capsys.readouterr().out
 
 
 class Seen:

@@ -9,7 +9,7 @@ from invariance import first_state, step_of
 from test_device_invariance import use_one_block
 
 from simclr_jax import assemble
-from simclr_jax.encoders import to_float
+from simclr_jax.encoders.images import to_float
 from simclr_jax.errors import UserError
 from simclr_jax.losses import LOSSES, Loss, nt_xent
 from simclr_jax.mesh import make_mesh, to_global

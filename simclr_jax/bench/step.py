@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble
 from simclr_jax.bench.chips import PEAKS
 from simclr_jax.data.arrays import in_memory
-from simclr_jax.encoders import init_encoder, to_float
+from simclr_jax.encoders import init_encoder
 from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
+from simclr_jax.encoders.images import to_float
 from simclr_jax.mesh import batch_sharded, check_divides, gathered, laid_out, make_mesh
 from simclr_jax.training.loop import Job, job_of
 from simclr_jax.training.objectives import no_loss, supervised

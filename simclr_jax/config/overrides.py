@@ -121,9 +121,10 @@ def _join_values(arguments: Sequence[str]) -> list[str]:
     """Turns ["--config.a", "1"] and ["--config.a", "=", "1"] into ["--config.a=1"]; what is joined already passes."""
     joined: list[str] = []
     for argument in arguments:
-        if joined and joined[-1].endswith("=") and argument and not argument.startswith("--"):
+        is_value = joined and joined[-1].startswith("--config.") and not argument.startswith("--")
+        if is_value and joined[-1].endswith("=") and argument:
             joined[-1] += argument
-        elif joined and "=" not in joined[-1] and not argument.startswith("--"):
+        elif is_value and "=" not in joined[-1]:
             joined[-1] += argument if argument.startswith("=") else f"={argument}"
         else:
             joined.append(argument)

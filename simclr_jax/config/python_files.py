@@ -40,8 +40,10 @@ def made_by(spec: str, function: str, kind: type, what: str, folder: str = ".") 
     known = packaged(folder)
     path = known.get(name, name)
     if not pathlib.Path(path).is_file() or not path.endswith(".py"):
+        short = pathlib.Path(path).stem
+        hint = f"; {short} is one of these" if short in known else ""
         raise UserError(
-            f"no {what} {path!r}: expected FILE.py[:ARGUMENT], or one of {', '.join(sorted(known))}"
+            f"no {what} {path!r}: expected FILE.py[:ARGUMENT], or one of {', '.join(sorted(known))}{hint}"
         )
     made = run_file(path, function, argument)
     if not isinstance(made, kind):

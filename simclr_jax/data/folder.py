@@ -17,7 +17,7 @@ from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.source import Classes, Example, Source, codes_of
 from simclr_jax.data.split import DataSet, Split
 from simclr_jax.errors import UserError, one_line
-from simclr_jax.files import absolute, check_local, expanded
+from simclr_jax.files import absolute, check_local, expanded, no_folder
 
 
 class Files(Source):
@@ -244,7 +244,7 @@ def open_split(
             f"{path!r} is a file: expected a folder of images, FILE.npz or FILE.parquet ({option})"
         )
     if not root.is_dir():
-        raise UserError(f"no folder {path!r}: expected a folder of images ({option})")
+        raise UserError(f"{no_folder(path)}: expected a folder of images ({option})")
     found = list_images(root)
     names, where = found.paths, str(root)
     if not names:

@@ -280,9 +280,15 @@ def _header(path: pathlib.Path) -> tuple[tuple[int, int], str] | str:
 
 
 def most_common(passed_over: dict[str, int]) -> str:
-    """Names the five most common suffixes of `Index.passed_over`, such as "3 .txt, 1 without suffix"."""
+    """Names the five most common suffixes of `Index.passed_over`, files without one, and how many more there are, such as
+    "3 .txt, 1 without suffix, 2 more".
+    """
     some = list(passed_over.items())[:5]
-    return ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in some)
+    if "" in passed_over:  # perhaps images that only need a suffix
+        some = [*some, ("", passed_over[""])] if "" not in dict(some) else some
+    more = sum(passed_over.values()) - sum(n for _, n in some)
+    named = [f"{n} {suffix or 'without suffix'}" for suffix, n in some]
+    return ", ".join([*named, *([f"{more} more"] if more else [])])
 
 
 def summary_lines(found: Summary) -> list[str]:

@@ -52,14 +52,6 @@ OPTIONS = (
 )
 
 
-def to_float(images: Any) -> Any:
-    """Turns uint8 images into float32 in [0, 1]; float images pass.
-
-    They are not standardised further: the published code feeds [0, 1], and BatchNorm follows.
-    """
-    return images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images
-
-
 def init_variables(network: nn.Module, key: jax.Array, *inputs: Any) -> dict:
     """Returns {"params", "batch_stats"} of a network before training; without BatchNorm the latter is {}."""
     variables = network.init(key, *inputs, train=False)

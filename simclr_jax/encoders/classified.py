@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from simclr_jax.encoders import apply_network, to_float
+from simclr_jax.encoders import apply_network
 from simclr_jax.encoders.heads import LinearClassifier, ProjectionHead
+from simclr_jax.encoders.images import to_float
 
 
 class Classified(NamedTuple):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from simclr_jax.encoders.conv import conv2d
+from simclr_jax.encoders.images import check_are_floats
 from simclr_jax.encoders.norm import batch_norm
 from simclr_jax.encoders.pool import max_pool
 from simclr_jax.options import Option, flag, number, one_of
@@ -245,6 +246,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool):
+        check_are_floats(x)
         x = _standardized(x, self.standardize)
         x = self.stem_layers(x, train)
         if STEMS[self.stem][2]:

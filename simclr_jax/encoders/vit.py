@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from simclr_jax.encoders.images import check_are_floats
 from simclr_jax.errors import UserError
 from simclr_jax.options import Option, whole
 
@@ -122,6 +123,7 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool):
         del train  # the same in training and evaluation: no BatchNorm, no dropout
+        check_are_floats(x)
         size = self.patch_size
         x = nn.Conv(
             self.width, (size, size), (size, size), "VALID", dtype=self.dtype, name="patches"

@@ -77,6 +77,11 @@ def path_of(config: ConfigDict, record: dict, data: DataSet, workdir: str, mode:
       workdir: the run's folder, or that of a checkpoint.
       mode: the evaluation's name.
     """
+    if _was_trained_on(config, record, data):
+        say(
+            "data        the encoder was trained on test images, or on some of them, without their labels: new images may "
+            "be recognised less well"
+        )
     folder = epath.Path(absolute(workdir))
     # Training removes a checkpoint's folder with all that lies in it.
     if folder.parent.name == "checkpoints" and (folder / RECORD).is_dir():
@@ -92,6 +97,21 @@ def path_of(config: ConfigDict, record: dict, data: DataSet, workdir: str, mode:
         f"data        other {which} images or labels than the run's, so the result goes to {path.name}"
     )
     return path
+
+
+def _was_trained_on(config: ConfigDict, record: dict, data: DataSet) -> bool:
+    """Returns whether test images are among those that the encoder was trained on, as far as their digest and the
+    options tell: all of them, or a part held out of images that were not divided so.
+    """
+    if data.test is not None and data.test.fingerprint() == record["data_fingerprint"]:
+        return True
+    then, now = record.get("config", {}), config.to_dict()
+    held_out = [
+        (c["data"].get("test_fraction", 0.0), c.get("seed")) for c in (then, now) if "data" in c
+    ]
+    which = ("source", "path", "name", "train_split")
+    alike = "data" in then and all(then["data"].get(n) == now["data"][n] for n in which)
+    return alike and now["data"]["test_fraction"] > 0 and held_out[0] != held_out[1]
 
 
 def _name_of(data: dict) -> str:

@@ -16,7 +16,8 @@ from simclr_jax.console import Progress
 from simclr_jax.data.broken import Images
 from simclr_jax.data.order import Share
 from simclr_jax.data.split import DataSet
-from simclr_jax.encoders import apply_network, init_encoder, to_float
+from simclr_jax.encoders import apply_network, init_encoder
+from simclr_jax.encoders.images import to_float
 from simclr_jax.errors import UserError
 from simclr_jax.evals import scores
 from simclr_jax.evals.features import Extractor
@@ -87,6 +88,9 @@ def without_labels(data: DataSet, sets: bool = False) -> str:
         return "the data have no labels, so there is nothing to evaluate on"
     if data.test is None or not data.test.has_labels():
         return "the data have no labelled test split, so there is nothing to evaluate on"
+    one_class = data.members is None and len(data.train.classes or ()) == 1
+    if one_class and data.train.labelled().count > 1:
+        return "all labels are of one class, so there is nothing to tell apart"
     if data.members is not None and not sets:
         return (
             "images of these data have several labels each: --mode=transfer and "

@@ -67,7 +67,7 @@ def distill(config: ConfigDict, workdir: str) -> None:
       Stopped: a signal has stopped it.
       UserError: there is no teacher, the workdir holds another run, or what `pretrain` raises it for.
     """
-    with alone_in(workdir):
+    with alone_in(workdir, config.data.path):
         _distill(config, workdir)
     if config.train.report:
         report_at_end(config, workdir)

@@ -24,7 +24,7 @@ from simclr_jax.data.split import BROKEN, Split
 from simclr_jax.errors import UserError
 from simclr_jax.evals import subjects
 from simclr_jax.evals.features import Extractor
-from simclr_jax.files import absolute, check_local, expanded
+from simclr_jax.files import absolute, check_local, expanded, no_folder
 from simclr_jax.mesh import make_mesh
 from simclr_jax.modes.feature_file import OUTPUT_SUFFIXES, Parts, alone, read_feature_file
 from simclr_jax.training.state import digest_of
@@ -84,7 +84,7 @@ def open_input(config: ConfigDict, name: str) -> Input:
         return Input(split, root, str(root.absolute()))
     data_set, colon, split_name = name.partition(":")
     if not colon:
-        raise UserError(f"no folder {name!r}: expected {_EXPECTED}")
+        raise UserError(f"{no_folder(name)}: expected {_EXPECTED}")
     data |= {"source": "tfds", "name": data_set, "train_split": split_name}
     data["path"] = config.data.path if config.data.source == "tfds" else ""
     return Input(open_source(data).train, None, name)

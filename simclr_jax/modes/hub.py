@@ -50,7 +50,7 @@ def write_repository(encoder: Encoder, folder: epath.Path) -> str:
     """Writes FOLDER/model.safetensors, config.json and README.md. Returns the program that loads them.
 
     Raises:
-      UserError: timm has no ResNet that computes the same.
+      UserError: timm has no ResNet that computes the same, or the folder holds something else, such as a run.
     """
     if isinstance(encoder, Classifier) and encoder.network.layer:
         raise UserError(
@@ -59,6 +59,7 @@ def write_repository(encoder: Encoder, folder: epath.Path) -> str:
         )
     network, weights = torch_weights(encoder)
     _check_exact(network)
+    _check_what_is_replaced(folder / "config.json")
     folder.mkdir(parents=True, exist_ok=True)
     about = {"step": str(encoder.step), **architecture(network)}
     write_safetensors(folder / "model.safetensors", weights, about)
@@ -76,6 +77,13 @@ def write_repository(encoder: Encoder, folder: epath.Path) -> str:
     )
     write_text(folder / "README.md", _card(encoder, network, settings, loading))
     return loading
+
+
+def _check_what_is_replaced(file: epath.Path) -> None:
+    if file.exists() and '"architecture"' not in file.read_text():
+        raise UserError(
+            f"{file} is not of a repository, and would be replaced: use another --output"
+        )
 
 
 def _check_exact(network: ResNet) -> None:

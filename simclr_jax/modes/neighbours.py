@@ -1,5 +1,6 @@
 """--mode=neighbours: shows which images the encoder takes for alike, in a picture for a person or in a table."""
 
+import contextlib
 import csv
 import os
 import pathlib
@@ -54,8 +55,7 @@ def neighbours(
     output = output or os.path.join(workdir, "neighbours.png")
     check_local("--output", output)
     features = read_feature_file(input)
-    if expanded(output).exists() and expanded(output).samefile(features.path):
-        raise UserError(f"--output={output} is the --input, which would be overwritten")
+    _check_what_is_replaced(expanded(output), features)
     count = len(features.images)
     if count < 2:
         raise UserError(f"{input} holds {count} images: expected two or more")
@@ -100,6 +100,26 @@ def neighbours(
         near = ", ".join(f"{features.images[i]} {s:.2f}" for i, s in zip(row, values, strict=True))
         say(f"{features.images[q]}: {near}")
     say(f"\n{len(queries)} images, each left of its nearest of {count}: {path}")
+
+
+def _check_what_is_replaced(path: pathlib.Path, features: FeatureFile) -> None:
+    """Raises a UserError if the output would replace the features, one of the images, or a table of something else."""
+    if not path.exists():
+        return
+    if path.samefile(features.path):
+        raise UserError(f"--output={path} is the --input, which would be overwritten")
+    if os.path.relpath(path, features.about["input"]) in set(features.images.tolist()):
+        raise UserError(f"--output={path} is one of the images, which would be overwritten")
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with contextlib.suppress(pa.ArrowException):
+            if "neighbours" in pq.read_schema(path).names:
+                return
+        raise UserError(
+            f"--output={path} would replace a file that --mode=neighbours did not write: expected another name"
+        )
 
 
 def _write_table(path: pathlib.Path, features: FeatureFile, queries: np.ndarray, k: int) -> None:

@@ -63,7 +63,7 @@ def pretrain(config: ConfigDict, workdir: str, extend: bool = False) -> None:
         another configuration, another program trains in it, too many images cannot be read, the loss or the gradient is not
         finite, or a checkpoint cannot be read or written.
     """
-    with alone_in(workdir):
+    with alone_in(workdir, config.data.path):
         _pretrain(config, workdir, extend)
 
 

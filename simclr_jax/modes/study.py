@@ -229,7 +229,10 @@ def _estimate(configs: dict[str, ConfigDict], further: str) -> None:
         steps = assemble.plan_of(own, train.count).steps
         seconds = first + steps * own.data.batch_size / rate
         total += seconds
-        say(f"{duration(seconds)}  {name}  {steps} steps, {rate:.0f} images/s")
+        say(
+            f"{duration(seconds)}  {name}  {duration(first)} to the first step, then {steps} steps of "
+            f"{own.data.batch_size} images, {rate:.0f} images/s"
+        )
     say(f"{duration(total)}  in all, training alone; evaluations come on top{further}")
 
 

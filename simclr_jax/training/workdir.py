@@ -41,10 +41,18 @@ _LENGTH = ("train.epochs", "train.steps")
 _FOLLOWS_LENGTH = ("optimizer.warmup_epochs",)
 
 
-def alone_in(workdir: str) -> contextlib.AbstractContextManager[None]:
-    """Keeps other programs from training in a workdir while the block runs; raises a UserError if one does, or if
-    nothing can be saved there.
+def alone_in(workdir: str, images: str = "") -> contextlib.AbstractContextManager[None]:
+    """Keeps other programs from training in a workdir while the block runs.
+
+    Args:
+      workdir: the folder.
+      images: data.path, which a new run must not take for its workdir.
+
+    Raises:
+      UserError: another program trains there, nothing can be saved there, or it is the folder of the images.
     """
+    if images and absolute(images) == absolute(workdir) and run_record(workdir) is None:
+        raise UserError(f"--workdir={workdir} is where the images are: expected another folder")
     check_writable(workdir)
     return processes.alone(workdir, "wait for it, stop it, or use another --workdir")
 

@@ -18,7 +18,7 @@ from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Order
 from simclr_jax.data.source import InMemory
 from simclr_jax.data.split import Split
-from simclr_jax.encoders import to_float
+from simclr_jax.encoders.images import to_float
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import batch_sharded, laid_out, replicated, to_global
 from simclr_jax.views import device
