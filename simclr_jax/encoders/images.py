@@ -1,4 +1,4 @@
-"""What encoders take: float images in [0, 1]."""
+"""Images as encoders take them: floats in [0, 1]."""
 
 from typing import Any
 

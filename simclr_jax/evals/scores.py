@@ -15,7 +15,7 @@ TOP_5_FROM = 100
 
 
 class Score(NamedTuple):
-    """What a classifier reaches on test images, each number in [0, 1].
+    """Scores of a classifier on test images, each in [0, 1].
 
     Attributes:
       value: by the metric that is asked for, most often the accuracy.
