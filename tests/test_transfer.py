@@ -20,7 +20,7 @@ from simclr_jax.evals.scores import (
     Score,
     eleven_point_map,
     mean_per_class,
-    metric_of,
+    published_metric,
     score,
     top_5_accuracy,
 )
@@ -106,7 +106,7 @@ def test_a_classifier_that_says_nothing_has_no_better_top_5_accuracy_than_chance
     ],
 )
 def test_the_metric_is_the_papers(asked, name, expected):
-    assert metric_of(asked, "tfds", name) == expected
+    assert published_metric(asked, "tfds", name) == expected
 
 
 def test_a_classifier_of_sets_is_one_of_scikit_learns_for_each_label():

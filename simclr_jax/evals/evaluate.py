@@ -272,7 +272,7 @@ def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Me
         if trained is None:
             continue
         result = _evaluate(name, _Subject(config, data, trained, path, mesh))
-        lines.append({"step": step, metric: score_of(result), "settings": settings})
+        lines.append({"step": step, metric: accuracy_in(result), "settings": settings})
         if jax.process_index() == 0:
             write_text(file, "".join(f"{json.dumps(line)}\n" for line in lines))
     say(f"followed to the last step, {done}: {file}")
@@ -312,11 +312,11 @@ def _trained_at(step: int, config: ConfigDict, workdir: str, mesh: Mesh) -> Trai
         return None
 
 
-def score_of(result: dict) -> float:
+def accuracy_in(result: dict) -> float:
     """Returns the accuracy of the trained encoder with all labels."""
     (score,) = (
         row["accuracy"]
         for row in result["rows"]
         if row["features"] == ENCODER and row["labels_per_class"] is None
     )
-    return float(np.float64(score))
+    return float(score)

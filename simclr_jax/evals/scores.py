@@ -104,7 +104,7 @@ def score(metric: str, logits: np.ndarray, targets: np.ndarray) -> Score:
     return Score(value, top_5_accuracy(logits, targets) if several else None)
 
 
-def metric_of(asked: str, source: str, name: str) -> str:
+def published_metric(asked: str, source: str, name: str) -> str:
     """Returns the name of the metric for data with one label an image: what is asked, or the paper's.
 
     Args:

@@ -138,7 +138,7 @@ def metric_of(config: ConfigDict, data: DataSet) -> str:
             raise UserError(
                 f"eval.metric={asked} is for several labels an image, and these have one"
             )
-        return scores.metric_of(asked, config.data.source, config.data.name)
+        return scores.published_metric(asked, config.data.source, config.data.name)
     if asked not in ("auto", "11_point_map"):
         raise UserError(
             f"eval.metric={asked} is for one label an image, and these have several: expected auto or "
