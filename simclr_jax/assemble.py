@@ -23,6 +23,7 @@ from simclr_jax.losses import LOSSES, Loss
 from simclr_jax.losses.health import with_health
 from simclr_jax.mesh import check_divides, gathered, make_mesh
 from simclr_jax.training import optimizer as optimizers
+from simclr_jax.training.log import steps_between_reports
 from simclr_jax.training.loop import Job, job_of
 from simclr_jax.training.memory import MemoryRule, batches_of
 from simclr_jax.training.objectives import contrastive, projection_of_second_views
@@ -180,7 +181,7 @@ def _view_settings(
 ) -> ViewSettings:
     share = Share(jax.process_index(), jax.process_count())
     order = Order(config.seed, batch_size, share)
-    return ViewSettings(order, config.data.image_size, distortion, evaluation_view(config), mesh)
+    return ViewSettings(order, distortion, evaluation_view(config), mesh)
 
 
 def evaluation_view(config: ConfigDict) -> EvaluationView:
@@ -299,7 +300,8 @@ def references(config: ConfigDict, plan: Plan) -> References:
         and config.train.objective == "contrastive"
     )
     temperature = config.loss.temperature if is_bounded else None
-    settled_after = plan.warmup_steps + config.train.log_every_steps
+    every = steps_between_reports(config.train.log_every_steps, plan.steps)
+    settled_after = plan.warmup_steps + every
     width = head(config).width_of_z(encoder(config).width)
     return References(config.data.batch_size, width, settled_after, temperature)
 

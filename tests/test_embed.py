@@ -108,10 +108,14 @@ def test_a_file_that_embed_did_not_write_is_not_replaced(embedded, tmp_path, suf
     else:
         pq.write_table(pa.table({"image": [b"", b""]}), images)
     content = images.read_bytes()
-    with pytest.raises(UserError, match=r"would replace a file that --mode=embed did not write"):
+    with pytest.raises(
+        UserError, match=r"would replace what --mode=embed did not write \(.*does not say by which"
+    ):
         embed(config, workdir, "train", str(images))
     assert images.read_bytes() == content
-    with pytest.raises(UserError, match=r"is not what --mode=embed wrote: there is no b?'"):
+    with pytest.raises(
+        UserError, match=r"is not what --mode=embed wrote: it does not say by which encoder"
+    ):
         neighbours.neighbours(config, workdir, str(images), None)
 
 
@@ -139,6 +143,10 @@ def test_neighbours_replace_no_image_and_no_other_table(embedded, tmp_path):
     (config, workdir, root), folder = embedded
     image, table = root / "class0" / "02.png", tmp_path / "images.parquet"
     pq.write_table(pa.table({"image": [b"", b""]}), table)
+    (tmp_path / "parts.parquet").mkdir()
+    near_parts = str(tmp_path / "parts.parquet")
+    with pytest.raises(UserError, match="did not write"):
+        neighbours.neighbours(config, workdir, str(folder / "f.parquet"), near_parts)
     for output, why in (
         (image, "is one of the images"),
         (table, "would replace a file that --mode=neighbours did not write"),

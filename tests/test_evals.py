@@ -1,6 +1,7 @@
 """Probes against scikit-learn and loops; features of every image exactly once; a run that is followed."""
 
 import json
+import os
 import shutil
 import types
 
@@ -874,7 +875,7 @@ def test_results_of_other_data_have_files_of_their_own(tiny, tmp_path, capsys):
 
 
 def test_test_images_that_were_trained_on_are_told(tiny, tmp_path, capsys):
-    """Held out only after a training on all images, or held out by another seed; and the training images themselves."""
+    """A larger part than training left out, from the same folder however it is named; and the training images themselves."""
 
     class Print:
         def __init__(self, text):
@@ -891,25 +892,46 @@ def test_test_images_that_were_trained_on_are_told(tiny, tmp_path, capsys):
 
     fifth = {"data.test_fraction": 0.2}
     assert is_told({}, fifth)
-    assert not is_told(fifth, fifth)
-    assert is_told(fifth, fifth | {"seed": 7})
+    assert not is_told(fifth, fifth | {"seed": 7})  # the seed divides nothing
+    assert not is_told(fifth, {"data.test_fraction": 0.1})  # a part of the fifth
+    assert is_told(fifth, {"data.test_fraction": 0.3})
+    assert is_told({"data.path": os.path.abspath("photos")}, fifth | {"data.path": "./photos"})
     assert not is_told({}, fifth | {"data.path": "elsewhere"})
     assert not is_told({}, {})
     assert is_told({}, {}, test="run")
 
 
 def test_a_result_is_called_after_its_data_and_says_its_settings(tiny, tmp_path, capsys):
-    tiny.data.path, tiny.data.test_path = "x/train", "y/held out"
+    tiny.data.path, tiny.data.test_path = "x/train", "y/held out/"
     result = {"config": tiny.to_dict(), "settings": {"k": 3, "l2": [0.1, 0.2], "temperature": 0.1}}
     name = results._name_of(tiny.data.to_dict())
-    assert results.title_of("knn", result) == "knn"
-    assert results.title_of("knn_step_5", result) == "knn_step_5"
-    assert results.title_of(f"probe_z_{name}_0a1b2c", result).startswith("probe_z on ")
-    assert results.title_of(f"knn_{name}_0a1b2c", result).endswith(", test images of held out")
+    of_data = f"on {name_of(tiny.data.to_dict())}, test images of held out"
+    old: dict = {"rows": []}  # of an earlier version
+    alike = {f"knn_{name}_0a1b2c": result, f"knn_{name}_0a1b2d": result}
+    titles = results.titles_of({"knn": result, "knn_step_5": result, "probe": old} | alike)
+    assert list(titles.values()) == [
+        "knn",
+        "knn_step_5",
+        "probe",
+        f"knn {of_data} (0a1b2c)",
+        f"knn {of_data} (0a1b2d)",
+    ]
+    (title,) = results.titles_of({f"probe_z_{name}_0a1b2c": result}).values()
+    assert title == f"probe_z {of_data}"
+    assert results.settings_in_words(result["settings"]) == "k 3, temperature 0.1"
     path = epath.Path(tmp_path) / "knn.json"
-    for k, said in ((3, ""), (3, ""), (5, "replaces    knn.json, made with k 3, temperature 0.1")):
-        results.save(path, tiny, {"settings": result["settings"] | {"k": k}})
+    for changed, said in (
+        ({}, ""),
+        ({}, ""),
+        ({"k": 5}, "replaces    knn.json, made with k 3"),
+        ({"k": 5, "l2": (0.1, 0.3)}, "replaces    knn.json, made with l2 [0.1, 0.2]"),
+    ):
+        results.save(path, tiny, {"settings": result["settings"] | changed})
         assert capsys.readouterr().out.strip() == said
+    for odd in ("[]", "null", '{"settings": null}', "no JSON"):
+        path.write_text(odd)
+        results.save(path, tiny, {"settings": {"k": 5}})
+        assert json.loads(path.read_text())["settings"] == {"k": 5}
 
 
 def test_one_class_is_nothing_to_tell_apart(tiny, tmp_path):

@@ -364,8 +364,16 @@ def test_a_repository_says_how_it_is_loaded(tmp_path):
     (tmp_path / "run" / "config.json").write_text('{"config": {}}')
     with pytest.raises(UserError, match="is not of a repository, and would be replaced"):
         write_repository(classifier, epath.Path(tmp_path / "run"))
-    for _ in range(2):  # its own files are replaced
-        loading = write_repository(classifier, epath.Path(tmp_path / "hub"))
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "README.md").write_text("mine")
+    with pytest.raises(UserError, match=r"README.md is not of a repository"):
+        write_repository(classifier, epath.Path(tmp_path / "project"))
+    loading = write_repository(classifier, epath.Path(tmp_path / "hub"))
+    with (tmp_path / "hub" / "README.md").open("a") as card:
+        card.write("Trained on my photos.")
+    (tmp_path / "hub" / "model.safetensors").unlink()
+    loading = write_repository(classifier, epath.Path(tmp_path / "hub"))  # its own are replaced
+    assert (tmp_path / "hub" / "README.md").read_text().endswith("Trained on my photos.")
     settings = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert (settings["architecture"], settings["num_classes"]) == ("resnet18", 7)
     assert settings["label_names"][2] == "class 2"

@@ -14,14 +14,18 @@ from test_losses import random_pairs
 
 import simclr_jax
 from simclr_jax import assemble, config
+from simclr_jax.console import Progress
 from simclr_jax.data.split import BROKEN
 from simclr_jax.evals.spread import Spread, rank_of, uniformity_of
 from simclr_jax.losses import contract, nt_xent, softmax
 from simclr_jax.losses.contract import positives
 from simclr_jax.losses.health import chance, lower_bound, spread_of
 from simclr_jax.modes.pretrain import pretrain, pretrain_and_evaluate
+from simclr_jax.training.clock import Clock
+from simclr_jax.training.log import Log, Reporting
 from simclr_jax.training.optimizer import lars_trust_ratios, make_optimizer
-from simclr_jax.training.verdict import References, judge, judge_accuracy
+from simclr_jax.training.plan import Plan
+from simclr_jax.training.verdict import References, Verdict, judge, judge_accuracy
 
 OF_512 = References(images=512, width=128, settled_after=10, temperature=0.1)
 EVEN = 1 / math.sqrt(128)
@@ -71,6 +75,26 @@ def test_a_run_that_ends_before_it_can_have_learned_says_so(loss, early):
     assert not found.is_bad
     assert ("before step 11 it may be near chance" in found.because) == early
     assert (judge(11, {"loss": loss, "z_std": EVEN}, OF_512).name == "not learning") == early
+
+
+def test_a_run_that_is_no_longer_bad_is_said_so(capsys):
+    """Also where it is too early to call it sound."""
+    found = iter(["sound", "collapsed", "collapsed", "too early to say", "too early to say"])
+    reporting = Reporting(1, 8, judge=lambda step, means: Verdict(next(found), "why"))
+    log = Log("", None, Progress(5), reporting, [], Clock())
+    for step in range(1, 6):
+        log.add(step, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}, {})
+    log.drain()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(": why")]
+    assert lines == ["step 2  collapsed: why", "step 4  no longer collapsed: why"]
+
+
+def test_a_short_run_is_judged_after_its_warm_up(tiny):
+    """It is reported ten times, so that later reports have no step of the warm-up in them."""
+    tiny.train.log_every_steps = 50
+    for steps, every in ((40, 4), (60, 50)):
+        plan = Plan(steps, 4, 0.1)
+        assert assemble.references(tiny, plan).settled_after == 4 + every
 
 
 def test_spread_of_one_point_and_of_a_sphere():

@@ -68,9 +68,7 @@ def images(split=SPLIT):
 
 def views_of(way, share=Share(), size=SIZE, devices=8, batch_size=8):
     mesh = make_mesh(jax.devices()[:devices])
-    return way(
-        ViewSettings(Order(1, batch_size, share), size, DISTORTION, EvaluationView(size), mesh)
-    )
+    return way(ViewSettings(Order(1, batch_size, share), DISTORTION, EvaluationView(size), mesh))
 
 
 def batches(way, steps=STEPS, start=0, share=Share()):

@@ -121,7 +121,7 @@ def test_a_study_is_run_shown_and_not_run_again(short, file, tmp_path, capsys, m
     margin = (0.4, 0.8)[rows[("margin",)]["setting"]]
     assert f"| 1 | loss.margin={margin} | 50.0 |" in table
     assert "tau 0.5 is above margin" in table
-    assert f"\nWithout training: raw pixels {100 * beside['raw pixels']:.1f} %, untrained" in table
+    assert f"of the first run: raw pixels {100 * beside['raw pixels']:.1f} %, untrained" in table
     assert "sign test p =" in said
     with Image.open(folder / "figure.png") as picture:
         assert min(picture.size) > 400
@@ -589,12 +589,16 @@ def test_a_table_says_what_is_missing_and_what_has_failed(tmp_path):
     text = mode._markdown("t", header, lines, [], outcomes)
     assert "| z\\| | failed | 0 |  |" in text
     assert f"- **Failed**: {name}: step 1: loss nan" in text
-    # The last values of training, over both seeds; one of them stands in an earlier line alone.
+    # The last values of training, over both seeds that are finished; one of them stands in an earlier line alone.
     for seed in (0, 1):
         lines_of = [{"step": 1, "rank_h": 10.0}, {"step": 2, "loss": 0.5 + seed}]
         text = "".join(json.dumps(line) + "\n" for line in lines_of)
         (tmp_path / f"x_seed-{seed}" / "metrics.jsonl").write_text(text)
-    watched = study._replace(metrics=("loss", "rank_h", "unknown"))
+    watched = study._replace(metrics=("loss", "rank_h", "unknown"), seeds=3)
+    failed = tmp_path / "x_seed-2"  # has no score, so its metrics do not count either
+    failed.mkdir()
+    (failed / OUTCOME).write_text(json.dumps({"about": "", "failed": "step 2: loss nan"}))
+    (failed / "metrics.jsonl").write_text('{"step": 1, "loss": 99.0}\n')
     header, ((*_, loss, rank, unknown, _), (*_, missing, _, _, _), _) = table_of(
         watched, outcomes_of(watched, epath.Path(tmp_path))
     )

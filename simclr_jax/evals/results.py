@@ -1,11 +1,11 @@
 """Results of evaluations: WORKDIR/NAME.json, and a table at the terminal."""
 
-import contextlib
+import collections
 import hashlib
 import json
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -101,44 +101,53 @@ def path_of(config: ConfigDict, record: dict, data: DataSet, workdir: str, mode:
 
 def _was_trained_on(config: ConfigDict, record: dict, data: DataSet) -> bool:
     """Returns whether test images are among those that the encoder was trained on, as far as their digest and the
-    options tell: all of them, or a part held out of images that were not divided so.
+    options tell: all of them, or a larger part held out of the images than training left out. A smaller part is a part
+    of the larger one.
     """
     if data.test is not None and data.test.fingerprint() == record["data_fingerprint"]:
         return True
-    then, now = record.get("config", {}), config.to_dict()
-    held_out = [
-        (c["data"].get("test_fraction", 0.0), c.get("seed")) for c in (then, now) if "data" in c
-    ]
-    which = ("source", "path", "name", "train_split")
-    alike = "data" in then and all(then["data"].get(n) == now["data"][n] for n in which)
-    return alike and now["data"]["test_fraction"] > 0 and held_out[0] != held_out[1]
+    then, now = record.get("config", {}).get("data"), config.data.to_dict()
+    if then is None or absolute(then["path"]) != absolute(now["path"]):
+        return False
+    alike = all(then.get(name) == now[name] for name in ("source", "name", "train_split"))
+    return alike and now["test_fraction"] > then.get("test_fraction", 0.0)
 
 
 def _name_of(data: dict) -> str:
     return re.sub(r"[^\w.-]+", "-", name_of(data))  # TFDS has names such as SET/CONFIG
 
 
-def title_of(stem: str, result: dict) -> str:
-    """Returns what a person calls a result: "knn", or of other data than the run's "knn on DATA, test images of PATH".
+def titles_of(found: Mapping[str, dict]) -> dict[str, str]:
+    """Returns what a person calls results: "knn", or of other data than the run's "knn on DATA, test images of PATH", with
+    the digest of the data where two would be called alike.
 
     Args:
-      stem: its file's name without ".json", see `path_of`.
-      result: what `save` wrote there.
+      found: {the file's name without ".json", see `path_of`: what `save` wrote there}.
     """
+    titles = {stem: _title_of(stem, result) for stem, result in found.items()}
+    count = collections.Counter(titles.values())
+    return {
+        stem: title if count[title] == 1 else f"{title} ({stem.rpartition('_')[2]})"
+        for stem, title in titles.items()
+    }
+
+
+def _title_of(stem: str, result: dict) -> str:
     data = result.get("config", {}).get("data")
     if data is None or not (
         found := re.fullmatch(rf"(.+)_{re.escape(_name_of(data))}_\w{{6}}", stem)
     ):
         return stem
-    of_test = f", test images of {os.path.basename(data['test_path'])}" if data["test_path"] else ""
+    test = data.get("test_path")
+    of_test = f", test images of {name_of(data | {'path': test})}" if test else ""
     return f"{found[1]} on {name_of(data)}{of_test}"
 
 
-def settings_in_words(result: dict) -> str:
+def settings_in_words(settings: Mapping[str, Any]) -> str:
     """Writes the settings of a result that are single values, such as "k 200, temperature 0.1"."""
     return ", ".join(
         f"{name} {value}"
-        for name, value in result.get("settings", {}).items()
+        for name, value in settings.items()
         if isinstance(value, int | float | str)
     )
 
@@ -151,11 +160,22 @@ def save(path: epath.Path, config: ConfigDict, result: dict) -> None:
     """
     if jax.process_index() > 0:
         return
-    with contextlib.suppress(OSError, ValueError):  # there is none, or it is damaged
-        before, now = settings_in_words(json.loads(path.read_text())), settings_in_words(result)
-        if before != now:
-            say(f"replaces    {path.name}, made with {before}")
+    now = json.loads(json.dumps(result["settings"]))
+    before = _settings_there(path)
+    if differ := [name for name, value in before.items() if now.get(name) != value]:
+        then = ", ".join(f"{name} {before[name]}" for name in differ)
+        say(f"replaces    {path.name}, made with {then}")
     write_json(path, result | {"config": config.to_dict()})
+
+
+def _settings_there(path: epath.Path) -> dict:
+    """Returns the settings of the result that lies at `path`; {} if there is none, or another file."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    settings = found.get("settings") if isinstance(found, dict) else None
+    return settings if isinstance(settings, dict) else {}
 
 
 def show(path: epath.Path, result: dict, title: str, table: Table) -> None:

@@ -159,13 +159,13 @@ def _check_what_is_replaced(path: pathlib.Path, source: Input) -> None:
     Raises:
       UserError: there is another kind of file, such as the images themselves.
     """
-    if not path.exists():
+    if not path.exists() or (path.is_file() and not path.stat().st_size):
         return
     try:
         about = read_feature_file(str(path)).about
     except UserError as error:
         raise UserError(
-            f"--output={path} would replace a file that --mode=embed did not write: expected another name"
+            f"--output={path} would replace what --mode=embed did not write ({error}): expected another name"
         ) from error
     if about["images"] != source.split.fingerprint():
         say(f"replaces    {path}, which holds features of other images")

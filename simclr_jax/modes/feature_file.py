@@ -249,21 +249,31 @@ def read_feature_file(path: str) -> FeatureFile:
     if not file.is_file():
         raise UserError(f"no file {path!r}: expected what --mode=embed wrote")
     try:
-        if file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as arrays:
-                return FeatureFile(json.loads(str(arrays["about"])), arrays["image"], file)
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            table = pq.read_table(file, columns=["image"])
-        except pa.ArrowException as error:
-            raise ValueError(error) from error
-        about = json.loads((table.schema.metadata or {})[b"simclr_jax"])
-        return FeatureFile(about, np.asarray(table["image"].to_pylist()), file)
-    except KeyError as error:
-        raise UserError(
-            f"{path} is not what --mode=embed wrote: there is no {error} in it"
-        ) from error
+        about, images = (_npz_about if file.suffix == ".npz" else _parquet_about)(file)
     except (TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not what --mode=embed wrote: {error}") from error
+    return FeatureFile(about, images, file)
+
+
+_NOT_OURS = "it does not say by which encoder"
+
+
+def _npz_about(file: pathlib.Path) -> tuple[dict, np.ndarray]:
+    with np.load(file, allow_pickle=False) as arrays:
+        if not {"about", "image"} <= set(arrays.files):
+            raise ValueError(_NOT_OURS)
+        return json.loads(str(arrays["about"])), arrays["image"]
+
+
+def _parquet_about(file: pathlib.Path) -> tuple[dict, np.ndarray]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        about = (pq.read_schema(file).metadata or {}).get(b"simclr_jax")
+        if about is None:
+            raise ValueError(_NOT_OURS)
+        table = pq.read_table(file, columns=["image"])
+    except pa.ArrowException as error:
+        raise ValueError(error) from error
+    return json.loads(about), np.asarray(table["image"].to_pylist())

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from simclr_jax.console import say
 from simclr_jax.encoders.resnet import STANDARDS, ResNet
 from simclr_jax.errors import UserError
 from simclr_jax.files import quoted, replacing, write_json, write_text
@@ -59,7 +60,7 @@ def write_repository(encoder: Encoder, folder: epath.Path) -> str:
         )
     network, weights = torch_weights(encoder)
     _check_exact(network)
-    _check_what_is_replaced(folder / "config.json")
+    _check_what_is_replaced(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about = {"step": str(encoder.step), **architecture(network)}
     write_safetensors(folder / "model.safetensors", weights, about)
@@ -75,15 +76,23 @@ def write_repository(encoder: Encoder, folder: epath.Path) -> str:
             f"{'logits' if settings['num_classes'] else 'h'} = model(images)",
         ]
     )
-    write_text(folder / "README.md", _card(encoder, network, settings, loading))
+    if (folder / "README.md").exists():  # its owner may have added to it
+        say(f"kept        {folder / 'README.md'}; remove it to have it written anew")
+    else:
+        write_text(folder / "README.md", _card(encoder, network, settings, loading))
     return loading
 
 
-def _check_what_is_replaced(file: epath.Path) -> None:
-    if file.exists() and '"architecture"' not in file.read_text():
-        raise UserError(
-            f"{file} is not of a repository, and would be replaced: use another --output"
-        )
+def _check_what_is_replaced(folder: epath.Path) -> None:
+    """Raises a UserError if a file of the repository would replace one of something else, such as a run's."""
+    config = folder / "config.json"
+    if config.exists() and '"architecture"' in config.read_text():
+        return
+    for name in ("config.json", "model.safetensors", "README.md"):
+        if (folder / name).exists():
+            raise UserError(
+                f"{folder / name} is not of a repository, and would be replaced: use another --output"
+            )
 
 
 def _check_exact(network: ResNet) -> None:

@@ -86,6 +86,9 @@ def neighbours(
             f"{features.about['input']!r} holds other images than {input} was made of: run --mode=embed "
             "again, or name the --workdir that it was run with"
         )
+    root = source.root
+    if root and os.path.relpath(expanded(output), root) in set(features.images.tolist()):
+        raise UserError(f"--output={output} is one of the images, which would be overwritten")
     needed = sorted({*queries.tolist(), *found.ravel().tolist()})
     names = [str(features.images[i]) for i in needed]
     pictures = dict(zip(needed, _pictures(source, names, config.data.upright), strict=True))
@@ -103,18 +106,16 @@ def neighbours(
 
 
 def _check_what_is_replaced(path: pathlib.Path, features: FeatureFile) -> None:
-    """Raises a UserError if the output would replace the features, one of the images, or a table of something else."""
+    """Raises a UserError if the output would replace the features, or a table of something else."""
     if not path.exists():
         return
     if path.samefile(features.path):
         raise UserError(f"--output={path} is the --input, which would be overwritten")
-    if os.path.relpath(path, features.about["input"]) in set(features.images.tolist()):
-        raise UserError(f"--output={path} is one of the images, which would be overwritten")
     if path.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with contextlib.suppress(pa.ArrowException):
+        with contextlib.suppress(pa.ArrowException, OSError):
             if "neighbours" in pq.read_schema(path).names:
                 return
         raise UserError(

@@ -257,12 +257,17 @@ def _show(config: ConfigDict, study: Study, folder: epath.Path) -> dict:
         files = draw(study, outcomes, data, folder)
         show_table(title, header, lines)
         if outcomes.baselines:
-            say(f"beside      {_baselines_in_words(outcomes)}")
+            say(
+                f"beside      {_baselines_in_words(outcomes)}, for the data and encoder of the first run"
+            )
         for verdict in verdicts:
             held = {True: "holds", False: "does not hold", None: "open"}[verdict.held]
             say(f"{held:<14}{verdict.claim}: {verdict.because}")
         for name, why in outcomes.failed.items():
             say(f"failed      {name}: {why}")
+        for name in study.metrics:
+            if outcomes.metrics and not any(name in found for found in outcomes.metrics.values()):
+                say(f"no metric   {name} in any metrics.jsonl")
         if outcomes.missing:
             say(
                 f"missing     {len(outcomes.missing)} runs{_further_seeds(study, outcomes.missing)}: the same "
@@ -277,7 +282,12 @@ def _record(study: Study, outcomes: Outcomes, verdicts: list[Verdict]) -> dict:
         "title": study.title,
         "levels": _levels(study),
         "rows": [
-            {"key": list(key), "accuracies": scores, "setting": outcomes.settings.get(key, 0)}
+            {
+                "key": list(key),
+                "accuracies": scores,
+                "setting": (setting := outcomes.settings.get(key, 0)),
+                "metrics": outcomes.metrics.get((key[: len(study.factors)], setting), {}),
+            }
             for key, scores in outcomes.scores.items()
         ],
         "verdicts": [verdict._asdict() for verdict in verdicts],
@@ -306,5 +316,9 @@ def _markdown(
         for v in verdicts
     )
     claims += "".join(f"\n- **Failed**: {name}: {why}" for name, why in outcomes.failed.items())
-    beside = f"Without training: {_baselines_in_words(outcomes)}.\n\n" if outcomes.baselines else ""
+    beside = (
+        f"Without training, for the data and encoder of the first run: {_baselines_in_words(outcomes)}.\n\n"
+        if outcomes.baselines
+        else ""
+    )
     return f"{title}\n\n{text}\n\n{beside}{claims}\n"

@@ -13,7 +13,7 @@ from simclr_jax.data.split import Split
 from simclr_jax.data.subsets import evenly
 from simclr_jax.errors import UserError
 from simclr_jax.evals.nearest import unit
-from simclr_jax.evals.results import labels_table, settings_in_words, title_of
+from simclr_jax.evals.results import labels_table, settings_in_words, titles_of
 from simclr_jax.evals.scores import METRIC_NAMES
 from simclr_jax.losses.health import chance, lower_bound
 from simclr_jax.pretrained import load_encoder
@@ -53,13 +53,16 @@ def page_of_run(config: ConfigDict, run: RunFiles) -> str:
         if data.train.fingerprint() != run.about.get("data_fingerprint"):
             problems.append("The pictures are of other images than the run was trained on.")
         if run.is_contrastive:
-            content["views"] = sheet_of(config, data.train)
+            try:
+                content["views"] = sheet_of(config, data.train)
+            except UserError as error:
+                problems.append(f"No views: {error}.")
         content |= _pictures(config, run, data)
     except UserError as error:
         problems.append(f"No pictures: {error}.")
     planned, about = run.about["plan"], run.about
     figures = {"curves": draw_curves([run], _references(run)), "map": content.pop("map")}
-    options = _options(run)
+    options, titles = _options(run), titles_of(run.results)
     return render(
         "report.html",
         figures,
@@ -68,7 +71,7 @@ def page_of_run(config: ConfigDict, run: RunFiles) -> str:
         verdict=run.verdict(),
         cards=_cards(run, planned),
         problems=problems,
-        results=[_result(name, found) for name, found in run.results.items()],
+        results=[_result(titles[name], found) for name, found in run.results.items()],
         epochs=SHEET_EPOCHS,
         options=options,
         changed=sum(option["changed"] for option in options),
@@ -227,7 +230,7 @@ def _matrix(counts: dict[tuple[int, int], int], classes: tuple[str, ...]) -> lis
     return rows
 
 
-def _result(name: str, found: dict) -> dict:
+def _result(title: str, found: dict) -> dict:
     """Makes the table of an evaluation; one that is not finished has empty cells."""
     header, rows = labels_table(found["rows"])
     metric = METRIC_NAMES.get(found.get("settings", {}).get("metric", ""), "accuracy")
@@ -238,10 +241,10 @@ def _result(name: str, found: dict) -> dict:
         if any("±" in c for r in rows for c in r)
         else ""
     )
-    used = settings_in_words(found)
+    used = settings_in_words(found.get("settings", {}))
     with_settings = f" Settings: {used}." if used else ""
     return {
-        "title": title_of(name, found),
+        "title": title,
         "header": header,
         "rows": rows,
         "note": f"{note}{spread}.{with_settings}",

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from simclr_jax.errors import UserError
-from simclr_jax.evals.results import title_of
+from simclr_jax.evals.results import titles_of
 from simclr_jax.files import absolute, in_bucket
 from simclr_jax.report.curves import draw_curves
 from simclr_jax.report.page import render
@@ -97,8 +97,8 @@ def _runs_table(runs: list[RunFiles], folder: str) -> tuple[list[str], list[list
             cells.append(_cell(f"{best[0]:.1%}" if best else "", best[0] if best else ""))
         rows.append(cells)
     found = {name: result for run in runs for name, result in run.results.items()}
-    titles = [title_of(name, found[name]) for name in evaluations]
-    return ["run", "state", "health", *_SCORES, *titles], rows
+    titles = titles_of(found)
+    return ["run", "state", "health", *_SCORES, *(titles[name] for name in evaluations)], rows
 
 
 def _cell(text: str, value: Any, link: str = "") -> dict:

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble
 from simclr_jax.console import say
 from simclr_jax.data.folder import root_of
+from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.pictures import pictures_of
 from simclr_jax.data.split import Split
 from simclr_jax.data.subsets import evenly
@@ -47,9 +48,10 @@ def sheet_of(config: ConfigDict, split: Split) -> list[dict]:
         rows.append({"original": tile(colour, _SIDE, name, lines), "pairs": pairs})
     asked = min(_IMAGES, split.count)
     if not rows:
-        reasons = split.problems(evenly(split.count, _IMAGES))
-        said = "; ".join(f"{split.name_of(i)} ({why})" for i, why in list(reasons.items())[:1])
-        raise UserError(f"none of {asked} images can be read, such as {said}")
+        places = evenly(split.count, _IMAGES) if isinstance(split, IndexedSplit) else range(asked)
+        reasons = [f"{split.name_of(i)} ({why})" for i, why in split.problems(places).items()]
+        such = f", such as {reasons[0]}" if reasons else ""
+        raise UserError(f"none of {asked} images can be read{such}")
     if len(rows) < asked:
         say(f"views       of {len(rows)} images: {asked - len(rows)} of {asked} cannot be read")
     return rows

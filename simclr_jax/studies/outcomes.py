@@ -103,21 +103,21 @@ def _outcomes_among(runs: list[StudyRun], study: Study, folder: epath.Path) -> O
             scores[name] = {seed: x[reading]["accuracy"] for seed, x in by_seed.items()}
             if key in several:
                 settings[name] = chosen
-    metrics = {which: _mean_metrics(runs, which, study, folder) for which in found}
+    metrics = {which: _mean_metrics(study, folder, which, seeds) for which, seeds in found.items()}
     return Outcomes(scores, settings, missing, failed, baselines, metrics)
 
 
 def _mean_metrics(
-    runs: list[StudyRun], which: tuple[Key, int], study: Study, folder: epath.Path
+    study: Study, folder: epath.Path, which: tuple[Key, int], seeds: Iterable[int]
 ) -> dict[str, float]:
-    """Returns the means of `Study.metrics` over the last lines of the finished runs of one key and setting."""
+    """Returns the means of `Study.metrics` over the last values of runs of one key and setting."""
     lasts: dict[str, list[float]] = {name: [] for name in study.metrics}
+    runs = [run for run in runs_of(study) if (run.key, run.setting) == which and run.seed in seeds]
     for run in runs if study.metrics else []:
-        if (run.key, run.setting) == which and (folder / run.name / OUTCOME).exists():
-            newest = collections.ChainMap(*read_lines(folder / run.name / "metrics.jsonl")[::-1])
-            for name in study.metrics:
-                if name in newest:
-                    lasts[name].append(newest[name])
+        newest = collections.ChainMap(*read_lines(folder / run.name / "metrics.jsonl")[::-1])
+        for name in study.metrics:
+            if name in newest:
+                lasts[name].append(newest[name])
     return {name: statistics.mean(values) for name, values in lasts.items() if values}
 
 

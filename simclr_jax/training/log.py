@@ -131,8 +131,8 @@ class Log:
         before, self._verdict = self._verdict, self._reporting.judge(step, means)
         was_bad = before.name if before is not None and before.is_bad else ""
         if was_bad != (self._verdict.name if self._verdict.is_bad else ""):
-            again = "" if self._verdict.is_bad else " again"
-            say(f"step {step}  {self._verdict.name}{again}: {self._verdict.because}")
+            name = self._verdict.name if self._verdict.is_bad else f"no longer {was_bad}"
+            say(f"step {step}  {name}: {self._verdict.because}")
 
     def _check(self, step: int, values: dict[str, float], images: dict[str, np.ndarray]) -> None:
         bad = [

@@ -32,17 +32,20 @@ class ViewSettings:
 
     Attributes:
       order: the seed, the global batch's size and this process's part.
-      size: height and width of a view, pixels.
       distortion: how strongly views differ.
-      evaluation: the view that evaluation takes; training turns images upright where it does.
+      evaluation: the view that evaluation takes; those of training are as large, and turned upright where it is.
       mesh: all devices.
     """
 
     order: Order
-    size: int
     distortion: Distortion
     evaluation: EvaluationView
     mesh: Mesh
+
+    @property
+    def size(self) -> int:
+        """Returns the height and width of a view, pixels."""
+        return self.evaluation.size
 
 
 class Views(Protocol):

@@ -57,8 +57,8 @@ class Selection:
 
     def outcome(self, state: TrainState) -> dict:
         """Returns the test score at the last step ("last", and "last_top_5" where it was measured) and at the chosen one
-        ("selected", "selected_top_5"), with the chosen step and its validation accuracy, and that of the last step
-        ("last_validation"); None where nothing was chosen.
+        ("selected", "selected_top_5"), with the chosen step and its validation accuracy; None where nothing was chosen.
+        Where it was, also the validation accuracy of the last step, "last_validation".
         """
         chosen = self.memory or {"step": None, "validation": None, "test": None}
         test = chosen["test"]
@@ -70,7 +70,8 @@ class Selection:
             "selected": selected.value,
             "selected_step": chosen["step"],
             "validation": chosen["validation"],
-            "last_validation": chosen.get("now"),
         }
+        if "now" in chosen:  # not in memories of earlier versions
+            found["last_validation"] = chosen["now"]
         top_5 = {"last_top_5": last.top_5, "selected_top_5": selected.top_5}
         return found | {name: x for name, x in top_5.items() if x is not None}

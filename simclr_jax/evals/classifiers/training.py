@@ -102,7 +102,9 @@ class Trainer:
         finite = [pair for pair in outcomes if "failed" not in pair[1]]
         if not finite:
             raise NotFinite(f"of all candidates: {outcomes[-1][1]['failed']}")
-        training, outcome = max(finite, key=lambda pair: _on_validation(pair[1]))
+        # Outcomes of earlier versions have no validation accuracy of the last step.
+        name = "last_validation" if all("last_validation" in x for _, x in finite) else "validation"
+        training, outcome = max(finite, key=lambda pair: pair[1][name] or 0.0)
         if self.refits:
             again = self._train(self.parts.everything, training._replace(refit=True), "chosen: ")
             chosen = {"validation": outcome["validation"], "candidates": len(search.candidates)}
@@ -225,11 +227,6 @@ def _untrained(
     if not train_encoder:  # frozen, this start would be too weak a baseline
         encoder = subjects.untrained(config, parts.everything, mesh)
     return encoder, head
-
-
-def _on_validation(outcome: dict) -> float:
-    # Earlier versions kept no validation accuracy of the last step.
-    return outcome.get("last_validation", outcome["validation"]) or 0.0
 
 
 def _said(outcome: dict) -> dict:
