@@ -51,7 +51,7 @@ class Encoder:
 
     @property
     def image_size(self) -> int:
-        """Height and width, in pixels, of the images that `preprocess` makes."""
+        """Returns the height and width, in pixels, of the images that `preprocess` makes."""
         return self.view.size
 
     @property
