@@ -18,9 +18,8 @@ from simclr_jax.console import say
 # The largest photographs of telephones have 200 million pixels; this is 0.8 GB once decoded.
 MOST_PIXELS = 2**28
 
-if (
-    Image.MAX_IMAGE_PIXELS is not None
-):  # of the whole process: raised, so that Pillow still refuses what is far larger
+# The limit is one of the whole process: it is raised, so that Pillow still refuses what is far larger.
+if Image.MAX_IMAGE_PIXELS is not None:
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MOST_PIXELS)
 
 with contextlib.suppress(ImportError):  # an extra of this package
