@@ -208,13 +208,10 @@ def _check_readings(config: ConfigDict, study: Study) -> None:
 
 def _estimate(configs: dict[str, ConfigDict], further: str) -> None:
     """Says how long each run will take, by a short measurement of each kind of step; `further`: what else comes."""
-    if (
-        jax.process_count() > 1
-    ):  # each would measure for its own seconds, and wait for the others' steps
-        say(
-            "".join(f"{name}\n" for name in configs)
-            + "times are not measured with several processes"
-        )
+    # Each process would measure for its own seconds, and wait for steps of the other processes.
+    if jax.process_count() > 1:
+        names = "".join(f"{name}\n" for name in configs)
+        say(f"{names}times are not measured with several processes")
         return
     measured: dict[str, tuple[float, float]] = {}
     total = 0.0
