@@ -107,7 +107,7 @@ def _was_trained_on(config: ConfigDict, record: dict, data: DataSet) -> bool:
     if data.test is not None and data.test.fingerprint() == record["data_fingerprint"]:
         return True
     then, now = record.get("config", {}).get("data"), config.data.to_dict()
-    if then is None or absolute(then["path"]) != absolute(now["path"]):
+    if then is None or absolute(then.get("path", "")) != absolute(now["path"]):
         return False
     alike = all(then.get(name) == now[name] for name in ("source", "name", "train_split"))
     return alike and now["test_fraction"] > then.get("test_fraction", 0.0)
