@@ -375,7 +375,7 @@ def test_the_candidate_is_chosen_by_the_step_that_is_reported():
         {"last": 0.2, "validation": 0.6, "last_validation": 0.5},
     ]
     assert chosen_of(found) == 0.4
-    # Of an earlier version, which kept no validation accuracy of the last step: all by their best moments.
+    # Earlier versions kept no validation accuracy of the last step: then the best moments of all candidates decide.
     del found[0]["last_validation"]
     assert chosen_of(found) == 0.1
 

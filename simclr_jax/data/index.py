@@ -284,8 +284,8 @@ def most_common(passed_over: dict[str, int]) -> str:
     "3 .txt, 1 without suffix, 2 more".
     """
     some = list(passed_over.items())[:5]
-    if "" in passed_over:  # perhaps images that only need a suffix
-        some = [*some, ("", passed_over[""])] if "" not in dict(some) else some
+    if "" in passed_over and "" not in dict(some):  # perhaps images that only need a suffix
+        some.append(("", passed_over[""]))
     more = sum(passed_over.values()) - sum(n for _, n in some)
     named = [f"{n} {suffix or 'without suffix'}" for suffix, n in some]
     return ", ".join([*named, *([f"{more} more"] if more else [])])

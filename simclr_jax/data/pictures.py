@@ -38,6 +38,13 @@ def short_side(split: Split, upright: bool) -> int:
     return int(statistics.median(sides)) if sides else 224
 
 
+def places_of(split: Split, count: int) -> list[int]:
+    """Returns the indices of `count` images at most: evenly spaced over the split, or the first ones of a stream."""
+    if isinstance(split, IndexedSplit):
+        return evenly(split.count, count).tolist()
+    return list(range(min(count, split.count)))
+
+
 def pictures_of(
     split: Split, count: int, upright: bool, made: Callable[[Picture], Any] | None = None
 ) -> Iterator[Any]:
@@ -51,11 +58,11 @@ def pictures_of(
       made: turns a picture into what is kept of it; called in the threads that read.
     """
     made = made or (lambda picture: picture)
+    places = places_of(split, count)
     if isinstance(split, IndexedSplit):
-        places = evenly(split.count, count).tolist()
         found: Iterator[Any] = _read(split.source, places, upright, made)
     else:
-        found = _streamed(split, min(count, split.count), upright, made)
+        found = _streamed(split, len(places), upright, made)
     return (one for one in found if one is not None)
 
 

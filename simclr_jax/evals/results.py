@@ -46,7 +46,9 @@ def cell(of: dict, which: str = "") -> str:
     """Writes a row's accuracies as people read them; `which`: prefix of its keys, "" or "selected_"."""
     spread = f" ± {of[f'{which}std']:.1%}" if of["seeds"] > 1 else ""
     top_5 = of.get(f"{which}top_5_accuracy")
-    return f"{of[f'{which}accuracy']:.1%}{spread}" + (f", top-5 {top_5:.1%}" if top_5 else "")
+    return f"{of[f'{which}accuracy']:.1%}{spread}" + (
+        f", top-5 {top_5:.1%}" if top_5 is not None else ""
+    )
 
 
 def labels_table(rows: list[dict]) -> Table:
@@ -77,7 +79,8 @@ def path_of(config: ConfigDict, record: dict, data: DataSet, workdir: str, mode:
       workdir: the run's folder, or that of a checkpoint.
       mode: the evaluation's name.
     """
-    if _was_trained_on(config, record, data):
+    train, test = data.train.fingerprint(), data.test.fingerprint() if data.test else None
+    if _was_trained_on(config, record, test):
         say(
             "data        the encoder was trained on test images, or on some of them, without their labels: new images may "
             "be recognised less well"
@@ -86,7 +89,6 @@ def path_of(config: ConfigDict, record: dict, data: DataSet, workdir: str, mode:
     # Training removes a checkpoint's folder with all that lies in it.
     if folder.parent.name == "checkpoints" and (folder / RECORD).is_dir():
         folder, mode = folder.parent.parent, f"{mode}_step_{folder.name}"
-    train, test = data.train.fingerprint(), data.test.fingerprint() if data.test else None
     then = record["data_fingerprint"], record.get("test_fingerprint", test)
     if (train, test) == then:
         return folder / f"{mode}.json"
@@ -99,12 +101,12 @@ def path_of(config: ConfigDict, record: dict, data: DataSet, workdir: str, mode:
     return path
 
 
-def _was_trained_on(config: ConfigDict, record: dict, data: DataSet) -> bool:
+def _was_trained_on(config: ConfigDict, record: dict, test: str | None) -> bool:
     """Returns whether test images are among those that the encoder was trained on, as far as their digest and the
     options tell: all of them, or a larger part held out of the images than training left out. A smaller part is a part
-    of the larger one.
+    of the larger one. `test`: the test images' digest; None: there are none.
     """
-    if data.test is not None and data.test.fingerprint() == record["data_fingerprint"]:
+    if test == record["data_fingerprint"]:
         return True
     then, now = record.get("config", {}).get("data"), config.data.to_dict()
     if then is None or absolute(then.get("path", "")) != absolute(now["path"]):

@@ -8,10 +8,8 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble
 from simclr_jax.console import say
 from simclr_jax.data.folder import root_of
-from simclr_jax.data.indexed import IndexedSplit
-from simclr_jax.data.pictures import pictures_of
+from simclr_jax.data.pictures import pictures_of, places_of
 from simclr_jax.data.split import Split
-from simclr_jax.data.subsets import evenly
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import make_mesh
 from simclr_jax.report.thumbnails import tile
@@ -46,9 +44,9 @@ def sheet_of(config: ConfigDict, split: Split) -> list[dict]:
             for epoch in range(SHEET_EPOCHS)
         ]
         rows.append({"original": tile(colour, _SIDE, name, lines), "pairs": pairs})
-    asked = min(_IMAGES, split.count)
+    places = places_of(split, _IMAGES)
+    asked = len(places)
     if not rows:
-        places = evenly(split.count, _IMAGES) if isinstance(split, IndexedSplit) else range(asked)
         reasons = [f"{split.name_of(i)} ({why})" for i, why in split.problems(places).items()]
         such = f", such as {reasons[0]}" if reasons else ""
         raise UserError(f"none of {asked} images can be read{such}")

@@ -3,7 +3,7 @@
 import collections
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from etils import epath
@@ -78,6 +78,7 @@ def _outcomes_among(runs: list[StudyRun], study: Study, folder: epath.Path) -> O
     missing: list[StudyRun] = []
     failed: dict[str, str] = {}
     baselines: dict[str, float] = {}
+    values: dict[tuple[Key, int], list[Mapping[str, float]]] = {}
     unstable = set()
     for run in runs:
         file = folder / run.name / OUTCOME
@@ -90,6 +91,10 @@ def _outcomes_among(runs: list[StudyRun], study: Study, folder: epath.Path) -> O
         else:
             found.setdefault((run.key, run.setting), {})[run.seed] = outcome["readings"]
             baselines |= outcome.get("baselines", {})
+            if study.metrics:
+                lines = read_lines(folder / run.name / "metrics.jsonl")
+                newest = collections.ChainMap(*reversed(lines))
+                values.setdefault((run.key, run.setting), []).append(newest)
     several = {run.key for run in runs if run.setting}
     scores: dict[Key, dict[int, float]] = {}
     settings = {}
@@ -103,22 +108,14 @@ def _outcomes_among(runs: list[StudyRun], study: Study, folder: epath.Path) -> O
             scores[name] = {seed: x[reading]["accuracy"] for seed, x in by_seed.items()}
             if key in several:
                 settings[name] = chosen
-    metrics = {which: _mean_metrics(study, folder, which, seeds) for which, seeds in found.items()}
+    metrics = {which: _means(study.metrics, of_runs) for which, of_runs in values.items()}
     return Outcomes(scores, settings, missing, failed, baselines, metrics)
 
 
-def _mean_metrics(
-    study: Study, folder: epath.Path, which: tuple[Key, int], seeds: Iterable[int]
-) -> dict[str, float]:
-    """Returns the means of `Study.metrics` over the last values of runs of one key and setting."""
-    lasts: dict[str, list[float]] = {name: [] for name in study.metrics}
-    runs = [run for run in runs_of(study) if (run.key, run.setting) == which and run.seed in seeds]
-    for run in runs if study.metrics else []:
-        newest = collections.ChainMap(*read_lines(folder / run.name / "metrics.jsonl")[::-1])
-        for name in study.metrics:
-            if name in newest:
-                lasts[name].append(newest[name])
-    return {name: statistics.mean(values) for name, values in lasts.items() if values}
+def _means(names: Iterable[str], of_runs: list[Mapping[str, float]]) -> dict[str, float]:
+    """Returns the mean of each name over the runs that have it; none has a name that is misspelt."""
+    there = {name: [values[name] for values in of_runs if name in values] for name in names}
+    return {name: statistics.mean(values) for name, values in there.items() if values}
 
 
 def _best(of_key: dict[int, dict[int, dict]], reading: str) -> int:

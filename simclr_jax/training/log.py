@@ -129,10 +129,9 @@ class Log:
         if self._reporting.judge is None or "loss" not in means:
             return
         before, self._verdict = self._verdict, self._reporting.judge(step, means)
-        was_bad = before.name if before is not None and before.is_bad else ""
-        if was_bad != (self._verdict.name if self._verdict.is_bad else ""):
-            name = self._verdict.name if self._verdict.is_bad else f"no longer {was_bad}"
-            say(f"step {step}  {name}: {self._verdict.because}")
+        was, now = (v.name if v and v.is_bad else "" for v in (before, self._verdict))
+        if was != now:
+            say(f"step {step}  {now or f'no longer {was}'}: {self._verdict.because}")
 
     def _check(self, step: int, values: dict[str, float], images: dict[str, np.ndarray]) -> None:
         bad = [
