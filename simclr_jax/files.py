@@ -162,7 +162,7 @@ def absolute(path: str) -> str:
 
 def no_folder(path: str) -> str:
     """Says that there is no folder of this name, and of a relative one where it was looked for."""
-    where = "" if expanded(path).is_absolute() else f" below {os.getcwd()}"
+    where = "" if in_bucket(path) or expanded(path).is_absolute() else f" below {os.getcwd()}"
     return f"no folder {path!r}{where}"
 
 

@@ -102,6 +102,7 @@ def test_a_mistake_ends_in_one_line(tmp_path):
         (("--config=configs/folder.py:/nowhere",), "no folder '/nowhere'"),
         (("--mode=knn",), "config.json"),
         (("--mode=knn", "--workdir=/nowhere"), "no folder '/nowhere': expected the --workdir of a"),
+        (("--mode=knn", "--workdir=nowhere"), "no folder 'nowhere' below /"),
         (("--mode=wrong",), "there is no mode 'wrong': expected one of pretrain, probe, knn, "),
         (
             ("--config=configs/digits.py", "extra", "stuff"),

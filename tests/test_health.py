@@ -17,6 +17,7 @@ from simclr_jax import assemble, config
 from simclr_jax.console import Progress
 from simclr_jax.data.split import BROKEN
 from simclr_jax.evals.spread import Spread, rank_of, uniformity_of
+from simclr_jax.evals.verdict import judge_accuracy
 from simclr_jax.losses import contract, nt_xent, softmax
 from simclr_jax.losses.contract import positives
 from simclr_jax.losses.health import chance, lower_bound, spread_of
@@ -25,7 +26,7 @@ from simclr_jax.training.clock import Clock
 from simclr_jax.training.log import Log, Reporting
 from simclr_jax.training.optimizer import lars_trust_ratios, make_optimizer
 from simclr_jax.training.plan import Plan
-from simclr_jax.training.verdict import References, Verdict, judge, judge_accuracy
+from simclr_jax.training.verdict import References, Verdict, judge
 
 OF_512 = References(images=512, width=128, settled_after=10, temperature=0.1)
 EVEN = 1 / math.sqrt(128)
@@ -183,21 +184,20 @@ def test_of_a_loss_without_bounds_only_the_spread_is_judged():
 
 def test_an_encoder_that_is_no_better_than_untrained_is_named():
     rows = [
-        {"features": "untrained", "labels_per_class": None, "accuracy": 0.5},
-        {"features": "trained", "labels_per_class": None, "accuracy": 0.4},
+        {"features": "untrained encoder", "labels_per_class": None, "accuracy": 0.5},
+        {"features": "encoder", "labels_per_class": None, "accuracy": 0.4},
     ]
-    names = "trained", "untrained", "pixels"
-    assert judge_accuracy(rows, {"other_view_top1": 0.5}, *names).name == "no better than untrained"
-    assert judge_accuracy(rows, {"other_view_top1": 0.999}, *names).name == "a shortcut"
+    assert judge_accuracy(rows, {"other_view_top1": 0.5}).name == "no better than untrained"
+    assert judge_accuracy(rows, {"other_view_top1": 0.999}).name == "a shortcut"
     rows[1]["accuracy"] = 0.6
-    assert judge_accuracy(rows, {}, *names).name == "sound"
-    rows.append({"features": "pixels", "labels_per_class": None, "accuracy": 0.6})
-    assert judge_accuracy(rows, {}, *names).name == "sound"
+    assert judge_accuracy(rows, {}).name == "sound"
+    rows.append({"features": "raw pixels", "labels_per_class": None, "accuracy": 0.6})
+    assert judge_accuracy(rows, {}).name == "sound"
     rows[2]["accuracy"] = 0.7
-    found = judge_accuracy(rows, {}, *names)
+    found = judge_accuracy(rows, {})
     assert (found.name, found.is_bad) == ("below raw pixels", True)
     assert "raw pixels 70.0%" in found.because
-    assert judge_accuracy(rows[1:], {}, *names) is None
+    assert judge_accuracy(rows[1:], {}) is None
 
 
 def health_of(workdir):

@@ -272,7 +272,8 @@ def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Me
         if trained is None:
             continue
         result = _evaluate(name, _Subject(config, data, trained, path, mesh))
-        lines.append({"step": step, metric: accuracy_in(result), "settings": settings})
+        accuracy = results.accuracies(result["rows"])[ENCODER]
+        lines.append({"step": step, metric: accuracy, "settings": settings})
         if jax.process_index() == 0:
             write_text(file, "".join(f"{json.dumps(line)}\n" for line in lines))
     say(f"followed to the last step, {done}: {file}")
@@ -310,13 +311,3 @@ def _trained_at(step: int, config: ConfigDict, workdir: str, mesh: Mesh) -> Trai
         if not steps or steps[-1] == step or jax.process_count() > 1:
             raise
         return None
-
-
-def accuracy_in(result: dict) -> float:
-    """Returns the accuracy of the trained encoder with all labels."""
-    (score,) = (
-        row["accuracy"]
-        for row in result["rows"]
-        if row["features"] == ENCODER and row["labels_per_class"] is None
-    )
-    return float(score)

@@ -11,7 +11,8 @@ from simclr_jax.console import say
 from simclr_jax.data.broken import Images
 from simclr_jax.errors import UserError
 from simclr_jax.evals import EVALUATIONS, subjects
-from simclr_jax.evals.evaluate import accuracy_in, config_for, pair, result_of
+from simclr_jax.evals.evaluate import config_for, pair, result_of
+from simclr_jax.evals.results import accuracies
 from simclr_jax.evals.subjects import ENCODER
 from simclr_jax.training.loop import Hook
 from simclr_jax.training.state import TrainState
@@ -57,7 +58,8 @@ class OnTheWay:
         evaluation = EVALUATIONS[self.name]
         train, test = (self._features(variables, images) for images in self._images)
         features = pair(train, test, len(self._data.train.classes or ()), self._mesh)
-        score = accuracy_in(result_of(evaluation, self._config, features, step))
+        rows = result_of(evaluation, self._config, features, step)["rows"]
+        score = accuracies(rows)[ENCODER]
         say(f"step {step}  {evaluation.metric} {score:.1%}")
         return {evaluation.metric: score}
 

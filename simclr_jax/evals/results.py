@@ -42,6 +42,11 @@ def row(kind: str, per_class: int | None, found: Sequence[Score]) -> dict:
     } | ({"top_5_accuracy": float(np.mean(top_5))} if top_5 else {})
 
 
+def accuracies(rows: Sequence[Mapping], per_class: int | None = None) -> dict[str, float]:
+    """Returns {features: accuracy} of the rows with `per_class` labels of each class; None: with all labels."""
+    return {r["features"]: r["accuracy"] for r in rows if r["labels_per_class"] == per_class}
+
+
 def cell(of: dict, which: str = "") -> str:
     """Writes a row's accuracies as people read them; `which`: prefix of its keys, "" or "selected_"."""
     spread = f" ± {of[f'{which}std']:.1%}" if of["seeds"] > 1 else ""

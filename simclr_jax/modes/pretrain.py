@@ -18,7 +18,8 @@ from simclr_jax.data import FILES, count_and_size, index
 from simclr_jax.evals.evaluate import evaluate_features, why_not
 from simclr_jax.evals.on_the_way import evaluations_on_the_way
 from simclr_jax.evals.spread import Spread
-from simclr_jax.evals.subjects import ENCODER, RAW_PIXELS, UNTRAINED
+from simclr_jax.evals.verdict import BAD as BAD_OF_EVALUATIONS
+from simclr_jax.evals.verdict import judge_accuracy
 from simclr_jax.files import expanded, write_json
 from simclr_jax.mesh import FSDP
 from simclr_jax.modes.oddities import oddities, say_unusual
@@ -31,7 +32,7 @@ from simclr_jax.training.metrics import read_lines
 from simclr_jax.training.optimizer import scaling_in_words
 from simclr_jax.training.sinks import Sinks
 from simclr_jax.training.state import count_parameters
-from simclr_jax.training.verdict import OF_EVALUATIONS, Verdict, judge, judge_accuracy
+from simclr_jax.training.verdict import Verdict, judge
 from simclr_jax.training.workdir import (
     about_classifier,
     about_training,
@@ -94,7 +95,7 @@ def _evaluate(config: ConfigDict, workdir: str) -> None:
         return
     rows = evaluate_features(evaluation, config, workdir)["rows"]
     last = _last_metrics(workdir)
-    verdict = judge_accuracy(rows, last, ENCODER, UNTRAINED, RAW_PIXELS)
+    verdict = judge_accuracy(rows, last)
     if verdict is not None:
         _judge_at_end(config, workdir, verdict, last)
 
@@ -121,7 +122,7 @@ def _judge_at_end(
     file = epath.Path(workdir) / "health.json"
     if evaluated.is_bad or trained is None or not file.exists():
         return
-    if json.loads(file.read_text())["name"] in OF_EVALUATIONS:
+    if json.loads(file.read_text())["name"] in BAD_OF_EVALUATIONS:
         _say_verdict(workdir, trained)
 
 

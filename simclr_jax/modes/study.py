@@ -16,6 +16,7 @@ from simclr_jax.errors import NotFinite, UserError
 from simclr_jax.evals import EVALUATIONS, subjects
 from simclr_jax.evals.classifiers import finetune
 from simclr_jax.evals.evaluate import evaluate
+from simclr_jax.evals.results import accuracies
 from simclr_jax.evals.subjects import ENCODER
 from simclr_jax.evals.transformations import TASKS, what_is_known
 from simclr_jax.files import write_json, write_text
@@ -163,19 +164,19 @@ def _read(config: ConfigDict, study: Study, workdir: str, is_first: bool) -> dic
         by_name = {n: {"accuracy": known[n], "validation": None} for n in study.readings}
         return {"readings": by_name}
     readings: dict[str, dict] = {}
-    baselines = {}
+    baselines: dict[str, float] = {}
     for reading, overrides in study.readings.items():
         own = reading_of(config, overrides)
         own.eval.baselines = is_first and not readings and study.evaluation in EVALUATIONS
         found = evaluate(study.evaluation, own, workdir)["rows"]
-        rows = {(row["features"], row["labels_per_class"]): row for row in found}
-        readings[reading] = {
-            "accuracy": rows[ENCODER, study.labels_per_class]["accuracy"],
-            "validation": rows[ENCODER, None].get("validation_accuracy"),
-        }
-        for (kind, labels), row in rows.items():
-            if kind != ENCODER and labels == study.labels_per_class:
-                baselines[kind] = row["accuracy"]
+        reached = accuracies(found, study.labels_per_class)
+        (validation,) = (
+            row.get("validation_accuracy")
+            for row in found
+            if row["features"] == ENCODER and row["labels_per_class"] is None
+        )
+        readings[reading] = {"accuracy": reached.pop(ENCODER), "validation": validation}
+        baselines |= reached
     return {"readings": readings} | ({"baselines": baselines} if baselines else {})
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from urllib.parse import quote
 
 from simclr_jax.errors import UserError
-from simclr_jax.evals.results import titles_of
+from simclr_jax.evals.results import accuracies, titles_of
+from simclr_jax.evals.subjects import ENCODER
 from simclr_jax.files import absolute, in_bucket
 from simclr_jax.report.curves import draw_curves
 from simclr_jax.report.page import render
@@ -89,12 +90,9 @@ def _runs_table(runs: list[RunFiles], folder: str) -> tuple[list[str], list[list
             text = "" if value is None else f"{value:.1%}" if is_share else f"{value:.4g}"
             cells.append(_cell(text, "" if value is None else value))
         for name in evaluations:
-            best = [
-                r["accuracy"]
-                for r in run.results.get(name, {"rows": []})["rows"]
-                if r["features"] in ("encoder", "student") and r["labels_per_class"] is None
-            ]
-            cells.append(_cell(f"{best[0]:.1%}" if best else "", best[0] if best else ""))
+            reached = accuracies(run.results.get(name, {"rows": []})["rows"])
+            best = reached.get(ENCODER, reached.get("student"))  # of --mode=distill
+            cells.append(_cell("" if best is None else f"{best:.1%}", "" if best is None else best))
         rows.append(cells)
     found = {name: result for run in runs for name, result in run.results.items()}
     titles = titles_of(found)

@@ -17,7 +17,7 @@ from etils import epath
 
 from simclr_jax import processes
 from simclr_jax.errors import UserError, one_line
-from simclr_jax.files import in_bucket, located, raise_if_passing
+from simclr_jax.files import in_bucket, located, no_folder, raise_if_passing
 
 ENCODER, TRAINER, RECORD = "encoder", "trainer", "config"  # items of a checkpoint
 HANDLERS = {
@@ -102,7 +102,7 @@ def find(path: str, step: int | None) -> epath.Path:
     """
     root = _absolute(path)
     if not root.is_dir():
-        raise UserError(f"no folder {path!r}: expected a workdir or a checkpoint folder")
+        raise UserError(f"{no_folder(path)}: expected a workdir or a checkpoint folder")
     steps = saved_steps(root)
     # A checkpoint itself. A workdir may have folders of these names too, beside its checkpoints.
     if not steps and (root / ENCODER).is_dir() and (root / RECORD).is_dir():

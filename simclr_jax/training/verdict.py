@@ -8,13 +8,7 @@ from simclr_jax.losses.health import chance, lower_bound
 
 _BELOW, _NEAR_CHANCE, _COLLAPSED = 1e-3, 0.01, 0.1  # nats; nats; share of 1 / sqrt(d): ours
 
-_SOUND, _TOO_EARLY = "sound", "too early to say"
-# The verdicts of `judge_accuracy`, but for "sound".
-OF_EVALUATIONS = _SHORTCUT, _NO_BETTER, _BELOW_PIXELS = (
-    "a shortcut",
-    "no better than untrained",
-    "below raw pixels",
-)
+SOUND, _TOO_EARLY = "sound", "too early to say"
 
 
 class References(NamedTuple):
@@ -37,7 +31,8 @@ class Verdict(NamedTuple):
     """A judgement of a run at one moment.
 
     Attributes:
-      name: "sound", "too early to say", "below the lower bound", "collapsed", "not learning" or one of OF_EVALUATIONS.
+      name: "sound", "too early to say", "below the lower bound", "collapsed", "not learning", or
+        one of an evaluation's (`evals.verdict`).
       because: the numbers, the reference and where it comes from.
     """
 
@@ -46,7 +41,7 @@ class Verdict(NamedTuple):
 
     @property
     def is_bad(self) -> bool:
-        return self.name not in (_SOUND, _TOO_EARLY)
+        return self.name not in (SOUND, _TOO_EARLY)
 
 
 def judge(step: int, metrics: Mapping[str, float], references: References) -> Verdict:
@@ -64,7 +59,7 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
         why = "under a tenth (ours) of 1 / sqrt(d) (SimSiam, section 4.1)"
         return Verdict("collapsed", f"all images have nearly one projection: {seen}: {why}")
     if temperature is None:
-        return Verdict(_SOUND, seen)
+        return Verdict(SOUND, seen)
     loss, least, no_better = metrics["loss"], lower_bound(images, temperature), chance(images)
     way = (no_better - loss) / (no_better - least)
     far = f"{way:.0%} of the way" if way > -0.005 else "worse than chance"
@@ -82,34 +77,4 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
         if loss > no_better + near:
             why = "after the warm-up above ln(2B - 1): worse than telling nothing apart"
         return Verdict("not learning", f"{where}: {why}: {seen}")
-    return Verdict(_SOUND, f"{where}; {seen}")
-
-
-def judge_accuracy(
-    rows: list[dict], metrics: Mapping[str, float], trained: str, untrained: str, pixels: str
-) -> Verdict | None:
-    """Judges a run by its final evaluation: by the accuracy of the trained and of the untrained encoder, and of pixels.
-
-    Args:
-      rows: the evaluation's, see `evals.results.row`.
-      metrics: the last of the run.
-      trained, untrained, pixels: names in the rows of the two encoders and of raw pixels, which may be missing.
-
-    Returns:
-      None where the evaluation has no untrained encoder.
-    """
-    found = {r["features"]: r["accuracy"] for r in rows if r["labels_per_class"] is None}
-    if trained not in found or untrained not in found:
-        return None
-    said = f"accuracy {found[trained]:.1%}, untrained {found[untrained]:.1%}"
-    if found[trained] > found[untrained]:
-        of_pixels = found.get(pixels, 0.0)
-        if found[trained] >= of_pixels:
-            return Verdict(_SOUND, said)
-        why = "the pixels alone tell more: train longer, or on more images"
-        return Verdict(_BELOW_PIXELS, f"{said}, raw pixels {of_pixels:.1%}: {why}")
-    told = metrics.get("other_view_top1", 0.0)
-    if told > 0.99:  # ours
-        why = "it tells views apart and images not: a shortcut, such as BatchNorm of few images a device"
-        return Verdict(_SHORTCUT, f"{said}, other_view_top1 {told:.1%}: {why} (simclr#114)")
-    return Verdict(_NO_BETTER, said)
+    return Verdict(SOUND, f"{where}; {seen}")

@@ -19,7 +19,7 @@ from simclr_jax import processes
 from simclr_jax.console import say
 from simclr_jax.data.split import DataSet, Split
 from simclr_jax.errors import Unavailable, UserError
-from simclr_jax.files import absolute, write_json
+from simclr_jax.files import absolute, no_folder, write_json
 from simclr_jax.training.plan import Plan
 from simclr_jax.training.saved import agreed_steps, check_writable, find, read_newest, read_record
 
@@ -66,7 +66,7 @@ def saved_config(path: str) -> dict:
     file = epath.Path(path) / "config.json"
     if not file.parent.exists():
         raise UserError(
-            f"no folder {path!r}: expected the --workdir of a run, or a checkpoint folder; a new run needs a --config"
+            f"{no_folder(path)}: expected the --workdir of a run, or a checkpoint folder; a new run needs a --config"
         )
     if (record := run_record(path)) is not None:
         return record["config"]
