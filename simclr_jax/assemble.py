@@ -21,7 +21,7 @@ from simclr_jax.encoders.heads import LinearClassifier, ProjectionHead
 from simclr_jax.errors import UserError
 from simclr_jax.losses import LOSSES, Loss
 from simclr_jax.losses.health import with_health
-from simclr_jax.mesh import check_divides, gathered, make_mesh
+from simclr_jax.mesh import check_divides, gathered, make_mesh, processes_of
 from simclr_jax.training import optimizer as optimizers
 from simclr_jax.training.log import steps_between_reports
 from simclr_jax.training.loop import Job, job_of
@@ -179,7 +179,8 @@ def classifier_views(config: ConfigDict, mesh: Mesh, batch_size: int) -> Views:
 def _view_settings(
     config: ConfigDict, mesh: Mesh, batch_size: int, distortion: Any
 ) -> ViewSettings:
-    share = Share(jax.process_index(), jax.process_count())
+    processes = processes_of(mesh)
+    share = Share(processes.index(jax.process_index()), len(processes))
     order = Order(config.seed, batch_size, share)
     return ViewSettings(order, distortion, evaluation_view(config), mesh)
 

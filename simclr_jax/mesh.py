@@ -49,8 +49,16 @@ def slices_in(mesh: Mesh) -> int:
     return len({_slice_of(device) for device in mesh.devices.flat})
 
 
+def processes_of(mesh: Mesh) -> list[int]:
+    """Lists the processes whose devices are in a mesh, in its order, in which `to_global` takes their rows. It is that of
+    their numbers unless the processes of several slices interleave.
+    """
+    return list(dict.fromkeys(device.process_index for device in mesh.devices.flat))
+
+
 def _slice_of(device: Any) -> int:
-    return getattr(device, "slice_index", None) or 0
+    # JAX calls each host of GPUs a slice, too, but groups of "fsdp" may span hosts.
+    return getattr(device, "slice_index", None) or 0 if device.platform == "tpu" else 0
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -101,7 +109,7 @@ def state_shardings(mesh: Mesh, abstract: Any) -> Any:
 def to_global(mesh: Mesh, local):
     """Turns a tree of this process's numpy arrays [n / P, ...] into global arrays [n, ...], sharded.
 
-    The processes' parts follow each other in the order of the mesh.
+    The processes' parts follow each other in the order of `processes_of`.
     """
     sharding = batch_sharded(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)

@@ -5,6 +5,7 @@ and a number of images that does not divide.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,7 +97,7 @@ def two(cache, quick):  # noqa: F811
             "--config.train.microbatches=2",
             "--config.train.log_every_steps=1",
             f"--config.train.hang_seconds={5 if kind.startswith('stuck') else 1800}",
-            "--config.mesh.fsdp=2",
+            "--config.mesh.fsdp=4",
             "--config.loss.implementation=chunked",
             f"--config.checkpoint.every_steps={EVERY}",
             "--config.checkpoint.keep_last=10",
@@ -153,6 +154,18 @@ def assert_goes_on(two, workdir, undisturbed, step):
     assert losses(workdir) == losses(undisturbed)
     found, expected = (load_encoder(w, step=STEPS).variables for w in (workdir, undisturbed))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_both_go_on_before_a_checkpoint_that_one_cannot_read(two, undisturbed, tmp_path):
+    """Each process reads its own part of the parameters."""
+    shutil.copytree(undisturbed, tmp_path / "w")
+    for file in (tmp_path / f"w/checkpoints/{STEPS}/encoder/ocdbt.process_1/d").iterdir():
+        content = bytearray(file.read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 400] = bytes(400)
+        file.write_bytes(content)
+    assert_goes_on(two, tmp_path / "w", undisturbed, STEPS - EVERY)
+    assert [p.name for p in (tmp_path / "w/broken_checkpoints").iterdir()] == [str(STEPS)]
 
 
 @pytest.mark.parametrize("kind", ["killed", "killed in a save"])

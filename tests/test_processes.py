@@ -489,19 +489,40 @@ def test_processes_that_find_other_images_end_with_one_line(monkeypatch, small_s
         check_data(small_split, "another", None, "w")
 
 
+@dataclasses.dataclass(eq=False)
+class Device:
+    platform: str
+    slice_index: int
+    process_index: int
+    id: int
+
+
+class Grid:
+    """Stands for a mesh of such devices."""
+
+    def __init__(self, devices, axes):
+        self.devices = devices
+
+
+def test_groups_that_share_parameters_span_hosts_of_gpus(monkeypatch):
+    """JAX gives each host of GPUs a slice of its own."""
+    devices = [Device("gpu", n // 4, n // 4, n) for n in range(8)]
+    monkeypatch.setattr(mesh.jax, "devices", lambda: devices)
+    monkeypatch.setattr(mesh, "Mesh", Grid)
+    made = mesh.make_mesh(fsdp=8)
+    assert made.devices.shape == (1, 8)
+    assert mesh.slices_in(made) == 1
+    assert mesh.processes_of(made) == [0, 1]
+
+
 def test_groups_that_share_parameters_lie_within_a_slice(monkeypatch):
     """Two slices of four devices; the ids of hosts interleave."""
-
-    @dataclasses.dataclass(eq=False)
-    class Device:
-        slice_index: int
-        process_index: int
-        id: int
-
-    devices = [Device(n % 2, n % 4, n) for n in range(8)]
+    devices = [Device("tpu", n % 2, n % 4, n) for n in range(8)]
     monkeypatch.setattr(mesh.jax, "devices", lambda: devices)
-    monkeypatch.setattr(mesh, "Mesh", lambda array, axes: array)
-    rows = mesh.make_mesh(fsdp=4)
+    monkeypatch.setattr(mesh, "Mesh", Grid)
+    made = mesh.make_mesh(fsdp=4)
+    assert mesh.processes_of(made) == [0, 2, 1, 3]
+    rows = made.devices
     assert [[device.slice_index for device in row] for row in rows] == [[0] * 4, [1] * 4]
     assert [[device.process_index for device in row] for row in rows] == [
         [0, 0, 2, 2],
@@ -511,3 +532,50 @@ def test_groups_that_share_parameters_lie_within_a_slice(monkeypatch):
         UserError, match=r"mesh\.fsdp=8 does not divide 4 devices of a slice: .* 1, 2, 4"
     ):
         mesh.make_mesh(fsdp=8)
+
+
+INTERLEAVED = """
+import sys
+import jax
+import numpy as np
+from simclr_jax import mesh, processes
+from simclr_jax.assemble import views
+from simclr_jax.config import default
+from simclr_jax.data.arrays import in_memory
+from simclr_jax.data.broken import Broken, Images
+from simclr_jax.evals.features import Extractor
+
+port, index = sys.argv[1], int(sys.argv[2])
+processes.start(f"127.0.0.1:{port}", 4, index)
+mesh._slice_of = lambda device: device.process_index % 2
+made = mesh.make_mesh()
+count = 10
+values = np.arange(count, dtype=np.uint8)
+split = in_memory(np.broadcast_to(values[:, None, None, None], (count, 8, 8, 3)).copy(), values.astype(np.int32))
+c = default()
+c.data.placement, c.data.image_size, c.data.batch_size, c.data.eval_crop = "device", 8, 8, 1.0
+batches = views(c, made).evaluation_batches(Images(split, Broken(split, 0.5)), 8)
+means = lambda variables, images: {"mean": images[:, 0, 0, :1].astype("float32") + variables}
+found, labels = Extractor(means, batch_size=8, size=8, mesh=made).extract(np.float32(0), batches, count)
+print(mesh.processes_of(made), found["mean"][:, 0].astype(int).tolist(), labels.tolist())
+"""
+
+
+@pytest.mark.whole
+def test_features_keep_the_order_of_the_images_where_slices_interleave(cache):
+    """Of 10 images in batches of 8: the second is not full."""
+    port = str(20000 + os.getpid() % 20000)
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", INTERLEAVED, port, str(i)],
+            cwd=ROOT,
+            env=environment(1, cache),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(4)
+    ]
+    order = list(range(10))
+    for process in started:
+        said, _ = process.communicate(timeout=240)
+        assert f"[0, 2, 1, 3] {order} {order}" in said

@@ -14,6 +14,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from simclr_jax import config
+from simclr_jax.data.order import Share
 from simclr_jax.data.split import BROKEN
 from simclr_jax.errors import NotFinite, UserError
 from simclr_jax.evals import transformations
@@ -750,12 +751,16 @@ def test_an_image_is_asked_about_whatever_the_batches_are():
     images = np.random.default_rng(0).integers(0, 256, (400, 8, 8, 3)).astype(np.uint8)
     labels = np.where(np.arange(400) == 7, BROKEN, 0)
 
-    def all_of(name, size):
+    def all_of(name, size, share=Share()):
+        own = {
+            "image": images[share.index :: share.count],
+            "label": labels[share.index :: share.count],
+        }
         batches = (
-            {"image": images[i : i + size], "label": labels[i : i + size]}
-            for i in range(0, 400, size)
+            {key: x[i : i + size] for key, x in own.items()}
+            for i in range(0, len(own["label"]), size)
         )
-        found = list(transformations.asked(TASKS[name], batches, seed=3, part=1))
+        found = list(transformations.asked(TASKS[name], batches, share, seed=3, part=1))
         return [np.concatenate([batch[key] for batch in found]) for key in ("image", "label")]
 
     for name, task in TASKS.items():
@@ -763,6 +768,9 @@ def test_an_image_is_asked_about_whatever_the_batches_are():
         again, same = all_of(name, 50)
         np.testing.assert_array_equal(changed, again)
         np.testing.assert_array_equal(answers, same)
+        of_one, its_answers = all_of(name, 50, Share(1, 4))
+        np.testing.assert_array_equal(of_one, changed[1::4])
+        np.testing.assert_array_equal(its_answers, answers[1::4])
         assert answers[7] == BROKEN
         share = np.bincount(np.delete(answers, 7)) / 399
         np.testing.assert_allclose(share, task.shares, atol=0.08)

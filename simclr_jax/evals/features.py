@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from simclr_jax.mesh import replicated, to_global, traced_on
+from simclr_jax.mesh import processes_of, replicated, to_global, traced_on
 
 # Pixels: larger images are averaged down to this before they serve as raw-pixel features.
 RAW_PIXELS = 32
@@ -56,11 +56,11 @@ class Extractor:
         Yields:
           {kind: features float32 [n, D]}, labels int32 [n], `split.BROKEN` for a broken image.
         """
-        processes = jax.process_count()
+        processes = len(processes_of(self._mesh))
         local, size = self.batch_size // processes, self._size
 
         def in_order(x):
-            # Rows come process after process; image i of process p is image p + i P of the split.
+            # Rows come process after process; image i of the p-th process is image p + i P of the split.
             return x.reshape(processes, local, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
 
         blank = np.zeros((local, size, size, 3), np.uint8)

@@ -1,7 +1,6 @@
 """The encoders that are evaluated: the newest of a workdir, and an untrained one beside it."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +13,6 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble
 from simclr_jax.console import Progress
 from simclr_jax.data.broken import Images
-from simclr_jax.data.order import Share
 from simclr_jax.data.split import DataSet
 from simclr_jax.encoders import apply_network, init_encoder
 from simclr_jax.encoders.images import to_float
@@ -226,9 +224,7 @@ def untrained(config: ConfigDict, images: Images, mesh: Mesh) -> dict:
     config = config.copy_and_resolve_references()
     config.data.batch_size = min(_CALIBRATION_IMAGES, images.split.count)
     alone = make_mesh(jax.local_devices()[:1])
-    made: Any = assemble.views(config, alone)
-    order = dataclasses.replace(made.settings.order, share=Share())
-    made = dataclasses.replace(made, settings=dataclasses.replace(made.settings, order=order))
+    made = assemble.views(config, alone)
     with contextlib.closing(made.batches(images, 0)) as batches:
         batch = made.placer(images.split)(next(batches))
 

@@ -8,12 +8,12 @@ we take one hidden layer of 512, and Gaussian noise of deviation 0.1.
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax.console import Progress, say
+from simclr_jax.data.order import Share
 from simclr_jax.data.split import BROKEN
 from simclr_jax.errors import UserError, one_line
 from simclr_jax.evals import subjects
@@ -87,7 +87,8 @@ def what_is_known(config: ConfigDict, workdir: str) -> list[dict]:
 
     def features(task: Task, part: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         images, count = parts[part], parts[part].split.count
-        batches = asked(task, views.evaluation_batches(images, batch_size), config.seed, part)
+        batches = views.evaluation_batches(images, batch_size)
+        batches = asked(task, batches, views.settings.order.share, config.seed, part)
         with Progress(-(-count // batch_size)) as progress:
             return extractor.extract(variables, progress.track(batches), count)
 
@@ -104,7 +105,7 @@ def what_is_known(config: ConfigDict, workdir: str) -> list[dict]:
 
 
 def asked(
-    task: Task, batches: Iterator[dict[str, np.ndarray]], seed: int, part: int
+    task: Task, batches: Iterator[dict[str, np.ndarray]], share: Share, seed: int, part: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """Transforms images, and yields them with the answers in place of their labels.
 
@@ -114,9 +115,10 @@ def asked(
     Args:
       task: the question, such as by how much the image was rotated.
       batches: this process's, {"image": uint8 [n, S, S, 3], "label": [n]}.
+      share: which images of the split these are: every `share.count`-th from the `share.index`-th on.
       seed, part: decide the random numbers: each part of the data has its own.
     """
-    place = jax.process_index()
+    place = share.index
     for batch in batches:
         images, answers = [], []
         for image, label in zip(batch["image"], batch["label"], strict=True):
@@ -125,7 +127,7 @@ def asked(
             changed = task.apply(image / 255.0, answer, rng)
             images.append(np.round(255.0 * changed).astype(np.uint8))
             answers.append(BROKEN if label == BROKEN else answer)
-            place += jax.process_count()
+            place += share.count
         yield {"image": np.stack(images), "label": np.asarray(answers, np.int32)}
 
 

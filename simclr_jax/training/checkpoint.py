@@ -21,9 +21,10 @@ from simclr_jax.training.saved import (
     agreed_steps,
     check_writable,
     checkpoint_folder,
-    checksum,
     checksum_of_record,
+    checksums,
     is_of_a_disk,
+    read_item,
     saved_steps,
     short_reason,
     verify,
@@ -119,8 +120,7 @@ class Checkpoints:
           UserError: this checkpoint or the last one cannot be written.
         """
         encoder, trainer = _split(state)
-        sums = {ENCODER: checksum(encoder), TRAINER: checksum(trainer)}
-        sums[RECORD] = checksum_of_record(record)
+        sums = checksums(encoder, trainer) | {RECORD: checksum_of_record(record)}
         arguments = ocp.args.Composite(
             **{
                 ENCODER: ocp.args.StandardSave(encoder),
@@ -152,23 +152,15 @@ class Checkpoints:
         if steps != sorted(self._manager.all_steps()):  # it listed them when it was made
             self._manager.reload()
         for step in reversed(steps):
-            state: TrainState | None = None
-            record: dict = {}
-            reason = "another process cannot read it"
-            try:
-                state, record = self._restore(step, abstract)
-            except Exception as error:  # whatever a damaged file may lead to
-                raise_if_passing(error)
-                reason = short_reason(error)
-            # A step is taken by all processes or by none.
-            if not all(processes.of_all(state is not None)):
+            found, reason = self._restore(step, abstract)
+            if found is None:
                 reasons.append(f"step {step}: {reason}")
                 failed.append(step)
                 continue
             for reason in reasons:
                 say(f"cannot read the checkpoint of {reason}")
             self._set_aside(failed)
-            return state, record
+            return _join(found[ENCODER], found[TRAINER]), found[RECORD]
         if reasons:
             raise UserError(
                 f"no checkpoint in {self._workdir} can be read ({'; '.join(reasons)}): use another "
@@ -190,22 +182,36 @@ class Checkpoints:
         processes.wait_for_all("broken checkpoints are set aside")
         self._manager.reload()
 
-    def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict]:
+    def _restore(self, step: int, abstract: TrainState) -> tuple[dict | None, str]:
+        """Returns the items of a checkpoint, on all processes or on none, and what this process found wrong."""
+        found: dict | None = None
+        reason = "another process cannot read it"
+        try:
+            # Nothing in here may wait for the other processes: theirs may be read well where this one is damaged.
+            found = self._read_alone(step, abstract)
+        except Exception as error:  # whatever a damaged file may lead to
+            raise_if_passing(error)
+            reason = short_reason(error)
+        readable = all(processes.of_all(found is not None))
+        if found is None or not readable:
+            return None, reason
+        try:
+            for item in (ENCODER, TRAINER):
+                verify(item, found[item], found[RECORD])
+        except ValueError as error:
+            return None, str(error)
+        return found, ""
+
+    def _read_alone(self, step: int, abstract: TrainState) -> dict:
         encoder, trainer = _split(abstract)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                **{
-                    ENCODER: ocp.args.StandardRestore(encoder),
-                    TRAINER: ocp.args.StandardRestore(trainer),
-                    RECORD: ocp.args.JsonRestore(),
-                }
-            ),
-        )
-        verify_record(restored[RECORD])
-        for item in (ENCODER, TRAINER):
-            verify(item, restored[item], restored[RECORD])
-        return _join(restored[ENCODER], restored[TRAINER]), restored[RECORD]
+        checkpoint = checkpoint_folder(self._workdir) / str(step)
+        record = read_item(checkpoint, RECORD, ocp.args.JsonRestore())
+        verify_record(record)
+        return {
+            ENCODER: read_item(checkpoint, ENCODER, ocp.args.StandardRestore(encoder)),
+            TRAINER: read_item(checkpoint, TRAINER, ocp.args.StandardRestore(trainer)),
+            RECORD: record,
+        }
 
 
 def save_once(folder: str, step: int, state: TrainState, record: dict) -> None:

@@ -155,7 +155,14 @@ def read_parts(checkpoint: epath.Path, abstract: dict) -> dict:
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
         partial_restore=True,
     )
-    return _read(checkpoint, TRAINER, args, ocp.PyTreeCheckpointHandler)
+    found = _read(checkpoint, TRAINER, args, ocp.PyTreeCheckpointHandler)
+    record = read_record(checkpoint)
+    try:
+        for name in found["params"]:
+            verify(name, network_of(found, name), record)
+    except ValueError as error:
+        raise _unreadable(checkpoint, error) from error
+    return found
 
 
 def read_newest(path: str, read: Callable[[epath.Path], _T]) -> _T:
@@ -188,11 +195,28 @@ def _agreed_step(path: str) -> int | None:
     return steps[-1] if steps else None
 
 
-def _read(checkpoint: epath.Path, item: str, args: Any, handler: Any = None) -> Any:
+def read_item(checkpoint: epath.Path, item: str, args: Any, handler: Any = None) -> Any:
+    """Reads one item of a checkpoint, without a wait for the other processes: what one of them reads may be damaged.
+
+    Args:
+      checkpoint: its folder.
+      item: ENCODER, TRAINER or RECORD.
+      args: Orbax's arguments for it.
+      handler: Orbax's handler class; None: the one that saved the item.
+
+    Raises:
+      Exception: it cannot be read; the storage decides which.
+    """
     handlers = ocp.CompositeCheckpointHandler(**{item: (handler or HANDLERS[item])()})
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    with ocp.Checkpointer(handlers, multiprocessing_options=alone) as checkpointer:
+        return checkpointer.restore(checkpoint, args=ocp.args.Composite(**{item: args}))[item]
+
+
+def _read(checkpoint: epath.Path, item: str, args: Any, handler: Any = None) -> Any:
     try:
-        with ocp.Checkpointer(handlers) as checkpointer:
-            return checkpointer.restore(checkpoint, args=ocp.args.Composite(**{item: args}))[item]
+        return read_item(checkpoint, item, args, handler)
     except Exception as error:  # whatever a damaged file may lead to
         raise_if_passing(error)
         raise _unreadable(checkpoint, error) from error
@@ -217,6 +241,18 @@ def is_of_a_disk(error: Exception) -> bool:
     return re.search(_OF_A_DISK, str(error)) is not None
 
 
+def checksums(encoder: dict, trainer: dict) -> dict[str, int]:
+    """Returns the checksum of each item of arrays, and that of each network in the trainer, which is read alone, too."""
+    trees = {ENCODER: encoder, TRAINER: trainer}
+    trees |= {name: network_of(trainer, name) for name in trainer["params"]}
+    return {name: checksum(tree) for name, tree in trees.items()}
+
+
+def network_of(trainer: dict, name: str) -> dict:
+    """Returns {"params", "batch_stats"} of one of the trainer's networks, such as "head"."""
+    return {kind: trainer[kind].get(name, {}) for kind in ("params", "batch_stats")}
+
+
 def checksum(tree: Any) -> int:
     """Sums the bits of all arrays, as unsigned numbers modulo 2**32. A change of any single bit changes the
     sum; the division of the arrays over devices does not. The storage itself has no checksum of the content of
@@ -236,7 +272,9 @@ def _checksum(tree: Any) -> jax.Array:
 
 
 def verify(item: str, tree: Any, record: dict) -> None:
-    """Raises a ValueError if an item of a checkpoint is not what was saved, by its record."""
+    """Raises a ValueError if an item of a checkpoint, or a network in it, is not what was saved, by its record. Call it on
+    all processes together: the arrays may be divided over their devices.
+    """
     expected = record.get("checksums", {}).get(item)  # None: an older version saved it
     if expected is not None and checksum(tree) != expected:
         raise ValueError(f"the arrays of {item} differ from those that were saved: damaged on disk")
