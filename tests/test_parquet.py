@@ -416,17 +416,19 @@ def test_a_file_that_changes_under_a_run_stops_it_in_one_line(tmp_path):
 
 def test_fingerprints_are_of_the_content_not_of_the_place(tmp_path):
     options = {"labels": [0, 1] * 4, "rows_of_a_group": 4}
-    one, two, other, relabelled = (
+    one, two, *others = (
         train_on(write(tmp_path / f"{name}.parquet", **(options | changed))).train
         for name, changed in {
             "one": {},
             "two": {},
             "other": {"images": [PNG * 2] * 8},
             "relabelled": {"labels": [0, 2] * 4},
+            "exchanged": {"labels": [1, 0] * 4},
+            "exchanged in a row group": {"labels": [0, 1] * 3 + [1, 0]},
         }.items()
     )
     assert one.fingerprint() == two.fingerprint()
-    assert len({split.fingerprint() for split in (one, other, relabelled)}) == 3
+    assert len({split.fingerprint() for split in (one, *others)}) == 5
 
 
 @pytest.fixture(scope="module")

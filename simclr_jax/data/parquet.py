@@ -150,7 +150,8 @@ class RowGroups(ShardedSource):
         digest = hashlib.blake2b(digest_size=16)
         for shard in shards:
             file, group = self._groups[shard]
-            digest.update(f"{file.rows[group]} {file.sizes[group]} {file.labels}\n".encode())
+            about = f"{file.rows[group]} {file.sizes[group]} {file.labels}\n{file.digests[group]}"
+            digest.update(about.encode())
         return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ import contextlib
 import fnmatch
 import glob
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from simclr_jax.files import absolute, cache_folder, in_bucket, write_text
 
 # A row group is read at once, in up to this share of the machine's memory.
 _MEMORY_FOR_A_ROW_GROUP = 0.1
-_INDEX_VERSION = 2  # 1 took an empty text for a class
+_INDEX_VERSION = 3  # 1 took an empty text for a class, 2 had no digests
 THREADS = 16  # files that are looked at, or read for their labels, at once
 
 
@@ -41,6 +42,7 @@ class ParquetFile(NamedTuple):
       sizes: bytes of each row group, not compressed.
       labels: the classes that occur in the file; empty: it has no labels.
       names: names of the labels 0, 1, ..., where the file has them; else empty.
+      digests: of the labels of each row group, row by row; "" where no row has a label.
     """
 
     path: str
@@ -49,6 +51,7 @@ class ParquetFile(NamedTuple):
     sizes: list[int]
     labels: list[str]
     names: list[str]
+    digests: list[str]
 
 
 def list_files(path: str) -> tuple[Any, list[str]]:
@@ -170,11 +173,12 @@ def _look(system: Any, path: str, state: str, columns: Columns) -> ParquetFile:
         groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
         _check_bytes(path, groups, columns.image)
         names = _names_of(schema, columns.label)
-        labels: set[str | None] = set()
+        found: list[list[str | None]] = [[] for _ in groups]
         if columns.label in schema.names:
-            for batch in file.iter_batches(columns=[columns.label]):
-                for value in batch[columns.label].unique().to_pylist():
-                    labels.add(class_of(value, names))
+            for g in range(len(groups)):
+                values = file.read_row_group(g, columns=[columns.label])[columns.label]
+                found[g] = [class_of(value, names) for value in values.to_pylist()]
+    labels = set(itertools.chain.from_iterable(found)) - {None}
     return ParquetFile(
         path,
         state,
@@ -182,7 +186,14 @@ def _look(system: Any, path: str, state: str, columns: Columns) -> ParquetFile:
         [group.total_byte_size for group in groups],
         sorted(label for label in labels if label is not None),
         names,
+        [_digest_of(some) for some in found],
     )
+
+
+def _digest_of(labels: list[str | None]) -> str:
+    if not any(label is not None for label in labels):
+        return ""
+    return hashlib.blake2b(json.dumps(labels).encode(), digest_size=16).hexdigest()
 
 
 def _holds_labels(kind: Any) -> bool:

@@ -310,7 +310,9 @@ class ShardedSource(Decoding, abc.ABC):
 
     @abc.abstractmethod
     def fingerprint(self, shards: np.ndarray) -> str:
-        """Returns a text that is equal for equal content of these shards, wherever they lie."""
+        """Returns a text that is equal for equal content of these shards, wherever they lie. Other content may have the
+        same text, too: see `Split.fingerprint`.
+        """
 
     def name_of(self, index: int) -> str:
         """Returns what a person calls example `index`, counted over all shards."""

@@ -88,7 +88,12 @@ class Split(Protocol):
         """Tries to read images. Returns {index: why it cannot be read} of those that cannot."""
 
     def fingerprint(self) -> str:
-        """Returns a text that is equal for splits of equal content, wherever they lie."""
+        """Returns a text that is equal for splits of equal content, wherever they lie.
+
+        Other content may have the same text, too, where reading all would take too long: a folder's knows labels, names
+        and sizes of the files, that of Parquet files labels and sizes, and that of TFDS the data set's name and the
+        lengths of its shards.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
