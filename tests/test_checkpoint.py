@@ -19,6 +19,7 @@ from conftest import encoder_checkpoint
 import simclr_jax
 from simclr_jax import assemble, processes
 from simclr_jax.errors import Unavailable, UserError
+from simclr_jax.evals import subjects
 from simclr_jax.mesh import make_mesh, state_shardings
 from simclr_jax.training import saved
 from simclr_jax.training.checkpoint import Checkpoints, Saving
@@ -139,7 +140,7 @@ def test_what_is_short_while_restoring_is_no_damage(error, raised, tmp_path, mon
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "_restore", fails)
+        patch.setattr(Checkpoints, "_read_alone", fails)
         with pytest.raises(raised, match=r"x|cannot be read at the moment .*Too many open files"):
             restored(tmp_path)
     assert not (tmp_path / "broken_checkpoints").exists()
@@ -162,7 +163,7 @@ def test_what_the_caller_changes_after_a_save_is_not_in_it(tmp_path, monkeypatch
         window.append({"loss": 2.0})
         went_on.set()
     found = read_record(find(str(tmp_path), 1))
-    assert set(found.pop("checksums")) == {"encoder", "trainer", "config"}
+    assert set(found.pop("checksums")) == {"encoder", "trainer", "head", "config"}
     assert found == {"step": 1, "window": [{"loss": 1.0}]}
 
 
@@ -195,24 +196,29 @@ def test_encoders_are_read_while_training_saves_and_deletes(tmp_path, tiny):
     assert steps == sorted(steps)
 
 
-def test_an_encoder_whose_arrays_are_not_those_saved_is_refused(tmp_path, tiny, monkeypatch):
+@pytest.mark.parametrize("name", ["encoder", "head"])
+def test_arrays_that_are_not_those_saved_are_refused(name, tmp_path, tiny, monkeypatch):
     """Where the storage has noticed nothing."""
     encoder_checkpoint(tiny, tmp_path)
     original = saved._read
 
     def with_one_bit_flipped(checkpoint, item, *how):
         found = original(checkpoint, item, *how)
-        if item != saved.ENCODER:
+        if item != (saved.ENCODER if name == "encoder" else saved.TRAINER):
             return found
         leaves, tree = jax.tree.flatten(found)
-        x = np.array(leaves[3])
+        x = np.array(leaves[1])
         x.view(np.uint32).reshape(-1)[0] ^= 1
-        return jax.tree.unflatten(tree, [*leaves[:3], jnp.asarray(x), *leaves[4:]])
+        return jax.tree.unflatten(tree, [leaves[0], jnp.asarray(x), *leaves[2:]])
 
-    assert simclr_jax.load_encoder(tmp_path).step == 1
-    monkeypatch.setattr(saved, "_read", with_one_bit_flipped)
-    with pytest.raises(UserError, match="the arrays of encoder differ from those that were saved"):
+    def read():
         simclr_jax.load_encoder(tmp_path)
+        subjects.trained(tiny, str(tmp_path), make_mesh(), head=True)
+
+    read()
+    monkeypatch.setattr(saved, "_read", with_one_bit_flipped)
+    with pytest.raises(UserError, match=f"the arrays of {name} differ from those that were saved"):
+        read()
 
 
 def empty(folder):

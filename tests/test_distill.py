@@ -263,6 +263,17 @@ def test_a_step_of_a_resnet_is_equal_on_any_mesh(small):
     check(one_step(c, teacher, 8, fsdp=2)[1], one, 2e-5)
 
 
+@pytest.mark.whole
+def test_no_microbatch_changes_the_running_statistics_of_the_teacher(small):
+    """The mean of three equal numbers may be rounded to another."""
+    c, teacher = small
+    set_options(c, {"data.batch_size": 12, "train.microbatches": 3})
+    start, one = one_step(c, teacher, 1)
+    kept = start.batch_stats["teacher"]
+    assert len(jax.tree.leaves(kept)) > 0
+    jax.tree.map(np.testing.assert_array_equal, one["batch_stats"]["teacher"], kept)
+
+
 def test_a_step_is_equal_on_any_mesh_and_leaves_the_teacher(tiny, teacher):
     c = tiny
     set_options(c, {"model.head": "none", "optimizer.warmup_epochs": 0.0})

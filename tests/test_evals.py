@@ -177,6 +177,14 @@ def test_features_are_centred_and_scaled_by_the_training_images():
     np.testing.assert_allclose(of_test, (test - train.mean(axis=0)) / factor, rtol=1e-4, atol=1e-6)
 
 
+def test_the_mean_of_many_rows_is_exact():
+    """The sum of 400,000 numbers near 3 in float32 is off by some thousandths."""
+    x = np.random.default_rng(0).normal(3.05, 0.029, (400_000, 2)).astype(np.float32)
+    (found,) = scale(x)
+    assert np.mean(np.sum(np.float64(found) ** 2, axis=1)) == pytest.approx(1, rel=1e-4)
+    np.testing.assert_allclose(found.mean(axis=0, dtype=np.float64), 0, atol=1e-4)
+
+
 def test_a_row_has_the_sample_deviation():
     found = results.row("encoder", 1, [Score(0.5), Score(0.6)])
     assert found["accuracy"] == pytest.approx(0.55)

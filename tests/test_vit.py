@@ -1,6 +1,7 @@
 """The ViT against a forward pass in NumPy, and everything that must work without BatchNorm."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,14 @@ def test_the_forward_pass_equals_loops_also_for_images_of_another_size():
         assert h.dtype == jnp.float32
         assert h.shape == (3, SMALL.width)
         np.testing.assert_allclose(h, forward(images, variables["params"], SMALL), atol=1e-5)
+
+
+def test_the_attentions_softmax_is_float32_also_with_bfloat16():
+    network = ViT(patch_size=4, layers=2, width=16, heads=2, dtype=jnp.bfloat16)
+    variables, images = variables_of(network, 8), jnp.zeros((2, 8, 8, 3))
+    program = str(jax.make_jaxpr(lambda v, x: network.apply(v, x, train=False))(variables, images))
+    assert len(re.findall(r":f32\[2,2,4,4\] = exp ", program)) == network.layers
+    assert not re.search(r":bf16\[\S+\] = exp ", program)
 
 
 def test_positions_tell_rows_from_columns():

@@ -71,7 +71,9 @@ OPTIONS: tuple[Option, ...] = (
         "model.dtype",
         "float32",
         one_of("float32", "bfloat16"),
-        'number format of the products in encoder and head; "bfloat16" on accelerators',
+        'number format of the products in encoder and head; "bfloat16" on accelerators. "float32" is as exact there '
+        "as JAX's default: TF32 on newer GPUs and bfloat16 on TPUs, unless the environment has "
+        "JAX_DEFAULT_MATMUL_PRECISION=highest",
     ),
     Option(
         "model.norm_momentum",

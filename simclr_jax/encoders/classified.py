@@ -45,7 +45,9 @@ class Classified(NamedTuple):
         )
 
     def logits(self, params: dict, batch_stats: dict, images) -> tuple[jax.Array, dict]:
-        """Computes logits [n, C] of images [n, H, W, 3] in training, and the new running statistics.
+        """Computes logits [n, C] of images [n, H, W, 3] as a step of training does, and the new running statistics of the
+        networks that have some. BatchNorm takes the statistics of the batch if `train_encoder`; else it takes the running
+        ones, and no gradient passes below the classifier.
 
         `params` is {"encoder", "head", "classifier"}, `batch_stats` {"encoder", "head"}; images are float in
         [0, 1].
@@ -67,15 +69,15 @@ class Classified(NamedTuple):
             own = {"params": params[name], "batch_stats": batch_stats[name]}
             return apply_network(network, own, x, train)
 
-        x, encoder_stats = through(self.encoder, "encoder", images)
-        head_stats = batch_stats["head"]
+        seen = {}
+        x, seen["encoder"] = through(self.encoder, "encoder", images)
         if self.layer > 0:
-            outputs, head_stats = through(self.head, "head", x)
+            outputs, seen["head"] = through(self.head, "head", x)
             x = outputs[self.layer]
         if not self.train_encoder:
             x = jax.lax.stop_gradient(x)
         logits: Any = self.classifier.apply({"params": params["classifier"]}, x)
-        return logits, {"encoder": encoder_stats, "head": head_stats}
+        return logits, seen if train else {}
 
     def start(self, encoder: dict, head: dict, key: jax.Array) -> tuple[dict, dict]:
         """Returns params and batch_stats before the first step.

@@ -1,5 +1,6 @@
 """What sits on the encoder while it trains: the projection head g and the online linear classifier."""
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -68,10 +69,11 @@ class ProjectionHead(nn.Module):
 
 
 class LinearClassifier(nn.Module):
-    """h [N, D] to logits [N, classes], float32."""
+    """h [N, D] to logits [N, classes], float32, also where an accelerator would round products to fewer bits."""
 
     classes: int
 
     @nn.compact
     def __call__(self, h):
-        return nn.Dense(self.classes, kernel_init=_kernel_init, name="dense")(h)
+        exact = jax.lax.Precision.HIGHEST
+        return nn.Dense(self.classes, precision=exact, kernel_init=_kernel_init, name="dense")(h)

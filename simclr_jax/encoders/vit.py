@@ -57,7 +57,7 @@ class Block(nn.Module):
 
     Attributes:
       heads: number of attention heads.
-      dtype: data type of the matrix products; LayerNorm is float32.
+      dtype: data type of the matrix products and of GELU; LayerNorm and the softmax of the attention are float32.
     """
 
     heads: int
@@ -72,6 +72,7 @@ class Block(nn.Module):
             dtype=self.dtype,
             kernel_init=nn.initializers.xavier_uniform(),
             deterministic=True,
+            force_fp32_for_softmax=True,
             name="attention",
         )(y)
         x = x + y
@@ -92,7 +93,7 @@ class ViT(nn.Module):
       layers: number of transformer blocks.
       width: D.
       heads: number of attention heads.
-      dtype: data type of the matrix products; parameters and LayerNorm stay float32.
+      dtype: data type of the matrix products and of GELU; parameters, LayerNorm and softmax stay float32.
       remat: the backward pass computes each block again instead of keeping its activations.
     """
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from simclr_jax.mesh import processes_of, replicated, to_global, traced_on
+from simclr_jax.mesh import gathered, processes_of, replicated, to_global, traced_on
 
 # Pixels: larger images are averaged down to this before they serve as raw-pixel features.
 RAW_PIXELS = 32
@@ -35,7 +35,7 @@ class Extractor:
         everywhere = replicated(mesh)
 
         def run(variables, batch):
-            return forward(variables, batch["image"]), batch["label"]
+            return forward(gathered(mesh)(variables), batch["image"]), batch["label"]
 
         self._run = jax.jit(traced_on(mesh, run), out_shardings=(everywhere, everywhere))
 
@@ -49,7 +49,7 @@ class Extractor:
         often.
 
         Args:
-          variables: the first argument of `forward`, on all devices of the mesh.
+          variables: the first argument of `forward`, on all devices of the mesh, whole or divided.
           batches: this process's part, from `Views.evaluation_batches`.
           count: images of all batches, over all processes.
 

@@ -159,7 +159,8 @@ def scale(train: np.ndarray, *rest: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def _mean_and_factor(x: np.ndarray) -> tuple[np.ndarray, float]:
-    mean = x.mean(axis=0)
+    # In float32 the sum of a million rows near 3 is off by 0.8 %.
+    mean = x.mean(axis=0, dtype=np.float64).astype(x.dtype)
     return mean, float(1 / np.sqrt(np.mean(np.sum((x - mean) ** 2, axis=1)) + 1e-12))
 
 

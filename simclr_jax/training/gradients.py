@@ -25,7 +25,7 @@ class Embedding(NamedTuple):
       loss: a scalar, mean over the b images, that is added to the loss over the whole batch. Its mean over
         equal parts of a batch must be the loss of the batch.
       metrics: {name: scalar}, each a mean over the b images.
-      batch_stats: {network: its new running BatchNorm statistics}.
+      batch_stats: {network: its new running BatchNorm statistics}, of the networks that are trained.
     """
 
     z: jax.Array

@@ -136,7 +136,6 @@ def distilled(
             loss += (1 - alpha) * of_labels
             metrics |= {"classifier_accuracy": accuracy} | _labelled_share(batch)
         metrics["loss"] = loss
-        seen = seen | {"teacher": batch_stats["teacher"]}
         return Embedding(jnp.zeros((len(x) // count, 0)), loss, metrics, seen)
 
     return embed

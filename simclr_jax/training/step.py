@@ -98,7 +98,7 @@ def make_step(
         new_state = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
-            batch_stats=found.batch_stats,
+            batch_stats=state.batch_stats | found.batch_stats,
             opt_state=opt_state,
         )
         if rule.memory is not None and state.memory is not None:

@@ -1,5 +1,6 @@
 """Reading the variables of TensorFlow checkpoints, and of SavedModels without running them."""
 
+import collections
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,7 +69,13 @@ def read(path: epath.Path) -> Mapping[str, np.ndarray]:
                 for node in graph.nodes
                 for attribute in node.attributes
             }
+        if twice := [name for name, n in collections.Counter(names.values()).items() if n > 1]:
+            raise UserError(
+                f"{path} has several variables called {twice[0]!r}: expected one of each name"
+            )
         return {name: reader.get_tensor(key) for key, name in names.items()}
+    except UserError:
+        raise
     except Exception as error:  # whatever a damaged file may lead to
         raise UserError(f"{path} cannot be read: {one_line(error)[:200]}") from error
 
