@@ -94,7 +94,7 @@ def state_shardings(mesh: Mesh, abstract: Any) -> Any:
     """
 
     def sharding(path, x) -> NamedSharding:
-        if path and getattr(path[-1], "name", None) == "keys":
+        if [getattr(part, "name", None) for part in path[-2:]] == ["memory", "keys"]:
             return NamedSharding(mesh, PartitionSpec(None, AXES))
         size = mesh.shape[FSDP]
         # Vectors are left whole: all together they are less than a thousandth of a ResNet.

@@ -177,7 +177,8 @@ def exit_now(status: int) -> NoReturn:
 
 
 def exit_within(status: object, seconds: float = _EXIT_SECONDS) -> None:
-    """Ends the process by force if its exit takes too long, for instance because it waits for a library's threads.
+    """Arms a timer that ends the process by force if it still runs after `seconds`, for instance because its exit waits
+    for a library's threads; returns at once. Takes over SIGALRM.
 
     Args:
       status: the code of the SystemExit; a text counts as 1.

@@ -35,7 +35,8 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """Applies "--config.a.b=value" flags; each value is read as the type of the option's default.
+    """Sets the options of "--config.a.b=value" flags in `config` itself, and returns it; each value is read as the type
+    of the option's default.
 
     Raises:
       UserError: an option is not known (names the nearest), or a value cannot be read.

@@ -241,8 +241,8 @@ OPTIONS: tuple[Option, ...] = (
         "train.hang_seconds",
         1800.0,
         number(0, 1e6),
-        "seconds without a step after which every process writes its stacks to WORKDIR/hung and ends; "
-        "compiling and evaluating do not count, a save may take ten times as long; 0: never",
+        "seconds without a step, from the result of the first step on, after which every process writes its stacks to "
+        "WORKDIR/hung and ends; evaluating does not count, a save may take ten times as long; 0: never",
         True,
     ),
     Option(

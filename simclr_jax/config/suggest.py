@@ -118,9 +118,10 @@ def suggest_evaluation(count: int, accelerator: bool) -> list[Choice]:
 
 
 def suggest_transfer_finetune(count: int, accelerator: bool) -> dict[str, Any]:
-    """Chooses a part of the paper's grid (appendix B.8) and its proportions, {option: value}: 20,000 steps for each of
-    7 x 8 settings, and twice as many for an untrained encoder, would take weeks on a CPU. The arguments are those of
-    `suggest_evaluation`.
+    """Chooses {option: value} for fewer than `_MANY` images: two learning rates and two weight decays of the paper's grid
+    (appendix B.8), about 30 epochs, and twice as many steps for an untrained encoder. The paper's 20,000 steps for each of
+    7 x 8 settings would take weeks on a CPU. For more images {}: the defaults, which are the paper's. The arguments are
+    those of `suggest_evaluation`.
     """
     if count >= _MANY:
         return {}

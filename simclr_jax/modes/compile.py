@@ -152,6 +152,10 @@ def too_large(topology: str, message: str) -> UserError:
 def account(config: ConfigDict, mesh: Mesh, compiled: Any, chip: Chip, topology: str) -> dict:
     """Collects what the compiler says of a step, and the bounds that follow. Times in s, sizes in bytes.
 
+    Of the keys, "memory" holds the bytes a device needs by their kind and "collectives" the communication; "bounds" holds
+    the seconds a step takes at least by each part of a chip, "bound" the part that takes longest, and
+    "views_per_second_bound" what follows from it.
+
     The compiler counts one pass of a loop: with `train.microbatches` above 1 its operations and
     bytes are those of one microbatch, and no bound is given.
     """

@@ -22,8 +22,8 @@ def draw_map(places: np.ndarray, some: Embedded, names: list[str], classes: tupl
     """Draws a map as a Bokeh figure.
 
     Args:
-      places: [n, 2].
-      some: the images.
+      places: positions of n images in the plane, [n, 2].
+      some: thumbnails and labels of these images.
       names: a name for each, as a person knows it.
       classes: names of the labels; None: there are none.
     """

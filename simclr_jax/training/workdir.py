@@ -191,7 +191,8 @@ def check_workdir(
 
 def check_data(train: Split, fingerprint: str, saved: dict | None, workdir: str) -> None:
     """Raises a UserError, on all processes, if they find different training images, or if the saved run began on
-    other training images or other labels of them, from which its online classifier learns.
+    other training images or other labels of them, from which its online classifier learns, as far as
+    `Split.fingerprint` tells.
 
     Args:
       train: the training images now.
