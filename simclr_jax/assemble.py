@@ -20,6 +20,7 @@ from simclr_jax.encoders import ENCODERS
 from simclr_jax.encoders.heads import LinearClassifier, ProjectionHead
 from simclr_jax.errors import UserError
 from simclr_jax.losses import LOSSES, Loss
+from simclr_jax.losses.checks import check_kind, check_loss
 from simclr_jax.losses.health import with_health
 from simclr_jax.mesh import check_divides, gathered, make_mesh, processes_of
 from simclr_jax.training import optimizer as optimizers
@@ -80,6 +81,8 @@ def pretraining(config: ConfigDict) -> Pretraining:
     loss = contrastive_loss(config, mesh)
     if loss.needs_labels and not classes:
         raise UserError(f"loss.name={config.loss.name} needs labels, and the data have none")
+    width = head(config).width_of_z(encoder(config).width)
+    check_loss(config.loss.name, loss, config.data.batch_size, width)
     if config.train.objective == "supervised":
         if not (classes and config.train.online_classifier):
             raise UserError(
@@ -278,7 +281,8 @@ def contrastive_loss(config: ConfigDict, mesh: Mesh) -> Loss:
     """Makes the loss over all projections of the batch."""
     # `overrides.load` leaves the loss of a saved run unchecked.
     check_value("loss.name", config.loss.name)
-    return LOSSES[config.loss.name](config.loss.to_dict(), mesh, config.data.batch_size)
+    name = config.loss.name
+    return check_kind(name, LOSSES[name](config.loss.to_dict(), mesh, config.data.batch_size))
 
 
 def memory_rule(config: ConfigDict, mesh: Mesh, made: Views) -> MemoryRule:

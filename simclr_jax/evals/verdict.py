@@ -32,10 +32,17 @@ def judge_accuracy(rows: list[dict], metrics: Mapping[str, float]) -> Verdict | 
     if trained > found[UNTRAINED]:
         if trained >= of_pixels:
             return Verdict(SOUND, said)
-        why = "the pixels alone tell more: train longer, or on more images"
-        return Verdict(_BELOW_PIXELS, f"{said}, raw pixels {of_pixels:.1%}: {why}")
+        said += f", raw pixels {of_pixels:.1%}"
+        bad = Verdict(
+            _BELOW_PIXELS, f"{said}: the pixels alone tell more: train longer, or on more images"
+        )
+    else:
+        bad = Verdict(_NO_BETTER, said)
     told = metrics.get("other_view_top1", 0.0)
     if told > 0.99:  # ours
-        why = "it tells views apart and images not: a shortcut, such as BatchNorm of few images a device"
-        return Verdict(_SHORTCUT, f"{said}, other_view_top1 {told:.1%}: {why} (simclr#114)")
-    return Verdict(_NO_BETTER, said)
+        why = (
+            "it tells views apart and images not: the two views of an image are too alike, or there is a shortcut, such as "
+            "BatchNorm of few images a device (simclr#114)"
+        )
+        return Verdict(_SHORTCUT, f"{said}, other_view_top1 {told:.1%}: {why}")
+    return bad

@@ -4,6 +4,7 @@ from ml_collections import ConfigDict
 
 from simclr_jax.console import say
 from simclr_jax.training.plan import Plan
+from simclr_jax.views import make_distortion
 
 _OFF_THE_RULE = 3.0  # factor between a learning rate and the paper's rules; our choice
 
@@ -53,7 +54,12 @@ def oddities(config: ConfigDict, plan: Plan, images: int) -> list[str]:
             f"optimizer.warmup_epochs={options.warmup_epochs:g} is {warmup} steps of {plan.steps}: it is cut "
             f"to {plan.warmup_steps}"
         )
-    if config.views.color_strength == 0 and config.views.grey_probability == 0:
+    if make_distortion(config.views.to_dict()).changes_nothing:
+        found.append(
+            "views: whole images and no distortion, so both views of an image are one picture: nothing can be learned from "
+            "them; see views.crop_area"
+        )
+    elif config.views.color_strength == 0 and config.views.grey_probability == 0:
         found.append(
             "no colour distortion: crops alone let colours give an image away (section 3.1)"
         )

@@ -1,5 +1,6 @@
 """Reads what a workdir holds about its run, whatever state the run is in."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -13,11 +14,12 @@ from simclr_jax.config import flatten, from_dict
 from simclr_jax.errors import UserError
 from simclr_jax.evals import EVALUATIONS
 from simclr_jax.evals.classifiers import TRAININGS
+from simclr_jax.evals.verdict import judge_accuracy
 from simclr_jax.files import absolute
 from simclr_jax.training.log import SKIPPED_IN_A_ROW
 from simclr_jax.training.metrics import read_lines
 from simclr_jax.training.plan import Plan
-from simclr_jax.training.verdict import References, Verdict, judge
+from simclr_jax.training.verdict import NOT_JUDGED, References, Verdict, judge
 from simclr_jax.training.workdir import run_record
 
 # Results are in WORKDIR/NAME.json, and in WORKDIR/NAME_DATA_DIGEST.json on other data.
@@ -113,7 +115,20 @@ class RunFiles:
         if found is None:
             said = "" if self.lines else "nothing is reported yet"
             return {"name": self.state, "because": said, "is_bad": False}
-        return found | {"is_bad": Verdict(found["name"], found["because"]).is_bad}
+        passed = Verdict(found["name"], found["because"])
+        if not passed.is_bad:
+            passed = self._evaluated(passed)
+        return passed._asdict() | {"is_bad": passed.is_bad}
+
+    def _evaluated(self, trained: Verdict) -> Verdict:
+        """Returns the verdict of the evaluations of features, on the run's own data, if one is bad or training had none.
+        Of what is trained by labels, the untrained encoder may well be as good.
+        """
+        rows = [self.results[name]["rows"] for name in EVALUATIONS if name in self.results]
+        newest = dict(collections.ChainMap(*reversed(self.lines)))
+        found = [passed for some in rows if (passed := judge_accuracy(some, newest))]
+        bad = [passed for passed in found if passed.is_bad]
+        return (bad or (found if trained.name == NOT_JUDGED else []) or [trained])[0]
 
     def _now(self) -> dict[str, str] | None:
         lines = [line for line in self.lines if "loss" in line and "z_std" in line]

@@ -7,8 +7,9 @@ from typing import NamedTuple
 from simclr_jax.losses.health import chance, lower_bound
 
 _BELOW, _NEAR_CHANCE, _COLLAPSED = 1e-3, 0.01, 0.1  # nats; nats; share of 1 / sqrt(d): ours
+_TOLD = 10.0  # times chance, by which pairs are told apart: ours
 
-SOUND, _TOO_EARLY = "sound", "too early to say"
+SOUND, _TOO_EARLY, NOT_JUDGED = _GOOD = "sound", "too early to say", "not judged"
 
 
 class References(NamedTuple):
@@ -31,7 +32,7 @@ class Verdict(NamedTuple):
     """A judgement of a run at one moment.
 
     Attributes:
-      name: "sound", "too early to say", "below the lower bound", "collapsed", "not learning", or
+      name: "sound", "too early to say", "not judged", "below the lower bound", "collapsed", "not learning", or
         one of an evaluation's (`evals.verdict`).
       because: the numbers, the reference and where it comes from.
     """
@@ -41,7 +42,7 @@ class Verdict(NamedTuple):
 
     @property
     def is_bad(self) -> bool:
-        return self.name not in (SOUND, _TOO_EARLY)
+        return self.name not in _GOOD
 
 
 def judge(step: int, metrics: Mapping[str, float], references: References) -> Verdict:
@@ -49,7 +50,7 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
 
     Args:
       step: the last of them.
-      metrics: "z_std", and "loss" where `references.temperature` is given.
+      metrics: "z_std", and "loss" where `references.temperature` is given; "other_view_top1", if it is known.
       references: the run's.
     """
     images, width, settled_after, temperature = references
@@ -59,7 +60,9 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
         why = "under a tenth (ours) of 1 / sqrt(d) (SimSiam, section 4.1)"
         return Verdict("collapsed", f"all images have nearly one projection: {seen}: {why}")
     if temperature is None:
-        return Verdict(SOUND, seen)
+        return Verdict(
+            NOT_JUDGED, f"{seen}; of this loss no bounds are known: an evaluation tells more"
+        )
     loss, least, no_better = metrics["loss"], lower_bound(images, temperature), chance(images)
     way = (no_better - loss) / (no_better - least)
     far = f"{way:.0%} of the way" if way > -0.005 else "worse than chance"
@@ -75,6 +78,12 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
             return Verdict(_TOO_EARLY, f"{where}; {seen}; {early}")
         why = f"after the warm-up within {near:.2g} (ours) of ln(2B - 1), and z is spread"
         if loss > no_better + near:
+            told = metrics.get("other_view_top1", 0.0)
+            if told > _TOLD / images:
+                why = f"yet {told:.1%} of the pairs are told apart (by chance {1 / images:.1%})"
+                return Verdict(
+                    NOT_JUDGED, f"{where}: {why}: the temperature is too low for this bound"
+                )
             why = "after the warm-up above ln(2B - 1): worse than telling nothing apart"
         return Verdict("not learning", f"{where}: {why}: {seen}")
     return Verdict(SOUND, f"{where}; {seen}")

@@ -136,6 +136,11 @@ class Distortion:
     one_branch: bool = False
 
     @property
+    def changes_nothing(self) -> bool:
+        """Returns whether all views of an image are one picture: whole images, and no operation."""
+        return self.crop.crop_area[0] >= 1 and not self.chain
+
+    @property
     def chain(self) -> tuple[Operation, ...]:
         """The operations that are on."""
         return tuple(operation for operation in self.operations if operation.is_on)
