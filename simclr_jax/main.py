@@ -6,11 +6,14 @@ import os
 import textwrap
 
 from simclr_jax import processes, shell
+from simclr_jax.config import differences, from_dict
 from simclr_jax.config.overrides import load
-from simclr_jax.errors import UserError, near_names
+from simclr_jax.config.python_files import own_files, read_file
+from simclr_jax.console import say
+from simclr_jax.errors import Unavailable, UserError, near_names
 from simclr_jax.files import check_bucket
-from simclr_jax.modes import FLAGS, MODES, owners
-from simclr_jax.training.workdir import saved_config
+from simclr_jax.modes import FLAGS, MODES, Mode, owners
+from simclr_jax.training.workdir import run_record, saved_config
 
 _COLUMNS = 79
 
@@ -35,12 +38,38 @@ def main(argv: list[str]) -> None:
             given = " ".join(overrides) or f"--config={args.config}"
             raise UserError(f"--runs compares runs as they are: expected no {given}")
     else:
-        saved = {"data": {"name": "imagenet2012"}} if mode.begins else None
-        if not args.config and not mode.begins:
-            saved = saved_config(args.workdir)
-        config = load(args.config, overrides, saved)
+        below = _options_below(args, mode)
+        config = load(args.config, overrides, below)
+        if args.config and mode.of_a_run and below is not None:
+            _say_what_the_file_is_for(args.config, below, args.workdir)
     run_mode = getattr(importlib.import_module(f"simclr_jax.{mode.module}"), mode.function)
     run_mode(*mode.leading, config, args.workdir, **flags)
+
+
+def _options_below(args: argparse.Namespace, mode: Mode) -> dict | None:
+    """Returns the options on which those of the flags are set; None: those of --config."""
+    if mode.begins:
+        return {"data": {"name": "imagenet2012"}} if not args.config else None
+    if not args.config:
+        return saved_config(args.workdir)
+    try:
+        return saved_config(args.workdir) if mode.of_a_run else None
+    except Unavailable:
+        raise
+    except UserError:  # no run is there, or its config.json is damaged
+        return None
+
+
+def _say_what_the_file_is_for(spec: str, of_the_run: dict, workdir: str) -> None:
+    """Says how the file that was given with a command on a run differs from the run, whose options apply."""
+    now = own_files()
+    for path, digest in (run_record(workdir) or {}).get("files", {}).items():
+        if now.get(path, digest) != digest:
+            say(f"config      {path} has changed since the run: its code may not be that of then")
+    if differ := differences(from_dict(of_the_run), read_file(spec)):
+        more = f"; and {len(differ) - 4} more" if len(differ) > 4 else ""
+        say("config      the run's options apply; give others as --config.NAME=VALUE. Those of")
+        say(f"            {spec} differ: {'; '.join(differ[:4])}{more}")
 
 
 def _flags_of(args: argparse.Namespace) -> dict:

@@ -9,10 +9,12 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import random_images
 from PIL import Image
 
+from simclr_jax.encoders import ENCODERS
 from simclr_jax.errors import UserError
 from simclr_jax.main import MODES, main
 
@@ -227,3 +229,70 @@ def test_what_one_run_compiled_the_next_one_reads(tmp_path):
     ]
     assert seen == ["False", "True"]
     assert list((tmp_path / "simclr_jax").iterdir())
+
+
+OWN_ENCODER = """
+from flax import linen as nn
+from simclr_jax import config
+from simclr_jax.encoders import ENCODERS
+
+
+class Pooled(nn.Module):
+    width: int = 8
+
+    def describe(self):
+        return "pooled"
+
+    def check_image_size(self, size):
+        pass
+
+    def as_baseline(self):
+        return self
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(self.width)(nn.avg_pool(x, (2, 2), (2, 2)).reshape(len(x), -1))
+
+
+ENCODERS["pooled"] = lambda model: Pooled()
+
+
+def get_config():
+    c = config.default()
+    c.data.source, c.data.path = "arrays", {path!r}
+    c.data.image_size, c.data.batch_size, c.data.eval_crop = 8, 16, 1.0
+    c.model.name, c.train.steps, c.eval.knn_k = "pooled", 2, 3
+    c.train.report, c.eval.after_training = False, "none"
+    c.views.color_strength = 1.0
+    return c
+"""
+
+
+def test_of_a_file_with_an_encoder_later_commands_take_the_code_and_the_runs_options(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(ENCODERS, "pooled", None)  # taken away again after the test
+    rng = np.random.default_rng(0)
+    for name, count in (("one", 40), ("other", 64)):
+        labels = np.arange(count) % 4
+        images = rng.integers(0, 256, (count, 8, 8, 3)).astype(np.uint8)
+        arrays = {"train_images": images, "train_labels": labels}
+        np.savez(
+            tmp_path / f"{name}.npz", **arrays, test_images=images[:20], test_labels=labels[:20]
+        )
+    own = tmp_path / "own.py"
+    text = OWN_ENCODER.replace("{path!r}", repr(str(tmp_path / "other.npz")))
+    own.write_text(text)
+    run = [f"--config={own}", f"--workdir={tmp_path / 'w'}"]
+    main([*run, f"--config.data.path={tmp_path / 'one.npz'}", "--config.views.color_strength=0.5"])
+    capsys.readouterr()
+    main([*run, "--mode=knn", "--config.eval.baselines=False"])
+    said = capsys.readouterr().out
+    assert "40 training images" in said
+    assert (tmp_path / "w/knn.json").exists()
+    assert "the run's options apply" in said
+    assert "views.color_strength: 0.5 -> 1.0" in said
+    assert "has changed since the run" not in said
+    own.write_text(text + "\n")
+    main([*run, "--mode=knn", "--config.eval.baselines=False"])
+    assert f"{own} has changed since the run" in capsys.readouterr().out

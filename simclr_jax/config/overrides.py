@@ -16,19 +16,23 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
 
     Args:
       spec: "FILE.py" or "FILE.py:ARGUMENT", or the name of a configuration that comes with the package
-        in place of the file; None: use `saved`.
+        in place of the file; None: there is none.
       overrides: flags of the form "--config.a.b=value".
-      saved: the configuration that a workdir was made with; None: the defaults.
+      saved: the configuration that a workdir was made with, which goes before that of `spec`: the file is then run only for
+        the encoders, losses and sources that it adds; None: there is none. Without both the defaults apply.
 
     Raises:
       UserError: a file or option is not there, or a value is not allowed.
     """
-    config = read_file(spec) if spec else from_dict(saved or {})
+    config = read_file(spec) if spec else None
+    if config is None or saved is not None:
+        config = from_dict(saved or {})
     source = config.data.source
     config = override(config, overrides)
     given = [flag.partition("=")[0].removeprefix("--config.") for flag in _join_values(overrides)]
     # A run may have a loss that its own configuration file adds, and commands that do not train need no loss.
-    unknown = ("loss.name",) if spec is None and "loss.name" not in given else ()
+    is_of_a_run = spec is None or saved is not None
+    unknown = ("loss.name",) if is_of_a_run and "loss.name" not in given else ()
     validate(config, unknown)
     check_is_read(config, given, source)
     return config

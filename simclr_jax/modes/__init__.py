@@ -20,6 +20,7 @@ class Mode(NamedTuple):
       text: what it does, for --help.
       needs: names of the flags that must be given.
       takes: names of the flags that may be given besides.
+      of_a_run: the workdir holds a run, whose options apply; of a --config only what it adds does.
       begins: it makes the workdir; so without --config the defaults apply, with ImageNet as the data.
       leading: arguments of the function before the configuration.
     """
@@ -29,6 +30,7 @@ class Mode(NamedTuple):
     text: str
     needs: tuple[str, ...] = ()
     takes: tuple[str, ...] = ()
+    of_a_run: bool = False
     begins: bool = False
     leading: tuple[str, ...] = ()
 
@@ -115,12 +117,13 @@ MODES = {
             "evaluate_features",
             evaluation.text,
             takes=("follow",),
+            of_a_run=True,
             leading=(name,),
         )
         for name, evaluation in EVALUATIONS.items()
     },
     **{
-        name: Mode("evals.evaluate", "evaluate", training.text, leading=(name,))
+        name: Mode("evals.evaluate", "evaluate", training.text, of_a_run=True, leading=(name,))
         for name, training in TRAININGS.items()
     },
     "distill": Mode(
@@ -134,6 +137,7 @@ MODES = {
         "the representations of every image of a folder, file or split, to a file",
         needs=("input", "output"),
         takes=("with_z",),
+        of_a_run=True,
     ),
     "neighbours": Mode(
         "modes.neighbours",
@@ -148,6 +152,7 @@ MODES = {
         "the encoder, or a classifier, for other programs",
         needs=("format",),
         takes=("output",),
+        of_a_run=True,
     ),
     "import": Mode(
         "modes.import_weights",
@@ -168,6 +173,7 @@ MODES = {
         "report",
         "a page about the run, for a browser: health, curves, views, neighbours, map; or about several",
         takes=("runs", "output"),
+        of_a_run=True,
     ),
     "views": Mode(
         "modes.report",

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from simclr_jax import config as config_lib
 from simclr_jax import processes
+from simclr_jax.config.python_files import own_files
 from simclr_jax.console import say
 from simclr_jax.data.split import DataSet, Split
 from simclr_jax.errors import Unavailable, UserError
@@ -294,6 +295,7 @@ def write_record(config: ConfigDict, about: dict[str, Any], workdir: str) -> dic
     """
     record = {
         "config": _found_from_anywhere(config),
+        "files": own_files(),
         **about,
         "versions": {name: _version(name) for name in _PACKAGES},
         "commit": _commit(),
