@@ -1,18 +1,27 @@
 """SimCLR pretraining in JAX: from a laptop CPU to a TPU pod with one code path.
 
 From Python: `pretrain(config, workdir)` trains as --mode=pretrain does, without the probe and the report at its
-end; `evaluate("probe", workdir)` makes the probe, and `load_encoder(workdir)` the encoder. Importing this package does
-not import TensorFlow.
+end; `evaluate("probe", workdir)` makes the probe, and `load_encoder(workdir)` the encoder. `make_views(config, image)`
+makes views. Importing this package does not import TensorFlow.
 """
 
 import os
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from simclr_jax.pretrained import Classifier, Encoder, load_classifier, load_encoder
 
-__all__ = ["Classifier", "Encoder", "evaluate", "load_classifier", "load_encoder", "pretrain"]
+__all__ = [
+    "Classifier",
+    "Encoder",
+    "evaluate",
+    "load_classifier",
+    "load_encoder",
+    "make_views",
+    "pretrain",
+]
 
 
 def pretrain(
@@ -78,6 +87,43 @@ def evaluate(
         return evaluate(name, _with_options(config, options, unknown), workdir)
     except Stopped:
         return None
+
+
+def make_views(
+    config: ConfigDict | str | os.PathLike,
+    image: Any,
+    *,
+    epoch: int = 0,
+    index: int = 0,
+    **options: Any,
+) -> np.ndarray:
+    """Makes the two views of an image that training sees in one epoch (paper, section 2.1 and appendix A).
+
+    Args:
+      config: see `pretrain`.
+      image: the path of an image file, a PIL image, or uint8 [H, W, 3], or [H, W] for grey.
+      epoch, index: number of the epoch and the image's place in the training split; with the option seed they decide the
+        random numbers.
+      options: values of options, by name: make_views(..., **{"views.color_strength": 0.5}).
+
+    Returns:
+      uint8 [2, S, S, 3], S the option data.image_size.
+
+    Raises:
+      UserError: the user can mend the cause; the message says how.
+      OSError, ValueError: the image cannot be read, or is something else.
+    """
+    import jax
+
+    from simclr_jax import assemble
+    from simclr_jax.data import pixels
+    from simclr_jax.mesh import make_mesh
+    from simclr_jax.shell import settle_tensorflow
+
+    settle_tensorflow(os.environ)
+    config = _with_options(config, options)
+    made = assemble.views(config, make_mesh(jax.local_devices()[:1]))
+    return made.sample(pixels.of_anything(image, config.data.upright), epoch, index)[0]
 
 
 def _begun(workdir: str) -> str:

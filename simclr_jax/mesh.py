@@ -148,7 +148,10 @@ def check_divides(
     multiple = mesh.size * microbatches
     if batch_size % multiple:
         each = f" in {microbatches} microbatches" if microbatches > 1 else ""
+        several = f" of {n} processes" if (n := jax.process_count()) > 1 else ""
+        fit = [n for n in range(1, mesh.size) if batch_size % (n * microbatches) == 0]
+        fewer = f", or {fit[-1]} device{'s' * (fit[-1] > 1)}" if fit else ""
         raise UserError(
-            f"{option}={batch_size} does not divide over {mesh.size} devices "
-            f"({jax.process_count()} processes){each}: use a multiple of {multiple}"
+            f"{option}={batch_size} does not divide over {mesh.size} devices{several}{each}: use a multiple of "
+            f"{multiple}{fewer}"
         )

@@ -21,7 +21,6 @@ from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.encoders.images import to_float
 from simclr_jax.errors import UserError
-from simclr_jax.files import expanded
 from simclr_jax.training import saved
 from simclr_jax.training.state import init_head
 from simclr_jax.views.crop import EvaluationView
@@ -117,26 +116,7 @@ class Encoder:
           OSError: the file cannot be read.
           ValueError: the file is a folder or no image (the message names it), or the array has another shape or type.
         """
-        if isinstance(image, Image.Image):
-            x = pixels.pixels(image, self.view.upright)
-        elif isinstance(image, str | os.PathLike):
-            try:
-                x = pixels.read(expanded(image).read_bytes(), self.view.upright)
-            except IsADirectoryError as error:
-                raise ValueError(
-                    f"{os.fspath(image)} is a folder: expected an image file; --mode=embed takes folders"
-                ) from error
-            except ValueError as error:
-                raise ValueError(f"{os.fspath(image)}: {error}") from error
-        else:
-            x = np.asarray(image)
-            x = np.repeat(x[..., np.newaxis], 3, axis=-1) if x.ndim == 2 else x
-        if x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] != 3 or 0 in x.shape:
-            raise ValueError(
-                f"an image is {x.dtype} {list(x.shape)}: expected uint8 [H, W, 3]; encoder(images) takes floats in [0, 1], "
-                "all of one size"
-            )
-        return self.view.of(x)
+        return self.view.of(pixels.of_anything(image, self.view.upright))
 
     def embed(self, images: Iterable[Any]) -> np.ndarray:
         """Computes h float32 [N, D] of N images, each what `preprocess` takes, as --mode=embed does.

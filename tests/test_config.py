@@ -335,7 +335,8 @@ def test_the_page_of_options_is_the_one_that_is_printed():
         (
             "from simclr_jax import config\ndef get_config(_):\n    c = config.default()\n"
             "    c.data.batchsize = 4\n    return c\n",
-            "file.py, line 4: ",
+            'file.py, line 4: AttributeError: Key "batchsize" does not exist and cannot be added since the config is locked. '
+            'Did you mean "batch_size" instead of "batchsize"?',
         ),
     ],
 )

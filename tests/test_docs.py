@@ -52,7 +52,8 @@ def test_the_loss_is_that_of_a_loop_and_trains(tiny, tmp_path, monkeypatch):
         np.exp(-2 * np.sum((unit[i] - unit[j]) ** 2)) for i in range(6) for j in range(6) if i != j
     ]
     value, metrics = jax.jit(loss.apply)(jnp.asarray(z), jnp.full(3, -1))
-    assert float(metrics["alignment"]) == pytest.approx(alignment, rel=1e-5)
+    found = float(metrics["batch_uniformity"])
+    assert found == pytest.approx(np.log(np.mean(potentials)), rel=1e-5)
     assert float(value) == pytest.approx(alignment + np.log(np.mean(potentials)), rel=1e-5)
 
     tiny.train.steps, tiny.train.log_every_steps = 2, 1
@@ -65,7 +66,7 @@ def test_the_loss_is_that_of_a_loop_and_trains(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(LOSSES, "uniformity", None)  # taken away again after the test
     pretrain(load(str(own), options), str(tmp_path / "w"))
     lines = (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()
-    assert {"loss", "alignment", "uniformity"} <= set(json.loads(lines[0]))
+    assert {"loss", "alignment", "batch_uniformity"} <= set(json.loads(lines[0]))
     # Later commands do not need the loss, but to train on does.
     monkeypatch.delitem(LOSSES, "uniformity")
     main([f"--workdir={tmp_path / 'w'}", "--mode=knn"])

@@ -44,6 +44,16 @@ def test_the_papers_recipe_is_not_unusual():
             "optimizer.warmup_epochs=10 is 3128 steps of 1000: it is cut to 500",
         ),
         ({"views__color_strength": 0.0, "views__grey_probability": 0.0}, "no colour distortion"),
+        (
+            {
+                "views__crop_area": (1.0, 1.0),
+                "views__flip": False,
+                "views__color_strength": 0.0,
+                "views__grey_probability": 0.0,
+                "views__blur_probability": 0.0,
+            },
+            "both views of an image are one picture",
+        ),
         ({"loss__temperature": 0.01}, "loss.temperature=0.01"),
         (
             {"loss__temperature": 1.0, "loss__normalize": False},

@@ -168,6 +168,14 @@ def test_verdicts(step, loss, z_std, expected):
     assert ("loss" in verdict.because) or expected == "collapsed"
 
 
+def test_a_loss_above_chance_is_no_alarm_where_pairs_are_told_apart():
+    """As at tau 0.001: ln(2B - 1) tells nothing there."""
+    means = {"loss": 300.0, "z_std": EVEN}
+    assert judge(50, means | {"other_view_top1": 0.12}, OF_512).name == "not judged"
+    assert judge(50, means | {"other_view_top1": 0.01}, OF_512).name == "not learning"
+    assert not judge(50, means | {"other_view_top1": 0.12}, OF_512).is_bad
+
+
 def test_at_a_high_temperature_every_loss_is_near_chance_and_that_is_no_alarm():
     warm = OF_512._replace(temperature=1000.0)
     least, no_better = lower_bound(512, 1000.0), chance(512)
@@ -178,7 +186,7 @@ def test_at_a_high_temperature_every_loss_is_near_chance_and_that_is_no_alarm():
 
 def test_of_a_loss_without_bounds_only_the_spread_is_judged():
     unbounded = OF_512._replace(temperature=None)
-    assert judge(50, {"loss": -9.0, "z_std": EVEN}, unbounded).name == "sound"
+    assert judge(50, {"loss": -9.0, "z_std": EVEN}, unbounded).name == "not judged"
     assert judge(50, {"loss": -9.0, "z_std": 0.0}, unbounded).name == "collapsed"
 
 
@@ -197,6 +205,9 @@ def test_an_encoder_that_is_no_better_than_untrained_is_named():
     found = judge_accuracy(rows, {})
     assert (found.name, found.is_bad) == ("below raw pixels", True)
     assert "raw pixels 70.0%" in found.because
+    found = judge_accuracy(rows, {"other_view_top1": 1.0})
+    assert found.name == "a shortcut"
+    assert "raw pixels 70.0%, other_view_top1 100.0%: " in found.because
     assert judge_accuracy(rows[1:], {}) is None
 
 

@@ -118,6 +118,13 @@ def test_an_odd_tile_is_refused():
 
 
 @pytest.mark.parametrize("loss", [nt_xent, nt_xent_chunked])
+@pytest.mark.parametrize("tau", [0.0, -1.0])
+def test_a_temperature_that_is_not_above_0_is_refused(loss, tau):
+    with pytest.raises(ValueError, match=f"temperature={tau}: expected a number above 0"):
+        loss(jnp.ones((4, 2)), tau)
+
+
+@pytest.mark.parametrize("loss", [nt_xent, nt_xent_chunked])
 @pytest.mark.parametrize("rows", [0, 7])
 def test_projections_without_partners_are_refused(loss, rows):
     with pytest.raises(ValueError, match=f"z has {rows} rows: expected an even number"):

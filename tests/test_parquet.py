@@ -414,6 +414,24 @@ def test_a_file_that_changes_under_a_run_stops_it_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_columns_of_classes_are_named_where_there_is_no_label_column(tmp_path, capsys):
+    path = write(tmp_path / "a.parquet", [0, 1], names=["cat", "dog"], column="fine_label")
+    assert train_on(path).train.classes is None
+    said = capsys.readouterr().out
+    assert "no column 'label', but fine_label with classes; --config.data.parquet.label_col" in said
+    assert (
+        opened(
+            source="parquet", path=path, parquet={"image_column": "image", "label_column": ""}
+        ).train.classes
+        is None
+    )
+    labelled = opened(
+        source="parquet", path=path, parquet={"image_column": "image", "label_column": "fine_label"}
+    )
+    assert labelled.train.classes == ("cat", "dog")
+    assert capsys.readouterr().out == ""
+
+
 def test_fingerprints_are_of_the_content_not_of_the_place(tmp_path):
     options = {"labels": [0, 1] * 4, "rows_of_a_group": 4}
     one, two, *others = (

@@ -363,6 +363,13 @@ def test_a_record_says_how_far_its_run_is(tmp_path):
     failed = read_run_files(str(write_run(tmp_path / "b", line, not_finite_step_3={"step": 3})))
     assert failed.verdict()["is_bad"]
     assert failed.state == "failed after step 2 of 4"
+    last = '{"step": 4, "loss": 1.5, "other_view_top1": 0.5}\n'
+    kinds = {"encoder": 0.5, "untrained encoder": 0.6}
+    rows = [{"features": k, "labels_per_class": None, "accuracy": x} for k, x in kinds.items()]
+    for name, found in (("knn", "no better than untrained"), ("finetune", "sound")):
+        files = {"health": {"name": "sound", "because": "z"}, name: {"rows": rows}}
+        later = write_run(tmp_path / f"d {name}", last, 4, **files)
+        assert read_run_files(str(later)).verdict()["name"] == found
     sick = write_run(tmp_path / "c", line, 2, health={"name": "collapsed", "because": "z"})
     assert read_run_files(str(sick)).verdict()["is_bad"]
     with pytest.raises(UserError, match="no run in"):

@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 from simclr_jax import config
 from simclr_jax.data.order import Share
 from simclr_jax.data.split import BROKEN
-from simclr_jax.errors import NotFinite, UserError
+from simclr_jax.errors import NotFinite, Stopped, UserError
 from simclr_jax.evals import transformations
 from simclr_jax.evals.evaluate import evaluate_features
 from simclr_jax.evals.transformations import TASKS
@@ -35,6 +35,7 @@ from simclr_jax.studies.outcomes import (
 )
 from simclr_jax.studies.record import about_run
 from simclr_jax.studies.runs import config_of, part_of, read_study, runs_of
+from simclr_jax.training.verdict import HEALTH, Verdict
 from simclr_jax.views import make_distortion
 
 FILES = sorted((pathlib.Path(__file__).parent.parent / "configs/studies").glob("*.py"))
@@ -193,13 +194,17 @@ def test_parts_make_the_table_of_the_whole_and_say_what_is_missing(
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """A study whose runs are not trained: their names, and "fails", those whose loss is not finite."""
-    told: dict = {"trained": [], "fails": set()}
+    """A study whose runs are not trained: their names; "fails", those whose loss is not finite; and "stops", those that a
+    signal stops.
+    """
+    told: dict = {"trained": [], "fails": set(), "stops": set()}
 
     def pretrain(own, workdir):
         told["trained"].append(pathlib.Path(workdir).name)
         if pathlib.Path(workdir).name in told["fails"]:
             raise NotFinite("step 1: loss nan not finite.")
+        if pathlib.Path(workdir).name in told["stops"]:
+            raise Stopped("stopped after step 1, which is saved")
         return True
 
     def evaluate(name, own, workdir):
@@ -210,6 +215,15 @@ def pretended(monkeypatch):
     monkeypatch.setattr(mode, "evaluate", evaluate)
     monkeypatch.setattr(mode, "draw", lambda *_: [])
     return told
+
+
+def test_a_study_that_is_stopped_shows_what_is_there(short, file, tmp_path, pretended):
+    last = runs_of(read_study(file))[-1].name
+    pretended["stops"].add(last)
+    with pytest.raises(Stopped, match="stopped after step 1"):
+        run_study(short, str(tmp_path / "S"), file)
+    assert json.loads((tmp_path / "S/study.json").read_text())["missing"] == [last]
+    assert "| tau 0.5 | 50.0" in (tmp_path / "S/table.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -463,7 +477,7 @@ def test_a_study_of_two_factors_can_be_drawn_as_a_matrix(tmp_path):
     study = read_study("augment_pairs")
     keys = keys_of(study)
     scores = {key: {0: 0.1 + i / 100} for i, key in enumerate(keys[:10])}
-    files = draw(study, Outcomes(scores, {}, [], {}, {}, {}), "digits", epath.Path(tmp_path))
+    files = draw(study, Outcomes(scores, {}, [], {}, {}, {}, {}), "digits", epath.Path(tmp_path))
     text = files[1].read_text()
     for shown in (
         ">10.0<",
@@ -574,7 +588,11 @@ def test_a_table_says_what_is_missing_and_what_has_failed(tmp_path):
         folder = tmp_path / f"x_seed-{seed}"
         folder.mkdir()
         outcome = {"about": "", "readings": {"h": {"accuracy": accuracy, "validation": 0.1}}}
+        baselines = {"raw pixels": 0.6, "untrained encoder": 0.5}
+        outcome |= {"baselines": baselines} if seed == 0 else {}
         (folder / OUTCOME).write_text(json.dumps(outcome))
+        verdict = Verdict("collapsed" if seed else "sound", "z_std 0.1")
+        (folder / HEALTH).write_text(json.dumps(verdict._asdict()))
     name = next(run.name for run in runs_of(study) if run.key == ("z|",))
     (tmp_path / name).mkdir()
     (tmp_path / name / OUTCOME).write_text(json.dumps({"about": "", "failed": "step 1: loss nan"}))
@@ -587,9 +605,12 @@ def test_a_table_says_what_is_missing_and_what_has_failed(tmp_path):
         ["y", "missing", "0", ""],
         ["z|", "failed", "0", ""],
     ]
-    text = mode._markdown("t", header, lines, [], outcomes)
+    text = mode._markdown("t", header, lines, [], study, outcomes)
     assert "| z\\| | failed | 0 |  |" in text
     assert f"- **Failed**: {name}: step 1: loss nan" in text
+    assert text.count("**Unhealthy**") == 1
+    assert "- **Unhealthy**: x_seed-1: collapsed: z_std 0.1" in text
+    assert "raw pixels 60.0 % (1 of 1 settings is below), untrained encoder 50.0 % (0 of 1 " in text
     # The last values of training, over both seeds that are finished; one of them stands in an earlier line alone.
     for seed in (0, 1):
         lines_of = [{"step": 1, "rank_h": 10.0}, {"step": 2, "loss": 0.5 + seed}]
@@ -811,7 +832,7 @@ def test_what_a_probe_is_told_it_finds():
 def test_the_legend_is_inside_the_figure(tmp_path):
     study = read_study("model_size")
     scores = {key: {0: 0.5 + i / 100} for i, key in enumerate(keys_of(study))}
-    png, _ = draw(study, Outcomes(scores, {}, [], {}, {}, {}), "emoji", epath.Path(tmp_path))
+    png, _ = draw(study, Outcomes(scores, {}, [], {}, {}, {}, {}), "emoji", epath.Path(tmp_path))
     legend = np.asarray(Image.open(png).convert("L"))[-80:]
     assert legend.min() < 100
     assert legend[:, :4].min() == legend[:, -4:].min() == 255
@@ -820,7 +841,7 @@ def test_the_legend_is_inside_the_figure(tmp_path):
 def test_readings_of_one_level_are_drawn_side_by_side(tmp_path):
     study = read_study("head_knows")
     scores = {key: {0: 0.5 + i / 100} for i, key in enumerate(keys_of(study))}
-    text = draw(study, Outcomes(scores, {}, [], {}, {}, {}), "digits", epath.Path(tmp_path))[
+    text = draw(study, Outcomes(scores, {}, [], {}, {}, {}, {}), "digits", epath.Path(tmp_path))[
         1
     ].read_text()
     for shown in (">rotation<", ">original or Sobel<", ">h<", ">z<"):

@@ -3,12 +3,17 @@
 import colorsys
 import logging
 
+import jax
 import numpy as np
 import pytest
 import scipy.ndimage
 import tensorflow as tf
 from PIL import Image
 
+import simclr_jax
+from simclr_jax import assemble, config
+from simclr_jax.config.python_files import read_file
+from simclr_jax.mesh import make_mesh
 from simclr_jax.views import crop, host, make_distortion
 from simclr_jax.views.blur import blur_sigma, blurred
 from simclr_jax.views.color import ColorJitter, Grey
@@ -320,3 +325,23 @@ def test_center_crop_keeps_the_middle():
     np.testing.assert_array_equal(kept, 200)
     whole = host.center_crop(tf.constant(x[:32, :32]), crop.EvaluationView(32))
     np.testing.assert_array_equal(whole, x[:32, :32])
+
+
+def test_views_from_python_are_those_of_training(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
+    found = simclr_jax.make_views("digits", image, epoch=1, index=7, **{"data.image_size": 8})
+    c = config.default()
+    config.set_options(c, config.flatten(read_file("digits")) | {"data.image_size": 8})
+    views = assemble.views(c, make_mesh(jax.devices()[:1]))
+    np.testing.assert_array_equal(found, views.sample(image, 1, 7)[0])
+    assert (found.shape, found.dtype) == ((2, 8, 8, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / "one.png")
+    of_file = simclr_jax.make_views(
+        "digits", tmp_path / "one.png", epoch=1, index=7, **{"data.image_size": 8}
+    )
+    np.testing.assert_array_equal(of_file, found)
+    assert not np.array_equal(
+        simclr_jax.make_views("digits", image, **{"data.image_size": 8}), found
+    )
+    with pytest.raises(ValueError, match=r"an image is float64 \[20, 30, 3\]: expected uint8"):
+        simclr_jax.make_views("digits", image / 255)

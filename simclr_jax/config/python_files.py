@@ -103,11 +103,22 @@ def run_file(path: str, function: str, argument: str = "") -> Any:
     except UserError:
         raise
     except Exception as error:  # whatever a file may do wrong
-        message = " ".join(str(error.args[0] if error.args else error).split())
+        message = _message_of(error)
         if isinstance(error, ValueError):
             raise UserError(f"{path}{argument and ':'}{argument}: {message}") from error
         where = _line_of(error, path)
         raise UserError(f"{path}{where}: {type(error).__name__}: {message}") from error
+
+
+def _message_of(error: Exception) -> str:
+    """Returns what an error says, in one line. ml_collections puts one error into another, and lists the whole
+    configuration for a name that it does not know.
+    """
+    said: Any = error
+    while isinstance(said, Exception) and said.args:
+        said = said.args[0]
+    text = " ".join(str(said).split())
+    return re.sub(r" Other fields present: .*?(?= Did you mean |$)", "", text)
 
 
 def packaged(folder: str = ".") -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from simclr_jax.console import say
 from simclr_jax.data.parquet_files import (
     THREADS,
     Columns,
@@ -72,6 +73,7 @@ class RowGroups(ShardedSource):
         self.lengths = np.asarray([file.rows[g] for file, g in self._groups], np.int64)
         self.total_bytes = sum(file.sizes[g] for file, g in self._groups)
         check_sizes(self._groups)
+        self.columns_of_classes = files[0].columns_of_classes
         occurring = classes_of(files)
         known = occurring if classes is None else classes or None
         self.classes = known if occurring else None  # images without any label have no classes
@@ -165,6 +167,11 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
     """
     columns = Columns(data["parquet"]["image_column"], data["parquet"]["label_column"])
     train = RowGroups(data["path"], columns)
+    if columns.label and train.classes is None and train.columns_of_classes:
+        say(
+            f"data        no labels: there is no column {columns.label!r}, but {', '.join(train.columns_of_classes)} with "
+            f"classes; --config.data.parquet.label_column={train.columns_of_classes[0]} reads them"
+        )
     test = None
     if data["test_path"]:
         rows = RowGroups(data["test_path"], columns, train.classes or ())

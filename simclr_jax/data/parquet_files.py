@@ -43,6 +43,7 @@ class ParquetFile(NamedTuple):
       labels: the classes that occur in the file; empty: it has no labels.
       names: names of the labels 0, 1, ..., where the file has them; else empty.
       digests: of the labels of each row group, row by row; "" where no row has a label.
+      columns_of_classes: where there is no label column: those that Hugging Face's datasets says hold classes.
     """
 
     path: str
@@ -52,6 +53,7 @@ class ParquetFile(NamedTuple):
     labels: list[str]
     names: list[str]
     digests: list[str]
+    columns_of_classes: list[str]
 
 
 def list_files(path: str) -> tuple[Any, list[str]]:
@@ -187,6 +189,7 @@ def _look(system: Any, path: str, state: str, columns: Columns) -> ParquetFile:
         sorted(label for label in labels if label is not None),
         names,
         [_digest_of(some) for some in found],
+        [] if columns.label in schema.names else [n for n in schema.names if _names_of(schema, n)],
     )
 
 

@@ -7,6 +7,7 @@ edge of the picture. Dropping the alpha channel would show it.
 import contextlib
 import functools
 import io
+import os
 import warnings
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from simclr_jax.console import say
+from simclr_jax.files import expanded
 
 # The largest photographs of telephones have 200 million pixels; this is 0.8 GB once decoded.
 MOST_PIXELS = 2**28
@@ -198,3 +200,36 @@ def _say_once(bits: int) -> None:
     say(
         f"pixels      a 16-bit image uses {bits} bits at most: such images are scaled by {bits} bits"
     )
+
+
+def of_anything(image: Any, upright: bool = True) -> np.ndarray:
+    """Returns an image as uint8 [H, W, 3].
+
+    Args:
+      image: the path of an image file, a PIL image, or uint8 [H, W, 3], or [H, W] for grey.
+      upright: turn it as its EXIF data say.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: the file is a folder or no image (the message names it), or the array has another shape or type.
+    """
+    if isinstance(image, Image.Image):
+        x = pixels(image, upright)
+    elif isinstance(image, str | os.PathLike):
+        try:
+            x = read(expanded(image).read_bytes(), upright)
+        except IsADirectoryError as error:
+            raise ValueError(
+                f"{os.fspath(image)} is a folder: expected an image file; --mode=embed takes folders"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(image)}: {error}") from error
+    else:
+        x = np.asarray(image)
+        x = np.repeat(x[..., np.newaxis], 3, axis=-1) if x.ndim == 2 else x
+    if x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] != 3 or 0 in x.shape:
+        raise ValueError(
+            f"an image is {x.dtype} {list(x.shape)}: expected uint8 [H, W, 3]; encoder(images) takes floats in [0, 1], "
+            "all of one size"
+        )
+    return x

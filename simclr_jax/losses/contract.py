@@ -91,8 +91,10 @@ def embedded(z, normalized: bool):
     return normalize(z) if normalized else z.astype(jnp.float32)
 
 
-def check_pairs(z) -> None:
-    """Raises a ValueError unless z [2B, D] may hold two views of each image."""
+def check_pairs(z, temperature: float) -> None:
+    """Raises a ValueError unless z [2B, D] may hold two views of each image, and tau, if it is known, is above 0."""
+    if isinstance(temperature, int | float) and not temperature > 0:
+        raise ValueError(f"temperature={temperature}: expected a number above 0")
     if len(z) % 2 or len(z) == 0:
         raise ValueError(f"z has {len(z)} rows: expected an even number, two views of each image")
 
@@ -110,9 +112,9 @@ def similarities(z, temperature: float, normalized: bool = True):
       is_partner: bool [2B, 2B], True where the column is the other view of the row's image.
 
     Raises:
-      ValueError: the number of rows is odd, or 0.
+      ValueError: the number of rows is odd, or 0; or tau is not above 0.
     """
-    check_pairs(z)
+    check_pairs(z, temperature)
     z = embedded(z, normalized)
     # HIGHEST: a float32 product; the TPU's default would round z to bfloat16.
     logits = jnp.matmul(z, z.T, precision=jax.lax.Precision.HIGHEST) / temperature

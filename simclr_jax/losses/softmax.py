@@ -82,7 +82,7 @@ def nt_xent(z, temperature, *, normalized: bool = True, other_view: bool = False
       metrics, see `contract.contrastive_metrics`.
 
     Raises:
-      ValueError: the number of rows is odd, or 0.
+      ValueError: the number of rows is odd, or 0; or tau is not above 0.
     """
     return dense_terms(z, temperature, normalized=normalized, other_view=other_view).loss()
 
@@ -99,7 +99,7 @@ def dcl(z, temperature, *, normalized: bool = True, other_view: bool = False):
       metrics, see `contract.contrastive_metrics`: over all 2B - 1 candidates, as for NT-Xent.
 
     Raises:
-      ValueError: the number of rows is odd, or 0.
+      ValueError: the number of rows is odd, or 0; or tau is not above 0.
     """
     terms = dense_terms(
         z, temperature, normalized=normalized, other_view=other_view, positive_in_sum=False

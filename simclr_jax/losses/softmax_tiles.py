@@ -82,7 +82,7 @@ def terms_in_tiles(
     """
     if chunk % 2:
         raise ValueError(f"chunk={chunk}: expected an even number, as two rows are one image")
-    check_pairs(z)
+    check_pairs(z, temperature)
     # Similarities of normalised z lie 2 / tau apart at most, and log-normalisers of 2B < 2^24 some 17 more.
     bounded, chunk = normalized and 2 / temperature <= 60, min(chunk, len(z))
     tiles = _Tiles(float(temperature), chunk, positive_in_sum, other_view, bounded)

@@ -32,7 +32,7 @@ from simclr_jax.training.metrics import read_lines
 from simclr_jax.training.optimizer import scaling_in_words
 from simclr_jax.training.sinks import Sinks
 from simclr_jax.training.state import count_parameters
-from simclr_jax.training.verdict import Verdict, judge
+from simclr_jax.training.verdict import HEALTH, Verdict, judge
 from simclr_jax.training.workdir import (
     about_classifier,
     about_training,
@@ -119,7 +119,7 @@ def _judge_at_end(
         trained = judge(int(last["step"]), last, assemble.references(config, plan))
     if evaluated.is_bad and (trained is None or not trained.is_bad):
         _say_verdict(workdir, evaluated)
-    file = epath.Path(workdir) / "health.json"
+    file = epath.Path(workdir) / HEALTH
     if evaluated.is_bad or trained is None or not file.exists():
         return
     if json.loads(file.read_text())["name"] in BAD_OF_EVALUATIONS:
@@ -174,7 +174,7 @@ def _say_verdict(workdir: str, verdict: Verdict) -> None:
     """Says a verdict, and writes it to WORKDIR/health.json."""
     say(f"health      {verdict.name}: {verdict.because}")
     if jax.process_index() == 0:
-        write_json(epath.Path(workdir) / "health.json", verdict._asdict())
+        write_json(epath.Path(workdir) / HEALTH, verdict._asdict())
 
 
 def _last_metrics(workdir: str) -> dict[str, float]:

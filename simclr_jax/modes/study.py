@@ -12,7 +12,7 @@ from simclr_jax import config as config_lib
 from simclr_jax.bench.e2e import measure_e2e
 from simclr_jax.console import duration, say, show_table
 from simclr_jax.data import name_of
-from simclr_jax.errors import NotFinite, UserError
+from simclr_jax.errors import NotFinite, Stopped, UserError
 from simclr_jax.evals import EVALUATIONS, subjects
 from simclr_jax.evals.classifiers import finetune
 from simclr_jax.evals.evaluate import evaluate
@@ -23,7 +23,14 @@ from simclr_jax.files import write_json, write_text
 from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.studies.contract import BY_NAME, Study, Verdict
 from simclr_jax.studies.figure import draw, need_matplotlib
-from simclr_jax.studies.outcomes import OUTCOME, Outcomes, outcomes_of, runs_wanted, table_of
+from simclr_jax.studies.outcomes import (
+    OUTCOME,
+    Outcomes,
+    below,
+    outcomes_of,
+    runs_wanted,
+    table_of,
+)
 from simclr_jax.studies.record import about_run, check_finished
 from simclr_jax.studies.runs import StudyRun, config_of, part_of, read_study, reading_of, runs_of
 
@@ -85,7 +92,11 @@ def run_study(
             return {}
         if not waiting:  # and the outcomes ask for no further run
             return _show(config, found, folder)
-        _finish_all({run.name: configs[run.name] for run in waiting}, found, folder, about)
+        try:
+            _finish_all({run.name: configs[run.name] for run in waiting}, found, folder, about)
+        except Stopped:
+            _show(config, found, folder)
+            raise
 
 
 def _of_first_process(
@@ -251,18 +262,19 @@ def _show(config: ConfigDict, study: Study, folder: epath.Path) -> dict:
     result = _record(study, outcomes, verdicts)
     if jax.process_index() == 0:
         write_json(folder / "study.json", result)
-        write_text(folder / "table.md", _markdown(title, header, lines, verdicts, outcomes))
+        write_text(folder / "table.md", _markdown(title, header, lines, verdicts, study, outcomes))
         files = draw(study, outcomes, data, folder)
         show_table(title, header, lines)
         if outcomes.baselines:
-            say(
-                f"beside      {_baselines_in_words(outcomes)}, for the data and encoder of the first run"
-            )
+            words = _baselines_in_words(study, outcomes)
+            say(f"beside      {words}, for the data and encoder of the first run")
         for verdict in verdicts:
             held = {True: "holds", False: "does not hold", None: "open"}[verdict.held]
             say(f"{held:<14}{verdict.claim}: {verdict.because}")
         for name, why in outcomes.failed.items():
             say(f"failed      {name}: {why}")
+        for name, why in outcomes.unhealthy.items():
+            say(f"unhealthy   {name}: {why}")
         for name in study.metrics:
             if outcomes.metrics and not any(name in found for found in outcomes.metrics.values()):
                 say(f"no metric   {name} in any metrics.jsonl")
@@ -291,12 +303,18 @@ def _record(study: Study, outcomes: Outcomes, verdicts: list[Verdict]) -> dict:
         "verdicts": [verdict._asdict() for verdict in verdicts],
         "missing": [run.name for run in outcomes.missing],
         "failed": outcomes.failed,
+        "unhealthy": outcomes.unhealthy,
         "baselines": outcomes.baselines,
     }
 
 
-def _baselines_in_words(outcomes: Outcomes) -> str:
-    return ", ".join(f"{kind} {100 * value:.1f} %" for kind, value in outcomes.baselines.items())
+def _baselines_in_words(study: Study, outcomes: Outcomes) -> str:
+    words = []
+    for kind, value in outcomes.baselines.items():
+        lower, settings = below(study, outcomes, value)
+        are = "is" if lower == 1 else "are"
+        words.append(f"{kind} {100 * value:.1f} % ({lower} of {settings} settings {are} below)")
+    return ", ".join(words)
 
 
 def _markdown(
@@ -304,6 +322,7 @@ def _markdown(
     header: list[str],
     lines: list[list[str]],
     verdicts: list[Verdict],
+    study: Study,
     outcomes: Outcomes,
 ) -> str:
     rows = [header, ["---"] * len(header), *lines]
@@ -313,9 +332,10 @@ def _markdown(
         f"- **{ {True: 'Holds', False: 'Does not hold', None: 'Open'}[v.held] }**: {v.claim} ({v.because})"
         for v in verdicts
     )
-    claims += "".join(f"\n- **Failed**: {name}: {why}" for name, why in outcomes.failed.items())
+    for what, runs in (("Failed", outcomes.failed), ("Unhealthy", outcomes.unhealthy)):
+        claims += "".join(f"\n- **{what}**: {name}: {why}" for name, why in runs.items())
     beside = (
-        f"Without training, for the data and encoder of the first run: {_baselines_in_words(outcomes)}.\n\n"
+        f"Without training, for the data and encoder of the first run: {_baselines_in_words(study, outcomes)}.\n\n"
         if outcomes.baselines
         else ""
     )

@@ -19,7 +19,7 @@ from simclr_jax.files import absolute
 from simclr_jax.training.log import SKIPPED_IN_A_ROW
 from simclr_jax.training.metrics import read_lines
 from simclr_jax.training.plan import Plan
-from simclr_jax.training.verdict import NOT_JUDGED, References, Verdict, judge
+from simclr_jax.training.verdict import HEALTH, NOT_JUDGED, References, Verdict, judge
 from simclr_jax.training.workdir import run_record
 
 # Results are in WORKDIR/NAME.json, and in WORKDIR/NAME_DATA_DIGEST.json on other data.
@@ -168,7 +168,7 @@ def read_run_files(workdir: str) -> RunFiles:
         root,
         about,
         read_lines(root / "metrics.jsonl"),
-        _json(root / "health.json"),
+        _json(root / HEALTH),
         {name: found for name, found in results.items() if found and "rows" in found},
         sorted(path.name for path in root.glob("not_finite_step_*.json")),
     )

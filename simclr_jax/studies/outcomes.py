@@ -12,6 +12,7 @@ from simclr_jax.studies.claims import deviation, mean
 from simclr_jax.studies.contract import Key, Scores, Study
 from simclr_jax.studies.runs import StudyRun, runs_of
 from simclr_jax.training.metrics import read_lines
+from simclr_jax.training.verdict import HEALTH, Verdict
 
 # In a run's workdir: {"about": see `record.about_run`, "readings": {reading: {"accuracy", "validation"}}}, or in place
 # of the readings "failed": why the training could not go on. That of the study's first run also holds "baselines".
@@ -28,6 +29,7 @@ class Outcomes(NamedTuple):
       failed: {run: why its training could not go on}. They have no score.
       baselines: {"raw pixels", "untrained encoder": accuracy} by the first reading's evaluation, with the encoder and
         data of the study's first run; {} where that evaluation has none.
+      unhealthy: {run: the bad verdict that its training ended with}. They count all the same.
       metrics: (key without the reading, setting) -> the means of `Study.metrics` over the seeds.
     """
 
@@ -36,6 +38,7 @@ class Outcomes(NamedTuple):
     missing: list[StudyRun]
     failed: dict[str, str]
     baselines: dict[str, float]
+    unhealthy: dict[str, str]
     metrics: dict[tuple[Key, int], dict[str, float]]
 
 
@@ -78,6 +81,7 @@ def _outcomes_among(runs: list[StudyRun], study: Study, folder: epath.Path) -> O
     missing: list[StudyRun] = []
     failed: dict[str, str] = {}
     baselines: dict[str, float] = {}
+    unhealthy: dict[str, str] = {}
     values: dict[tuple[Key, int], list[Mapping[str, float]]] = {}
     unstable = set()
     for run in runs:
@@ -91,6 +95,8 @@ def _outcomes_among(runs: list[StudyRun], study: Study, folder: epath.Path) -> O
         else:
             found.setdefault((run.key, run.setting), {})[run.seed] = outcome["readings"]
             baselines |= outcome.get("baselines", {})
+            if bad := _bad_verdict(folder / run.name):
+                unhealthy[run.name] = bad
             if study.metrics:
                 lines = read_lines(folder / run.name / "metrics.jsonl")
                 newest = collections.ChainMap(*reversed(lines))
@@ -109,7 +115,21 @@ def _outcomes_among(runs: list[StudyRun], study: Study, folder: epath.Path) -> O
             if key in several:
                 settings[name] = chosen
     metrics = {which: _means(study.metrics, of_runs) for which, of_runs in values.items()}
-    return Outcomes(scores, settings, missing, failed, baselines, metrics)
+    return Outcomes(scores, settings, missing, failed, baselines, unhealthy, metrics)
+
+
+def _bad_verdict(workdir: epath.Path) -> str:
+    """Returns the bad verdict that a run ended with, and why; "": it is not bad, or none was passed."""
+    file = workdir / HEALTH
+    verdict = Verdict(**json.loads(file.read_text())) if file.exists() else None
+    return f"{verdict.name}: {verdict.because}" if verdict and verdict.is_bad else ""
+
+
+def below(study: Study, outcomes: Outcomes, baseline: float) -> tuple[int, int]:
+    """Counts the keys whose mean accuracy by the study's first reading is below `baseline`, and all that have one."""
+    first = next(iter(study.readings))
+    keys = [key for key in outcomes.scores if len(study.readings) == 1 or key[-1] == first]
+    return sum(mean(outcomes.scores, key) < baseline for key in keys), len(keys)
 
 
 def _means(names: Iterable[str], of_runs: list[Mapping[str, float]]) -> dict[str, float]:

@@ -224,7 +224,7 @@ def summary_of(metrics: dict[str, float]) -> str:
     if metrics.get("skipped_steps"):
         parts.append(f"{metrics['skipped_steps']} steps skipped")
     if "classifier_accuracy" in metrics:
-        name = "online acc" if "contrastive_top1" in metrics else "training acc"
+        name = "online acc" if "classifier_loss" in metrics else "training acc"
         parts.append(f"{name} {metrics['classifier_accuracy']:.1%}")
     parts.append(f"lr {metrics['learning_rate']:.2g}")
     if "images_per_second" in metrics:  # not before a second step has been timed

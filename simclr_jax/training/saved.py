@@ -233,7 +233,8 @@ def short_reason(error: Exception) -> str:
     """Shortens a storage library's error, which may have pages, to a few words."""
     text = one_line(error)
     known = re.search(_OF_A_DISK, text)
-    return known[0] if known else text[:200]
+    # Left by an error of TensorStore whose text is that of a method.
+    return known[0] if known else re.sub(r"\s*<bound method pybind11_\S+", "", text)[:200]
 
 
 def is_of_a_disk(error: Exception) -> bool:

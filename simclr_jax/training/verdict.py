@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from simclr_jax.losses.health import chance, lower_bound
 
+HEALTH = "health.json"  # in a workdir: the verdict that the run ended with
+
 _BELOW, _NEAR_CHANCE, _COLLAPSED = 1e-3, 0.01, 0.1  # nats; nats; share of 1 / sqrt(d): ours
 _TOLD = 10.0  # times chance, by which pairs are told apart: ours
 
