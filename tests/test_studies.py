@@ -429,7 +429,8 @@ OF_TWO_SCALES = ("batch_epochs", "head", "lr_scaling", "model_size", "semi_super
 
 
 @pytest.mark.parametrize(
-    "name", [*(path.stem for path in FILES), *(f"{name}:paper" for name in OF_TWO_SCALES)]
+    "name",
+    [*(path.stem for path in FILES), "head:512", *(f"{name}:paper" for name in OF_TWO_SCALES)],
 )
 def test_the_studies_that_come_with_the_package_are_sound(name, monkeypatch):
     monkeypatch.setattr("simclr_jax.data.tfds.is_prepared", lambda name: True)

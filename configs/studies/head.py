@@ -1,6 +1,7 @@
 """Figure 8: no head, a linear one and a nonlinear one; and how much h and z hold.
 
 --study=head          z of 32, 128 and 512 numbers
+--study=head:128      z of 128 numbers alone, or of another of the paper's widths
 --study=head:paper    all seven widths of the paper, 32 to 2,048: 21 runs
 """
 
@@ -16,8 +17,12 @@ _FIGURE_8 = {
 
 
 def get_study(argument: str = "") -> Study:
-    """`argument`: "" or "paper". 9 runs per seed, or 21 and one seed; without a head z is h, whatever the width."""
-    names = of_scale(argument, small=_SMALL, paper=_PAPER)
+    """`argument`: "", a width or "paper". 9 runs per seed, 3, or 21 and one seed; without a head z is h, whatever the
+    width.
+    """
+    one = argument in _PAPER
+    names = (argument,) if one else of_scale(argument, small=_SMALL, paper=_PAPER)
+    at = argument if one else "128"
     kinds = {
         "none": Level({"model.head": "none"}),
         "linear": Level({"model.head": "linear"}),
@@ -31,15 +36,15 @@ def get_study(argument: str = "") -> Study:
         claims=(
             above(
                 "a nonlinear head is better than none",
-                ("128", "nonlinear", "h"),
-                ("128", "none", "h"),
+                (at, "nonlinear", "h"),
+                (at, "none", "h"),
             ),
             above(
                 "a nonlinear head is better than a linear one",
-                ("128", "nonlinear", "h"),
-                ("128", "linear", "h"),
+                (at, "nonlinear", "h"),
+                (at, "linear", "h"),
             ),
-            above("h holds more than z", ("128", "nonlinear", "h"), ("128", "nonlinear", "z")),
+            above("h holds more than z", (at, "nonlinear", "h"), (at, "nonlinear", "z")),
         ),
         published=Published(
             "paper, figure 8: ImageNet, linear, top-1",
@@ -50,5 +55,5 @@ def get_study(argument: str = "") -> Study:
                 if width in names
             },
         ),
-        seeds=1 if argument else 3,
+        seeds=1 if argument == "paper" else 3,
     )
