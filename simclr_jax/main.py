@@ -6,9 +6,8 @@ import os
 import textwrap
 
 from simclr_jax import processes, shell
-from simclr_jax.config import differences, from_dict
 from simclr_jax.config.overrides import load
-from simclr_jax.config.python_files import own_files, read_file
+from simclr_jax.config.python_files import own_files
 from simclr_jax.console import say
 from simclr_jax.errors import Unavailable, UserError, near_names
 from simclr_jax.files import check_bucket
@@ -40,8 +39,8 @@ def main(argv: list[str]) -> None:
     else:
         below = _options_below(args, mode)
         config = load(args.config, overrides, below)
-        if args.config and mode.of_a_run and below is not None:
-            _say_what_the_file_is_for(args.config, below, args.workdir)
+        if below is not None and mode.of_a_run:
+            _say_which_files_have_changed(args.workdir)
     run_mode = getattr(importlib.import_module(f"simclr_jax.{mode.module}"), mode.function)
     run_mode(*mode.leading, config, args.workdir, **flags)
 
@@ -60,16 +59,12 @@ def _options_below(args: argparse.Namespace, mode: Mode) -> dict | None:
         return None
 
 
-def _say_what_the_file_is_for(spec: str, of_the_run: dict, workdir: str) -> None:
-    """Says how the file that was given with a command on a run differs from the run, whose options apply."""
+def _say_which_files_have_changed(workdir: str) -> None:
+    """Says which configuration files, of those that were read now, are not what they were when the run began."""
     now = own_files()
     for path, digest in (run_record(workdir) or {}).get("files", {}).items():
         if now.get(path, digest) != digest:
             say(f"config      {path} has changed since the run: its code may not be that of then")
-    if differ := differences(from_dict(of_the_run), read_file(spec)):
-        more = f"; and {len(differ) - 4} more" if len(differ) > 4 else ""
-        say("config      the run's options apply; give others as --config.NAME=VALUE. Those of")
-        say(f"            {spec} differ: {'; '.join(differ[:4])}{more}")
 
 
 def _flags_of(args: argparse.Namespace) -> dict:

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from simclr_jax.config import allowed_values, flatten, from_dict, validate
+from simclr_jax.config import allowed_values, differences, flatten, from_dict, validate
 from simclr_jax.config.python_files import read_file
+from simclr_jax.console import say
 from simclr_jax.data import check_given
 from simclr_jax.errors import UserError, near_names, one_line
 
@@ -24,9 +25,10 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
     Raises:
       UserError: a file or option is not there, or a value is not allowed.
     """
-    config = read_file(spec) if spec else None
-    if config is None or saved is not None:
-        config = from_dict(saved or {})
+    of_file = read_file(spec) if spec else None
+    if of_file is not None and saved is not None:
+        _say_what_differs(from_dict(saved), of_file, str(spec))
+    config = from_dict(saved or {}) if of_file is None or saved is not None else of_file
     source = config.data.source
     config = override(config, overrides)
     given = [flag.partition("=")[0].removeprefix("--config.") for flag in _join_values(overrides)]
@@ -36,6 +38,13 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
     validate(config, unknown)
     check_is_read(config, given, source)
     return config
+
+
+def _say_what_differs(of_run: ConfigDict, of_file: ConfigDict, spec: str) -> None:
+    if differ := differences(of_run, of_file):
+        more = f"; and {len(differ) - 4} more" if len(differ) > 4 else ""
+        say("config      the run's options apply; give others as --config.NAME=VALUE. Those of")
+        say(f"            {spec} differ: {'; '.join(differ[:4])}{more}")
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
