@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
 
 
 def _options_below(args: argparse.Namespace, mode: Mode) -> dict | None:
-    """Returns the options on which those of the flags are set; None: those of --config."""
+    """Returns the options that the flags --config.NAME=VALUE then change; None: start from the --config file."""
     if mode.begins:
         return {"data": {"name": "imagenet2012"}} if not args.config else None
     if not args.config:
@@ -60,11 +60,14 @@ def _options_below(args: argparse.Namespace, mode: Mode) -> dict | None:
 
 
 def _say_which_files_have_changed(workdir: str) -> None:
-    """Says which configuration files, of those that were read now, are not what they were when the run began."""
-    now = own_files()
-    for path, digest in (run_record(workdir) or {}).get("files", {}).items():
-        if now.get(path, digest) != digest:
-            say(f"config      {path} has changed since the run: its code may not be that of then")
+    """Says so if the configuration file that was read now is not what it was when the run began, wherever it lies."""
+    then = {os.path.basename(x): n for x, n in (run_record(workdir) or {}).get("files", {}).items()}
+    for path, digest in own_files().items():
+        if then.get(os.path.basename(path), digest) != digest:
+            say(
+                f"config      {path} has changed since the run: its code may differ from what the run"
+            )
+            say("            was trained with")
 
 
 def _flags_of(args: argparse.Namespace) -> dict:

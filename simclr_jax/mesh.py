@@ -149,8 +149,9 @@ def check_divides(
     if batch_size % multiple:
         each = f" in {microbatches} microbatches" if microbatches > 1 else ""
         several = f" of {n} processes" if (n := jax.process_count()) > 1 else ""
-        fit = [n for n in range(1, mesh.size) if batch_size % (n * microbatches) == 0]
-        fewer = f", or {fit[-1]} device{'s' * (fit[-1] > 1)}" if fit else ""
+        counts = range(mesh.shape[FSDP], mesh.size, mesh.shape[FSDP]) if not several else ()
+        fit = [n for n in counts if batch_size % (n * microbatches) == 0]
+        fewer = f", or let the process see {fit[-1]} device{'s' * (fit[-1] > 1)}" if fit else ""
         raise UserError(
             f"{option}={batch_size} does not divide over {mesh.size} devices{several}{each}: use a multiple of "
             f"{multiple}{fewer}"

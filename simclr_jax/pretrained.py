@@ -116,7 +116,11 @@ class Encoder:
           OSError: the file cannot be read.
           ValueError: the file is a folder or no image (the message names it), or the array has another shape or type.
         """
-        return self.view.of(pixels.of_anything(image, self.view.upright))
+        try:
+            x = pixels.of_anything(image, self.view.upright)
+        except ValueError as error:
+            raise ValueError(f"{error}{_what_takes(image)}") from error
+        return self.view.of(x)
 
     def embed(self, images: Iterable[Any]) -> np.ndarray:
         """Computes h float32 [N, D] of N images, each what `preprocess` takes, as --mode=embed does.
@@ -131,6 +135,13 @@ class Encoder:
         with concurrent.futures.ThreadPoolExecutor() as threads:
             found = [self(np.stack(x)) for x in _in_batches(threads, self.preprocess, images)]
         return np.concatenate(found) if found else np.zeros((0, self.width), np.float32)
+
+
+def _what_takes(image: Any) -> str:
+    """Says what takes what `preprocess` does not."""
+    if isinstance(image, str | os.PathLike):
+        return "; --mode=embed takes folders" if expanded(image).is_dir() else ""
+    return "; encoder(images) takes floats in [0, 1], all of one size"
 
 
 def _are_within_0_and_1(x: np.ndarray) -> bool:

@@ -284,14 +284,23 @@ def test_of_a_file_with_an_encoder_later_commands_take_the_code_and_the_runs_opt
     text = OWN_ENCODER.replace("{path!r}", repr(str(tmp_path / "other.npz")))
     own.write_text(text)
     run = [f"--config={own}", f"--workdir={tmp_path / 'w'}"]
-    main([*run, f"--config.data.path={tmp_path / 'one.npz'}", "--config.views.color_strength=0.5"])
+    main(
+        [
+            *run,
+            f"--config.data.path={tmp_path / 'one.npz'}",
+            "--config.views.color_strength=0.5",
+            "--config.eval.knn_k=5",
+        ]
+    )
     capsys.readouterr()
     main([*run, "--mode=knn", "--config.eval.baselines=False"])
     said = capsys.readouterr().out
     assert "40 training images" in said
     assert (tmp_path / "w/knn.json").exists()
-    assert "the run's options apply" in said
-    assert "views.color_strength: 0.5 -> 1.0" in said
+    assert "the run's own options are used" in said
+    assert "views.color_strength is 0.5 in the run, 1.0 in the file" in said
+    assert re.search(r"data\.path is '\S+one\.npz' in the run, '\S+other\.npz' in the file", said)
+    assert "eval.knn_k is 5 in the run, 3 in the file" in said
     assert "has changed since the run" not in said
     own.write_text(text + "\n")
     main([*run, "--mode=knn", "--config.eval.baselines=False"])

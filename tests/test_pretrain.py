@@ -324,7 +324,7 @@ def test_a_batch_that_does_not_divide_is_refused(tiny, tmp_path, capfd):
     workdir = tmp_path / "w"
     arguments = [f"--config={file}", f"--workdir={workdir}", "--config.data.batch_size=12"]
     assert error_at_the_terminal(capfd, *arguments) == (
-        "error: data.batch_size=12 does not divide over 8 devices: use a multiple of 8, or 6 devices"
+        "error: data.batch_size=12 does not divide over 8 devices: use a multiple of 8, or let the process see 6 devices"
     )
     assert list(workdir.glob("c*")) == []
 

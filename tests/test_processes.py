@@ -576,6 +576,10 @@ def test_features_keep_the_order_of_the_images_where_slices_interleave(cache):
         for i in range(4)
     ]
     order = list(range(10))
-    for process in started:
-        said, _ = process.communicate(timeout=240)
-        assert f"[0, 2, 1, 3] {order} {order}" in said
+    try:
+        for process in started:
+            said, _ = process.communicate(timeout=240)
+            assert f"[0, 2, 1, 3] {order} {order}" in said
+    finally:
+        for process in started:
+            process.kill()

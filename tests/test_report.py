@@ -367,9 +367,16 @@ def test_a_record_says_how_far_its_run_is(tmp_path):
     kinds = {"encoder": 0.5, "untrained encoder": 0.6}
     rows = [{"features": k, "labels_per_class": None, "accuracy": x} for k, x in kinds.items()]
     for name, found in (("knn", "no better than untrained"), ("finetune", "sound")):
-        files = {"health": {"name": "sound", "because": "z"}, name: {"rows": rows}}
+        files = {"health": {"name": "sound", "because": "z"}, name: {"rows": rows, "step": 4}}
         later = write_run(tmp_path / f"d {name}", last, 4, **files)
         assert read_run_files(str(later)).verdict()["name"] == found
+    files["knn"] = {"rows": rows, "step": 2}  # of an earlier checkpoint
+    stale = write_run(tmp_path / "e", last, 4, **files)
+    assert read_run_files(str(stale)).verdict()["name"] == "sound"
+    rows[1]["accuracy"] = 0.4
+    files = {"health": {"name": "not judged", "because": "z"}, "knn": {"rows": rows, "step": 4}}
+    better = write_run(tmp_path / "f", last, 4, **files)
+    assert read_run_files(str(better)).verdict()["name"] == "sound"
     sick = write_run(tmp_path / "c", line, 2, health={"name": "collapsed", "because": "z"})
     assert read_run_files(str(sick)).verdict()["is_bad"]
     with pytest.raises(UserError, match="no run in"):

@@ -126,6 +126,11 @@ def allowed_values(name: str) -> str:
     return _BY_NAME[name].allowed.text
 
 
+def is_path(name: str) -> bool:
+    """Returns whether an option is the path of a file or folder."""
+    return _BY_NAME[name].allowed.are_paths
+
+
 def check_value(name: str, value: Any) -> None:
     """Raises a UserError if an option may not have a value."""
     if problem := _BY_NAME[name].problem(value):

@@ -1,15 +1,17 @@
 """From the command line to a configuration: --config=FILE and --config.NAME=VALUE flags."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from simclr_jax.config import allowed_values, differences, flatten, from_dict, validate
+from simclr_jax.config import allowed_values, flatten, from_dict, is_path, validate
 from simclr_jax.config.python_files import read_file
 from simclr_jax.console import say
 from simclr_jax.data import check_given
 from simclr_jax.errors import UserError, near_names, one_line
+from simclr_jax.files import absolute
 
 
 def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) -> ConfigDict:
@@ -19,8 +21,9 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
       spec: "FILE.py" or "FILE.py:ARGUMENT", or the name of a configuration that comes with the package
         in place of the file; None: there is none.
       overrides: flags of the form "--config.a.b=value".
-      saved: the configuration that a workdir was made with, which goes before that of `spec`: the file is then run only for
-        the encoders, losses and sources that it adds; None: there is none. Without both the defaults apply.
+      saved: the configuration that a workdir was made with. If given, it is used and the options of `spec` are not: the
+        file is run only for the encoders, losses and sources that it adds. None: there is none; without both the
+        defaults apply.
 
     Raises:
       UserError: a file or option is not there, or a value is not allowed.
@@ -40,11 +43,28 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
     return config
 
 
+_SHOWN = 4  # options of a file that are not used
+
+
 def _say_what_differs(of_run: ConfigDict, of_file: ConfigDict, spec: str) -> None:
-    if differ := differences(of_run, of_file):
-        more = f"; and {len(differ) - 4} more" if len(differ) > 4 else ""
-        say("config      the run's options apply; give others as --config.NAME=VALUE. Those of")
-        say(f"            {spec} differ: {'; '.join(differ[:4])}{more}")
+    """Says which options of a file are not used, as a command on a run uses those of the run."""
+
+    def comparable(name: str, value: Any) -> Any:
+        return absolute(value) if value and is_path(name) else value
+
+    run, file = flatten(of_run), flatten(of_file)
+    differ = [
+        f"{name} is {run[name]!r} in the run, {file[name]!r} in the file"
+        for name in run
+        if comparable(name, run[name]) != comparable(name, file[name])
+    ]
+    if differ:
+        more = f"; and {len(differ) - _SHOWN} more" if len(differ) > _SHOWN else ""
+        say(
+            f"config      the run's own options are used. {spec} has other values, which are ignored:"
+        )
+        say(f"            {'; '.join(differ[:_SHOWN])}{more}")
+        say("            To change one, give --config.NAME=VALUE")
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:

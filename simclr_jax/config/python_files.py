@@ -14,21 +14,22 @@ from ml_collections import ConfigDict
 
 from simclr_jax.errors import UserError
 
-# {absolute path: digest of the content} of the configurations of this process that are not the package's.
+# {absolute path: digest of the content} of the newest configuration, unless it is the package's.
 _own: dict[str, str] = {}
 
 
 def read_file(spec: str) -> ConfigDict:
     """Runs `get_config(ARGUMENT)` of a configuration, see `made_by`."""
     path, config = made_by(spec, "get_config", ConfigDict, "configuration file")
-    if path not in packaged().values():
+    _own.clear()
+    if not any(os.path.samefile(path, known) for known in packaged().values()):
         content = pathlib.Path(path).read_bytes()
         _own[os.path.abspath(path)] = hashlib.blake2b(content, digest_size=16).hexdigest()
     return config
 
 
 def own_files() -> dict[str, str]:
-    """Returns {absolute path: digest of the content} of the configurations of one's own that were read in this process."""
+    """Returns {absolute path: digest of the content} of the configuration that was read last, {} if it is the package's."""
     return dict(_own)
 
 

@@ -180,7 +180,7 @@ def _look(system: Any, path: str, state: str, columns: Columns) -> ParquetFile:
             for g in range(len(groups)):
                 values = file.read_row_group(g, columns=[columns.label])[columns.label]
                 found[g] = [class_of(value, names) for value in values.to_pylist()]
-    labels = set(itertools.chain.from_iterable(found)) - {None}
+    labels = set(itertools.chain.from_iterable(found))
     return ParquetFile(
         path,
         state,

@@ -219,9 +219,7 @@ def of_anything(image: Any, upright: bool = True) -> np.ndarray:
         try:
             x = read(expanded(image).read_bytes(), upright)
         except IsADirectoryError as error:
-            raise ValueError(
-                f"{os.fspath(image)} is a folder: expected an image file; --mode=embed takes folders"
-            ) from error
+            raise ValueError(f"{os.fspath(image)} is a folder: expected an image file") from error
         except ValueError as error:
             raise ValueError(f"{os.fspath(image)}: {error}") from error
     else:
@@ -229,7 +227,6 @@ def of_anything(image: Any, upright: bool = True) -> np.ndarray:
         x = np.repeat(x[..., np.newaxis], 3, axis=-1) if x.ndim == 2 else x
     if x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] != 3 or 0 in x.shape:
         raise ValueError(
-            f"an image is {x.dtype} {list(x.shape)}: expected uint8 [H, W, 3]; encoder(images) takes floats in [0, 1], "
-            "all of one size"
+            f"an image is {x.dtype} {list(x.shape)}: expected uint8 [H, W, 3], or [H, W] for grey"
         )
     return x

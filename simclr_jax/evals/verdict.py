@@ -6,12 +6,9 @@ from simclr_jax.evals.results import accuracies
 from simclr_jax.evals.subjects import ENCODER, RAW_PIXELS, UNTRAINED
 from simclr_jax.training.verdict import SOUND, Verdict
 
-# Names of the bad verdicts.
-BAD = _SHORTCUT, _NO_BETTER, _BELOW_PIXELS = (
-    "a shortcut",
-    "no better than untrained",
-    "below raw pixels",
-)
+_SHORTCUT, _NO_BETTER = "a shortcut", "no better than untrained"
+_BELOW_PIXELS = "below raw pixels"
+BAD_OF_EVALUATIONS = (_SHORTCUT, _NO_BETTER, _BELOW_PIXELS)
 
 
 def judge_accuracy(rows: list[dict], metrics: Mapping[str, float]) -> Verdict | None:

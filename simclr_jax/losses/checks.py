@@ -2,19 +2,28 @@
 
 import inspect
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from simclr_jax.errors import UserError, one_line
 from simclr_jax.losses.contract import Loss
-from simclr_jax.losses.health import spread_of
+from simclr_jax.mesh import traced_on
 
-# What the step reports itself.
-_TAKEN = ("loss", "grad_norm", "update_norm", "learning_rate", "skipped_steps")
-_EXPECTED = "expected (float32 scalar, {name: float32 scalar}), see losses.contract.Loss"
-# Similarities of so many rows are computed in a moment; larger batches are checked for their shapes alone.
+# Names that runs report by themselves, see docs/health.md.
+TAKEN = (
+    *("step", "loss", "grad_norm", "update_norm", "learning_rate", "skipped_steps"),
+    *("trust_ratio_min", "trust_ratio_median", "trust_ratio_max"),
+    *("alignment", "z_std", "classifier_loss", "classifier_accuracy", "labelled_share"),
+    *("rank_h", "rank_z", "uniformity", "images_per_second", "goodput"),
+    *("share_of_time_input", "share_of_time_saving", "share_of_time_evaluating"),
+    *("slowest_process", "slowest_process_share"),
+)
+_EXPECTED = "expected (float32 scalar, {name: scalar}), see losses.contract.Loss"
+# Similarities of so many rows are computed in a moment; with larger batches no gradient is computed.
 _ROWS = 2048
 
 
@@ -27,48 +36,57 @@ def check_kind(name: str, made: Any) -> Loss:
     )
 
 
-def check_loss(name: str, loss: Loss, images: int, width: int) -> None:
-    """Raises a UserError unless `loss.apply` gives a loss, numbers under names that are free, and a gradient.
+def check_loss(name: str, loss: Loss, images: int, width: int, mesh: Mesh) -> None:
+    """Traces `loss.apply` and its gradient as a step does. Raises a UserError unless it gives a scalar, and scalar metrics
+    under names that are free.
 
     Args:
       name: the option loss.name.
       loss: what its builder made.
       images: B, of the global batch.
       width: d, the width of z.
+      mesh: the devices of the step.
     """
     z = jax.ShapeDtypeStruct((2 * images, width), jnp.float32)
     labels = jax.ShapeDtypeStruct((images,), jnp.int32)
+    found = _traced(name, loss, loss.apply, z, labels, mesh)
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)):
+        raise UserError(f"loss.name={name} returns {_in_words(found)}: {_EXPECTED}")
+    value, metrics = found
+    for what, one, kind in (
+        ("the loss", value, jnp.floating),
+        *((metric, x, jnp.number) for metric, x in metrics.items()),
+    ):
+        if getattr(one, "shape", None) != () or not jnp.issubdtype(one.dtype, kind):
+            raise UserError(f"loss.name={name}: {what} is {_in_words(one)}: {_EXPECTED}")
+    if both := [metric for metric in metrics if metric in TAKEN]:
+        raise UserError(
+            f"loss.name={name} reports {', '.join(both)}, which every run reports itself: expected other names"
+        )
+    _traced(name, loss, jax.grad(loss.apply, has_aux=True), z, labels, mesh)
+
+
+def has_gradient(loss: Loss, images: int, width: int, mesh: Mesh) -> bool:
+    """Returns whether a gradient of the loss reaches some random z; True, without a look, for large batches and for
+    losses that take stored projections. The arguments are those of `check_loss`.
+    """
+    if 2 * images > _ROWS or loss.takes_stored:
+        return True
+    z = jax.random.normal(jax.random.key(0), (2 * images, width))
+    labels = jnp.arange(images) // 2
+    gradient = traced_on(mesh, jax.grad(lambda z: loss.apply(z, labels)[0]))
+    return bool(jax.jit(gradient)(z).any())
+
+
+def _traced(name: str, loss: Loss, function: Callable, z: Any, labels: Any, mesh: Mesh) -> Any:
+    """Returns the shapes of function(z, labels). Raises a UserError that names the line if it fails."""
     try:
-        found = jax.eval_shape(loss.apply, z, labels)
+        return jax.eval_shape(traced_on(mesh, function), z, labels)
     except Exception as error:  # whatever may be wrong in it
         raise UserError(
             f"loss.name={name}{_where(loss, error)} fails on z {list(z.shape)} and labels {list(labels.shape)}: "
             f"{type(error).__name__}: {one_line(error)[:300]}"
         ) from error
-    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)):
-        raise UserError(f"loss.name={name} returns {_in_words(found)}: {_EXPECTED}")
-    value, metrics = found
-    for what, one in {"the loss": value, **metrics}.items():
-        if getattr(one, "shape", None) != () or not jnp.issubdtype(one.dtype, jnp.floating):
-            raise UserError(f"loss.name={name}: {what} is {_in_words(one)}: {_EXPECTED}")
-    taken = {*_TAKEN, *jax.eval_shape(spread_of, z)}
-    if both := sorted(taken & set(metrics)):
-        raise UserError(
-            f"loss.name={name} reports {', '.join(both)}, which every run reports itself: expected other names"
-        )
-    if 2 * images <= _ROWS and not loss.takes_stored:
-        _check_gradient(name, loss, images, width)
-
-
-def _check_gradient(name: str, loss: Loss, images: int, width: int) -> None:
-    """Raises a UserError if no gradient of the loss reaches z."""
-    z = jax.random.normal(jax.random.key(0), (2 * images, width))
-    labels = jnp.arange(images) // 2
-    gradient = jax.jit(jax.grad(lambda z: loss.apply(z, labels)[0]))(z)
-    if not gradient.any():
-        raise UserError(
-            f"loss.name={name} has no gradient: its value does not change with z, so that nothing would be learned"
-        )
 
 
 def _where(loss: Loss, error: Exception) -> str:

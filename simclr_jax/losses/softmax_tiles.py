@@ -59,7 +59,7 @@ def nt_xent_chunked(z, temperature: float, *, mesh: Mesh | None = None, chunk: i
       loss and metrics, float32 scalars, as from `nt_xent`.
 
     Raises:
-      ValueError: `chunk` or the number of rows is odd.
+      ValueError: `chunk` or the number of rows is odd, or tau is not above 0.
     """
     return terms_in_tiles(z, temperature, mesh=mesh, chunk=chunk).loss()
 

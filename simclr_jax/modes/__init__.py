@@ -20,7 +20,8 @@ class Mode(NamedTuple):
       text: what it does, for --help.
       needs: names of the flags that must be given.
       takes: names of the flags that may be given besides.
-      of_a_run: the workdir holds a run, whose options apply; of a --config only what it adds does.
+      of_a_run: it works on the run in --workdir and uses its options; a --config file is run only for the encoders,
+        losses and sources that it adds.
       begins: it makes the workdir; so without --config the defaults apply, with ImageNet as the data.
       leading: arguments of the function before the configuration.
     """

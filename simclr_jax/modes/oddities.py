@@ -2,7 +2,10 @@
 
 from ml_collections import ConfigDict
 
+from simclr_jax import assemble
 from simclr_jax.console import say
+from simclr_jax.losses.checks import has_gradient
+from simclr_jax.mesh import make_mesh
 from simclr_jax.training.plan import Plan
 from simclr_jax.views import make_distortion
 
@@ -69,6 +72,10 @@ def oddities(config: ConfigDict, plan: Plan, images: int) -> list[str]:
             f"loss.temperature={config.loss.temperature:g}: with loss.normalize={config.loss.normalize} the paper tries "
             f"{least:g} to {most:g} (Table 5)"
         )
+    if config.train.objective == "contrastive" and not _reaches_z(config):
+        found.append(
+            f"loss.name={config.loss.name} has no gradient at random z: it may learn nothing"
+        )
     if config.loss.memory > images - batch:
         found.append(
             f"loss.memory={config.loss.memory} and a batch of {batch} are more than {images} images: earlier views of an "
@@ -81,6 +88,14 @@ def oddities(config: ConfigDict, plan: Plan, images: int) -> list[str]:
             f"model.stem=imagenet at {size} px leaves {-(-size // 32)} px: see cifar or strided"
         )
     return found
+
+
+def _reaches_z(config: ConfigDict) -> bool:
+    mesh = make_mesh(fsdp=config.mesh.fsdp)
+    width = assemble.head(config).width_of_z(assemble.encoder(config).width)
+    return has_gradient(
+        assemble.contrastive_loss(config, mesh), config.data.batch_size, width, mesh
+    )
 
 
 def say_unusual(found: list[str]) -> None:

@@ -18,8 +18,7 @@ from simclr_jax.data import FILES, count_and_size, index
 from simclr_jax.evals.evaluate import evaluate_features, why_not
 from simclr_jax.evals.on_the_way import evaluations_on_the_way
 from simclr_jax.evals.spread import Spread
-from simclr_jax.evals.verdict import BAD as BAD_OF_EVALUATIONS
-from simclr_jax.evals.verdict import judge_accuracy
+from simclr_jax.evals.verdict import BAD_OF_EVALUATIONS, judge_accuracy
 from simclr_jax.files import expanded, write_json
 from simclr_jax.mesh import FSDP
 from simclr_jax.modes.oddities import oddities, say_unusual
@@ -32,7 +31,7 @@ from simclr_jax.training.metrics import read_lines
 from simclr_jax.training.optimizer import scaling_in_words
 from simclr_jax.training.sinks import Sinks
 from simclr_jax.training.state import count_parameters
-from simclr_jax.training.verdict import HEALTH, Verdict, judge
+from simclr_jax.training.verdict import HEALTH, NOT_JUDGED, Verdict, judge
 from simclr_jax.training.workdir import (
     about_classifier,
     about_training,
@@ -103,7 +102,8 @@ def _evaluate(config: ConfigDict, workdir: str) -> None:
 def _judge_at_end(
     config: ConfigDict, workdir: str, evaluated: Verdict, last: dict[str, float]
 ) -> None:
-    """Says the verdict of the final evaluation if it is bad, and that of the training, which says more, is not. If the
+    """Says the verdict of the final evaluation if it is bad and that of the training, which says more, is not, or if the
+    loss could not be judged. If the
     evaluation is sound, restores the verdict of the training where WORKDIR/health.json still holds the bad one of
     an earlier evaluation.
 
@@ -117,8 +117,10 @@ def _judge_at_end(
     if "z_std" in last:  # not in metrics of older versions
         plan = assemble.plan_of(config, assemble.data_set(config).train.count)
         trained = judge(int(last["step"]), last, assemble.references(config, plan))
-    if evaluated.is_bad and (trained is None or not trained.is_bad):
+    judged = trained is not None and trained.name != NOT_JUDGED
+    if (evaluated.is_bad or not judged) and (trained is None or not trained.is_bad):
         _say_verdict(workdir, evaluated)
+        return
     file = epath.Path(workdir) / HEALTH
     if evaluated.is_bad or trained is None or not file.exists():
         return

@@ -121,14 +121,21 @@ class RunFiles:
         return passed._asdict() | {"is_bad": passed.is_bad}
 
     def _evaluated(self, trained: Verdict) -> Verdict:
-        """Returns the verdict of the evaluations of features, on the run's own data, if one is bad or training had none.
-        Of what is trained by labels, the untrained encoder may well be as good.
+        """Returns the verdict of an evaluation of features at the run's last step, on its own data, if it is bad, or if
+        training had none. Of what is trained by labels, the untrained encoder may well be as good.
         """
-        rows = [self.results[name]["rows"] for name in EVALUATIONS if name in self.results]
         newest = dict(collections.ChainMap(*reversed(self.lines)))
-        found = [passed for some in rows if (passed := judge_accuracy(some, newest))]
-        bad = [passed for passed in found if passed.is_bad]
-        return (bad or (found if trained.name == NOT_JUDGED else []) or [trained])[0]
+        verdict = trained
+        for name in EVALUATIONS:
+            result = self.results.get(name, {})
+            if result.get("step") != self.about["plan"]["steps"]:
+                continue
+            found = judge_accuracy(result["rows"], newest)
+            if found and found.is_bad:
+                return found
+            if found and trained.name == NOT_JUDGED:
+                verdict = found
+        return verdict
 
     def _now(self) -> dict[str, str] | None:
         lines = [line for line in self.lines if "loss" in line and "z_std" in line]

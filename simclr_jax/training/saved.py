@@ -243,7 +243,9 @@ def is_of_a_disk(error: Exception) -> bool:
 
 
 def checksums(encoder: dict, trainer: dict) -> dict[str, int]:
-    """Returns the checksum of each item of arrays, and that of each network in the trainer, which is read alone, too."""
+    """Returns the checksums of both items of arrays, and of each network beside the encoder, because `read_parts` reads
+    networks one at a time.
+    """
     trees = {ENCODER: encoder, TRAINER: trainer}
     trees |= {name: network_of(trainer, name) for name in trainer["params"]}
     return {name: checksum(tree) for name, tree in trees.items()}

@@ -11,7 +11,7 @@ HEALTH = "health.json"  # in a workdir: the verdict that the run ended with
 _BELOW, _NEAR_CHANCE, _COLLAPSED = 1e-3, 0.01, 0.1  # nats; nats; share of 1 / sqrt(d): ours
 _TOLD = 10.0  # times chance, by which pairs are told apart: ours
 
-SOUND, _TOO_EARLY, NOT_JUDGED = _GOOD = "sound", "too early to say", "not judged"
+SOUND, NOT_JUDGED, _TOO_EARLY = "sound", "not judged", "too early to say"
 
 
 class References(NamedTuple):
@@ -44,7 +44,7 @@ class Verdict(NamedTuple):
 
     @property
     def is_bad(self) -> bool:
-        return self.name not in _GOOD
+        return self.name not in (SOUND, NOT_JUDGED, _TOO_EARLY)
 
 
 def judge(step: int, metrics: Mapping[str, float], references: References) -> Verdict:
@@ -82,9 +82,10 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
         if loss > no_better + near:
             told = metrics.get("other_view_top1", 0.0)
             if told > _TOLD / images:
-                why = f"yet {told:.1%} of the pairs are told apart (by chance {1 / images:.1%})"
+                why = f"yet {told:.1%} of the pairs are told apart (by chance {100 / images:.2g}%)"
                 return Verdict(
-                    NOT_JUDGED, f"{where}: {why}: the temperature is too low for this bound"
+                    NOT_JUDGED,
+                    f"{where}: {why}: this bound says nothing, as at a very low temperature",
                 )
             why = "after the warm-up above ln(2B - 1): worse than telling nothing apart"
         return Verdict("not learning", f"{where}: {why}: {seen}")

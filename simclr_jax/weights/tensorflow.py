@@ -69,13 +69,10 @@ def read(path: epath.Path) -> Mapping[str, np.ndarray]:
                 for node in graph.nodes
                 for attribute in node.attributes
             }
-        if twice := [name for name, n in collections.Counter(names.values()).items() if n > 1]:
-            raise UserError(
-                f"{path} has several variables called {twice[0]!r}: expected one of each name"
-            )
+        # Counters, for instance, may share a name: each then has its key instead, so that none replaces another.
+        count = collections.Counter(names.values())
+        names = {key: name if count[name] == 1 else key for key, name in names.items()}
         return {name: reader.get_tensor(key) for key, name in names.items()}
-    except UserError:
-        raise
     except Exception as error:  # whatever a damaged file may lead to
         raise UserError(f"{path} cannot be read: {one_line(error)[:200]}") from error
 
