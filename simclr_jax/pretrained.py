@@ -21,6 +21,7 @@ from simclr_jax.encoders.classified import Classified
 from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.encoders.images import to_float
 from simclr_jax.errors import UserError
+from simclr_jax.files import expanded
 from simclr_jax.training import saved
 from simclr_jax.training.state import init_head
 from simclr_jax.views.crop import EvaluationView
