@@ -8,8 +8,8 @@ Linear evaluation, top-1, on the validation split (not reproduced here; each fig
 Hardware: ResNet-50 takes some 6 hours for 100 epochs on 32 TPU v3 cores (README of the published code), 1.5 hours on 128
 (paper, appendix B.3).
 Compiled for those 32 (--mode=compile --topology=v3:4x4) it takes 9.0 of 15.5 GiB a core.
-Everything else is the defaults of simclr_jax/config/: batch 4096, LARS, learning rate 4.8,
-tau 0.1, views of appendix A.
+The products of encoder and head are in bfloat16. Everything else is the defaults of simclr_jax/config/: batch 4096,
+LARS, learning rate 4.8, tau 0.1, views of appendix A.
 
 TFDS cannot download ImageNet: put its archives where the TFDS catalogue says (imagenet2012).
 

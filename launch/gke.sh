@@ -155,7 +155,7 @@ case $action in
     do_it kubectl get jobset "$name"
     do_it kubectl get jobs,pods --selector="jobset.sigs.k8s.io/jobset-name=$name"
     ;;
-  logs) do_it kubectl logs --follow --selector="jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0" ;;
+  logs) do_it kubectl logs --follow --tail=-1 --selector="jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0" ;;
   delete) do_it kubectl delete "jobset/$name" ;;
   *) usage ;;
 esac

@@ -63,6 +63,9 @@ while (($#)) && [[ $1 != -- ]]; do
     --signal=*) signal=$1 ;;
     --restarts=*) restarts=${1#*=} ;;
     --dry_run) dry_run=yes ;;
+    --gres* | --chdir* | -D*)
+      fail "$1: give --gpus-per-node for GPUs; a job runs in this repository"
+      ;;
     --gpus-per-task* | -n | -n[0-9]* | --ntasks*)
       fail "$1: there is one process a GPU, which has to see all of its node; give --gpus-per-node"
       ;;

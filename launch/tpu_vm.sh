@@ -102,8 +102,11 @@ setup() {
   # What is committed, and nothing else: the run can be told by its commit.
   [[ -z $(git status --porcelain --untracked-files=no) ]] ||
     echo "warning: there are changes that are not committed, and are left behind: $(git status --porcelain --untracked-files=no | head -n 3 | tr '\n' ' ')" >&2
-  do_it git archive --format=tar.gz --output=/tmp/simclr_jax.tar.gz HEAD
-  gcloud_tpus tpu-vm scp /tmp/simclr_jax.tar.gz "$name:" --worker=all
+  local folder=/tmp # where the commands are only printed
+  [[ -n $dry_run ]] || folder=$(mktemp -d)
+  do_it git archive --format=tar.gz --output="$folder/simclr_jax.tar.gz" HEAD
+  gcloud_tpus tpu-vm scp "$folder/simclr_jax.tar.gz" "$name:" --worker=all
+  [[ -n $dry_run ]] || rm -r "$folder"
   # What an earlier setup left is removed first: a file that is gone since must not be found. The image's own Python may be older than 3.11: uv brings one.
   on_hosts all "mkdir -p simclr_jax && rm -rf simclr_jax/{simclr_jax,configs,launch} && tar xzf simclr_jax.tar.gz -C simclr_jax && cd simclr_jax && (command -v ~/.local/bin/uv || curl -LsSf https://astral.sh/uv/install.sh | sh) && ~/.local/bin/uv venv --allow-existing --python=3.12 && ~/.local/bin/uv pip install -e '.[tpu,report,studies]' && touch .set_up"
 }
@@ -114,7 +117,7 @@ run() {
   quoted=$(printf '%q ' "${args[@]}")
   [[ $(workdir_of "${args[@]}") == gs://* ]] ||
     fail "a run on several hosts needs a workdir that all of them see: --workdir=gs://BUCKET/FOLDER"
-  on_hosts all "cd simclr_jax && if [ -e ~/simclr.pid ] && kill -0 \$(cat ~/simclr.pid) 2> /dev/null; then echo 'a run is under way here: see logs' >&2; exit 1; fi; source launch/xla_flags.sh tpu && rm -f ~/simclr.status && echo $(digest) > ~/simclr.run && { nohup bash -c '.venv/bin/python -u -m simclr_jax.main \"\$@\"; echo \$? > ~/simclr.status' simclr $quoted> ~/simclr.log 2>&1 < /dev/null & } && echo \$! > ~/simclr.pid"
+  on_hosts all "cd simclr_jax && if [ -e ~/simclr.pid ] && kill -0 \$(cat ~/simclr.pid) 2> /dev/null; then echo 'a run is under way here: see logs' >&2; exit 1; fi; source launch/xla_flags.sh tpu && rm -f ~/simclr.status ~/simclr.stopped && echo $(digest) > ~/simclr.run && { nohup bash -c '.venv/bin/python -u -m simclr_jax.main \"\$@\"; echo \$? > ~/simclr.status' simclr $quoted>> ~/simclr.log 2>&1 < /dev/null & } && echo \$! > ~/simclr.pid"
 }
 
 # Tells runs apart by their arguments: a host keeps the status of its last run until the next one starts.
@@ -122,8 +125,8 @@ digest() {
   printf '%q ' "${args[@]}" | cksum | tr -d ' \n'
 }
 
-# What a host says of its run: "running", "ended STATUS" or "no run".
-said_of_run="if [ -e ~/simclr.status ]; then echo \"ended \$(cat ~/simclr.status)\"; elif [ -e ~/simclr.pid ] && kill -0 \$(cat ~/simclr.pid) 2> /dev/null; then echo running; else echo 'no run'; fi"
+# What a host says of its run: "running", "stopped" by the action, "ended STATUS" or "no run".
+said_of_run="if [ -e ~/simclr.status ] && [ -e ~/simclr.stopped ]; then echo stopped; elif [ -e ~/simclr.status ]; then echo \"ended \$(cat ~/simclr.status)\"; elif [ -e ~/simclr.pid ] && kill -0 \$(cat ~/simclr.pid) 2> /dev/null; then echo running; else echo 'no run'; fi"
 
 status() {
   if [[ -z $dry_run ]]; then
@@ -144,7 +147,7 @@ logs() {
 }
 
 stop() {
-  on_hosts all "[ -e ~/simclr.pid ] && pkill -TERM -P \$(cat ~/simclr.pid)" # the program that this pid's shell runs
+  on_hosts all "touch ~/simclr.stopped; [ -e ~/simclr.pid ] && pkill -TERM -P \$(cat ~/simclr.pid)" # the program that this pid's shell runs
 }
 
 # Ends what is left of a run on every host: one host may wait for another that has ended.
@@ -152,11 +155,12 @@ clear_hosts() {
   on_hosts all "[ ! -e ~/simclr.pid ] || { pkill -TERM -P \$(cat ~/simclr.pid); for i in \$(seq 30); do kill -0 \$(cat ~/simclr.pid) 2> /dev/null || exit 0; sleep 2; done; pkill -KILL -P \$(cat ~/simclr.pid); } || true"
 }
 
-# Looks after a run until its first host says that it ended with status 0. An error that comes back at once would
-# come back for ever: after three in a row that lasted less than ten minutes it gives up, and after ten attempts in
-# a row to resume it that failed. A slice that is taken away counts as neither.
+# Looks after a run until its first host says that it ended with status 0 or was stopped by the action `stop`, or the
+# slice is given back. An error that comes back at once would come back for ever: after three in a row that lasted less
+# than ten minutes it gives up, after a hundred in all, and after ten attempts in a row to resume it that failed. A slice
+# that is taken away counts as none of these.
 babysit() {
-  local now said began=$SECONDS short=0 refused=0
+  local now said began=$SECONDS short=0 early=0 refused=0 unheard=0 seen=''
   if [[ -n $dry_run ]]; then
     resume
     return
@@ -165,13 +169,23 @@ babysit() {
     said=unknown
     if now=$(state); then
       said=lost
+      [[ $now != MISSING || -z $seen ]] || fail "the slice $name is given back: to request it anew, babysit again"
       if [[ $now == ACTIVE ]]; then
+        seen=yes
         # What ended may have been an earlier run, with other arguments.
         said=$(on_hosts 0 "if ! grep -qsx $(digest) ~/simclr.run; then rm -f ~/simclr.status; fi; $said_of_run") || said=unknown
       fi
     fi
+    [[ $said == unknown ]] && unheard=$((unheard + 1)) || unheard=0
     case $said in
-      running | unknown) ;;
+      running) ;;
+      unknown)
+        ((unheard % 10)) || echo "$(date +%H:%M:%S) $name has not answered for $unheard times" >&2
+        ;;
+      stopped)
+        echo "$(date +%H:%M:%S) the run on $name was stopped, and is saved: resume goes on"
+        return
+        ;;
       "ended 0")
         echo "$(date +%H:%M:%S) the run on $name is done"
         return
@@ -180,6 +194,8 @@ babysit() {
         if [[ $said == ended* ]]; then
           ! is_mistake "${said#ended }" || fail "the run on $name ended by a mistake ($said): see logs"
           ((SECONDS - began < ${SHORT_SECONDS:-600})) && short=$((short + 1)) || short=0
+          early=$((early + 1))
+          ((early <= ${RESTARTS:-100})) || fail "the run on $name ended early $early times ($said): see logs"
           ((short < 3)) || fail "the run on $name ended early three times in a row ($said): see logs"
           clear_hosts || true
         fi

@@ -236,6 +236,12 @@ def storage_error(error: Exception) -> UserError | None:
     return None
 
 
+def raise_if_away(error: Exception) -> None:
+    """Raises an `Unavailable` if `error` says that a bucket does not answer."""
+    if isinstance(away := storage_error(error), Unavailable):
+        raise away from error
+
+
 # Words of errors that say that a file may be read later.
 _LATER = r"Cannot allocate memory|Too many open files|Stale file handle"
 
@@ -245,8 +251,7 @@ def raise_if_passing(error: Exception) -> None:
     bucket or a network's file system does not answer, or if file handles or the system's memory are short; the error itself
     if Python's or a device's memory is.
     """
-    if isinstance(away := storage_error(error), Unavailable):
-        raise away from error
+    raise_if_away(error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         raise error
     if re.search(_LATER, str(error)):

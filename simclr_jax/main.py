@@ -2,16 +2,22 @@
 
 import argparse
 import importlib
+import json
 import os
 import textwrap
 
+import jax
+from ml_collections import ConfigDict
+
 from simclr_jax import processes, shell
+from simclr_jax.config import flatten, is_path
 from simclr_jax.config.overrides import load
 from simclr_jax.config.python_files import own_files
 from simclr_jax.console import say
 from simclr_jax.errors import Unavailable, UserError, near_names
 from simclr_jax.files import check_bucket
 from simclr_jax.modes import FLAGS, MODES, Mode, owners
+from simclr_jax.training.program import program_in_words
 from simclr_jax.training.workdir import run_record, saved_config
 
 _COLUMNS = 79
@@ -39,10 +45,28 @@ def main(argv: list[str]) -> None:
     else:
         below = _options_below(args, mode)
         config = load(args.config, overrides, below)
+        if "topology" not in flags:
+            _check_processes(args, flags, config)
         if below is not None and mode.of_a_run:
             _say_which_files_have_changed(args.workdir)
     run_mode = getattr(importlib.import_module(f"simclr_jax.{mode.module}"), mode.function)
     run_mode(*mode.leading, config, args.workdir, **flags)
+
+
+def _check_processes(args: argparse.Namespace, flags: dict, config: ConfigDict) -> None:
+    """Raises a UserError if the processes of a run have other options or another program. Paths may differ: each host may
+    have its own copy of the images, which are compared later.
+    """
+    if jax.process_count() == 1:
+        return
+    options = {name: x for name, x in flatten(config).items() if not is_path(name)}
+    processes.check_alike(
+        {
+            "flags": json.dumps([args.mode, flags], sort_keys=True),
+            "options": repr(sorted(options.items())),
+            **program_in_words(),
+        }
+    )
 
 
 def _options_below(args: argparse.Namespace, mode: Mode) -> dict | None:

@@ -28,6 +28,9 @@ HEARTBEAT_SECONDS = 30
 # a file was not there (nfs(5), acdirmax).
 _SEEN_WITHIN_SECONDS = 90.0
 
+# Seconds in which all processes must have joined: hosts of another slice, or images of containers, may come late.
+_ALL_HERE_WITHIN_SECONDS = 1800
+
 # Seconds a process that is done waits for the others before it gives them up.
 SHUTDOWN_SECONDS = 120
 
@@ -55,6 +58,12 @@ def start(coordinator: str | None, count: int | None, index: int | None) -> None
             file=sys.stderr,
             flush=True,
         )
+    if coordinator and index:
+        print(
+            f"process {index} joins the {count} at {coordinator}; it waits up to {_ALL_HERE_WITHIN_SECONDS // 60} minutes",
+            file=sys.stderr,
+            flush=True,
+        )
     # With synchronous dispatch a lost peer raises a ValueError on CPUs, which `end` would take for a user's mistake.
     jax.config.update("jax_cpu_enable_async_dispatch", True)
     # SIGTERM is ours, see stopping.py; JAX's own service would swallow it until then.
@@ -67,6 +76,7 @@ def start(coordinator: str | None, count: int | None, index: int | None) -> None
             local_device_ids=own_devices(os.environ),
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            initialization_timeout=_ALL_HERE_WITHIN_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
@@ -204,6 +214,20 @@ def wait_until_all_see(what: str, see: Callable[[], bool]) -> None:
                 "share"
             )
         time.sleep(1.0)
+
+
+def check_alike(found: Mapping[str, str]) -> None:
+    """Raises a UserError, on all processes, if one of these texts differs from process 0's; all must call this together.
+
+    Args:
+      found: {what it is, in a message: text}.
+    """
+    for what, text in found.items():
+        if differ := that_differ(text):
+            raise UserError(
+                f"processes {', '.join(map(str, differ))} have other {what} than process 0: expected one command, and one "
+                "state of the program, on all of them"
+            )
 
 
 def that_differ(text: str) -> list[int]:

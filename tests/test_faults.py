@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import encoder_checkpoint
 from test_loop import (
+    ROOT,
     STEPS,
     Average,
     assert_same_training,
@@ -27,11 +28,12 @@ from test_loop import (
 
 from simclr_jax import assemble, load_encoder, main, shell
 from simclr_jax.config import set_options
+from simclr_jax.config.python_files import run_file
 from simclr_jax.errors import LOST, Unavailable, UserError
 from simclr_jax.files import locked
 from simclr_jax.mesh import make_mesh
 from simclr_jax.modes.pretrain import pretrain
-from simclr_jax.training import saved
+from simclr_jax.training import program, saved
 from simclr_jax.training import workdir as workdirs
 from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.saved import read_record, saved_steps
@@ -93,10 +95,33 @@ def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
         place.mkdir(parents=True)
     found = []
     for place in places:
-        monkeypatch.setattr(workdirs, "__file__", str(place / "workdir.py"))
-        found.append(workdirs._commit())
+        monkeypatch.setattr(program, "__file__", str(place / "program.py"))
+        found.append(program.commit())
     assert found[0] is None
     assert re.fullmatch("[0-9a-f]{40}(-dirty)?", found[1])
+
+
+def test_an_archive_of_a_commit_names_it(tmp_path):
+    """As launch/tpu_vm.sh copies it to the hosts."""
+    (tmp_path / "there").mkdir()
+    archive = subprocess.run(
+        ["git", "-C", str(ROOT), "archive", "HEAD", "simclr_jax/training/program.py"],
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    subprocess.run(["tar", "x", "-C", str(tmp_path)], input=archive.stdout, check=True)
+    found = run_file(str(tmp_path / "simclr_jax/training/program.py"), "commit")
+    head = subprocess.check_output(["git", "-C", str(ROOT), "rev-parse", "HEAD"], text=True)
+    assert found == head.strip()
+
+
+def test_a_resumed_run_says_that_the_program_has_changed():
+    versions = program.versions()
+    assert program.what_changed({"versions": versions, "commit": program.commit()}) == []
+    then = {"versions": versions | {"jax": "0.1"}, "commit": 40 * "0"}
+    jax_has, commit = program.what_changed(then)
+    assert jax_has == f"jax 0.1 then, {jax.__version__} now"
+    assert commit.startswith("commit 000000000000 then, ")
 
 
 @pytest.fixture

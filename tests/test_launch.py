@@ -112,7 +112,9 @@ def test_setup_waits_then_copies_the_commit_and_installs_it_on_all_hosts(cloud):
     assert len(re.findall("pod is WAITING_FOR_RESOURCES", process.stdout)) == 1
     *asked, copied, installed = calls
     assert [call[3:6] for call in asked] == [["queued-resources", "describe", "pod"]] * 4
-    assert copied[3:] == ["tpu-vm", "scp", "/tmp/simclr_jax.tar.gz", "pod:", "--worker=all", ZONE]
+    assert copied[3:5] == ["tpu-vm", "scp"]
+    assert re.fullmatch(r"/tmp/\S+/simclr_jax\.tar\.gz", copied[5])  # of its own for each setup
+    assert copied[6:] == ["pod:", "--worker=all", ZONE]
     assert installed[3:7] == ["tpu-vm", "ssh", "pod", "--worker=all"]
     assert "uv pip install -e '.[tpu,report,studies]'" in installed[7]
     emptied, unpacked = (installed[7].index(x) for x in ("rm -rf simclr_jax/{", "tar xzf"))
@@ -184,7 +186,7 @@ def test_run_starts_the_run_on_all_hosts_and_leaves_it_running(cloud, home):
     while not (home / "simclr.status").exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert run_on_a_host(ask, home).stdout.startswith("ended 143\n")
+    assert run_on_a_host(ask, home).stdout.startswith("stopped\n")
 
 
 def test_a_gcloud_that_cannot_say_does_not_lead_to_a_second_slice(cloud):
@@ -253,6 +255,33 @@ def test_babysit_resumes_until_the_run_is_done(cloud, tmp_path):
     assert "ended early three times in a row (ended 69): see logs" in process.stderr
 
 
+def test_babysit_ends_where_the_run_was_stopped_or_the_slice_given_back(cloud, tmp_path):
+    said = tmp_path / "said"
+    said.write_text("running\nstopped\n")
+    command = ("launch/tpu_vm.sh", "babysit", *RESUME[2:])
+    process, calls = cloud(*command, states=("ACTIVE",), STUB_RUN=str(said))
+    assert process.returncode == 0, process.stderr
+    assert "the run on pod was stopped, and is saved: resume goes on" in process.stdout
+    said.write_text("running\nrunning\n")
+    process, more = cloud(*command, states=("ACTIVE", "MISSING"), STUB_RUN=str(said))
+    assert process.returncode == 2
+    assert "the slice pod is given back: to request it anew, babysit again" in process.stderr
+    assert not any("nohup" in " ".join(call) for call in (*calls, *more))
+    assert "create" not in verbs(more)
+
+
+def test_babysit_does_not_resume_for_ever(cloud, tmp_path):
+    """Each attempt lasts long enough not to count as short."""
+    said = tmp_path / "said"
+    said.write_text("ended 137\n" * 9)
+    command = ("launch/tpu_vm.sh", "babysit", *RESUME[2:])
+    limits = {"SHORT_SECONDS": "0", "RESTARTS": "3"}
+    process, calls = cloud(*command, states=("ACTIVE",), STUB_RUN=str(said), **limits)
+    assert process.returncode == 2
+    assert "ended early 4 times (ended 137): see logs" in process.stderr
+    assert sum("nohup" in " ".join(call) for call in calls) == 3
+
+
 def test_babysit_does_not_resume_what_ended_by_a_mistake(cloud, tmp_path):
     said = tmp_path / "said"
     said.write_text("running\nended 1\nended 0\n")
@@ -280,7 +309,7 @@ def test_babysit_does_not_take_the_end_of_an_earlier_run_for_that_of_its_own(clo
     while not (home / "simclr.status").exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert run_on_a_host(asked(*RUN), home).stdout == "ended 143\n"
+    assert run_on_a_host(asked(*RUN), home).stdout == "stopped\n"
     other = asked("--mode=linear", "--workdir=gs://b/run")
     while (told := run_on_a_host(other, home).stdout) != "no run\n":  # its shell ends behind us
         assert time.monotonic() < deadline, told

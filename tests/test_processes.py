@@ -471,6 +471,44 @@ def huge_pages_always() -> bool:
     return setting.exists() and "[always]" in setting.read_text()
 
 
+def test_processes_with_other_options_or_another_program_end_with_one_line(monkeypatch):
+    monkeypatch.setattr(processes, "that_differ", lambda text: [] if text == "alike" else [1, 2])
+    processes.check_alike({"options": "alike", "code": "alike"})
+    with pytest.raises(
+        UserError, match=r"processes 1, 2 have other code than process 0: expected one"
+    ):
+        processes.check_alike({"options": "alike", "code": "other"})
+
+
+@pytest.mark.whole
+def test_two_processes_with_other_options_do_not_train(cache, quick, tmp_path):
+    port = 20000 + os.getpid() % 20000
+    rates = ("0.3", "0.1")
+    started = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "simclr_jax.main", *quick, f"--workdir={tmp_path / 'w'}"),
+                *(f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={i}"),
+                f"--config.optimizer.learning_rate={rate}",
+            ],
+            cwd=ROOT,
+            env=environment(1, cache),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i, rate in enumerate(rates)
+    ]
+    try:
+        for process in started:
+            _, said = process.communicate(timeout=240)
+            assert process.returncode == 1, said
+            assert "processes 1 have other options than process 0" in said
+    finally:
+        for process in started:
+            process.kill()
+    assert not (tmp_path / "w/config.json").exists()
+
+
 def test_processes_that_find_other_images_end_with_one_line(monkeypatch, small_split):
     """Returns what process 1 of three finds, where the others find the first text."""
     given = []

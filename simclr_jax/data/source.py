@@ -17,6 +17,7 @@ from PIL import Image
 
 from simclr_jax.data.decoding import DecodedAs, Decoding
 from simclr_jax.errors import UserError
+from simclr_jax.files import raise_if_away
 
 Classes = tuple[str, ...] | None
 
@@ -45,6 +46,7 @@ def elements_of(dataset: Any, title: str) -> Iterator[Any]:
 
     Raises:
       UserError: a file of the source is damaged or not there.
+      Unavailable: a bucket does not answer.
     """
     import tensorflow as tf
 
@@ -53,6 +55,7 @@ def elements_of(dataset: Any, title: str) -> Iterator[Any]:
     try:
         yield from in_order(dataset).as_numpy_iterator()
     except tf.errors.OpError as error:
+        raise_if_away(error)
         raise UserError(
             f"the files of {title} cannot be read ({reason_of(error)[:200]}): prepare or copy them anew"
         ) from error

@@ -29,6 +29,7 @@ from simclr_jax.training.log import Reporting, steps_between_reports
 from simclr_jax.training.loop import Run, check_length, fit
 from simclr_jax.training.metrics import read_lines
 from simclr_jax.training.optimizer import scaling_in_words
+from simclr_jax.training.program import what_changed
 from simclr_jax.training.sinks import Sinks
 from simclr_jax.training.state import count_parameters
 from simclr_jax.training.verdict import HEALTH, NOT_JUDGED, Verdict, judge
@@ -152,6 +153,8 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> None:
     record = write_record(config, about, workdir)
     describe_run(config, made)
     say_unusual(oddities(config, plan, train.count))
+    if saved is not None and (changed := what_changed(saved)):
+        say(f"program     other than when the checkpoint was saved: {'; '.join(changed)}")
     if start:
         say(describe_start(start))
     verdicts: list[Verdict] = []

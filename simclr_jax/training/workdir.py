@@ -3,10 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
-import importlib.metadata
 import json
-import pathlib
-import subprocess
 import sys
 from typing import Any
 
@@ -22,9 +19,8 @@ from simclr_jax.data.split import DataSet, Split
 from simclr_jax.errors import Unavailable, UserError
 from simclr_jax.files import absolute, no_folder, write_json
 from simclr_jax.training.plan import Plan
+from simclr_jax.training.program import commit, versions
 from simclr_jax.training.saved import agreed_steps, check_writable, find, read_newest, read_record
-
-_PACKAGES = ("simclr_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 # Options that decide which images or labels a run finds.
 _CHOOSE_IMAGES = (
@@ -297,8 +293,8 @@ def write_record(config: ConfigDict, about: dict[str, Any], workdir: str) -> dic
         "config": _found_from_anywhere(config),
         "files": own_files(),
         **about,
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "commit": _commit(),
+        "versions": versions(),
+        "commit": commit(),
         "command": sys.argv,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "devices": [str(device) for device in jax.devices()],
@@ -310,14 +306,6 @@ def write_record(config: ConfigDict, about: dict[str, Any], workdir: str) -> dic
     return record
 
 
-def _version(package: str) -> str:
-    """Returns the version of a package; one that is imported from a clone, as ours may be, need not have any."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _found_from_anywhere(config: ConfigDict) -> dict:
     """Returns the configuration with absolute paths, so that they name the same files whatever the current
     folder is.
@@ -326,23 +314,3 @@ def _found_from_anywhere(config: ConfigDict) -> dict:
     paths = [option.name for option in config_lib.OPTIONS if option.allowed.are_paths]
     config_lib.set_options(found, {name: absolute(values[name]) for name in paths if values[name]})
     return found.to_dict()
-
-
-def _commit() -> str | None:
-    """Returns the commit of the checkout that this package runs from; None: it is no checkout. A package that lies
-    somewhere below another project's checkout, such as in its .venv, is none of that project.
-    """
-    here = pathlib.Path(__file__).resolve().parents[2]
-    if not (here / ".git").exists():
-        return None
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()

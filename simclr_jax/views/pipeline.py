@@ -12,6 +12,7 @@ from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Order, Share
 from simclr_jax.data.source import CORES, in_order
 from simclr_jax.errors import UserError
+from simclr_jax.files import raise_if_away
 from simclr_jax.views.crop import EvaluationView
 from simclr_jax.views.distortion import Distortion
 from simclr_jax.views.host import SMALL, center_crop, draw, make_crops, make_views, of_each
@@ -159,6 +160,7 @@ def _run(
 
     Raises:
       UserError: too many images cannot be read, or something else than an image.
+      Unavailable: a bucket does not answer.
     """
     unknown = tf.errors.UnknownError
     # Local names, because the generator may be closed after the interpreter has cleared `tf`. These are the errors
@@ -183,6 +185,7 @@ def _run(
                 passed += 1
             return
         except unreadable as error:
+            raise_if_away(error)
             reason, in_python = reason_of(error), False
             if isinstance(error, unknown) and "Traceback" in str(error.message):
                 # "NAME: message", then the traceback: Python code failed, and no image is to blame.
