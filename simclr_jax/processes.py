@@ -60,7 +60,7 @@ def start(coordinator: str | None, count: int | None, index: int | None) -> None
         )
     if coordinator and index:
         print(
-            f"process {index} joins the {count} at {coordinator}; it waits up to {_ALL_HERE_WITHIN_SECONDS // 60} minutes",
+            f"process {index} of {count}: waiting up to {_ALL_HERE_WITHIN_SECONDS // 60} minutes for all at {coordinator}",
             file=sys.stderr,
             flush=True,
         )

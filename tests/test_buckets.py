@@ -2,6 +2,7 @@
 
 import orbax.checkpoint as ocp
 import pytest
+import tensorflow as tf
 from conftest import encoder_checkpoint
 from etils import epath
 from test_loop import job_of
@@ -9,12 +10,14 @@ from test_loop import job_of
 from simclr_jax import files, load_encoder, main, shell, weights
 from simclr_jax.config import default
 from simclr_jax.data import folder
+from simclr_jax.data import source as sources
 from simclr_jax.errors import LOST, Unavailable, UserError
 from simclr_jax.modes import export, warm_start
 from simclr_jax.modes.embed import embed, open_input
 from simclr_jax.modes.neighbours import neighbours
 from simclr_jax.training import saved
 from simclr_jax.training.checkpoint import Checkpoints, Saving
+from simclr_jax.views import pipeline
 
 
 class Storage:
@@ -153,3 +156,29 @@ def test_a_bucket_that_is_away_is_no_broken_checkpoint(tiny, tmp_path, monkeypat
         with pytest.raises(Unavailable, match="does not answer"):
             checkpoints.restore_newest(job_of().abstract_state)
     assert not (workdir / "broken_checkpoints").exists()
+
+
+class Away:
+    """Stands in for a tf.data.Dataset whose files lie in a bucket that does not answer."""
+
+    def prefetch(self, _):
+        return self
+
+    def as_numpy_iterator(self):
+        yield {"image": 0}
+        message = (
+            "All 10 retry attempts failed. The last failure: Error executing an HTTP request: libcurl code 6 meaning "
+            "'Could not resolve hostname' when reading gs://bucket/tensorflow_datasets/x.tfrecord"
+        )
+        raise tf.errors.AbortedError(None, None, message)
+
+
+def test_an_outage_of_the_datas_bucket_is_no_mistake(monkeypatch):
+    """Else launchers would give the run up, and every image would count as broken."""
+    monkeypatch.setattr(sources, "in_order", lambda dataset: dataset)
+    monkeypatch.setattr(pipeline, "in_order", lambda dataset: dataset)
+    batches = pipeline._run(None, lambda passed: Away(), None)
+    for stream in (sources.elements_of(Away(), "imagenet2012"), batches):
+        assert next(stream) == {"image": 0}
+        with pytest.raises(Unavailable, match=r"the bucket does not answer: .*libcurl code 6"):
+            next(stream)

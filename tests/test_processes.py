@@ -288,7 +288,7 @@ def test_when_a_process_dies_the_others_end_with_an_error_that_names_it(
 def test_an_error_of_all_processes_ends_all(cache, quick, tmp_path):
     process = run(2, 1, cache, *quick, "--config.data.batch_size=9", f"--workdir={tmp_path}/w")
     assert process.returncode == 1
-    assert "data.batch_size=9 does not divide over 2 devices (2 processes)" in process.stderr
+    assert "data.batch_size=9 does not divide over 2 devices of 2 processes: use" in process.stderr
 
 
 @pytest.mark.parametrize(
