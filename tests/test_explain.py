@@ -92,6 +92,12 @@ def test_a_run_is_explained_and_nothing_is_written(tiny, tmp_path, capsys, monke
         assert text in said
     assert len(found) == 4  # the batch, lars at it, no colour, and 8 steps
     assert not (tmp_path / "w").exists()
+    monkeypatch.setattr(explain_mode, "_memory", lambda device: 1000)
+    monkeypatch.setattr(explain_mode, "measure_e2e", None)
+    assert explain(tiny, str(tmp_path / "w")) == found
+    assert (
+        "speed       not measured: a device here has 0.0 MB; --topology=" in capsys.readouterr().out
+    )
 
 
 # Weights & Biases and MLflow

@@ -10,6 +10,7 @@ from simclr_jax import assemble
 from simclr_jax.assemble import Pretraining
 from simclr_jax.bench.e2e import measure_e2e
 from simclr_jax.console import duration, say
+from simclr_jax.data.streamed import memory
 from simclr_jax.evals.evaluate import why_not
 from simclr_jax.modes.compile import compile_for
 from simclr_jax.modes.oddities import oddities, say_unusual
@@ -103,6 +104,12 @@ def _say_time(config: ConfigDict, made: Pretraining) -> None:
             f"a step      {_bytes(size)} of a device's memory as the compiler plans it, {flops / 1e9:.3g} "
             "GFLOP as it counts them (a loop once)"
         )
+        if size > (there := _memory(job.mesh.local_devices[0])):
+            say(
+                f"speed       not measured: a device here has {_bytes(there)}; --topology=v5e:8x8, for instance, says whether "
+                "the step fits a TPU slice"
+            )
+            return
     if jax.process_count() > 1:  # if one made a step more than the others, it would wait for ever
         say("speed       not measured: there are several processes")
         return
@@ -117,9 +124,14 @@ def _say_time(config: ConfigDict, made: Pretraining) -> None:
     say(
         f"time        {duration(images / rate)} an epoch, {duration(seconds)} in all, evaluations aside"
     )
-    memory = max((_peak(device) for device in job.mesh.local_devices), default=0)
-    if memory:
-        say(f"memory      {_bytes(memory)} of a device at most")
+    peak = max((_peak(device) for device in job.mesh.local_devices), default=0)
+    if peak:
+        say(f"memory      {_bytes(peak)} of a device at most")
+
+
+def _memory(device: Any) -> int:
+    """Returns the bytes of a device's memory: of a CPU, which does not say, the machine's."""
+    return (device.memory_stats() or {}).get("bytes_limit") or memory()
 
 
 def _peak(device: Any) -> int:
