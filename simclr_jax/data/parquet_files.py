@@ -42,7 +42,7 @@ class ParquetFile(NamedTuple):
       sizes: bytes of each row group, not compressed.
       labels: the classes that occur in the file; empty: it has no labels.
       names: names of the labels 0, 1, ..., where the file has them; else empty.
-      digests: of the labels of each row group, row by row; "" where no row has a label.
+      digests: a digest of the labels of each row group, in the order of its rows; "" where no row has a label.
       columns_of_classes: where there is no label column: those that Hugging Face's datasets says hold classes.
     """
 
