@@ -63,9 +63,8 @@ while (($#)) && [[ $1 != -- ]]; do
     --signal=*) signal=$1 ;;
     --restarts=*) restarts=${1#*=} ;;
     --dry_run) dry_run=yes ;;
-    --gres* | --chdir* | -D*)
-      fail "$1: give --gpus-per-node for GPUs; a job runs in this repository"
-      ;;
+    --gres=*gpu*) fail "$1: give --gpus-per-node for GPUs" ;;
+    --chdir* | -D*) fail "$1: a job runs in this repository" ;;
     --gpus-per-task* | -n | -n[0-9]* | --ntasks*)
       fail "$1: there is one process a GPU, which has to see all of its node; give --gpus-per-node"
       ;;
@@ -111,7 +110,8 @@ job=${job:-$SLURM_JOB_ID}
 export SIMCLR_MISTAKE=$PWD/.mistake_in_job_$job
 rm -f "$SIMCLR_MISTAKE"
 status=0
-# When a process fails the others end by themselves within a minute (simclr_jax/processes.py).
+# When a process fails the others end by themselves within a minute, or, if it has not joined them, within half an hour
+# (simclr_jax/processes.py).
 do_it srun "${place[@]}" ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
   ${of_srun[@]+"${of_srun[@]}"} "${run[@]}" || status=$?
 if run_again "$status"; then

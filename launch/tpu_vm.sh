@@ -80,7 +80,7 @@ wait_until_active() {
   while :; do
     if ! now=$(state); then # a network that is down for a moment
       unheard=$((unheard + 1))
-      ((unheard < 10)) || fail "gcloud has not answered for 10 times"
+      ((unheard < 10)) || fail "gcloud has not answered 10 times in a row"
       sleep "${POLL_SECONDS:-30}"
       continue
     fi
@@ -103,10 +103,13 @@ setup() {
   [[ -z $(git status --porcelain --untracked-files=no) ]] ||
     echo "warning: there are changes that are not committed, and are left behind: $(git status --porcelain --untracked-files=no | head -n 3 | tr '\n' ' ')" >&2
   local folder=/tmp # where the commands are only printed
-  [[ -n $dry_run ]] || folder=$(mktemp -d)
+  if [[ -z $dry_run ]]; then
+    folder=$(mktemp -d)
+    # shellcheck disable=SC2064 # the folder of now
+    trap "rm -rf '$folder'" EXIT
+  fi
   do_it git archive --format=tar.gz --output="$folder/simclr_jax.tar.gz" HEAD
   gcloud_tpus tpu-vm scp "$folder/simclr_jax.tar.gz" "$name:" --worker=all
-  [[ -n $dry_run ]] || rm -r "$folder"
   # What an earlier setup left is removed first: a file that is gone since must not be found. The image's own Python may be older than 3.11: uv brings one.
   on_hosts all "mkdir -p simclr_jax && rm -rf simclr_jax/{simclr_jax,configs,launch} && tar xzf simclr_jax.tar.gz -C simclr_jax && cd simclr_jax && (command -v ~/.local/bin/uv || curl -LsSf https://astral.sh/uv/install.sh | sh) && ~/.local/bin/uv venv --allow-existing --python=3.12 && ~/.local/bin/uv pip install -e '.[tpu,report,studies]' && touch .set_up"
 }
@@ -117,7 +120,7 @@ run() {
   quoted=$(printf '%q ' "${args[@]}")
   [[ $(workdir_of "${args[@]}") == gs://* ]] ||
     fail "a run on several hosts needs a workdir that all of them see: --workdir=gs://BUCKET/FOLDER"
-  on_hosts all "cd simclr_jax && if [ -e ~/simclr.pid ] && kill -0 \$(cat ~/simclr.pid) 2> /dev/null; then echo 'a run is under way here: see logs' >&2; exit 1; fi; source launch/xla_flags.sh tpu && rm -f ~/simclr.status ~/simclr.stopped && echo $(digest) > ~/simclr.run && { nohup bash -c '.venv/bin/python -u -m simclr_jax.main \"\$@\"; echo \$? > ~/simclr.status' simclr $quoted>> ~/simclr.log 2>&1 < /dev/null & } && echo \$! > ~/simclr.pid"
+  on_hosts all "cd simclr_jax && if [ -e ~/simclr.pid ] && kill -0 \$(cat ~/simclr.pid) 2> /dev/null; then echo 'a run is under way here: see logs' >&2; exit 1; fi; source launch/xla_flags.sh tpu && rm -f ~/simclr.status ~/simclr.stopped && echo $(digest) > ~/simclr.run && echo \"--- \$(date) $quoted\" >> ~/simclr.log && { nohup bash -c '.venv/bin/python -u -m simclr_jax.main \"\$@\"; echo \$? > ~/simclr.status' simclr $quoted>> ~/simclr.log 2>&1 < /dev/null & } && echo \$! > ~/simclr.pid"
 }
 
 # Tells runs apart by their arguments: a host keeps the status of its last run until the next one starts.
@@ -125,8 +128,9 @@ digest() {
   printf '%q ' "${args[@]}" | cksum | tr -d ' \n'
 }
 
-# What a host says of its run: "running", "stopped" by the action, "ended STATUS" or "no run".
-said_of_run="if [ -e ~/simclr.status ] && [ -e ~/simclr.stopped ]; then echo stopped; elif [ -e ~/simclr.status ]; then echo \"ended \$(cat ~/simclr.status)\"; elif [ -e ~/simclr.pid ] && kill -0 \$(cat ~/simclr.pid) 2> /dev/null; then echo running; else echo 'no run'; fi"
+# What a host says of its run: "running", "stopped" by the action (75: saved; 143: before there was anything to save),
+# "ended STATUS" or "no run".
+said_of_run="if [ -e ~/simclr.stopped ] && grep -qsxE '75|143' ~/simclr.status; then echo stopped; elif [ -e ~/simclr.status ]; then echo \"ended \$(cat ~/simclr.status)\"; elif [ -e ~/simclr.pid ] && kill -0 \$(cat ~/simclr.pid) 2> /dev/null; then echo running; else echo 'no run'; fi"
 
 status() {
   if [[ -z $dry_run ]]; then
@@ -157,8 +161,8 @@ clear_hosts() {
 
 # Looks after a run until its first host says that it ended with status 0 or was stopped by the action `stop`, or the
 # slice is given back. An error that comes back at once would come back for ever: after three in a row that lasted less
-# than ten minutes it gives up, after a hundred in all, and after ten attempts in a row to resume it that failed. A slice
-# that is taken away counts as none of these.
+# than 40 minutes it gives up (hosts wait 30 for one that does not come), after a hundred in all, and after ten attempts
+# in a row to resume it that failed. A slice that is taken away counts as none of these.
 babysit() {
   local now said began=$SECONDS short=0 early=0 refused=0 unheard=0 seen=''
   if [[ -n $dry_run ]]; then
@@ -180,10 +184,10 @@ babysit() {
     case $said in
       running) ;;
       unknown)
-        ((unheard % 10)) || echo "$(date +%H:%M:%S) $name has not answered for $unheard times" >&2
+        ((unheard % 10)) || echo "$(date +%H:%M:%S) $name has not answered $unheard times in a row" >&2
         ;;
       stopped)
-        echo "$(date +%H:%M:%S) the run on $name was stopped, and is saved: resume goes on"
+        echo "$(date +%H:%M:%S) the run on $name was stopped: resume goes on"
         return
         ;;
       "ended 0")
@@ -193,13 +197,14 @@ babysit() {
       *)
         if [[ $said == ended* ]]; then
           ! is_mistake "${said#ended }" || fail "the run on $name ended by a mistake ($said): see logs"
-          ((SECONDS - began < ${SHORT_SECONDS:-600})) && short=$((short + 1)) || short=0
+          ((SECONDS - began < ${SHORT_SECONDS:-2400})) && short=$((short + 1)) || short=0
           early=$((early + 1))
           ((early <= ${RESTARTS:-100})) || fail "the run on $name ended early $early times ($said): see logs"
           ((short < 3)) || fail "the run on $name ended early three times in a row ($said): see logs"
           clear_hosts || true
         fi
         echo "$(date +%H:%M:%S) $name is $now, the run: $said; resuming"
+        seen='' # resume may give the slice back itself, and then fail to request it
         # Resume in a process of its own: if it fails (a slice lost meanwhile, a host not ready), it is tried again.
         if launch/tpu_vm.sh resume "${given[@]}"; then
           began=$SECONDS refused=0

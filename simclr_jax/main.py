@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 import os
 import textwrap
 
@@ -54,19 +53,15 @@ def main(argv: list[str]) -> None:
 
 
 def _check_processes(args: argparse.Namespace, flags: dict, config: ConfigDict) -> None:
-    """Raises a UserError if the processes of a run have other options or another program. Paths may differ: each host may
-    have its own copy of the images, which are compared later.
+    """Raises a UserError if the processes of a run have other options or another program. Paths of options and of --input
+    and --output may differ: each host may have its own copy of the images, which are compared later.
     """
     if jax.process_count() == 1:
         return
-    options = {name: x for name, x in flatten(config).items() if not is_path(name)}
-    processes.check_alike(
-        {
-            "flags": json.dumps([args.mode, flags], sort_keys=True),
-            "options": repr(sorted(options.items())),
-            **program_in_words(),
-        }
-    )
+    options = {name: repr(x) for name, x in flatten(config).items() if not is_path(name)}
+    alike = {f"--{name}": str(x) for name, x in flags.items() if name not in ("input", "output")}
+    code = {"code of --config": str(sorted(own_files().values()))}
+    processes.check_alike(options | alike | {"--mode": args.mode} | code | program_in_words())
 
 
 def _options_below(args: argparse.Namespace, mode: Mode) -> dict | None:
@@ -85,6 +80,8 @@ def _options_below(args: argparse.Namespace, mode: Mode) -> dict | None:
 
 def _say_which_files_have_changed(workdir: str) -> None:
     """Says so if the configuration file that was read now is not what it was when the run began, wherever it lies."""
+    if not own_files():
+        return
     then = {os.path.basename(x): n for x, n in (run_record(workdir) or {}).get("files", {}).items()}
     for path, digest in own_files().items():
         if then.get(os.path.basename(path), digest) != digest:

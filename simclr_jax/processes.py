@@ -4,6 +4,7 @@ import contextlib
 import glob
 import hashlib
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -58,7 +59,7 @@ def start(coordinator: str | None, count: int | None, index: int | None) -> None
             file=sys.stderr,
             flush=True,
         )
-    if coordinator and index:
+    if coordinator:
         print(
             f"process {index} of {count}: waiting up to {_ALL_HERE_WITHIN_SECONDS // 60} minutes for all at {coordinator}",
             file=sys.stderr,
@@ -217,17 +218,27 @@ def wait_until_all_see(what: str, see: Callable[[], bool]) -> None:
 
 
 def check_alike(found: Mapping[str, str]) -> None:
-    """Raises a UserError, on all processes, if one of these texts differs from process 0's; all must call this together.
+    """Raises a UserError, on all processes, if one of these values differs from process 0's; all must call this together.
 
     Args:
-      found: {what it is, in a message: text}.
+      found: {what it is, in a message: its value}.
     """
-    for what, text in found.items():
-        if differ := that_differ(text):
-            raise UserError(
-                f"processes {', '.join(map(str, differ))} have other {what} than process 0: expected one command, and one "
-                "state of the program, on all of them"
-            )
+    text = json.dumps(found)
+    differ = that_differ(text)
+    if not differ:
+        return
+    of_first = json.loads(text_of_first(text) or "{}")
+    here = [
+        f"{what} is {found.get(what, 'not there')[:100]} here and {of_first.get(what, 'not there')[:100]} there"
+        for what in sorted({*found, *of_first})
+        if found.get(what) != of_first.get(what)
+    ]
+    more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+    raise UserError(
+        f"processes {', '.join(map(str, differ[:5]))}{more} have other options or another program than process 0"
+        + (f" ({'; '.join(here)})" if here else "")
+        + ": expected one command, and one state of the program, on all of them"
+    )
 
 
 def that_differ(text: str) -> list[int]:

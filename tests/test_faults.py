@@ -103,7 +103,8 @@ def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
 
 def test_an_archive_of_a_commit_names_it(tmp_path):
     """As launch/tpu_vm.sh copies it to the hosts."""
-    (tmp_path / "there").mkdir()
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout")
     archive = subprocess.run(
         ["git", "-C", str(ROOT), "archive", "HEAD", "simclr_jax/training/program.py"],
         stdout=subprocess.PIPE,

@@ -27,6 +27,8 @@ if [[ " $* " == *" describe "* || $(basename "$0") == squeue ]]; then
   (( $(wc -l < "$STATES") < 2 )) || sed -i 1d "$STATES"
 fi
 [[ -z ${STUB_RUN:-} || " $* " != *"--command=if "*simclr.status* ]] || { head -n 1 "$STUB_RUN"; sed -i 1d "$STUB_RUN"; }
+# The first request is refused.
+[[ -z ${STUB_REFUSES:-} || " $* " != *" create "* || -e $CALLS.refused ]] || { touch "$CALLS.refused"; exit 1; }
 exit "${STUB_STATUS:-0}"
 """
 
@@ -113,7 +115,7 @@ def test_setup_waits_then_copies_the_commit_and_installs_it_on_all_hosts(cloud):
     *asked, copied, installed = calls
     assert [call[3:6] for call in asked] == [["queued-resources", "describe", "pod"]] * 4
     assert copied[3:5] == ["tpu-vm", "scp"]
-    assert re.fullmatch(r"/tmp/\S+/simclr_jax\.tar\.gz", copied[5])  # of its own for each setup
+    assert re.fullmatch(r"/\S+/\S+/simclr_jax\.tar\.gz", copied[5])  # of its own for each setup
     assert copied[6:] == ["pod:", "--worker=all", ZONE]
     assert installed[3:7] == ["tpu-vm", "ssh", "pod", "--worker=all"]
     assert "uv pip install -e '.[tpu,report,studies]'" in installed[7]
@@ -171,11 +173,13 @@ def test_run_starts_the_run_on_all_hosts_and_leaves_it_running(cloud, home):
     assert again.returncode == 1
     assert "a run is under way here" in again.stderr
     deadline = time.monotonic() + 30
-    while len(said := (home / "simclr.log").read_text().splitlines()) < 6:  # it starts behind us
+    while len(said := (home / "simclr.log").read_text().splitlines()) < 7:  # it starts behind us
         assert time.monotonic() < deadline, said
         time.sleep(0.1)
-    assert said[:5] == ["-u", "-m", "simclr_jax.main", *RUN]
-    assert "--xla_tpu_overlap_compute_collective_tc=true" in said[5]
+    # The log keeps what earlier runs said, so each begins with a mark.
+    assert re.fullmatch(r"--- .* --config=configs/imagenet\.py --workdir=gs://b/run.*", said[0])
+    assert said[1:6] == ["-u", "-m", "simclr_jax.main", *RUN]
+    assert "--xla_tpu_overlap_compute_collective_tc=true" in said[6]
     # What `stop` and `status` send finds it.
     _, (stop,) = cloud("launch/tpu_vm.sh", "stop", "pod")
     _, (_, ask) = cloud("launch/tpu_vm.sh", "status", "pod", states=("ACTIVE",))
@@ -261,13 +265,25 @@ def test_babysit_ends_where_the_run_was_stopped_or_the_slice_given_back(cloud, t
     command = ("launch/tpu_vm.sh", "babysit", *RESUME[2:])
     process, calls = cloud(*command, states=("ACTIVE",), STUB_RUN=str(said))
     assert process.returncode == 0, process.stderr
-    assert "the run on pod was stopped, and is saved: resume goes on" in process.stdout
+    assert "the run on pod was stopped: resume goes on" in process.stdout
     said.write_text("running\nrunning\n")
     process, more = cloud(*command, states=("ACTIVE", "MISSING"), STUB_RUN=str(said))
     assert process.returncode == 2
     assert "the slice pod is given back: to request it anew, babysit again" in process.stderr
     assert not any("nohup" in " ".join(call) for call in (*calls, *more))
     assert "create" not in verbs(more)
+
+
+def test_babysit_asks_again_for_a_slice_that_could_not_be_requested(cloud, tmp_path):
+    """Resume gives back what was taken away, and the new request fails: the slice is missing then."""
+    said = tmp_path / "said"
+    said.write_text("running\nended 0\n")
+    command = ("launch/tpu_vm.sh", "babysit", *RESUME[2:])
+    states = ("ACTIVE", "SUSPENDED", "SUSPENDED", "MISSING", "MISSING", "ACTIVE")
+    process, calls = cloud(*command, states=states, STUB_RUN=str(said), STUB_REFUSES="1")
+    assert process.returncode == 0, process.stderr
+    assert "the run on pod is done" in process.stdout
+    assert verbs(calls).count("create") == 2
 
 
 def test_babysit_does_not_resume_for_ever(cloud, tmp_path):

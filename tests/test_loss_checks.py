@@ -10,8 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from simclr_jax import config
 from simclr_jax.errors import UserError
+from simclr_jax.evals import EVALUATIONS
 from simclr_jax.losses import LOSSES
-from simclr_jax.losses.checks import check_kind, check_loss, has_gradient
+from simclr_jax.losses.checks import TAKEN, check_kind, check_loss, has_gradient
 from simclr_jax.losses.contract import Loss
 from simclr_jax.mesh import make_mesh
 
@@ -62,6 +63,12 @@ def test_what_breaks_it_is_named(apply, says):
     with pytest.raises(UserError, match=f"loss.name=mine.*{says}") as caught:
         check(apply)
     assert "\n" not in str(caught.value)
+
+
+def test_names_that_evaluations_report_are_taken():
+    assert {evaluation.metric for evaluation in EVALUATIONS.values() if evaluation.metric} <= set(
+        TAKEN
+    )
 
 
 def test_a_builder_that_returns_a_function_is_refused():

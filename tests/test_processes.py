@@ -1,5 +1,6 @@
 """Several processes are one run: the same numbers, one set of files, and an end when one dies."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -17,8 +18,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from simclr_jax import load_encoder, main, mesh, processes, shell
+from simclr_jax import config, load_encoder, main, mesh, processes, shell
 from simclr_jax.errors import UserError
+from simclr_jax.training import program
 from simclr_jax.training.workdir import check_data
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -472,12 +474,54 @@ def huge_pages_always() -> bool:
 
 
 def test_processes_with_other_options_or_another_program_end_with_one_line(monkeypatch):
-    monkeypatch.setattr(processes, "that_differ", lambda text: [] if text == "alike" else [1, 2])
-    processes.check_alike({"options": "alike", "code": "alike"})
-    with pytest.raises(
-        UserError, match=r"processes 1, 2 have other code than process 0: expected one"
-    ):
-        processes.check_alike({"options": "alike", "code": "other"})
+    first = {"seed": "0", "code": "abc"}
+    several = list(range(1, 8))
+    monkeypatch.setattr(processes, "text_of_first", lambda text: json.dumps(first))
+    monkeypatch.setattr(
+        processes, "that_differ", lambda text: [] if json.loads(text) == first else several
+    )
+    processes.check_alike(first)
+    says = (
+        r"processes 1, 2, 3, 4, 5 and 2 more have other options or another program than process 0 \(seed is 7 here and "
+        r"0 there\): expected one"
+    )
+    with pytest.raises(UserError, match=says):
+        processes.check_alike(first | {"seed": "7"})
+
+
+def test_the_program_that_is_compared_is_all_of_its_code(tmp_path, monkeypatch):
+    package = shutil.copytree(
+        ROOT / "simclr_jax", tmp_path / "simclr_jax", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    monkeypatch.setattr(program, "__file__", str(package / "training/program.py"))
+    (package / ".#loss.py").symlink_to("nobody@nowhere")  # an editor's lock
+    start = program.program_in_words()
+    for name in ("main.py", "evals/classifiers/program.py", "training/program.py"):
+        text = (package / name).read_text()
+        (package / name).write_text(text + "# changed\n")
+        assert program.program_in_words()["code"] != start["code"], name
+        (package / name).write_text(text)
+    own = package / "training/program.py"
+    own.write_text(own.read_text().replace("$Format:%H$", 40 * "a"))  # as `git archive` does
+    assert program.program_in_words() == start
+
+
+def test_what_processes_compare(monkeypatch):
+    """Paths may differ; a configuration file of one's own may not."""
+    compared: list[dict] = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "check_alike", compared.append)
+    monkeypatch.setattr(main, "own_files", lambda: {"/a/own.py": "digest"})
+    c = config.default()
+    c.data.path = "/scratch/1"
+    args = argparse.Namespace(mode="embed")
+    main._check_processes(args, {"input": "/a", "output": "b", "with_z": True}, c)
+    (found,) = compared
+    assert found["seed"] == "0"
+    assert found["--mode"] == "embed"
+    assert found["--with_z"] == "True"
+    assert "digest" in found["code of --config"]
+    assert not {"data.path", "--input", "--output"} & set(found)
 
 
 @pytest.mark.whole
@@ -501,8 +545,8 @@ def test_two_processes_with_other_options_do_not_train(cache, quick, tmp_path):
     try:
         for process in started:
             _, said = process.communicate(timeout=240)
-            assert process.returncode == 1, said
-            assert "processes 1 have other options than process 0" in said
+            assert process.returncode in (1, -signal.SIGABRT), said  # where process 0 is gone first
+            assert "processes 1 have other options or another program than process 0" in said
     finally:
         for process in started:
             process.kill()

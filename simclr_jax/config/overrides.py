@@ -29,12 +29,17 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
       UserError: a file or option is not there, or a value is not allowed.
     """
     of_file = read_file(spec) if spec else None
+    lacking = [name for name in flatten(from_dict({})) if of_file and name not in flatten(of_file)]
+    if lacking:
+        raise UserError(
+            f"{spec} has no option {lacking[0]}: expected config.default(), with changes"
+        )
+    given = [flag.partition("=")[0].removeprefix("--config.") for flag in _join_values(overrides)]
     if of_file is not None and saved is not None:
-        _say_what_differs(from_dict(saved), of_file, str(spec))
+        _say_what_differs(from_dict(saved), of_file, str(spec), given)
     config = from_dict(saved or {}) if of_file is None or saved is not None else of_file
     source = config.data.source
     config = override(config, overrides)
-    given = [flag.partition("=")[0].removeprefix("--config.") for flag in _join_values(overrides)]
     # A run may have a loss that its own configuration file adds, and commands that do not train need no loss.
     is_of_a_run = spec is None or saved is not None
     unknown = ("loss.name",) if is_of_a_run and "loss.name" not in given else ()
@@ -46,8 +51,12 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
 _SHOWN = 4  # options of a file that are not used
 
 
-def _say_what_differs(of_run: ConfigDict, of_file: ConfigDict, spec: str) -> None:
-    """Says which options of a file are not used, as a command on a run uses those of the run."""
+def _say_what_differs(
+    of_run: ConfigDict, of_file: ConfigDict, spec: str, given: Sequence[str]
+) -> None:
+    """Says which options of a file are not used, as a command on a run uses those of the run; not of those that are
+    `given` as flags.
+    """
 
     def comparable(name: str, value: Any) -> Any:
         return absolute(value) if value and is_path(name) else value
@@ -56,15 +65,16 @@ def _say_what_differs(of_run: ConfigDict, of_file: ConfigDict, spec: str) -> Non
     differ = [
         f"{name} is {run[name]!r} in the run, {file[name]!r} in the file"
         for name in run
-        if comparable(name, run[name]) != comparable(name, file[name])
+        if name not in given and comparable(name, run[name]) != comparable(name, file[name])
     ]
     if differ:
-        more = f"; and {len(differ) - _SHOWN} more" if len(differ) > _SHOWN else ""
         say(
             f"config      the run's own options are used. {spec} has other values, which are ignored:"
         )
-        say(f"            {'; '.join(differ[:_SHOWN])}{more}")
-        say("            To change one, give --config.NAME=VALUE")
+        for line in differ[:_SHOWN]:
+            say(f"            {line}")
+        more = f"and {len(differ) - _SHOWN} more. " if len(differ) > _SHOWN else ""
+        say(f"            {more}To change one, give --config.NAME=VALUE")
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:

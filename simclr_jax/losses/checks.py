@@ -20,7 +20,8 @@ TAKEN = (
     *("alignment", "z_std", "classifier_loss", "classifier_accuracy", "labelled_share"),
     *("rank_h", "rank_z", "uniformity", "images_per_second", "goodput"),
     *("share_of_time_input", "share_of_time_saving", "share_of_time_evaluating"),
-    *("slowest_process", "slowest_process_share"),
+    *("slowest_process", "slowest_process_share", "knn_accuracy", "probe_accuracy"),
+    "transfer_accuracy",
 )
 _EXPECTED = "expected (float32 scalar, {name: scalar}), see losses.contract.Loss"
 # Similarities of so many rows are computed in a moment; with larger batches no gradient is computed.

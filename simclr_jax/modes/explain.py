@@ -130,8 +130,8 @@ def _say_time(config: ConfigDict, made: Pretraining) -> None:
 
 
 def _memory(device: Any) -> int:
-    """Returns the bytes of a device's memory: of a CPU, which does not say, the machine's."""
-    return (device.memory_stats() or {}).get("bytes_limit") or memory()
+    """Returns the bytes of a device's memory: of CPUs, which do not say, each one's part of the machine's."""
+    return (device.memory_stats() or {}).get("bytes_limit") or memory() // jax.local_device_count()
 
 
 def _peak(device: Any) -> int:

@@ -118,8 +118,8 @@ def _judge_at_end(
     if "z_std" in last:  # not in metrics of older versions
         plan = assemble.plan_of(config, assemble.data_set(config).train.count)
         trained = judge(int(last["step"]), last, assemble.references(config, plan))
-    judged = trained is not None and trained.name != NOT_JUDGED
-    if (evaluated.is_bad or not judged) and (trained is None or not trained.is_bad):
+    unjudged = trained is not None and trained.name == NOT_JUDGED
+    if (evaluated.is_bad or unjudged) and (trained is None or not trained.is_bad):
         _say_verdict(workdir, evaluated)
         return
     file = epath.Path(workdir) / HEALTH

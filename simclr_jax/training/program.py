@@ -30,11 +30,9 @@ def commit() -> str | None:
     None: it is neither. A package that lies somewhere below another project's checkout, such as in its .venv, is none of
     that project.
     """
-    if re.fullmatch(r"[0-9a-f]{40,}", _ARCHIVED):
-        return _ARCHIVED
     here = pathlib.Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
-        return None
+        return _ARCHIVED if re.fullmatch(r"[0-9a-f]{40,}", _ARCHIVED) else None
     try:
         found = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
@@ -52,10 +50,11 @@ def program_in_words() -> dict[str, str]:
     """Returns {what it is: text} of what must be alike on all processes of a run."""
     package = pathlib.Path(__file__).resolve().parents[1]
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(package.rglob("*.py")):
-        if file.name == pathlib.Path(__file__).name:
-            continue  # `git archive` changes this file
-        digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+    for file in sorted(package.rglob("[!.]*.py")):
+        content = file.read_bytes()
+        if file.samefile(__file__):  # which `git archive` changes
+            content = re.sub(rb"(?m)^_ARCHIVED = .*", b"", content)
+        digest.update(f"{file.relative_to(package)}\n".encode() + content)
     found = versions()
     found.pop("simclr_jax")  # an installed one may be of the same content
     return {"code": digest.hexdigest(), "versions of packages": str(sorted(found.items()))}
@@ -70,5 +69,10 @@ def what_changed(then: dict) -> list[str]:
         if name in before and before[name] != now[name]
     ]
     if then.get("commit") and then["commit"] != commit():
-        found.append(f"commit {then['commit'][:12]} then, {(commit() or 'unknown')[:12]} now")
+        found.append(f"commit {_short(then['commit'])} then, {_short(commit() or 'unknown')} now")
     return found
+
+
+def _short(commit: str) -> str:
+    name, dash, state = commit.partition("-")
+    return name[:12] + dash + state
