@@ -28,6 +28,7 @@ from simclr_jax.modes.pretrain import pretrain, pretrain_and_evaluate
 from simclr_jax.modes.report import report, views
 from simclr_jax.report import learned, run_page
 from simclr_jax.report.curves import PANELS, draw_curves
+from simclr_jax.report.page import in_words
 from simclr_jax.report.run_files import read_run_files
 from simclr_jax.report.sheet import name_of_image, sheet_of
 from simclr_jax.report.thumbnails import data_url, tile
@@ -566,3 +567,15 @@ def test_a_browser_shows_the_page(hostile):
             seen = seen or page.locator(".bk-Tooltip").count() > 0
         assert seen
         browser.close()
+
+
+def test_values_of_options_are_short():
+    for value, text in {
+        (0.75, 4 / 3): "(0.75, 1.33333)",
+        1e-6: "1e-06",
+        8: "8",
+        True: "True",
+        "a": "a",
+        (): "()",
+    }.items():
+        assert in_words(value) == text

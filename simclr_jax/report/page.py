@@ -45,3 +45,10 @@ def render(template: str, figures: dict[str, list[Any]], **content: Any) -> str:
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         **content,
     )
+
+
+def in_words(value: Any) -> str:
+    """Writes the value of an option; numbers with six digits at most."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(in_words, value))})"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -20,7 +20,7 @@ from simclr_jax.pretrained import load_encoder
 from simclr_jax.report import learned
 from simclr_jax.report.curves import COLOURS, draw_curves
 from simclr_jax.report.map import colours_of, draw_map
-from simclr_jax.report.page import render
+from simclr_jax.report.page import in_words, render
 from simclr_jax.report.run_files import RunFiles
 from simclr_jax.report.sheet import SHEET_EPOCHS, name_of_image, sheet_of, short_name
 from simclr_jax.report.thumbnails import tile
@@ -256,8 +256,8 @@ def _options(run: RunFiles) -> list[dict]:
     return [
         {
             "name": name,
-            "value": str(value),
-            "default": str(defaults.get(name)),
+            "value": in_words(value),
+            "default": in_words(defaults.get(name)),
             "changed": value != defaults.get(name),
         }
         for name, value in run.options.items()

@@ -12,7 +12,7 @@ from simclr_jax.evals.results import accuracies, titles_of
 from simclr_jax.evals.subjects import ENCODER
 from simclr_jax.files import absolute, in_bucket
 from simclr_jax.report.curves import draw_curves
-from simclr_jax.report.page import render
+from simclr_jax.report.page import in_words, render
 from simclr_jax.report.run_files import RunFiles, read_run_files
 
 _SCORES = {  # heading: metric
@@ -39,7 +39,7 @@ def page_of_runs(patterns: Sequence[str], folder: str) -> str:
     runs = _named_apart(runs)
     names = [run.name for run in runs]
     differing = [
-        (option, [str(options.get(option)) for options in flat])
+        (option, [in_words(options.get(option)) for options in flat])
         for option in flat[0]
         if len({str(options.get(option)) for options in flat}) > 1
     ]
