@@ -81,7 +81,7 @@ def pretraining(config: ConfigDict) -> Pretraining:
     loss = contrastive_loss(config, mesh)
     if loss.needs_labels and not classes:
         raise UserError(f"loss.name={config.loss.name} needs labels, and the data have none")
-    width = head(config).width_of_z(encoder(config).width)
+    width = references(config, plan).width
     check_loss(config.loss.name, loss, config.data.batch_size, width, mesh)
     if config.train.objective == "supervised":
         if not (classes and config.train.online_classifier):

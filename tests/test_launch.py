@@ -210,13 +210,23 @@ def test_warnings_of_gcloud_are_not_the_state(cloud):
     assert verbs(calls) == ["describe"]
 
 
-def test_babysit_tries_again_what_fails_while_it_resumes(cloud, tmp_path):
+@pytest.fixture
+def babysit(cloud, tmp_path):
+    """run(what the first host says of its run, time after time, ...) -> (finished process, calls)."""
+
+    def run(*said, states=("ACTIVE",), arguments=RUN, **environment):
+        file = tmp_path / "said"
+        file.write_text("".join(f"{line}\n" for line in said))
+        command = ("launch/tpu_vm.sh", "babysit", *RESUME[2 : -len(RUN)], *arguments)
+        return cloud(*command, states=states, STUB_RUN=str(file), **environment)
+
+    return run
+
+
+def test_babysit_tries_again_what_fails_while_it_resumes(babysit):
     """A slice that fails while it is awaited does not end it."""
-    said = tmp_path / "said"
-    said.write_text("ended 0\n")
     states = ("SUSPENDED", "SUSPENDED", "FAILED", "ACTIVE")
-    command = ("launch/tpu_vm.sh", "babysit", *RESUME[2:])
-    process, calls = cloud(*command, states=states, STUB_RUN=str(said))
+    process, calls = babysit("ended 0", states=states)
     assert process.returncode == 0, process.stderr
     assert "the slice pod is FAILED" in process.stderr
     assert "the run on pod is done" in process.stdout
@@ -240,11 +250,8 @@ def test_further_options_reach_gcloud_and_a_workdir_may_be_an_argument_of_its_ow
     assert "--workdir gs://b/run\\ 1" in call[7]
 
 
-def test_babysit_resumes_until_the_run_is_done(cloud, tmp_path):
-    said = tmp_path / "said"
-    said.write_text("running\nended 75\nended 0\n")
-    command = ("launch/tpu_vm.sh", "babysit", *RESUME[2:])
-    process, calls = cloud(*command, states=("ACTIVE",), STUB_RUN=str(said))
+def test_babysit_resumes_until_the_run_is_done(babysit):
+    process, calls = babysit("running", "ended 75", "ended 0")
     assert process.returncode == 0, process.stderr
     assert "the run: ended 75; resuming" in process.stdout
     assert "the run on pod is done" in process.stdout
@@ -253,68 +260,50 @@ def test_babysit_resumes_until_the_run_is_done(cloud, tmp_path):
     sent = [" ".join(call) for call in calls if call[4] == "ssh"]
     assert [i for i, text in enumerate(sent) if "pkill -TERM" in text] == [2]
     assert ".set_up" in sent[3]
-    said.write_text("ended 69\n" * 3)
-    process, _ = cloud(*command, states=("ACTIVE",), STUB_RUN=str(said))
+    process, _ = babysit(*3 * ["ended 69"])
     assert process.returncode == 2
     assert "ended early three times in a row (ended 69): see logs" in process.stderr
 
 
-def test_babysit_ends_where_the_run_was_stopped_or_the_slice_given_back(cloud, tmp_path):
-    said = tmp_path / "said"
-    said.write_text("running\nstopped\n")
-    command = ("launch/tpu_vm.sh", "babysit", *RESUME[2:])
-    process, calls = cloud(*command, states=("ACTIVE",), STUB_RUN=str(said))
+def test_babysit_ends_where_the_run_was_stopped_or_the_slice_given_back(babysit):
+    process, calls = babysit("running", "stopped")
     assert process.returncode == 0, process.stderr
     assert "the run on pod was stopped: resume goes on" in process.stdout
-    said.write_text("running\nrunning\n")
-    process, more = cloud(*command, states=("ACTIVE", "MISSING"), STUB_RUN=str(said))
+    process, more = babysit(*2 * ["running"], states=("ACTIVE", "MISSING"))
     assert process.returncode == 2
     assert "the slice pod is given back: to request it anew, babysit again" in process.stderr
     assert not any("nohup" in " ".join(call) for call in (*calls, *more))
     assert "create" not in verbs(more)
 
 
-def test_babysit_asks_again_for_a_slice_that_could_not_be_requested(cloud, tmp_path):
+def test_babysit_asks_again_for_a_slice_that_could_not_be_requested(babysit):
     """Resume gives back what was taken away, and the new request fails: the slice is missing then."""
-    said = tmp_path / "said"
-    said.write_text("running\nended 0\n")
-    command = ("launch/tpu_vm.sh", "babysit", *RESUME[2:])
     states = ("ACTIVE", "SUSPENDED", "SUSPENDED", "MISSING", "MISSING", "ACTIVE")
-    process, calls = cloud(*command, states=states, STUB_RUN=str(said), STUB_REFUSES="1")
+    process, calls = babysit("running", "ended 0", states=states, STUB_REFUSES="1")
     assert process.returncode == 0, process.stderr
     assert "the run on pod is done" in process.stdout
     assert verbs(calls).count("create") == 2
 
 
-def test_babysit_does_not_resume_for_ever(cloud, tmp_path):
+def test_babysit_does_not_resume_for_ever(babysit):
     """Each attempt lasts long enough not to count as short."""
-    said = tmp_path / "said"
-    said.write_text("ended 137\n" * 9)
-    command = ("launch/tpu_vm.sh", "babysit", *RESUME[2:])
     limits = {"SHORT_SECONDS": "0", "RESTARTS": "3"}
-    process, calls = cloud(*command, states=("ACTIVE",), STUB_RUN=str(said), **limits)
+    process, calls = babysit(*9 * ["ended 137"], **limits)
     assert process.returncode == 2
     assert "ended early 4 times (ended 137): see logs" in process.stderr
     assert sum("nohup" in " ".join(call) for call in calls) == 3
 
 
-def test_babysit_does_not_resume_what_ended_by_a_mistake(cloud, tmp_path):
-    said = tmp_path / "said"
-    said.write_text("running\nended 1\nended 0\n")
-    command = ("launch/tpu_vm.sh", "babysit", *RESUME[2:])
-    process, calls = cloud(*command, states=("ACTIVE",), STUB_RUN=str(said), SHORT_SECONDS="0")
+def test_babysit_does_not_resume_what_ended_by_a_mistake(babysit):
+    process, calls = babysit("running", "ended 1", "ended 0", SHORT_SECONDS="0")
     assert process.returncode == 2
     assert "the run on pod ended by a mistake (ended 1): see logs" in process.stderr
     assert not any("nohup" in " ".join(call) for call in calls)
 
 
-def test_babysit_does_not_take_the_end_of_an_earlier_run_for_that_of_its_own(cloud, home, tmp_path):
-    said = tmp_path / "said"
-
+def test_babysit_does_not_take_the_end_of_an_earlier_run_for_that_of_its_own(cloud, babysit, home):
     def asked(*arguments):
-        said.write_text("ended 0\n")
-        command = ("launch/tpu_vm.sh", "babysit", *RESUME[2 : -len(RUN)], *arguments)
-        _, calls = cloud(*command, states=("ACTIVE",), STUB_RUN=str(said))
+        _, calls = babysit("ended 0", arguments=arguments)
         return calls[-1][7].removeprefix("--command=")
 
     _, (started,) = cloud("launch/tpu_vm.sh", "run", "pod", ZONE, "--", *RUN)

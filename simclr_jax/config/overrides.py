@@ -6,7 +6,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from simclr_jax.config import allowed_values, flatten, from_dict, is_path, validate
+from simclr_jax.config import allowed_values, default, flatten, from_dict, is_path, validate
 from simclr_jax.config.python_files import read_file
 from simclr_jax.console import say
 from simclr_jax.data import check_given
@@ -28,16 +28,15 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
     Raises:
       UserError: a file or option is not there, or a value is not allowed.
     """
-    of_file = read_file(spec) if spec else None
-    lacking = [name for name in flatten(from_dict({})) if of_file and name not in flatten(of_file)]
-    if lacking:
-        raise UserError(
-            f"{spec} has no option {lacking[0]}: expected config.default(), with changes"
-        )
     given = [flag.partition("=")[0].removeprefix("--config.") for flag in _join_values(overrides)]
-    if of_file is not None and saved is not None:
-        _say_what_differs(from_dict(saved), of_file, str(spec), given)
-    config = from_dict(saved or {}) if of_file is None or saved is not None else of_file
+    config = from_dict(saved or {})
+    if spec:
+        of_file = read_file(spec)
+        _check_is_whole(of_file, spec)
+        if saved is None:
+            config = of_file
+        else:
+            _say_what_differs(config, of_file, spec, given)
     source = config.data.source
     config = override(config, overrides)
     # A run may have a loss that its own configuration file adds, and commands that do not train need no loss.
@@ -46,6 +45,14 @@ def load(spec: str | None, overrides: Sequence[str], saved: dict | None = None) 
     validate(config, unknown)
     check_is_read(config, given, source)
     return config
+
+
+def _check_is_whole(config: ConfigDict, spec: str) -> None:
+    """Raises a UserError if a file's configuration lacks an option."""
+    if lacking := sorted(flatten(default()).keys() - flatten(config).keys()):
+        raise UserError(
+            f"{spec} has no option {lacking[0]}: expected config.default(), with changes"
+        )
 
 
 _SHOWN = 4  # options of a file that are not used

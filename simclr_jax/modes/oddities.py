@@ -72,7 +72,7 @@ def oddities(config: ConfigDict, plan: Plan, images: int) -> list[str]:
             f"loss.temperature={config.loss.temperature:g}: with loss.normalize={config.loss.normalize} the paper tries "
             f"{least:g} to {most:g} (Table 5)"
         )
-    if config.train.objective == "contrastive" and not _reaches_z(config):
+    if config.train.objective == "contrastive" and not _reaches_z(config, plan):
         found.append(
             f"loss.name={config.loss.name} has no gradient at random z: it may learn nothing"
         )
@@ -90,12 +90,10 @@ def oddities(config: ConfigDict, plan: Plan, images: int) -> list[str]:
     return found
 
 
-def _reaches_z(config: ConfigDict) -> bool:
+def _reaches_z(config: ConfigDict, plan: Plan) -> bool:
     mesh = make_mesh(fsdp=config.mesh.fsdp)
-    width = assemble.head(config).width_of_z(assemble.encoder(config).width)
-    return has_gradient(
-        assemble.contrastive_loss(config, mesh), config.data.batch_size, width, mesh
-    )
+    images, width, *_ = assemble.references(config, plan)
+    return has_gradient(assemble.contrastive_loss(config, mesh), images, width, mesh)
 
 
 def say_unusual(found: list[str]) -> None:

@@ -1,6 +1,5 @@
 """Reads what a workdir holds about its run, whatever state the run is in."""
 
-import collections
 import dataclasses
 import json
 import os
@@ -17,7 +16,7 @@ from simclr_jax.evals.classifiers import TRAININGS
 from simclr_jax.evals.verdict import judge_accuracy
 from simclr_jax.files import absolute
 from simclr_jax.training.log import SKIPPED_IN_A_ROW
-from simclr_jax.training.metrics import read_lines
+from simclr_jax.training.metrics import last_values, read_lines
 from simclr_jax.training.plan import Plan
 from simclr_jax.training.verdict import HEALTH, NOT_JUDGED, References, Verdict, judge
 from simclr_jax.training.workdir import run_record
@@ -124,7 +123,7 @@ class RunFiles:
         """Returns the verdict of an evaluation of features at the run's last step, on its own data, if it is bad, or if
         training had none. Of what is trained by labels, the untrained encoder may well be as good.
         """
-        newest = dict(collections.ChainMap(*reversed(self.lines)))
+        newest = last_values(self.lines)
         verdict = trained
         for name in EVALUATIONS:
             result = self.results.get(name, {})

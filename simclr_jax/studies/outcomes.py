@@ -1,6 +1,5 @@
 """Outcomes of a study's runs: read from their workdirs, chosen by validation, as a table."""
 
-import collections
 import json
 import statistics
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,7 @@ from etils import epath
 from simclr_jax.studies.claims import deviation, mean
 from simclr_jax.studies.contract import Key, Scores, Study
 from simclr_jax.studies.runs import StudyRun, runs_of
-from simclr_jax.training.metrics import read_lines
+from simclr_jax.training.metrics import last_values, read_lines
 from simclr_jax.training.verdict import HEALTH, Verdict
 
 # In a run's workdir: {"about": see `record.about_run`, "readings": {reading: {"accuracy", "validation"}}}, or in place
@@ -99,8 +98,7 @@ def _outcomes_among(runs: list[StudyRun], study: Study, folder: epath.Path) -> O
                 unhealthy[run.name] = bad
             if study.metrics:
                 lines = read_lines(folder / run.name / "metrics.jsonl")
-                newest = collections.ChainMap(*reversed(lines))
-                values.setdefault((run.key, run.setting), []).append(newest)
+                values.setdefault((run.key, run.setting), []).append(last_values(lines))
     several = {run.key for run in runs if run.setting}
     scores: dict[Key, dict[int, float]] = {}
     settings = {}

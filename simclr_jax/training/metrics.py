@@ -128,6 +128,11 @@ def read_lines(file: epath.PathLike) -> list[dict]:
     return found
 
 
+def last_values(lines: list[dict]) -> dict:
+    """Returns the newest value of each metric of `read_lines`; not all of them stand in every line."""
+    return {name: value for line in lines for name, value in line.items()}
+
+
 def _step_of(line: str) -> int:
     """Returns the step of a line, -1 if it is no JSON object with a step."""
     try:

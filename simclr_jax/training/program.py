@@ -62,14 +62,15 @@ def program_in_words() -> dict[str, str]:
 
 def what_changed(then: dict) -> list[str]:
     """Lists how the program differs from the one that wrote a record of a run, in words."""
-    now, before = versions(), then.get("versions", {})
+    before = then.get("versions", {})
     found = [
-        f"{name} {before[name]} then, {now[name]} now"
-        for name in _PACKAGES
-        if name in before and before[name] != now[name]
+        f"{name} {before[name]} then, {version} now"
+        for name, version in versions().items()
+        if before.get(name, version) != version
     ]
-    if then.get("commit") and then["commit"] != commit():
-        found.append(f"commit {_short(then['commit'])} then, {_short(commit() or 'unknown')} now")
+    now = commit() or "unknown"
+    if then.get("commit") and then["commit"] != now:
+        found.append(f"commit {_short(then['commit'])} then, {_short(now)} now")
     return found
 
 

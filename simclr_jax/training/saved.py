@@ -132,10 +132,7 @@ def read_record(checkpoint: epath.Path) -> dict:
 def read_encoder_arrays(checkpoint: epath.Path, abstract: dict) -> dict:
     """Reads {"params", "batch_stats"} of the encoder alone, laid out as the abstract tree says."""
     found = _read(checkpoint, ENCODER, ocp.args.StandardRestore(abstract))
-    try:
-        verify(ENCODER, found, read_record(checkpoint))
-    except ValueError as error:
-        raise _unreadable(checkpoint, error) from error
+    _check_read(checkpoint, {ENCODER: found})
     return found
 
 
@@ -156,13 +153,18 @@ def read_parts(checkpoint: epath.Path, abstract: dict) -> dict:
         partial_restore=True,
     )
     found = _read(checkpoint, TRAINER, args, ocp.PyTreeCheckpointHandler)
+    _check_read(checkpoint, {name: network_of(found, name) for name in found["params"]})
+    return found
+
+
+def _check_read(checkpoint: epath.Path, trees: dict[str, Any]) -> None:
+    """Raises a UserError if one of these, by the names of `checksums`, is not what was saved."""
     record = read_record(checkpoint)
     try:
-        for name in found["params"]:
-            verify(name, network_of(found, name), record)
+        for name, tree in trees.items():
+            verify(name, tree, record)
     except ValueError as error:
         raise _unreadable(checkpoint, error) from error
-    return found
 
 
 def read_newest(path: str, read: Callable[[epath.Path], _T]) -> _T:
