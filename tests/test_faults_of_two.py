@@ -3,7 +3,6 @@ and a number of images that does not divide.
 """
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -14,7 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from test_processes import ROOT, cache, environment, quick  # noqa: F401 (two are fixtures)
+from test_processes import PORT, ROOT, cache, environment, quick  # noqa: F401 (two are fixtures)
 
 from simclr_jax import load_encoder
 from simclr_jax.errors import LOST
@@ -91,7 +90,7 @@ def two(cache, quick):  # noqa: F811
     def run(kind, workdir):
         options = [
             f"--workdir={workdir}",
-            f"--coordinator=127.0.0.1:{20000 + os.getpid() % 20000}",
+            f"--coordinator=127.0.0.1:{PORT}",
             "--processes=2",
             f"--config.train.steps={STEPS}",
             "--config.train.microbatches=2",

@@ -94,6 +94,30 @@ def run(count, devices, cache, *arguments):
     )
 
 
+PORT = 20000 + os.getpid() % 20000  # where process 0 listens
+
+
+def beside_each_other(commands, cache):
+    """Runs Python with these arguments as processes of one device each; returns (status, stdout, stderr) of each."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=environment(1, cache),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for arguments in commands
+    ]
+    try:
+        said = [process.communicate(timeout=240) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(started, said, strict=True)]
+
+
 @pytest.fixture(scope="module")
 def cache():
     return os.environ["JAX_COMPILATION_CACHE_DIR"]
@@ -526,30 +550,17 @@ def test_what_processes_compare(monkeypatch):
 
 @pytest.mark.whole
 def test_two_processes_with_other_options_do_not_train(cache, quick, tmp_path):
-    port = 20000 + os.getpid() % 20000
-    rates = ("0.3", "0.1")
-    started = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-m", "simclr_jax.main", *quick, f"--workdir={tmp_path / 'w'}"),
-                *(f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={i}"),
-                f"--config.optimizer.learning_rate={rate}",
-            ],
-            cwd=ROOT,
-            env=environment(1, cache),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i, rate in enumerate(rates)
+    commands = [
+        [
+            *("-m", "simclr_jax.main", *quick, f"--workdir={tmp_path / 'w'}"),
+            *(f"--coordinator=127.0.0.1:{PORT}", "--processes=2", f"--process={i}"),
+            f"--config.optimizer.learning_rate={rate}",
+        ]
+        for i, rate in enumerate(("0.3", "0.1"))
     ]
-    try:
-        for process in started:
-            _, said = process.communicate(timeout=240)
-            assert process.returncode in (1, -signal.SIGABRT), said  # where process 0 is gone first
-            assert "processes 1 have other options or another program than process 0" in said
-    finally:
-        for process in started:
-            process.kill()
+    for status, _, said in beside_each_other(commands, cache):
+        assert status in (1, -signal.SIGABRT), said  # where process 0 is gone first
+        assert "processes 1 have other options or another program than process 0" in said
     assert not (tmp_path / "w/config.json").exists()
 
 
@@ -646,22 +657,7 @@ print(mesh.processes_of(made), found["mean"][:, 0].astype(int).tolist(), labels.
 @pytest.mark.whole
 def test_features_keep_the_order_of_the_images_where_slices_interleave(cache):
     """Of 10 images in batches of 8: the second is not full."""
-    port = str(20000 + os.getpid() % 20000)
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", INTERLEAVED, port, str(i)],
-            cwd=ROOT,
-            env=environment(1, cache),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(4)
-    ]
+    commands = [["-c", INTERLEAVED, str(PORT), str(i)] for i in range(4)]
     order = list(range(10))
-    try:
-        for process in started:
-            said, _ = process.communicate(timeout=240)
-            assert f"[0, 2, 1, 3] {order} {order}" in said
-    finally:
-        for process in started:
-            process.kill()
+    for _, said, _ in beside_each_other(commands, cache):
+        assert f"[0, 2, 1, 3] {order} {order}" in said
