@@ -131,10 +131,12 @@ def _begun(workdir: str) -> str:
     opened, as their files may have changed since. Settles TensorFlow, unless it was imported before.
     """
     from simclr_jax import data
+    from simclr_jax.files import check_bucket
     from simclr_jax.shell import settle_tensorflow
 
     settle_tensorflow(os.environ)
     data.forget_opened()
+    check_bucket(workdir)
     return os.path.expanduser(workdir)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import io
 import logging
 import math
 import os
@@ -56,7 +57,13 @@ class Parser(argparse.ArgumentParser):
 def run(command: Callable[[list[str]], None]) -> None:
     """Runs a command with the arguments that the shell gave, and ends the process with its exit status."""
     mend_unraisable()
-    # Otherwise SIGINT is ignored, as of a job in the background.
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # the name of a file may have characters that a terminal lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    # Only where SIGINT has Python's own handler: a job in the background ignores it, and is to go on ignoring it.
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, end_interrupted)
     status: object = 1  # if any exception but SystemExit ends the command

@@ -7,6 +7,7 @@ from conftest import encoder_checkpoint
 from etils import epath
 from test_loop import job_of
 
+import simclr_jax
 from simclr_jax import files, load_encoder, main, shell, weights
 from simclr_jax.config import default
 from simclr_jax.data import folder
@@ -47,6 +48,8 @@ def test_a_mistyped_bucket_is_one_line(storage):
         main.main(["--config=configs/digits.py", "--workdir=gs://their/w"])
     for good in ("gs://there", "gs://there/a b", "gs://secret/w", "/local/w", "w"):
         files.check_bucket(good)
+    with pytest.raises(UserError, match="no file system for s3"):
+        simclr_jax.pretrain("digits", "s3://x/w")
     for other in ("s3://x/w", "az://x/w"):
         with pytest.raises(UserError, match=r"no file system for (s3|az)://; mount the bucket"):
             files.check_bucket(other)

@@ -54,6 +54,16 @@ def test_the_papers_recipe_is_not_unusual():
             },
             "both views of an image are one picture",
         ),
+        (
+            {
+                "views__one_branch": True,
+                "views__flip": False,
+                "views__color_strength": 0.0,
+                "views__grey_probability": 0.0,
+                "views__blur_probability": 0.0,
+            },
+            "both views of an image are one picture",
+        ),
         ({"loss__temperature": 0.01}, "loss.temperature=0.01"),
         (
             {"loss__temperature": 1.0, "loss__normalize": False},

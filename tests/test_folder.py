@@ -65,6 +65,13 @@ def test_the_index_is_of_every_image_file(photos):
     assert found.passed_over == {".txt": 1, "hidden": 1}
 
 
+@pytest.mark.parametrize("written", [".", "./photos", "photos/../photos", "photos/"])
+def test_the_fingerprint_does_not_depend_on_how_the_path_is_written(photos, monkeypatch, written):
+    monkeypatch.chdir(photos if written == "." else photos.parent)
+    expected = open_split(str(photos), True).fingerprint()
+    assert open_split(written.replace("photos", photos.name), True).fingerprint() == expected
+
+
 def test_hidden_files_and_what_services_make_are_no_images(photos):
     before = index.list_images(photos).paths
     for where in (".ipynb_checkpoints", ".Trash-1000/files", "@eaDir", "__MACOSX/a", "a/@eaDir"):
@@ -311,6 +318,12 @@ def test_settings_are_valid_and_have_reasons(count, short_side, accelerator):
     for share, epochs in zip(c.finetune.label_fractions, c.finetune.epochs, strict=True):
         assert epochs * share * count / c.finetune.batch_size > 140  # steps
     assert c.data.image_size <= max(32, 1.4 * short_side)
+
+
+def test_a_part_may_be_held_out_of_a_small_folder():
+    """The batch is chosen before it is known how many images data.test_fraction leaves."""
+    chosen = {c.option: c.value for c in suggest.suggest_settings(64, 32, False)}
+    assert chosen["data.batch_size"] <= 64 * 2 // 3
 
 
 def test_large_photographs_on_an_accelerator_get_the_papers_settings():

@@ -124,6 +124,29 @@ def test_files_may_name_their_classes_in_other_orders_or_have_no_labels(tmp_path
     assert labels_once(split) == split.all_labels().tolist() == [0, 1, 1, 0, -1, -1]
 
 
+def test_files_that_number_classes_beside_files_that_name_them_are_refused(tmp_path):
+    """They would become twice as many classes."""
+    write(tmp_path / "1.parquet", [0, 1], names=["cat", "dog"])
+    write(tmp_path / "2.parquet", [0, 1])
+    with pytest.raises(UserError, match=r"2\.parquet numbers its classes, and .*1\.parquet names"):
+        train_on(tmp_path)
+    write(tmp_path / "2.parquet", ["cat", "bird"])  # texts tell which they are
+    assert train_on(tmp_path).train.classes == ("bird", "cat", "dog")
+
+
+def test_a_column_is_found_beside_one_of_nearly_its_name(tmp_path):
+    table = pa.table({"image": [PNG] * 2, "image.bytes": [None, b""]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert train_on(tmp_path).train.count == 2
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pa.Table.from_arrays([pa.array([PNG])] * 2, names=["image", "image"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"has several columns 'image': expected one"):
+        train_on(tmp_path)
+
+
 @pytest.fixture
 def three(tmp_path):
     """A folder of three files, one deeper, of 4 + 3 + 2 rows in groups of 2."""

@@ -1,8 +1,10 @@
 """A picture saved without loss has the same pixels, whatever the format, the mode and the metadata."""
 
+import concurrent.futures
 import io
 import re
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -139,7 +141,7 @@ def png_of_16_bits(channels):
     return tf.io.encode_png(channels).numpy()
 
 
-@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
 @pytest.mark.parametrize("kind", ["png", "tiff", "colour png"])
 def test_files_of_16_bits_are_scaled_by_the_bits_that_they_use(bits, kind, capsys):
     pixels._say_once.cache_clear()
@@ -235,6 +237,27 @@ def test_pictures_of_telephones_stand_upright(kind, orientation):
     if kind != "tiff":  # which Pillow turns in any case
         as_it_lies = decoded(content, upright=False)
         np.testing.assert_allclose(as_it_lies, np.asarray(colours(), int), atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_damaged_exif_data_say_nothing(kind):
+    file = io.BytesIO()
+    colours().save(file, kind, exif=b"Exif\0\0garbage!garbage!")
+    content = file.getvalue()
+    assert problem_of(content) is None
+    assert pixels.orientation_of(content) == 1
+    np.testing.assert_array_equal(pixels.read(content), pixels.read(content, upright=False))
+
+
+def test_threads_that_read_leave_the_warnings_of_the_process_as_they_are():
+    """As `warnings.catch_warnings` would not: it is not made for threads."""
+    file = io.BytesIO()
+    one_colour_hidden("RGB").save(file, "png")
+    before = list(warnings.filters)
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        list(threads.map(pixels.read, [file.getvalue()] * 64))
+        list(threads.map(pixels.orientation_of, [file.getvalue()] * 64))
+    assert warnings.filters == before
 
 
 def test_an_orientation_in_xmp_alone_turns_no_jpeg():

@@ -9,7 +9,7 @@ import pytest
 from conftest import RESNET, encoder_checkpoint
 from safetensors.numpy import save_file
 
-from simclr_jax import assemble, load_encoder
+from simclr_jax import assemble, load_encoder, processes
 from simclr_jax.config import set_options
 from simclr_jax.encoders import init_encoder
 from simclr_jax.errors import Stopped, UserError
@@ -120,6 +120,16 @@ def test_a_run_is_not_mixed_with_one_of_another_beginning(tiny, source, tmp_path
     tiny.seed = 0
     with pytest.raises(UserError, match=r"began with other weights .those of"):
         run(tiny, tmp_path / "warm")
+
+
+def test_weights_that_one_process_does_not_see_are_gone_for_all(tiny, source, monkeypatch):
+    """Otherwise it would go on alone while the remaining processes read them together."""
+    tiny.model.init_from = source
+    began_with = read_start(tiny).about | {"digest": "another"}
+    with pytest.raises(UserError, match="began with other weights"):
+        find_start(tiny, {"init_from": began_with}, "w")
+    monkeypatch.setattr(processes, "of_all", lambda seen: [seen, 0.0])
+    assert find_start(tiny, {"init_from": began_with}, "w") == (None, began_with)
 
 
 def test_a_run_goes_on_whatever_becomes_of_the_workdir_that_it_began_with(

@@ -77,7 +77,8 @@ def suggest_settings(
     chosen += _model(accelerator)
     chosen += _papers_optimizer() if accelerator and count >= _MANY else _optimizer(epochs)
     most = 256 if size > 64 or not accelerator else 512
-    least = min(64, max(2, _power_of_2(count)))
+    # Two thirds: room for images that data.test_fraction or data.max_broken leaves out.
+    least = min(64, max(2, _power_of_2(2 * count // 3)))
     batch = _batch_size(count, least, most)
     steps = f"{count / batch:.3g} steps an epoch"
     chosen.append(

@@ -1,6 +1,7 @@
 """A folder of images as a source: every image file below it, at any depth, one file an image."""
 
 import csv
+import functools
 import hashlib
 import os
 import pathlib
@@ -62,10 +63,15 @@ class Files(Source):
     def lookup(self) -> Any:
         import tensorflow as tf
 
-        with tf.device("cpu"):
-            names = tf.constant(self.names.to_numpy(zero_copy_only=False))
-        root = os.path.join(self.root, "")
+        names, root = self._names_in_graph, os.path.join(self.root, "")
         return lambda index: tf.io.read_file(tf.strings.join((root, tf.gather(names, index))))
+
+    @functools.cached_property  # of a million names it takes 0.3 s, and each unreadable image asks for it again
+    def _names_in_graph(self) -> Any:
+        import tensorflow as tf
+
+        with tf.device("cpu"):
+            return tf.constant(self.names.to_numpy(zero_copy_only=False))
 
     def name_of(self, index: int) -> str:
         return os.path.join(self.root, self.names[int(index)].as_py())
@@ -76,9 +82,9 @@ class Files(Source):
         """
         digest = hashlib.blake2b(self.labels.tobytes(), digest_size=16)
         ends = pc.min_max(self.names).as_py().values()  # what these share all share
-        root = os.path.commonpath([os.path.dirname(os.path.join(self.root, x)) for x in ends])
+        common = os.path.commonpath([os.path.dirname(name) for name in ends])
         for name, size in zip(self.names.to_pylist(), self._sizes.tolist(), strict=True):
-            below = os.path.join(self.root, name)[len(root) :]
+            below = name[len(common) :] if common else f"/{name}"
             digest.update(os.fsencode(below) + f" {size}\n".encode())
         return digest.hexdigest()
 

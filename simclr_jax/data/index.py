@@ -14,7 +14,6 @@ import os
 import pathlib
 import statistics
 import time
-import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -188,9 +187,14 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
+def cache_of_folders() -> pathlib.Path:
+    """Returns where indexes are kept, one file a folder."""
+    return pathlib.Path(cache_folder()) / "folders"
+
+
 def _cache_file(root: pathlib.Path) -> pathlib.Path:
     name = hashlib.blake2b(os.fsencode(root.absolute()), digest_size=16).hexdigest()
-    return pathlib.Path(cache_folder()) / "folders" / f"{name}.json"
+    return cache_of_folders() / f"{name}.json"
 
 
 def _read_cache(file: pathlib.Path) -> dict[str, dict]:
@@ -270,10 +274,8 @@ def summarize(root: pathlib.Path) -> Summary:
 def _header(path: pathlib.Path) -> tuple[tuple[int, int], str] | str:
     """((width, height), channel layout) of an image, or why it has none."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes, which pixels.py judges
-            with Image.open(path) as image:
-                return image.size, image.mode
+        with Image.open(path) as image:
+            return image.size, image.mode
     except Exception as error:  # whatever a damaged file may lead to
         strerror = error.strerror if isinstance(error, OSError) else None
         return strerror or one_line(error).replace(f" {str(path)!r}", "")

@@ -1,6 +1,8 @@
 """Which image comes when: a function of (seed, epoch, position) and nothing else."""
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -48,9 +50,14 @@ class Order:
     share: Share = Share()
 
 
+@functools.lru_cache(
+    maxsize=4
+)  # of 14 M images one takes 1.4 s, and each unreadable image asks for it again
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """Returns the order of one epoch: a permutation [count] of image indices, new for each epoch."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
+    """Returns the order of one epoch: a permutation [count] of image indices, new for each epoch. Read-only."""
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    order.flags.writeable = False
+    return order
 
 
 def next_whole(broken: np.ndarray) -> np.ndarray:
@@ -77,42 +84,51 @@ def batch_positions(
       count: images of the data set.
       start_step: the first step to yield; nothing before it is computed.
     """
+    size = order.batch_size
+    first = start_step * size // count
+    following = enumerate(_changed_orders(order, count, first), first)
     orders: dict[int, np.ndarray] = {}
-    size, step = order.batch_size, start_step
-    while True:
+    for step in itertools.count(start_step):
         positions = np.arange(step * size, (step + 1) * size)[order.share.rows(size)]
         epochs = positions // count
-        needed = range(epochs[0], epochs[-1] + 1)
-        orders = {
-            e: orders[e] if e in orders else _order_of_indices(order, e, count) for e in needed
-        }
+        while epochs[-1] not in orders:
+            orders |= [next(following)]
+        orders = {e: shuffled for e, shuffled in orders.items() if e >= epochs[0]}
         indices = np.empty_like(positions)
         for epoch, shuffled in orders.items():
             here = epochs == epoch
             indices[here] = shuffled[positions[here] % count]
         yield epochs, indices
-        step += 1
 
 
-def _order_of_indices(order: Order, epoch: int, count: int) -> np.ndarray:
-    """Returns the order of an epoch, changed so that a batch that two epochs share holds no image twice: a copy
-    of an image would be its own negative. This needs 2.5 batches of images or more.
+def _changed_orders(order: Order, count: int, first: int) -> Iterator[np.ndarray]:
+    """Yields the order of each epoch from `first` on, changed so that a batch that two epochs share holds no image
+    twice: a copy of an image would be its own negative. Of fewer images than a batch, copies cannot be avoided, and
+    the orders stay as they are.
 
-    Images that the shared batch already has from the epoch before change places with later ones, but not with
-    those of the epoch's own last batch, because the next epoch relies on these.
+    Images that the shared batch already has from the epoch before change places with later ones. With two batches of
+    images or more none of these is in the epoch's own last batch, so that an epoch depends on its number alone. With
+    fewer, each epoch depends on those before it, and all are worked out from the first on; the images are few.
     """
-    own, size = epoch_order(order.seed, epoch, count), order.batch_size
-    before, after = epoch * count % size, (epoch + 1) * count % size
-    if before == 0 or count < size:
-        return own
-    taken = np.isin(own, epoch_order(order.seed, epoch - 1, count)[count - before :])
-    head = size - before
-    clash = np.flatnonzero(taken[:head])
-    free = head + np.flatnonzero(~taken[head : count - after])
-    moved = min(len(clash), len(free))
-    clash, free = clash[:moved], free[:moved]
-    own[clash], own[free] = own[free], own[clash]
-    return own
+    size = order.batch_size
+    in_turn = size <= count < 2 * size
+    previous = None
+    for epoch in itertools.count(0 if in_turn else first):
+        own = epoch_order(order.seed, epoch, count)
+        before, after = epoch * count % size, (epoch + 1) * count % size
+        if before and count >= size:
+            if previous is None:  # its last batch is as drawn
+                previous = epoch_order(order.seed, epoch - 1, count)
+            taken = np.isin(own, previous[count - before :])
+            head = size - before
+            clash = np.flatnonzero(taken[:head])
+            free = head + np.flatnonzero(~taken[head : count if in_turn else count - after])
+            free = free[: len(clash)]
+            own = own.copy()
+            own[clash], own[free] = own[free], own[clash]
+        previous = own
+        if epoch >= first:
+            yield own
 
 
 @dataclasses.dataclass(frozen=True)

@@ -223,6 +223,8 @@ def _check_columns(path: str, schema: Any, columns: Columns) -> None:
             raise UserError(
                 f"{path} has no column {name!r}: it has {', '.join(schema.names)}; {remedy}"
             )
+        if schema.names.count(name) > 1:
+            raise UserError(f"{path} has several columns {name!r}: expected one")
     kind = schema.field(columns.image).type
     if not _holds_images(kind):
         raise UserError(
@@ -243,8 +245,8 @@ def _check_bytes(path: str, groups: list, column: str) -> None:
     empty = rows = 0
     for group in groups:
         chunks = [group.column(i) for i in range(group.num_columns)]
-        names = (column, f"{column}.bytes")
-        (contents,) = [chunk for chunk in chunks if chunk.path_in_schema in names]
+        by_path = {chunk.path_in_schema: chunk for chunk in chunks}
+        contents = by_path.get(column) or by_path[f"{column}.bytes"]
         if not (contents.is_stats_set and contents.statistics.has_null_count):
             return
         empty, rows = empty + contents.statistics.null_count, rows + group.num_rows
@@ -316,8 +318,19 @@ def class_of(label: int | str | None, names: list[str]) -> str | None:
 
 
 def classes_of(files: list[ParquetFile]) -> Classes:
-    """Returns the classes of all files together: in the files' own order, or sorted."""
+    """Returns the classes of all files together: in the files' own order, or sorted.
+
+    Raises:
+      UserError: one file numbers its classes and another one names them, so that nobody can tell which are the same.
+    """
     labels = {name for file in files for name in file.labels}
+    named = next((file for file in files if file.names), None)
+    numbered = (file for file in files if not file.names and any(map(str.isdecimal, file.labels)))
+    if named and (bare := next(numbered, None)):
+        raise UserError(
+            f"{bare.path} numbers its classes, and {named.path} names them ({', '.join(named.names[:3])}, ...): "
+            "write all files in the same way"
+        )
     orders = {tuple(file.names) for file in files if file.names}
     if labels and len(orders) == 1 and labels <= set(*orders):
         return orders.pop()

@@ -20,17 +20,23 @@ from simclr_jax.files import expanded
 # The largest photographs of telephones have 200 million pixels; this is 0.8 GB once decoded.
 MOST_PIXELS = 2**28
 
-# The limit is one of the whole process: it is raised, so that Pillow still refuses what is far larger.
+# Pillow's limit holds for the whole process. It is raised to ours and not removed: Pillow itself refuses images from
+# twice the limit on.
 if Image.MAX_IMAGE_PIXELS is not None:
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MOST_PIXELS)
+
+# Pillow warns of palettes, of damaged EXIF data and of sizes: `read` handles or refuses these. Not by
+# `warnings.catch_warnings`, which in the threads that decode leaves the process without any warnings.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 with contextlib.suppress(ImportError):  # an extra of this package
     import pillow_heif
 
     pillow_heif.register_heif_opener()
 
-# Bits of a sample in files of 16 bits a sample: cameras and microscopes measure 10, 12 or 14.
-_SAMPLE_BITS = (10, 12, 14, 16)
+# Bits of a sample in files of 16 bits a sample: cameras and microscopes measure 10, 12 or 14, and programs that
+# compute with 16 bits save pictures of 8.
+_SAMPLE_BITS = (8, 10, 12, 14, 16)
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -50,15 +56,13 @@ def read(content: bytes, upright: bool = True) -> np.ndarray:
     Raises:
       ValueError: why it cannot be decoded.
     """
-    with warnings.catch_warnings(), _as_value_error(content):
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise Image.DecompressionBombError
-            if content.startswith(_PNG) and content[24] == 16:
-                x = _png_of_16_bits(content)
-                return turned(x, orientation(image)) if upright else x
-            return pixels(image, upright)
+    with _as_value_error(content), Image.open(io.BytesIO(content)) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise Image.DecompressionBombError
+        if content.startswith(_PNG) and content[24] == 16:
+            x = _png_of_16_bits(content)
+            return turned(x, orientation(image)) if upright else x
+        return pixels(image, upright)
 
 
 @contextlib.contextmanager
@@ -147,25 +151,28 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """Returns the orientation in the picture's EXIF data, 1 to 8 (EXIF 2.32, tag 0x112); 1 is upright."""
-    if image.format in ("JPEG", "MPO"):
-        # Not `getexif`, which reads XMP too where EXIF says nothing: `decode` reads EXIF alone.
-        exif = Image.Exif()
-        exif.load(image.info.get("exif", b""))
-    else:
-        exif = image.getexif()
-    found = exif.get(0x112, 1)
+    """Returns the orientation in the picture's EXIF data, 1 to 8 (EXIF 2.32, tag 0x112); 1 is upright. Damaged EXIF
+    data say nothing.
+    """
+    try:
+        if image.format in ("JPEG", "MPO"):
+            # Not `getexif`, which reads XMP too where EXIF says nothing: `decode` reads EXIF alone.
+            exif = Image.Exif()
+            exif.load(image.info.get("exif", b""))
+        else:
+            exif = image.getexif()
+        found = exif.get(0x112, 1)
+    except Exception:  # whatever damaged data may lead to
+        return 1
     return found if found in range(1, 9) else 1
 
 
 def orientation_of(content: bytes) -> int:
     """Reads the orientation of an encoded image without decoding its pixels; 1 where there is none."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(content)) as image:
-                return orientation(image)
-    except Exception:  # EXIF data that are damaged say nothing
+        with Image.open(io.BytesIO(content)) as image:
+            return orientation(image)
+    except Exception:  # not an image, which `read` says better
         return 1
 
 
@@ -188,7 +195,7 @@ def _png_of_16_bits(content: bytes) -> np.ndarray:
 
 
 def _upper_8_bits(x: np.ndarray) -> np.ndarray:
-    """Scales samples uint16 to uint8 by the range that the image uses: 10, 12, 14 or 16 bits."""
+    """Scales samples uint16 to uint8 by the range that the image uses, see `_SAMPLE_BITS`."""
     bits = next(bits for bits in _SAMPLE_BITS if int(x.max()) < 2**bits)
     if bits < 16:
         _say_once(bits)

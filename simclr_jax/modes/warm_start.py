@@ -215,14 +215,15 @@ def find_start(
 
 
 def _are_those_of_then(config: ConfigDict, began_with: dict) -> bool:
-    """Returns whether model.init_from names the weights that a run began with. The run has a checkpoint of
-    its own and no longer needs them, so they may be gone. If they are in a workdir that has trained on since, the
-    older step is compared, if it is still kept.
+    """Returns whether model.init_from names the weights that a run began with. True also where these weights no longer
+    exist: the run has a checkpoint of its own. If they are in a workdir that has trained on since, the step recorded
+    then is compared, as long as it is kept.
     """
     path, step = config.model.init_from, began_with["step"]
     if config.model.init_parts != began_with["parts"]:
         return False
-    if not _exists(path):
+    # All processes read the weights together, so they are gone if one process does not see them.
+    if not all(processes.of_all(float(_exists(path)))):
         return True
     steps = saved.saved_steps(path)
     # Process 0 decides for all: a workdir that trains on may delete the step at this moment.

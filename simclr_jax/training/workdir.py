@@ -15,6 +15,8 @@ from simclr_jax import config as config_lib
 from simclr_jax import processes
 from simclr_jax.config.python_files import own_files
 from simclr_jax.console import say
+from simclr_jax.data import index
+from simclr_jax.data.folder import root_of
 from simclr_jax.data.split import DataSet, Split
 from simclr_jax.errors import Unavailable, UserError
 from simclr_jax.files import absolute, no_folder, write_json
@@ -197,10 +199,16 @@ def check_data(train: Split, fingerprint: str, saved: dict | None, workdir: str)
       saved: the newest checkpoint's record, or None.
       workdir: for the message.
     """
+    stale = ""
+    if root_of(train):
+        stale = (
+            f"; if files were overwritten in place, remove {index.cache_of_folders()}, which keeps their "
+            "old sizes"
+        )
     if differ := processes.that_differ(fingerprint):
         raise UserError(
             f"processes {', '.join(map(str, differ))} found other training images than process 0 (here "
-            f"{train.count}): give all of them the same files, or one folder that they share (data.path)"
+            f"{train.count}): give all of them the same files, or one folder that they share (data.path){stale}"
         )
     if saved is None or saved["data_fingerprint"] == fingerprint:
         return
@@ -208,7 +216,7 @@ def check_data(train: Split, fingerprint: str, saved: dict | None, workdir: str)
     advice = f"; --config.model.init_from={workdir} begins there with what this run has learned"
     if then == now:
         what = "other images, or on other labels of them"
-        advice += "; evaluations, such as --mode=probe, may take other labels"
+        advice += f"{stale}; evaluations, such as --mode=probe, may take other labels"
     else:
         what = f"{then} training images and there are {now} now"
     raise UserError(

@@ -137,8 +137,8 @@ class Distortion:
 
     @property
     def changes_nothing(self) -> bool:
-        """Returns whether all views of an image are one picture: whole images, and no operation."""
-        return self.crop.crop_area[0] >= 1 and not self.chain
+        """Returns whether all views of an image are one picture: no operation, and one crop or none."""
+        return not self.chain and (self.one_branch or self.crop.crop_area[0] >= 1)
 
     @property
     def chain(self) -> tuple[Operation, ...]:
