@@ -28,7 +28,7 @@ from simclr_jax.training.log import steps_between_reports
 from simclr_jax.training.loop import Job, job_of
 from simclr_jax.training.memory import MemoryRule, batches_of
 from simclr_jax.training.objectives import contrastive, projection_of_second_views
-from simclr_jax.training.plan import Plan, make_plan
+from simclr_jax.training.plan import Plan, check_enough, make_plan
 from simclr_jax.training.state import Networks, init_state
 from simclr_jax.training.step import UpdateRule, make_step
 from simclr_jax.training.verdict import References
@@ -73,7 +73,7 @@ def pretraining(config: ConfigDict) -> Pretraining:
     data = data_set(config)
     train, several_labels = data.train, data.members is not None
     check_divides(config.data.batch_size, mesh, config.train.microbatches)
-    _check_enough(config.data.batch_size, train.count)
+    check_enough(config.data.batch_size, train.count)
     plan = plan_of(config, train.count)
     made = views(config, mesh)
     # The online classifier and the losses take one label an image: data with several count as unlabelled.
@@ -93,20 +93,6 @@ def pretraining(config: ConfigDict) -> Pretraining:
     return Pretraining(
         train, classes, made, plan, job, loss, encoder(config), images_of_a_norm(config, mesh)
     )
-
-
-def _check_enough(batch_size: int, images: int) -> None:
-    """Raises a UserError if a batch would hold an image twice, or an image would have no negatives."""
-    if images < 2:
-        raise UserError(
-            f"{images} training image{'s' * (images != 1)}: expected two or more, as an image learns from its "
-            "difference to others"
-        )
-    if batch_size > images:
-        raise UserError(
-            f"data.batch_size={batch_size} is more than the {images} training images, so that images "
-            f"would be their own negatives: expected at most {images}"
-        )
 
 
 def pretraining_job(config: ConfigDict, plan: Plan, classes: int | None, mesh: Mesh) -> Job:

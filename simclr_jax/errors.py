@@ -32,6 +32,11 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def reason(error: Exception) -> str:
+    """Returns why something failed, in a few words of one line: of an OSError those of the system, without the path."""
+    return getattr(error, "strerror", None) or one_line(error) or repr(error)
+
+
 def near_names(
     name: str, known: Iterable[str], cutoff: float = 0.6, also: Iterable[str] = ()
 ) -> str:

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from etils import epath
 
-from simclr_jax.errors import Unavailable, UserError, one_line
+from simclr_jax.errors import Unavailable, UserError, one_line, reason
 
 # By default TensorFlow caches for 5 s that an object in a bucket exists, and still sees a folder after its renaming.
 # It reads this variable when it first accesses a bucket.
@@ -31,9 +31,8 @@ def writing(path: epath.PathLike, advice: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or one_line(error)
         raise UserError(
-            f"cannot write {path}: {reason}{f'. {advice}' if advice else ''}"
+            f"cannot write {path}: {reason(error)}{f'. {advice}' if advice else ''}"
         ) from error
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from simclr_jax.errors import UserError
 
@@ -64,6 +64,11 @@ def _slice_of(device: Any) -> int:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def here() -> SingleDeviceSharding:
+    """Returns the sharding of an array that this process's first device alone holds."""
+    return SingleDeviceSharding(jax.local_devices()[0])
 
 
 def gathered(mesh: Mesh) -> Callable[[Any], Any]:

@@ -22,6 +22,7 @@ from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.encoders.images import to_float
 from simclr_jax.errors import UserError
 from simclr_jax.files import expanded
+from simclr_jax.mesh import here
 from simclr_jax.training import saved
 from simclr_jax.training.state import init_head
 from simclr_jax.views.crop import EvaluationView
@@ -221,7 +222,7 @@ def read_classifier(found: epath.Path) -> Classifier:
     config = from_dict(record["config"])
     encoder, head = assemble.encoder(config), assemble.head(config)
     network = Classified(encoder, head, about["layer"], LinearClassifier(about["outputs"]), False)
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = here()
     own = read_variables(config, encoder, found, sharding)
 
     def start(key: jax.Array) -> tuple[dict, dict]:
@@ -259,7 +260,7 @@ def read_encoder(found: epath.Path) -> Encoder:
     record = saved.read_record(found)
     config = from_dict(record["config"])
     network = assemble.encoder(config)
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = here()
     variables = read_variables(config, network, found, sharding)
     return Encoder(network, variables, assemble.evaluation_view(config), record["step"])
 

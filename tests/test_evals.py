@@ -541,7 +541,22 @@ def test_an_evaluation_is_one_row_of_the_table(tiny, tmp_path, monkeypatch, caps
     said = capsys.readouterr().out
     assert "The nearest of 3 means, test accuracy" in said
     assert [row["features"] for row in result["rows"]] == list(KINDS)
-    assert result["settings"] == {"classes": 3, "seed": 3}
+    assert result["settings"] == {
+        "classes": 3,
+        "seed": 3,
+        "labels": {
+            "labels_per_class": (1,),
+            "label_fraction": 0.0,
+            "seeds": 2,
+            "baselines": True,
+        },
+        "views": {
+            "image_size": tiny.data.image_size,
+            "eval_crop": tiny.data.eval_crop,
+            "upright": True,
+            "antialias": False,
+        },
+    }
     written = json.loads((workdir / "means.json").read_text())
     assert written["rows"] == result["rows"]
     assert written["config"]["data"]["eval_crop"] == 0.5
@@ -572,7 +587,9 @@ def test_an_evaluation_is_one_row_of_the_table(tiny, tmp_path, monkeypatch, caps
 def test_without_a_validation_part_there_is_no_probe(tiny, tmp_path):
     assert not why_not(tiny, "probe")
     tiny.eval.validation_fraction = 0.0
-    assert why_not(tiny, "probe").startswith("eval.validation_fraction=0 leaves nothing")
+    assert why_not(tiny, "probe").startswith(
+        "eval.validation_fraction=0 leaves --mode=probe nothing"
+    )
     with pytest.raises(UserError, match=r"eval\.validation_fraction=0: expected a part"):
         evaluate_features("probe", tiny, str(tmp_path))
     tiny.eval.on_the_way, tiny.eval.every_steps = "probe", 2

@@ -54,15 +54,13 @@ def _graph(upright: bool) -> Callable:
 _traced = {upright: _graph(upright) for upright in (True, False)}
 
 
-def problem_of(data: bytes, how: Callable[[Any], Any] = decode) -> str | None:
-    """Returns why the content of an image file cannot be decoded, or None if it can."""
+def problem_of(data: bytes) -> str | None:
+    """Returns why `decode` cannot decode the content of an image file, or None if it can."""
     try:
-        how(tf.constant(data))
+        decode(tf.constant(data))
         return None
     except tf.errors.OpError as error:
         problem = reason_of(error)
-    if how is not decode:
-        return problem
     try:
         pixels.read(data)
     except ValueError as error:

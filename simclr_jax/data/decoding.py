@@ -39,8 +39,13 @@ class Decoding:
         """Returns why `decode` cannot decode an encoded image, or None if it can."""
         from simclr_jax.data.decode import problem_of
 
-        own = type(self).decode is not Decoding.decode
-        return problem_of(image, self.decode) if own else problem_of(image)
+        if type(self).decode is Decoding.decode:
+            return problem_of(image)
+        try:
+            self.pixels(image)
+            return None
+        except ValueError as error:
+            return str(error)
 
 
 class DecodedAs(Decoding):

@@ -17,7 +17,7 @@ from simclr_jax.data.index import SUFFIXES, list_images, most_common
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.source import Classes, Example, Source, codes_of
 from simclr_jax.data.split import DataSet, Split
-from simclr_jax.errors import UserError, one_line
+from simclr_jax.errors import UserError, reason
 from simclr_jax.files import absolute, check_local, expanded, no_folder
 
 
@@ -201,9 +201,8 @@ def read_labels(path: str) -> dict[str, str]:
             "(data.labels_file)"
         ) from error
     except (OSError, csv.Error) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
         raise UserError(
-            f"{path!r} cannot be read as a CSV file of labels: {reason} (data.labels_file)"
+            f"{path!r} cannot be read as a CSV file of labels: {reason(error)} (data.labels_file)"
         ) from error
     if not {"image", "label"} <= set(columns):
         what = f"has the columns {', '.join(map(repr, columns))}" if columns else "is empty"

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from simclr_jax.data.subsets import evenly
-from simclr_jax.errors import UserError, one_line
+from simclr_jax.errors import UserError, reason
 from simclr_jax.files import cache_folder, write_text
 
 # By content a wrong suffix does no harm: it only says that the file is meant to be an image.
@@ -277,8 +277,7 @@ def _header(path: pathlib.Path) -> tuple[tuple[int, int], str] | str:
         with Image.open(path) as image:
             return image.size, image.mode
     except Exception as error:  # whatever a damaged file may lead to
-        strerror = error.strerror if isinstance(error, OSError) else None
-        return strerror or one_line(error).replace(f" {str(path)!r}", "")
+        return reason(error).replace(f" {str(path)!r}", "")
 
 
 def most_common(passed_over: dict[str, int]) -> str:

@@ -13,6 +13,7 @@ from simclr_jax.data.order import Order, Share, batch_positions, next_whole
 from simclr_jax.data.source import CORES, Source
 from simclr_jax.data.split import BROKEN, NONE
 from simclr_jax.data.subsets import split_validation
+from simclr_jax.errors import reason
 from simclr_jax.files import raise_if_passing
 
 
@@ -143,7 +144,7 @@ class IndexedSplit:
             return self.source.problem(self.source.encoded(index))
         except OSError as error:
             raise_if_passing(error)
-            return error.strerror or str(error)
+            return reason(error)
         except ValueError as error:
             return str(error)
 

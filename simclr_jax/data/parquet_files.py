@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from simclr_jax.data.source import Classes
 from simclr_jax.data.streamed import memory
-from simclr_jax.errors import UserError, one_line
+from simclr_jax.errors import UserError, reason
 from simclr_jax.files import absolute, cache_folder, in_bucket, write_text
 
 # A row group is read at once, in up to this share of the machine's memory.
@@ -100,12 +100,7 @@ def _list_remote(path: str) -> tuple[Any, list[str]]:
             return system, system.glob(f"{inner.rstrip('/')}/**/*.parquet")
         return system, system.glob(inner) if glob.has_magic(inner) else [inner]
     except Exception as error:  # any of many systems' network and permission errors
-        raise UserError(f"cannot open {path}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """Returns what an error says, in one line."""
-    return getattr(error, "strerror", None) or one_line(error) or repr(error)
+        raise UserError(f"cannot open {path}: {reason(error)}") from error
 
 
 @contextlib.contextmanager
@@ -124,7 +119,7 @@ def open_parquet(system: Any, path: str) -> Iterator[Any]:
         raise
     except unreadable as error:
         expected = "; expected a Parquet file" if isinstance(error, pa.ArrowException) else ""
-        raise UserError(f"cannot read {path}: {_reason(error)}{expected}") from error
+        raise UserError(f"cannot read {path}: {reason(error)}{expected}") from error
 
 
 def _state(system: Any, path: str) -> str:
@@ -134,7 +129,7 @@ def _state(system: Any, path: str) -> str:
             return system.ukey(path)
         status = os.stat(path)
     except Exception as error:  # any of many systems' network and permission errors
-        raise UserError(f"cannot read {path}: {_reason(error)}") from error
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 

@@ -54,8 +54,8 @@ class Split(Protocol):
         """Returns int32 [N], in the split's order; decodes no image."""
 
     def has_labels(self) -> bool:
-        """Returns whether any image has a label: a part of a split may have classes but no labels. A stream answers
-        whether it has classes, because to look for labels is to read it.
+        """Returns whether any image has a label: a part of a split may have classes but no labels. A stream returns whether
+        it has classes, since finding a label would mean reading it.
         """
 
     def labelled(self) -> "Split":

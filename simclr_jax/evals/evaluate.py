@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble, processes
 from simclr_jax import config as config_lib
 from simclr_jax.console import say
-from simclr_jax.data.broken import Images
 from simclr_jax.data.split import DataSet
 from simclr_jax.errors import NotFinite, UserError
 from simclr_jax.evals import EVALUATIONS, results, subjects
@@ -99,8 +98,8 @@ def config_for(name: str, config: ConfigDict) -> ConfigDict:
       UserError: the evaluation chooses something, and there is nothing to choose on.
     """
     evaluation = EVALUATIONS[name]
-    if evaluation.chooses and config.eval.validation_fraction == 0:
-        raise UserError("eval.validation_fraction=0: expected a part to choose regularisation on")
+    if why := _no_choice(config, name):
+        raise UserError(f"{why}: expected a number above 0, such as 0.1")
     config = config.copy_and_resolve_references()
     config_lib.set_options(config, dict(evaluation.changes))
     return config
@@ -112,8 +111,13 @@ def why_not(config: ConfigDict, name: str) -> str:
     """
     if why := subjects.without_labels(assemble.data_set(config)):
         return why
+    return _no_choice(config, name)
+
+
+def _no_choice(config: ConfigDict, name: str) -> str:
+    """Returns why an evaluation has no images to choose its settings on; "" if it has, or chooses nothing."""
     if EVALUATIONS[name].chooses and config.eval.validation_fraction == 0:
-        return "eval.validation_fraction=0 leaves nothing to choose its settings on"
+        return f"eval.validation_fraction=0 leaves --mode={name} nothing to choose its settings on"
     return ""
 
 
@@ -149,18 +153,32 @@ def result_of(
         "rows": rows,
         "train_images": images,
         "test_images": len(first.test[1]),
-        "settings": evaluation.settings(options, images, first.classes),
+        "settings": _settings(evaluation, config, metric, images, first.classes),
+    }
+
+
+def _settings(
+    evaluation: Evaluation, config: ConfigDict, metric: str, images: int, classes: int
+) -> dict:
+    """Returns everything that decides a result: the evaluation's own settings, which labels it takes, and the views."""
+    names = ("labels_per_class", "label_fraction", "seeds", "baselines")
+    return evaluation.settings(_options_of(config, metric), images, classes) | {
+        "labels": {name: config.eval[name] for name in names},
+        "views": results.views_of(config),
     }
 
 
 def _features_of_all(subject: _Subject) -> dict[str, Features]:
     """Returns {kind: features} of the checkpoint and of the baselines."""
     config, data, trained, path, mesh = subject
+    assert data.test is not None
     images = {
         "training": assemble.images_of(
             config, data.train, path.with_name(f"{path.stem}_broken_training.jsonl")
         ),
-        "test": _test_images(config, data, path.with_name(f"{path.stem}_broken_test.jsonl")),
+        "test": assemble.images_of(
+            config, data.test, path.with_name(f"{path.stem}_broken_test.jsonl")
+        ),
     }
     variables = {ENCODER: (trained.encoder, trained.head)}
     if config.eval.baselines:
@@ -184,11 +202,6 @@ def _features_of_all(subject: _Subject) -> dict[str, Features]:
         found[name] = subjects.features_of(extractor, views, variables, some, shown=True)
     about = len(data.train.classes or ()), mesh, data.members
     return pair(found["training"], found["test"], *about)
-
-
-def _test_images(config: ConfigDict, data: DataSet, report: epath.Path | None = None) -> Images:
-    assert data.test is not None
-    return assemble.images_of(config, data.test, report)
 
 
 def pair(
@@ -235,8 +248,8 @@ def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Me
     """Evaluates the checkpoints of a run as they appear, until that of its last step.
 
     Each adds a line to WORKDIR/NAME_followed.jsonl: {"step", metric, "settings": a digest of the evaluation's
-    settings}. After a restart, it goes on with the first checkpoint after the last line. With other settings than
-    those of the last line, it begins a new file with the checkpoints that are there.
+    settings}. A restart goes on after the last line, if the settings are those of that line; otherwise the file
+    begins anew with the checkpoints that are there.
 
     Returns:
       the result of the last step.
@@ -281,14 +294,10 @@ def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Me
 
 
 def _digest_of_settings(name: str, config: ConfigDict, data: DataSet) -> str:
-    """Returns 8 letters that differ where the settings of the evaluation `name` do, or the views that it takes."""
-    options = _options_of(config, subjects.metric_of(config, data))
-    used = EVALUATIONS[name].settings(options, data.train.count, len(data.train.classes or ()))
-    labels = {
-        k: config.eval[k] for k in ("labels_per_class", "label_fraction", "seeds", "baselines")
-    }
-    views = {k: config.data[k] for k in ("image_size", "eval_crop", "upright")}
-    text = json.dumps([used, labels, views, config.views.antialias], sort_keys=True)
+    """Returns 8 letters that differ where `_settings` of the evaluation `name` do."""
+    metric, classes = subjects.metric_of(config, data), len(data.train.classes or ())
+    used = _settings(EVALUATIONS[name], config, metric, data.train.count, classes)
+    text = json.dumps(used, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 

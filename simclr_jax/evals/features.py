@@ -20,6 +20,7 @@ class Extractor:
 
     Attributes:
       batch_size: images of the global batch.
+      mesh: all devices.
     """
 
     def __init__(self, forward: Callable, *, batch_size: int, size: int, mesh: Mesh):
@@ -31,7 +32,7 @@ class Extractor:
           size: height and width of an image, pixels.
           mesh: all devices.
         """
-        self.batch_size, self._size, self._mesh = batch_size, size, mesh
+        self.batch_size, self._size, self.mesh = batch_size, size, mesh
         everywhere = replicated(mesh)
 
         def run(variables, batch):
@@ -45,8 +46,8 @@ class Extractor:
         """Yields features and labels of a split, in its order, batch by batch, on every process.
 
         Every process must call this together. Short and missing batches are filled up with zeros,
-        which are dropped again, so that one program serves all and every process runs it equally
-        often.
+        which are dropped again, so that one compiled program serves every batch, and all processes call it the same
+        number of times.
 
         Args:
           variables: the first argument of `forward`, on all devices of the mesh, whole or divided.
@@ -56,7 +57,7 @@ class Extractor:
         Yields:
           {kind: features float32 [n, D]}, labels int32 [n], `split.BROKEN` for a broken image.
         """
-        processes = len(processes_of(self._mesh))
+        processes = len(processes_of(self.mesh))
         local, size = self.batch_size // processes, self._size
 
         def in_order(x):
@@ -73,7 +74,7 @@ class Extractor:
                 "image": np.concatenate([batch["image"], blank[n:]]),
                 "label": np.concatenate([batch["label"], np.zeros(local - n, np.int32)]),
             }
-            rows = jax.device_get(self._run(variables, to_global(self._mesh, filled)))
+            rows = jax.device_get(self._run(variables, to_global(self.mesh, filled)))
             left = count - step * self.batch_size
             yield jax.tree.map(lambda x, left=left: in_order(x)[:left], rows)
 

@@ -18,7 +18,7 @@ from simclr_jax.data.split import DataSet
 from simclr_jax.evals.contract import Table
 from simclr_jax.evals.scores import Score
 from simclr_jax.files import absolute, write_json
-from simclr_jax.training.saved import RECORD
+from simclr_jax.training.saved import beside
 
 
 def row(kind: str, per_class: int | None, found: Sequence[Score]) -> dict:
@@ -90,28 +90,28 @@ def path_of(config: ConfigDict, record: dict, data: DataSet, workdir: str, mode:
             "data        the encoder was trained on test images, or on some of them, without their labels: new images may "
             "be recognised less well"
         )
-    folder = epath.Path(absolute(workdir))
-    # Training removes a checkpoint's folder with all that lies in it.
-    if folder.parent.name == "checkpoints" and (folder / RECORD).is_dir():
-        folder, mode = folder.parent.parent, f"{mode}_step_{folder.name}"
+    folder, suffix = beside(absolute(workdir))
+    mode += suffix
     then = record["data_fingerprint"], record.get("test_fingerprint", test)
     if (train, test) == then:
         return folder / f"{mode}.json"
     digest = hashlib.blake2b(f"{train} {test}".encode(), digest_size=3).hexdigest()
     path = folder / f"{mode}_{_name_of(config.data.to_dict())}_{digest}.json"
     which = "training" if train != then[0] else "test"
-    say(
-        f"data        other {which} images or labels than the run's, so the result goes to {path.name}"
-    )
+    why = f"other {which} images or labels than the run's"
+    if then[0] is None:
+        why = "the weights were imported, and have no data of their own"
+    say(f"data        {why}, so the result goes to {path.name}")
     return path
 
 
 def _was_trained_on(config: ConfigDict, record: dict, test: str | None) -> bool:
     """Returns whether test images are among those that the encoder was trained on, as far as their digest and the
-    options tell: all of them, or a larger part held out of the images than training left out. A smaller part is a part
-    of the larger one. `test`: the test images' digest; None: there are none.
+    options tell: the test images are the training images, or `data.test_fraction` is larger than in training, so that
+    part of the test images was trained on (a smaller held-out part lies within a larger one). `test`: the test images'
+    digest; None: there are none.
     """
-    if test == record["data_fingerprint"]:
+    if test is not None and test == record["data_fingerprint"]:
         return True
     then, now = record.get("config", {}).get("data"), config.data.to_dict()
     if then is None or absolute(then.get("path", "")) != absolute(now["path"]):
@@ -159,6 +159,12 @@ def settings_in_words(settings: Mapping[str, Any]) -> str:
     )
 
 
+def views_of(config: ConfigDict) -> dict[str, Any]:
+    """Returns the options that decide what an evaluation sees of an image, without their groups."""
+    data = {name: config.data[name] for name in ("image_size", "eval_crop", "upright")}
+    return data | {"antialias": config.views.antialias}
+
+
 def save(path: epath.Path, config: ConfigDict, result: dict) -> None:
     """Writes a result and the configuration of the evaluation, and says so if it replaces one with other settings.
 
@@ -167,8 +173,7 @@ def save(path: epath.Path, config: ConfigDict, result: dict) -> None:
     """
     if jax.process_index() > 0:
         return
-    now = json.loads(json.dumps(result["settings"]))
-    before = _settings_there(path)
+    now, before = _one_level(json.loads(json.dumps(result["settings"]))), _settings_there(path)
     if differ := [name for name, value in before.items() if now.get(name) != value]:
         then = ", ".join(f"{name} {before[name]}" for name in differ)
         say(f"replaces    {path.name}, made with {then}")
@@ -176,13 +181,20 @@ def save(path: epath.Path, config: ConfigDict, result: dict) -> None:
 
 
 def _settings_there(path: epath.Path) -> dict:
-    """Returns the settings of the result that lies at `path`; {} if there is none, or another file."""
+    """Returns the settings of the result that lies at `path`, see `_one_level`; {} if there is none, or another file."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
     settings = found.get("settings") if isinstance(found, dict) else None
-    return settings if isinstance(settings, dict) else {}
+    return _one_level(settings) if isinstance(settings, dict) else {}
+
+
+def _one_level(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings with those of "labels" and "views" beside the evaluation's own."""
+    groups = {name: settings[name] for name in ("labels", "views") if name in settings}
+    own = {name: value for name, value in settings.items() if name not in groups}
+    return own | {k: v for group in groups.values() for k, v in group.items()}
 
 
 def show(path: epath.Path, result: dict, title: str, table: Table) -> None:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from simclr_jax.errors import UserError
+
 # Data sets of TFDS for which the paper reports the mean over the classes (appendix B.8.1).
 _MEAN_PER_CLASS = ("caltech101", "fgvc_aircraft", "oxford_flowers102", "oxford_iiit_pet")
 
@@ -63,12 +65,20 @@ def eleven_point_map(logits: np.ndarray, members: np.ndarray) -> float:
       logits: [n, K].
       members: int [n, K]: 1: the image is of the class; 0: it is not; -1: it does not count for the class
         ("difficult"). Classes without any image of theirs are left out.
+
+    Raises:
+      UserError: no class has an image.
     """
     found = [
         _average_precision(logits[:, k], members[:, k])
         for k in range(members.shape[1])
         if np.any(members[:, k] == 1)
     ]
+    if not found:
+        raise UserError(
+            f"none of {len(members)} images that are judged by is of any class: expected another "
+            "eval.validation_fraction, or other test images"
+        )
     return float(np.mean(found))
 
 

@@ -9,6 +9,7 @@ from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.split import BROKEN
 from simclr_jax.data.subsets import evenly
 from simclr_jax.evals import subjects
+from simclr_jax.evals.nearest import unit
 from simclr_jax.training.state import TrainState
 
 # At most this many images: evenly spaced, or the first ones of a stream. RankMe cannot exceed it.
@@ -29,7 +30,7 @@ def uniformity_of(z: np.ndarray) -> float:
     """Normalises z [n, D], and computes ln of the mean of exp(-2 |z_i - z_k|^2) over pairs of different rows
     (Wang and Isola 2020, arXiv 2005.10242): 0 where all are one point; at best about -4 + 8 / D.
     """
-    z = z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-6)
+    z = unit(z)
     near = np.exp(-4.0 + 4.0 * (z @ z.T).astype(np.float64))
     np.fill_diagonal(near, 0.0)
     return float(np.log(near.sum() / (len(z) * (len(z) - 1))))
@@ -65,7 +66,7 @@ class Spread:
         return step % self._every == 0
 
     def run(self, step: int, state: TrainState) -> dict[str, float]:
-        """Returns {"rank_h", "rank_z", "uniformity"} of evaluation views."""
+        """Returns {"rank_h", "rank_z", "uniformity"} of evaluation views; {} if fewer than two images can be read."""
         variables = state.variables("encoder"), state.variables("head")
         batches = self._views.evaluation_batches(self._images, self._extractor.batch_size)
         stream = self._extractor.stream(variables, batches, min(_IMAGES, self._images.split.count))
@@ -74,4 +75,6 @@ class Spread:
             {name: x[labels != BROKEN] for name, x in found.items()} for found, labels in stream
         ]
         h, z = (np.concatenate([row[name] for row in rows]) for name in ("h", "z"))
+        if len(h) < 2:
+            return {}
         return {"rank_h": rank_of(h), "rank_z": rank_of(z), "uniformity": uniformity_of(z)}

@@ -79,8 +79,8 @@ def trained(
 
 
 def without_labels(data: DataSet, sets: bool = False) -> str:
-    """Returns why nothing can be evaluated on the data, "" if something can: whether both splits are there, with one
-    label an image or, where `sets`, with any number.
+    """Returns why nothing can be evaluated on the data, "" if something can. Both splits must have labels: one an image,
+    or any number if `sets`.
     """
     if not data.train.has_labels():
         return "the data have no labels, so there is nothing to evaluate on"

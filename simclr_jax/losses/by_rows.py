@@ -1,8 +1,8 @@
 """Computes losses that are a function of one anchor's similarities with all views of the batch.
 
-Such a loss takes the `Rows` of some anchors and returns one number an anchor. Dense, a single call takes all
-anchors. In tiles, a device computes `chunk` of its own anchors at once, which takes memory for 2B x chunk
-numbers, and computes them again for the gradient.
+Such a loss takes the `Rows` of some anchors and returns one number an anchor. Dense: one call for all anchors. In
+tiles: a device takes `chunk` of its anchors at a time (memory for 2B x chunk numbers) and computes each tile again
+for the gradient.
 """
 
 import functools

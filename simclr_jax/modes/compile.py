@@ -26,6 +26,7 @@ from simclr_jax.errors import UserError
 from simclr_jax.files import write_text
 from simclr_jax.mesh import FSDP, check_divides, make_mesh, slices_in
 from simclr_jax.modes.collectives import between_slices, collectives
+from simclr_jax.training.workdir import check_no_distillation
 
 # Number of classes of the online classifier: ImageNet's, as the data are not opened.
 _CLASSES = 1000
@@ -48,8 +49,10 @@ def compile_for(config: ConfigDict, workdir: str | None, topology: str) -> dict:
         joined by the data-centre network.
 
     Raises:
-      UserError: the slice is not known, or the step does not fit its chips.
+      UserError: the slice is not known, the step does not fit its chips, or the workdir holds a distillation.
     """
+    if workdir is not None:
+        check_no_distillation(workdir, "compile")
     chip, devices = slice_of(topology)
     mesh = make_mesh(devices, config.mesh.fsdp)
     check_divides(config.data.batch_size, mesh, config.train.microbatches)

@@ -5,7 +5,6 @@ The student is the configuration's encoder with a linear classifier on h. It is 
 the options "optimizer.*", "train.*" and "data.*", on random crops and flips.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -24,15 +23,13 @@ from simclr_jax.errors import UserError
 from simclr_jax.evals import results, subjects
 from simclr_jax.files import absolute
 from simclr_jax.mesh import check_divides, gathered, laid_out, make_mesh, replicated
+from simclr_jax.modes.pretrain import run_of
 from simclr_jax.modes.report import report_at_end
 from simclr_jax.pretrained import Classifier, load_classifier
-from simclr_jax.training.checkpoint import Saving
-from simclr_jax.training.log import Reporting, steps_between_reports
-from simclr_jax.training.loop import Job, Run, fit, job_of
+from simclr_jax.training.loop import Job, fit, job_of
 from simclr_jax.training.objectives import distilled, no_loss
 from simclr_jax.training.optimizer import of_parts
 from simclr_jax.training.plan import Plan
-from simclr_jax.training.sinks import Sinks
 from simclr_jax.training.state import TrainState, count_parameters, digest_of, start_of
 from simclr_jax.training.step import UpdateRule, make_step
 from simclr_jax.training.workdir import (
@@ -99,11 +96,7 @@ def _distill(config: ConfigDict, workdir: str) -> None:
     record = write_record(config, about_training(plan, data, fingerprint) | about, workdir)
     _describe(config, plan, student, teacher.network, job, train.count)
     images = assemble.images_of(config, train, epath.Path(workdir) / "broken_images.jsonl")
-    every = steps_between_reports(config.train.log_every_steps, plan.steps)
-    reporting = Reporting(every, config.data.batch_size, _ADVICE)
-    sinks = functools.partial(Sinks, config.train.sinks, workdir, config_lib.flatten(config))
-    hang, saving = config.train.hang_seconds, Saving(**config.checkpoint.to_dict())
-    run = Run(workdir, record, saving, reporting, sinks, hang)
+    run = run_of(config, plan, workdir, record, _ADVICE)
     state = fit(job, stream(views, images), run)
     images.broken.say_how_many()
     if not subjects.without_labels(data):

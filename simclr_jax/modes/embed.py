@@ -128,7 +128,8 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
         parts = Parts(scratch, subjects.batch_size_of(config, mesh))
         step = parts.begun_with(workdir)
         trained = subjects.trained(config, workdir, mesh, head=with_z, step=step)
-        if input == "train" and source.split.fingerprint() != trained.record["data_fingerprint"]:
+        trained_on = trained.record["data_fingerprint"]  # None: the weights were imported
+        if input == "train" and trained_on not in (None, source.split.fingerprint()):
             say("images      other ones than the run was trained on: data.path has changed since")
         classes = _classes(source, trained)
         _say_how_labels_are_numbered(source, classes)
@@ -145,7 +146,8 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
                 "classes": classes,
             }
         )
-        for rows in _rows(config, source, trained, images, parts, with_z, classes):
+        extractor = subjects.extractor(config, mesh, subjects.representations(config, with_z))
+        for rows in _rows(config, source, trained, images, parts, extractor, classes):
             parts.add(rows)
         if jax.process_index() == 0:
             count = parts.join(path)
@@ -194,21 +196,18 @@ def _rows(
     trained: subjects.Trained,
     images: Images,
     parts: Parts,
-    with_z: bool,
+    extractor: Extractor,
     classes: list[str],
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields the columns of each part in turn, from the first part that is not written yet."""
-    mesh = make_mesh()
-    forward = subjects.representations(config, with_z)
-    size, count, batch_size = config.data.image_size, source.split.count, parts.batch_size
-    extractor = Extractor(forward, batch_size=batch_size, size=size, mesh=mesh)
+    count, batch_size = source.split.count, parts.batch_size
     total = -(-count // batch_size)
     passed = min(parts.batches_done, total)  # the last part is a shorter one
     first = min(passed * batch_size, count)
     if passed:
         say(f"goes on after {first} of {count} images")
     began = time.monotonic()
-    batches = assemble.views(config, mesh).evaluation_batches(images, batch_size, passed)
+    batches = assemble.views(config, extractor.mesh).evaluation_batches(images, batch_size, passed)
     # The last entry is for the label -1, which picks it by index.
     codes = np.asarray([*(classes.index(c) for c in source.split.classes or ()), -1], np.int32)
     held: list[dict[str, np.ndarray]] = []

@@ -15,6 +15,7 @@ from simclr_jax.evals.evaluate import why_not
 from simclr_jax.modes.compile import compile_for
 from simclr_jax.modes.oddities import oddities, say_unusual
 from simclr_jax.modes.pretrain import describe_run
+from simclr_jax.training.workdir import check_no_distillation
 
 _MEASURED_SECONDS = 20.0
 
@@ -33,8 +34,9 @@ def explain(config: ConfigDict, workdir: str, topology: str = "") -> list[str]:
       what is unusual, a line each.
 
     Raises:
-      UserError: the data are not there, or the options do not fit each other.
+      UserError: the data are not there, the options do not fit each other, or the workdir holds a distillation.
     """
+    check_no_distillation(workdir, "explain")
     made = assemble.pretraining(config)
     describe_run(config, made)
     _say_shapes(config, made)

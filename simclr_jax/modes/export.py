@@ -6,7 +6,6 @@ change is printed, and written into the file if the format has a place for it.
 
 import functools
 import json
-import os
 import shlex
 
 import jax
@@ -19,6 +18,7 @@ from simclr_jax import assemble
 from simclr_jax.console import say
 from simclr_jax.errors import UserError, one_line
 from simclr_jax.files import located, quoted, replacing, writing
+from simclr_jax.mesh import here
 from simclr_jax.modes.hub import torch_weights, write_repository, write_safetensors
 from simclr_jax.pretrained import (
     Classifier,
@@ -27,7 +27,7 @@ from simclr_jax.pretrained import (
     read_encoder,
     read_head_variables,
 )
-from simclr_jax.training.saved import read_newest
+from simclr_jax.training.saved import beside, read_newest
 from simclr_jax.training.workdir import check_encoder
 from simclr_jax.weights.torch_head import head_loading, head_weights
 from simclr_jax.weights.torchvision import architecture, pytorch_loading
@@ -44,7 +44,8 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
         images the export takes.
       workdir: a run's folder, or a checkpoint folder.
       format: one of FORMATS.
-      output: the file, or for "savedmodel" and "huggingface" the folder; None: WORKDIR/encoder.FORMAT.
+      output: the file, or for "savedmodel" and "huggingface" the folder; None: WORKDIR/encoder.FORMAT, or of a
+        checkpoint below a workdir WORKDIR/encoder_step_STEP.FORMAT.
 
     Raises:
       UserError: the format cannot hold this encoder, it is not of the configuration's model, or the
@@ -58,20 +59,21 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
         encoder = read_encoder(checkpoint)
         if config.model.head == "none":
             return encoder, None
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return encoder, read_head_variables(config, encoder.network, checkpoint, here)
+        return encoder, read_head_variables(config, encoder.network, checkpoint, here())
 
     encoder, head = read_newest(workdir, read)
     encoder.view = assemble.evaluation_view(config)
     encoder.network.check_image_size(encoder.image_size)
-    path = located(output or os.path.join(workdir, f"encoder.{format}"))
+    folder, suffix = beside(workdir)
+    path = located(output or folder / f"encoder{suffix}.{format}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         loading = FORMATS[format](encoder, path)
         if format == "safetensors":
             loading += _write_head(encoder, head, path)
-    what = "classifier" if isinstance(encoder, Classifier) else "encoder"
-    say(f"the {what} of step {encoder.step}, {encoder.width} numbers an image: {path}")
+    say(
+        f"the {_names(encoder)[0]} of step {encoder.step}, {encoder.width} numbers an image: {path}"
+    )
     say(f"\n{_beginning_local(loading, path, format)}\n")
     if format != "huggingface":  # its program says what images are
         say("Images are numbers in [0, 1]: divided by 255, and not standardised.")
@@ -148,11 +150,17 @@ def _write_stablehlo(encoder: Encoder, path: epath.Path) -> str:
     content = jax.export.export(program, platforms=_PLATFORMS)(images).serialize()
     with replacing(path) as scratch:
         scratch.write_bytes(content)
+    name, outputs = _names(encoder)
     return (
         "import jax.export, pathlib\n\n"
-        f"encoder = jax.export.deserialize(pathlib.Path({quoted(path)}).read_bytes())\n"
-        f"h = encoder.call(images)  # float32 [N, {size}, {size}, 3]"
+        f"{name} = jax.export.deserialize(pathlib.Path({quoted(path)}).read_bytes())\n"
+        f"{outputs} = {name}.call(images)  # float32 [N, {size}, {size}, 3]"
     )
+
+
+def _names(encoder: Encoder) -> tuple[str, str]:
+    """Returns what a program calls the network and its outputs."""
+    return ("classifier", "logits") if isinstance(encoder, Classifier) else ("encoder", "h")
 
 
 def _write_savedmodel(encoder: Encoder, path: epath.Path) -> str:
@@ -192,10 +200,11 @@ def _write_savedmodel(encoder: Encoder, path: epath.Path) -> str:
         tf.saved_model.save(module, str(path), signatures=module.__call__)
     except tf.errors.OpError as error:  # TensorFlow's, in place of an OSError
         raise UserError(f"cannot write {path}: {one_line(error)[:200]}") from error
+    name, outputs = _names(encoder)
     return (
         "import tensorflow as tf\n\n"
-        f"encoder = tf.saved_model.load({quoted(path)})\n"
-        f"h = encoder(images)  # float32 [N, {size}, {size}, 3]"
+        f"{name} = tf.saved_model.load({quoted(path)})\n"
+        f"{outputs} = {name}(images)  # float32 [N, {size}, {size}, 3]"
     )
 
 

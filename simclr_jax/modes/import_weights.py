@@ -39,6 +39,9 @@ def _import(config: ConfigDict, workdir: str, input: str) -> None:
     weights = weights_lib.read(input)
     config = config.copy_and_resolve_references()
     config_lib.set_options(config, {f"model.{name}": x for name, x in weights.model.items()})
+    if config.finetune.from_layer and weights.head is None and weights.classifier is None:
+        config.finetune.from_layer = 0
+        say("settings    finetune.from_layer=0, as the file has no projection head")
     config_lib.validate(config)
     _describe(config, weights)
     source = {
@@ -50,7 +53,7 @@ def _import(config: ConfigDict, workdir: str, input: str) -> None:
     about = about_imported(source)
     if weights.classifier is not None:
         outputs = weights.classifier["dense"]["bias"].size
-        about["classifier"] = about_classifier(config.finetune.from_layer, outputs, None)
+        about["classifier"] = about_classifier(config.finetune.from_layer, outputs, weights.classes)
     save_once(workdir, 0, _state(weights), write_record(config, about, workdir))
     say(
         f"imported    {workdir}/checkpoints/0; --mode=probe, embed, finetune, export and the like take it from"

@@ -19,6 +19,7 @@ from simclr_jax.evals.nearest import nearest
 from simclr_jax.files import check_local, expanded, replacing, writing
 from simclr_jax.modes.embed import Input, open_input
 from simclr_jax.modes.feature_file import FeatureFile, read_feature_file, write_columns
+from simclr_jax.training.saved import beside
 
 _NEIGHBOURS = 8
 _QUERIES = 8
@@ -44,7 +45,8 @@ def neighbours(
       config: the run's configuration.
       workdir: the run's folder.
       input: the file that --mode=embed wrote.
-      output: the picture, or the table if it ends in .parquet; None: WORKDIR/neighbours.png.
+      output: the picture, or the table if it ends in .parquet; None: WORKDIR/neighbours.png, or of a
+        checkpoint below a workdir WORKDIR/neighbours_step_STEP.png.
       query: images, as named in the file, separated by commas, a name with commas in double quotes; "": all for a table, eight for a picture.
       k: neighbours of each; at most all other images.
 
@@ -52,7 +54,8 @@ def neighbours(
       UserError: no such file or image, the images that it names are missing or have changed, or k is below 1 or too
         large for a picture.
     """
-    output = output or os.path.join(workdir, "neighbours.png")
+    folder, suffix = beside(workdir)
+    output = output or str(folder / f"neighbours{suffix}.png")
     check_local("--output", output)
     features = read_feature_file(input)
     _check_what_is_replaced(expanded(output), features)
@@ -192,7 +195,8 @@ def _picture(decoding: Decoding, example: Example, upright: bool) -> Image.Image
     """Returns the picture in colour, as the encoder saw it."""
     if isinstance(example.image, bytes):
         return Image.fromarray(decoding.pixels(example.image, upright))
-    return Image.fromarray(example.image.squeeze()).convert("RGB")
+    x = example.image
+    return Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x).convert("RGB")
 
 
 def _opened(path: pathlib.Path, upright: bool) -> Image.Image:

@@ -21,8 +21,9 @@ def oddities(config: ConfigDict, plan: Plan, images: int) -> list[str]:
       images: number of training images.
     """
     batch, size, options = config.data.batch_size, config.data.image_size, config.optimizer
+    learns_by_loss = config.train.objective == "contrastive"  # which is otherwise only watched
     found = []
-    if batch < 64 and config.loss.name == "nt_xent":
+    if learns_by_loss and batch < 64 and config.loss.name == "nt_xent":
         found.append(
             f"data.batch_size={batch}: {2 * batch - 2} negatives; below 64 NT-Xent learns slowly, "
             "loss.name=dcl suffers less (Yeh et al. 2022)"
@@ -67,12 +68,13 @@ def oddities(config: ConfigDict, plan: Plan, images: int) -> list[str]:
             "no colour distortion: crops alone let colours give an image away (section 3.1)"
         )
     least, most = (0.05, 1) if config.loss.normalize else (10, 100)
-    if not config.loss.name.startswith("margin") and not least <= config.loss.temperature <= most:
+    has_temperature = learns_by_loss and not config.loss.name.startswith("margin")
+    if has_temperature and not least <= config.loss.temperature <= most:
         found.append(
             f"loss.temperature={config.loss.temperature:g}: with loss.normalize={config.loss.normalize} the paper tries "
             f"{least:g} to {most:g} (Table 5)"
         )
-    if config.train.objective == "contrastive" and not _reaches_z(config, plan):
+    if learns_by_loss and not _reaches_z(config, plan):
         found.append(
             f"loss.name={config.loss.name} has no gradient at random z: it may learn nothing"
         )
@@ -83,7 +85,7 @@ def oddities(config: ConfigDict, plan: Plan, images: int) -> list[str]:
         )
     if plan.steps < 100:
         found.append(f"{plan.steps} steps: enough to see that it runs, not to learn")
-    if config.model.stem == "imagenet" and size <= 64 and config.model.name == "resnet":
+    if config.model.stem == "imagenet" and size <= 64 and config.model.name != "vit":
         found.append(
             f"model.stem=imagenet at {size} px leaves {-(-size // 32)} px: see cifar or strided"
         )

@@ -4,6 +4,7 @@ import collections
 import functools
 import json
 import shlex
+from collections.abc import Callable
 
 import jax
 from etils import epath
@@ -29,6 +30,7 @@ from simclr_jax.training.log import Reporting, steps_between_reports
 from simclr_jax.training.loop import Run, check_length, fit
 from simclr_jax.training.metrics import read_lines
 from simclr_jax.training.optimizer import scaling_in_words
+from simclr_jax.training.plan import Plan
 from simclr_jax.training.program import what_changed
 from simclr_jax.training.sinks import Sinks
 from simclr_jax.training.state import count_parameters
@@ -103,10 +105,9 @@ def _evaluate(config: ConfigDict, workdir: str) -> None:
 def _judge_at_end(
     config: ConfigDict, workdir: str, evaluated: Verdict, last: dict[str, float]
 ) -> None:
-    """Says the verdict of the final evaluation if it is bad and that of the training, which says more, is not, or if the
-    loss could not be judged. If the
-    evaluation is sound, restores the verdict of the training where WORKDIR/health.json still holds the bad one of
-    an earlier evaluation.
+    """Says the verdict of the final evaluation in two cases: it is bad and that of the training is not (a bad one of the
+    training says more), or the training's loss could not be judged. If the evaluation is sound, restores the verdict of
+    the training where WORKDIR/health.json still holds the bad one of an earlier evaluation.
 
     Args:
       config: the run's configuration.
@@ -130,7 +131,8 @@ def _judge_at_end(
 
 
 def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> None:
-    train = assemble.data_set(config).train
+    data = assemble.data_set(config)
+    train = data.train
     fingerprint = train.fingerprint()
     saved = check_workdir(config, workdir, train, fingerprint, extend)
     made = assemble.pretraining(config)
@@ -139,7 +141,7 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> None:
         check_length(workdir, saved["step"], plan.steps)
     start, began_with = find_start(config, saved, workdir)
     job = begun_with(start, made.job) if start else made.job
-    about = about_training(plan, assemble.data_set(config), fingerprint)
+    about = about_training(plan, data, fingerprint)
     references = assemble.references(config, plan)
     about |= {"init_from": began_with, "references": references._asdict()}
     if made.job.abstract_state.params.get("classifier"):
@@ -163,16 +165,40 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> None:
         verdicts[:] = [judge(step, means, references)]
         return verdicts[0]
 
-    every = steps_between_reports(config.train.log_every_steps, plan.steps)
-    reporting = Reporting(every, config.data.batch_size, _ADVICE, judged)
-    sinks = functools.partial(Sinks, config.train.sinks, workdir, config_lib.flatten(config))
-    hang = config.train.hang_seconds
-    run = Run(workdir, record, Saving(**config.checkpoint.to_dict()), reporting, sinks, hang)
+    run = run_of(config, plan, workdir, record, _ADVICE, judged)
     fit(job, stream(made.views, images), run, hooks)
     images.broken.say_how_many()
     say(f"trained to step {plan.steps}: {workdir}/checkpoints, {workdir}/metrics.jsonl")
     if verdicts:  # empty if the training was finished before
         _say_verdict(workdir, verdicts[0])
+
+
+def run_of(
+    config: ConfigDict,
+    plan: Plan,
+    workdir: str,
+    record: dict,
+    advice: str,
+    judge: Callable[[int, dict[str, float]], Verdict] | None = None,
+) -> Run:
+    """Says where and how often a training writes, for `fit`.
+
+    Args:
+      config: the run's configuration.
+      plan: its length.
+      workdir: its folder.
+      record: what `write_record` returned.
+      advice, judge: see `Reporting`.
+    """
+    every = steps_between_reports(config.train.log_every_steps, plan.steps)
+    return Run(
+        workdir,
+        record,
+        Saving(**config.checkpoint.to_dict()),
+        Reporting(every, config.data.batch_size, advice, judge),
+        functools.partial(Sinks, config.train.sinks, workdir, config_lib.flatten(config)),
+        config.train.hang_seconds,
+    )
 
 
 def _say_verdict(workdir: str, verdict: Verdict) -> None:

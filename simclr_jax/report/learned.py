@@ -115,9 +115,8 @@ def most_alike(near: Near, count: int) -> list[tuple[int, int, float]]:
 
 
 def map_of(h: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Lays five or more images of representations h [n, D] out in a plane [n, 2] so that similar ones lie together, by scikit-learn's t-SNE (van
-    der Maaten and Hinton 2008). It starts from the two largest principal components, so that the map is the same each
-    time.
+    """Lays out five or more representations h [n, D] in a plane [n, 2], similar ones together, by scikit-learn's t-SNE
+    (van der Maaten and Hinton 2008). Starts from the two largest principal components: the same map each time.
     """
     from sklearn.manifold import TSNE
 

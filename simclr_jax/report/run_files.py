@@ -83,9 +83,11 @@ class RunFiles:
 
     @property
     def state(self) -> str:
-        """Returns how far the run is: "finished", "at step N of M", or "failed after step N of M". Nothing
-        tells a run that was stopped from one that goes on.
+        """Returns how far the run is: "finished", "at step N of M", "failed after step N of M", or "imported" of weights
+        that were not trained here. Nothing tells a run that was stopped from one that goes on.
         """
+        if "imported" in self.about:
+            return "imported"
         planned = self.about["plan"]["steps"]
         if self.has_failed:
             return f"failed after step {self.steps} of {planned}"
@@ -112,7 +114,7 @@ class RunFiles:
         if found is None or self.steps < self.about["plan"]["steps"]:
             found = self._now()
         if found is None:
-            said = "" if self.lines else "nothing is reported yet"
+            said = "" if self.lines or "imported" in self.about else "nothing is reported yet"
             return {"name": self.state, "because": said, "is_bad": False}
         passed = Verdict(found["name"], found["because"])
         if not passed.is_bad:

@@ -50,7 +50,7 @@ def page_of_run(config: ConfigDict, run: RunFiles) -> str:
     }
     try:
         data = assemble.data_set(config)
-        if data.train.fingerprint() != run.about.get("data_fingerprint"):
+        if run.about.get("data_fingerprint") not in (None, data.train.fingerprint()):
             problems.append("The pictures are of other images than the run was trained on.")
         if run.is_contrastive:
             try:
@@ -67,7 +67,7 @@ def page_of_run(config: ConfigDict, run: RunFiles) -> str:
         "report.html",
         figures,
         title=run.name,
-        subtitle=f"{name_of(config.data.to_dict())}, {about['training_images']} training images, last started {about.get('time', 'at an unknown time')}",
+        subtitle=_subtitle(config, about),
         verdict=run.verdict(),
         cards=_cards(run, planned),
         problems=problems,
@@ -228,6 +228,13 @@ def _matrix(counts: dict[tuple[int, int], int], classes: tuple[str, ...]) -> lis
         most = max(1, sum(row))
         rows.append((name, [{"count": n, "share": round(0.85 * n / most, 3)} for n in row]))
     return rows
+
+
+def _subtitle(config: ConfigDict, about: dict) -> str:
+    data, time = name_of(config.data.to_dict()), about.get("time", "at an unknown time")
+    if "imported" in about:
+        return f"weights of {about['imported']['kind']}, imported {time}; pictures of {data}"
+    return f"{data}, {about['training_images']} training images, last started {time}"
 
 
 def _result(title: str, found: dict) -> dict:

@@ -70,7 +70,8 @@ def about_run(config: ConfigDict, study: Study, images: str) -> dict:
 def _differences(then: dict | str, now: dict) -> list[str]:
     """Names what differs between two results of `about_run`: options, and the other keys.
 
-    `then` may be of an earlier version: options that it lacks count as at their defaults. A text is a digest.
+    `then` may be of an earlier version: options that it lacks count as at their defaults. Still
+    earlier versions recorded a digest, a text, in place of the dict.
     """
     if isinstance(then, str):
         content = repr(tuple(now.values())).encode()

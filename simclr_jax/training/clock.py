@@ -68,7 +68,9 @@ class Clock:
         self._computed += time.monotonic() - began
 
     def step(self, is_timed: bool = True) -> None:
-        """Says that a step has ended. One that is not timed, and the next one, do not count in images_per_second."""
+        """Says that a step has ended. `is_timed=False`: neither this step nor the next one counts in images_per_second,
+        as the time between them is not that of a step.
+        """
         now = time.monotonic()
         self._first_step_at = now if self._first_step_at is None else self._first_step_at
         if self._last_step_at is not None:

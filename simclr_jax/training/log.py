@@ -160,10 +160,11 @@ def mean_of(window: list[dict[str, float]]) -> dict[str, float]:
       window: the metrics of each step, one or more.
 
     Returns:
-      means over the steps that were not skipped. Metrics of a classifier are means over the images that have a
-      label, whatever share of a step's images that is; they are left out where no image has one, and
-      "labelled_share" is there where some have none. "skipped_steps" is the number of steps that were skipped, where
-      steps can be. "learning_rate" is the newest: a schedule has a value at a step, not a mean over some.
+      means over the steps that were not skipped, but for these:
+      metrics of a classifier: means over the images that have a label; left out where no image has one.
+      "labelled_share": the share of the images that have a label; left out where all have one.
+      "skipped_steps": how many steps were skipped; left out where steps cannot be skipped.
+      "learning_rate": that of the newest step, as a schedule has a value at a step.
     """
     taken = [values for values in window if not values.get("skipped_steps")]
     labelled = [values.get("labelled_share", 1.0) for values in taken]

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from simclr_jax.errors import UserError
 from simclr_jax.training.optimizer import scaled_learning_rate
 
 
@@ -18,6 +19,20 @@ class Plan:
     steps: int
     warmup_steps: int
     learning_rate: float
+
+
+def check_enough(batch_size: int, images: int) -> None:
+    """Raises a UserError if a batch is larger than the data set, or an image would have no negatives."""
+    if images < 2:
+        raise UserError(
+            f"{images} training image{'s' * (images != 1)}: expected two or more, as an image learns from its "
+            "difference to others"
+        )
+    if batch_size > images:
+        raise UserError(
+            f"data.batch_size={batch_size} is more than the {images} training images, so that images "
+            f"would be their own negatives: expected at most {images}"
+        )
 
 
 def make_plan(

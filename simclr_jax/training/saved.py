@@ -17,7 +17,7 @@ from etils import epath
 
 from simclr_jax import processes
 from simclr_jax.errors import UserError, one_line
-from simclr_jax.files import in_bucket, located, no_folder, raise_if_passing
+from simclr_jax.files import absolute, in_bucket, located, no_folder, raise_if_passing
 
 ENCODER, TRAINER, RECORD = "encoder", "trainer", "config"  # items of a checkpoint
 HANDLERS = {
@@ -88,6 +88,17 @@ def _folder(path: epath.PathLike) -> epath.Path:
     # A workdir may be called "checkpoints" itself: what lies inside decides.
     inner = checkpoint_folder(path)
     return inner.parent if inner.parent.name == inner.name and not inner.is_dir() else inner
+
+
+def beside(path: str) -> tuple[epath.Path, str]:
+    """Returns the folder for what is made from a workdir or a checkpoint folder, and a suffix for its name: of
+    WORKDIR/checkpoints/STEP the workdir and "_step_STEP", as training removes a checkpoint's folder with all that lies
+    in it; otherwise the folder itself and "".
+    """
+    folder = epath.Path(absolute(path))
+    if folder.parent.name == "checkpoints" and (folder / RECORD).is_dir():
+        return folder.parent.parent, f"_step_{folder.name}"
+    return epath.Path(path), ""
 
 
 def find(path: str, step: int | None) -> epath.Path:

@@ -262,6 +262,16 @@ def about_training(plan: Plan, data: DataSet, fingerprint: str) -> dict[str, Any
     }
 
 
+def check_no_distillation(workdir: str, mode: str) -> None:
+    """Raises a UserError if a workdir is that of a distillation, whose step `mode` would take for one of pretraining."""
+    record = run_record(workdir)
+    if record is not None and record.get("mode") == "distill":
+        raise UserError(
+            f"{workdir} holds a distillation, and --mode={mode} is about pretraining: expected another --workdir, and "
+            "--config"
+        )
+
+
 def about_imported(weights: dict[str, Any]) -> dict[str, Any]:
     """Returns what the record of weights that were not trained here says: neither length nor data, and
     `weights`, where they are from.

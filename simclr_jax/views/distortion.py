@@ -24,7 +24,7 @@ class Operation(abc.ABC):
     Attributes:
       NAME: the key of its random numbers. Another name would mean other numbers, so it never changes.
       DRAWS: name -> how many random numbers in [0, 1) decide one view. The first number of the first name says whether
-        anything happens; set to 1, which is never drawn, nothing does: so `one_branch` leaves the operation out.
+        anything happens. Draws are below 1: with 1 in its place, which `one_branch` puts there, nothing happens.
       FUSED: whether the host, for large images, compiles it together with its neighbours; False where the compiled
         code would depend on the random numbers.
     """

@@ -25,6 +25,7 @@ class Weights(NamedTuple):
       head: {"params", "batch_stats"} of the projection head; None: the file has none.
       classifier: {"dense": {"kernel" [D, C], "bias" [C]}}; None: the file has none.
       skipped: how many variables of which kind were not taken, such as {"ema_model": 270}.
+      classes: names of the classifier's classes, in order; None: the file does not name them.
     """
 
     kind: str
@@ -33,6 +34,7 @@ class Weights(NamedTuple):
     head: dict | None
     classifier: dict | None
     skipped: dict[str, int]
+    classes: list[str] | None = None
 
 
 _NETWORKS = {"resnet": ResNet, "sk_resnet": SkResNet}

@@ -2,7 +2,9 @@
 program that loads them.
 """
 
+import contextlib
 import functools
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -152,7 +154,17 @@ def convert(weights: Mapping[str, np.ndarray], about: Mapping[str, str]) -> Weig
                 f"fc.weight and fc.bias are {shapes}: expected [C, {network.width}] and [C] for C classes"
             )
         dense = {"dense": {"kernel": classifier["weight"].T.copy(), "bias": classifier["bias"]}}
-    return Weights(KIND, model, encoder, None, dense, {})
+    classes = _classes(about, len(classifier["bias"])) if classifier else None
+    return Weights(KIND, model, encoder, None, dense, {}, classes)
+
+
+def _classes(about: Mapping[str, str], count: int) -> list[str] | None:
+    """Returns the names of `count` classes that --mode=export wrote into the description; None: there are none."""
+    with contextlib.suppress(KeyError, ValueError):
+        found = json.loads(about["classes"])
+        if isinstance(found, list) and len(found) == count:
+            return [str(name) for name in found]
+    return None
 
 
 def _model_of(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """--mode=finetune and transfer_finetune: whole networks trained with labels (appendices B.5 and B.8)."""
 
+import functools
+
 from ml_collections import ConfigDict
 
 from simclr_jax.evals.classifiers.protocol import Length, Protocol, Search, candidates
 from simclr_jax.evals.classifiers.result import train_all
 from simclr_jax.evals.subjects import ENCODER
+from simclr_jax.training.optimizer import scaled_learning_rate
 
 
 def finetune(config: ConfigDict, workdir: str) -> dict:
@@ -57,8 +60,11 @@ def transfer_finetune(config: ConfigDict, workdir: str) -> dict:
     def searches(kind: str) -> list[Search]:
         own = "" if kind == ENCODER else "untrained_"
         steps = options[f"{own}steps"]
-        # Appendix B.8: "We divide these values of weight decay by the learning rate".
-        grid = [(r, d / r) for r, d in candidates(options, own)]
+        # Appendix B.8: "We divide these values of weight decay by the learning rate", that of the training.
+        scaled = functools.partial(
+            scaled_learning_rate, scaling="linear", batch_size=options.batch_size
+        )
+        grid = [(r, d / scaled(r)) for r, d in candidates(options, own)]
         return [Search(1.0, Length(steps, "steps"), grid)]
 
     title = "Fine-tuning for transfer (appendix B.8), test"

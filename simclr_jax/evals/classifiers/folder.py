@@ -1,13 +1,13 @@
 """The folder of one training of a classifier, by which it is recognised, resumed and not repeated."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
 from etils import epath
 
 from simclr_jax import processes
-from simclr_jax.console import say
 from simclr_jax.evals.classifiers.protocol import decides_the_same
 from simclr_jax.files import write_json
 from simclr_jax.training.checkpoint import save_once
@@ -26,7 +26,7 @@ class TrainingFolder:
         self.path = path
 
     def begin(self, about: dict) -> dict | None:
-        """Makes the folder; first empties one that is of another training. All processes call this together.
+        """Makes the folder, see `_own`. All processes call this together.
 
         Args:
           about: everything that decides what the training learns, JSON-able.
@@ -34,21 +34,29 @@ class TrainingFolder:
         Returns:
           the outcome, where this training was finished before.
         """
-        if jax.process_index() == 0:
-            self._begin(about)
+        own = str(self._own(about)) if jax.process_index() == 0 else None
+        self.path = epath.Path(processes.text_of_first(own) or "")
         finished = self.path / "outcome.json"
         read = jax.process_index() == 0 and finished.exists()
         outcome = processes.text_of_first(finished.read_text() if read else None)
         return None if outcome is None else json.loads(outcome)
 
-    def _begin(self, about: dict) -> None:
-        file = self.path / "about.json"
-        if file.exists() and decides_the_same(json.loads(file.read_text()), about):
-            return
-        if (self.path / "outcome.json").exists():
-            say(f"removed     {self.path}, a training with other options or images")
-        self.path.rmtree(missing_ok=True)
-        write_json(file, about)
+    def _own(self, about: dict) -> epath.Path:
+        """Returns the folder of this training: `path`, or PATH_2, PATH_3, ... where finished trainings with other options
+        or images lie in the way, whose classifiers may be in use. One that was not finished gives way.
+        """
+        numbers = itertools.count(2)
+        folder, free = self.path, None
+        while (file := folder / "about.json").exists():
+            if decides_the_same(json.loads(file.read_text()), about):
+                return folder
+            if free is None and not (folder / "outcome.json").exists():
+                free = folder
+            folder = self.path.with_name(f"{self.path.name}_{next(numbers)}")
+        free = free or folder
+        free.rmtree(missing_ok=True)
+        write_json(free / "about.json", about)
+        return free
 
     def finish(self, outcome: dict) -> dict:
         """Writes and returns the outcome, and removes the checkpoints."""

@@ -42,7 +42,7 @@ def _rows(config: ConfigDict, trainer: Trainer, protocol: Protocol) -> dict:
         else 0,
         "test_images": trainer.parts.test.split.count,
         "settings": protocol.options.to_dict()
-        | {"seed": config.seed, "metric": trainer.parts.metric},
+        | {"seed": config.seed, "metric": trainer.parts.metric, "views": results.views_of(config)},
     }
     path = trainer.path
     _say_how_many(trainer, protocol)

@@ -49,8 +49,8 @@ class Trainer:
     Attributes:
       parts: the images.
       starts: the networks that trainings start from.
-      path: WORKDIR/MODE.json, or WORKDIR/MODE_NAME_DIGEST.json for other data than those of pretraining; the
-        trainings lie in the folder of the same name.
+      path: WORKDIR/MODE.json, or WORKDIR/MODE_NAME_DIGEST.json for other data than those of pretraining; from layer L
+        of the head MODE is followed by _layer_L. The trainings lie in the folder of the same name.
     """
 
     def __init__(self, config: ConfigDict, workdir: str, protocol: Protocol):
@@ -60,7 +60,8 @@ class Trainer:
         self.parts = parts_of(config, protocol)
         self.starts = _starts(config, workdir, self._mesh, self.parts, protocol.train_encoder)
         record = self.starts.record
-        self.path = results.path_of(config, record, self.parts.data, workdir, protocol.mode)
+        name = protocol.mode + (f"_layer_{protocol.layer}" if protocol.layer else "")
+        self.path = results.path_of(config, record, self.parts.data, workdir, name)
         self._judged_on = self.parts.judged_on()
         self._program = Program(config, protocol, self.parts, self._mesh)
         self._tested: int | None = None  # test images that could be read; None: none was tried yet
@@ -80,8 +81,8 @@ class Trainer:
         return 1 if search.fraction == 1 else self._config.eval.seeds
 
     def best_of(self, kind: str, search: Search, draw: int) -> dict:
-        """Trains with every candidate; the validation part chooses one, if there are several, by the last step, which is
-        what is reported first. Of several, one whose loss or state does not stay finite is left out.
+        """Trains with every candidate. The validation accuracy of the last step chooses among several, of which one whose
+        loss or state does not stay finite is left out.
 
         Returns:
           the outcome of the chosen one, see `Selection.outcome`, with "steps", "images", the labelled
