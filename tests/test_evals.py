@@ -86,10 +86,31 @@ def test_the_fit_is_scikit_learns_optimum(digits, l2):
 
 
 def test_of_equally_good_regularisations_the_strongest_is_chosen(digits, monkeypatch):
-    monkeypatch.setattr(probe, "accuracy", lambda weights, x, y: jnp.float32(0.5))
+    for merit in ("accuracy", "_log_likelihood"):
+        monkeypatch.setattr(probe, merit, lambda weights, x, y: jnp.float32(0.5))
     options: dict = {"validation_fraction": 0.1, "seed": 0, "seeds": 1, "max_iterations": 3}
     options["l2"] = (1e-6, 1e-3, 1e-1, 1e-4)
     assert probe_all_labels(digits, options)[1] == 1e-1
+
+
+@pytest.mark.parametrize(("held_out", "chosen"), [(40, 1), (60, 2)])
+def test_of_few_validation_images_the_likelihood_chooses(monkeypatch, held_out, chosen):
+    """Their accuracy is coarse. Three candidates: wrong, nearly always right and sure, always right by a hair."""
+    y = np.arange(held_out) % 2
+    sign = np.where(y == 1, 1.0, -1.0)
+    sure = np.where(np.arange(held_out) < 1, -1.0, 10.0) * sign
+    of_each = np.stack([-sign, sure, 0.01 * sign])
+    fits = {"x": np.stack([np.zeros_like(of_each), of_each], axis=-1)}
+    monkeypatch.setattr(probe, "_fit_each_l2", lambda *_: fits)
+    monkeypatch.setattr(probe, "logits", lambda weights, _: weights["x"])
+
+    def right(weights, x, labels):
+        return jnp.mean(jnp.argmax(weights["x"], -1) == labels)
+
+    monkeypatch.setattr(probe, "accuracy", right)
+    options = {"l2": (1e-1, 1e-2, 1e-3), "max_iterations": 1}
+    best, _ = probe._choose_l2((None, None), (np.zeros((held_out, 1)), y), options, 2)
+    assert best == chosen
 
 
 def test_the_regularisation_is_chosen_without_the_test_split(digits):
@@ -552,7 +573,7 @@ def test_an_evaluation_is_one_row_of_the_table(tiny, tmp_path, monkeypatch, caps
         },
         "views": {
             "image_size": tiny.data.image_size,
-            "eval_crop": tiny.data.eval_crop,
+            "eval_crop": 0.5,
             "upright": True,
             "antialias": False,
         },
@@ -578,7 +599,9 @@ def test_an_evaluation_is_one_row_of_the_table(tiny, tmp_path, monkeypatch, caps
     assert on_the_way_metrics == {"mean_accuracy": pytest.approx(scores[0.5])}
     assert scores[0.5] != scores[1.0]  # else a crop that is not changed would pass
 
-    with pytest.raises(UserError, match=r"eval\.validation_fraction=0: expected a part to choose"):
+    with pytest.raises(
+        UserError, match=r"eval\.validation_fraction=0 leaves means .*: expected a number"
+    ):
         simclr_jax.evaluate("means", str(workdir), **{"eval.validation_fraction": 0.0})
     with pytest.raises(UserError, match="unknown evaluation 'mean': expected one of probe, knn"):
         simclr_jax.evaluate("mean", str(workdir))
@@ -587,13 +610,15 @@ def test_an_evaluation_is_one_row_of_the_table(tiny, tmp_path, monkeypatch, caps
 def test_without_a_validation_part_there_is_no_probe(tiny, tmp_path):
     assert not why_not(tiny, "probe")
     tiny.eval.validation_fraction = 0.0
-    assert why_not(tiny, "probe").startswith(
-        "eval.validation_fraction=0 leaves --mode=probe nothing"
-    )
-    with pytest.raises(UserError, match=r"eval\.validation_fraction=0: expected a part"):
+    assert why_not(tiny, "probe").startswith("eval.validation_fraction=0 leaves probe nothing")
+    with pytest.raises(
+        UserError, match=r"eval\.validation_fraction=0 leaves probe .*: expected a number"
+    ):
         evaluate_features("probe", tiny, str(tmp_path))
     tiny.eval.on_the_way, tiny.eval.every_steps = "probe", 2
-    with pytest.raises(UserError, match=r"eval\.validation_fraction=0: expected a part"):
+    with pytest.raises(
+        UserError, match=r"eval\.validation_fraction=0 leaves probe .*: expected a number"
+    ):
         on_the_way.evaluations_on_the_way(tiny, assemble.pretraining(tiny))
 
 

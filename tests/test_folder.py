@@ -3,6 +3,7 @@
 import io
 import os
 import pathlib
+import shutil
 import time
 
 import numpy as np
@@ -318,6 +319,26 @@ def test_settings_are_valid_and_have_reasons(count, short_side, accelerator):
     for share, epochs in zip(c.finetune.label_fractions, c.finetune.epochs, strict=True):
         assert epochs * share * count / c.finetune.batch_size > 140  # steps
     assert c.data.image_size <= max(32, 1.4 * short_side)
+
+
+def test_a_summary_says_what_training_will_not_show(tmp_path):
+    """Frames behind the first, the ends of long images, and what cannot be read in any case."""
+    frames = [Image.new("L", (20, 20), i) for i in range(3)]
+    frames[0].save(tmp_path / "a.tiff", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "b.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGB", (90, 20)).save(tmp_path / "c.png")
+    Image.new("RGB", (20, 80)).save(tmp_path / "d.png")
+    Image.new("F", (20, 20)).save(tmp_path / "e.tiff")
+    said = "\n".join(index.summary_lines(index.summarize(tmp_path)))
+    assert "2 of 5 looked at hold several frames: of each file the first is taken" in said
+    assert "1 of 5 looked at are more than 4 times as long as wide" in said
+    assert "1 of 5 looked at cannot be read, such as e.tiff: 32 bits a sample (mode F)" in said
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "c.png")
+    said = "\n".join(index.summary_lines(index.summarize(tmp_path)))
+    assert "frames" not in said
+    assert "long" not in said
 
 
 def test_a_part_may_be_held_out_of_a_small_folder():

@@ -87,7 +87,7 @@ def test_a_run_that_is_no_longer_bad_is_said_so(capsys):
         log.add(step, {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}, {})
     log.drain()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(": why")]
-    assert lines == ["step 2  collapsed: why", "step 4  no longer collapsed: why"]
+    assert lines == ["step 2  collapsed: why", "step 4  no longer 'collapsed': why"]
 
 
 def test_a_short_run_is_judged_after_its_warm_up(tiny):
@@ -209,6 +209,34 @@ def test_an_encoder_that_is_no_better_than_untrained_is_named():
     assert found.name == "a shortcut"
     assert "raw pixels 70.0%, other_view_top1 100.0%: " in found.because
     assert judge_accuracy(rows[1:], {}) is None
+
+
+def test_few_test_images_are_too_few_to_tell():
+    """A difference within a standard error of what is better: of 25 images and 50 % 10 points."""
+    rows = [
+        {"features": "untrained encoder", "labels_per_class": None, "accuracy": 0.5},
+        {"features": "encoder", "labels_per_class": None, "accuracy": 0.42},
+    ]
+    found = judge_accuracy(rows, {}, 25)
+    assert (found.name, found.is_bad) == ("not judged", False)
+    assert "25 test images are too few to tell (standard error 10.0%)" in found.because
+    for images in (100, 10_000, None):
+        assert judge_accuracy(rows, {}, images).name == "no better than untrained"
+    rows[1]["accuracy"] = 0.38
+    assert judge_accuracy(rows, {}, 25).name == "no better than untrained"
+    assert judge_accuracy(rows, {"other_view_top1": 1.0}, 25).name == "a shortcut"
+
+
+def test_a_few_steps_that_have_learned_little_are_too_few_to_call_a_run_sound():
+    references = References(64, 128, 5, 0.5)
+    by_chance, best = chance(64), lower_bound(64, 0.5)
+    for step, way, name in (
+        (20, 0.05, "too early to say"),
+        (20, 0.15, "sound"),
+        (200, 0.05, "sound"),
+    ):
+        means = {"loss": by_chance - way * (by_chance - best), "z_std": 0.08}
+        assert judge(step, means, references).name == name
 
 
 def health_of(workdir):

@@ -309,6 +309,21 @@ def test_a_misspelt_folder_of_test_images_is_blamed_on_its_option(tmp_path):
         labelled_by(tmp_path, "image,label\n0/0.png,cat\n", test_path=f"{tmp_path}/tset")
 
 
+def test_of_partly_labelled_images_labelled_ones_are_held_out(tmp_path):
+    """Test images without a label would be of no use, and lost to training. Three of five have one."""
+    rows = "".join(f"{i // 3}/{i}.png,{'cat' if i < 2 else 'dog'}\n" for i in range(3))
+    data = labelled_by(tmp_path, f"image,label\n{rows}", test_fraction=0.4)
+    assert (data.train.count, data.test.count) == (4, 1)
+    assert data.test.all_labels().min() >= 0
+    assert np.sum(data.train.all_labels() >= 0) == 2
+
+
+def test_images_may_be_named_by_absolute_paths(tmp_path, capsys):
+    data = labelled_by(tmp_path, f"image,label\n{tmp_path}/photos/0/0.png,cat\n0/1.png,dog\n")
+    assert "are not there" not in capsys.readouterr().out
+    assert data.train.all_labels().tolist()[:3] == [0, 1, -1]
+
+
 def test_held_out_images_without_a_label_are_no_labelled_test_split(tmp_path):
     """One image of five has a label."""
     both = [

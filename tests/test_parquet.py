@@ -23,6 +23,7 @@ from simclr_jax.data.broken import Broken, Images
 from simclr_jax.data.order import Order, Share
 from simclr_jax.data.parquet import RowGroups
 from simclr_jax.data.parquet_files import Columns
+from simclr_jax.data.pictures import pictures_of, places_of
 from simclr_jax.data.source import ShardedSource
 from simclr_jax.data.split import BROKEN
 from simclr_jax.errors import UserError
@@ -154,6 +155,19 @@ def three(tmp_path):
         write(tmp_path / f"data/{name}.parquet", [i] * rows, rows_of_a_group=2)
     (tmp_path / "data/README.md").write_text("no data")
     return tmp_path / "data"
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 9, 20, 37, 38, 100])
+def test_a_sample_of_a_stream_is_spread_over_it(tmp_path, count):
+    """Files sorted by class would otherwise show one class alone."""
+    write(tmp_path / "a.parquet", list(range(37)), rows_of_a_group=5)
+    split = train_on(tmp_path / "a.parquet").train
+    places = places_of(split, count)
+    assert len(set(places)) == len(places) == min(count, 37)
+    found = list(pictures_of(split, count, True))
+    assert [(one.place, one.label) for one in found] == [(i, i) for i in places]
+    if count >= 8:
+        assert max(np.diff([*places, 37])) <= 37 / 8 + 1
 
 
 @pytest.mark.parametrize(

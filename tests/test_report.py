@@ -151,7 +151,9 @@ def test_neighbours_pairs_and_strays_are_those_of_loops():
     first, second, cosine = learned.most_alike(near, 3)[0]
     assert (first, second) == (17, 230)
     assert cosine == pytest.approx(1, abs=1e-5)
-    assert len({pair[:2] for pair in learned.most_alike(near, 50)}) == 50
+    pairs = learned.most_alike(near, 50)
+    assert len({i for pair in pairs for i in pair[:2]}) == 100  # each image once
+    assert [pair[2] for pair in pairs] == sorted((pair[2] for pair in pairs), reverse=True)
     assert learned.most_isolated(near, 5)[0] == 99
 
 

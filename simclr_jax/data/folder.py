@@ -133,17 +133,17 @@ def _labels_below(path: str, paths: list[str], named: dict[str, str]) -> dict[st
     Args:
       path: a folder.
       paths: all folders of the data set.
-      named: {path below the folder of images, or below the one that holds all `paths`: label}.
+      named: {path below the folder of images, or below the one that holds all `paths`, or absolute path: label}.
     """
-    start = _start(path, paths)
-    further = {x.removeprefix(start): named[x] for x in named if x.startswith(start)}
+    starts = _starts(path, paths)
+    further = {x.removeprefix(s): named[x] for s in starts for x in named if x.startswith(s)}
     return named | further
 
 
-def _start(path: str, paths: list[str]) -> str:
-    """Returns "FOLDER/", the path of a folder below the one that holds all `paths`."""
+def _starts(path: str, paths: list[str]) -> tuple[str, str]:
+    """Returns a folder, with a slash at the end, by its path below the folder that holds all `paths`, and absolute."""
     top = os.path.commonpath([absolute(x) for x in paths])
-    return os.path.join(os.path.relpath(absolute(path), top), "")
+    return os.path.join(os.path.relpath(absolute(path), top), ""), os.path.join(absolute(path), "")
 
 
 def _check_names(
@@ -160,11 +160,15 @@ def _check_names(
     if twice:
         raise UserError(
             f"{file!r} names {len(twice)} images that are in {' and in '.join(paths)}, such as {twice[0]!r}: name "
-            f"them by the path below the folder that holds both, such as {_start(paths[0], paths)}{twice[0]} "
+            f"them by the path below the folder that holds both, such as {_starts(paths[0], paths)[0]}{twice[0]} "
             "(data.labels_file)"
         )
-    folders = [(_start(path, paths), names) for path, names in zip(paths, there, strict=True)]
-    lost = [x for x in named if not any({x, x.removeprefix(s)} & names for s, names in folders)]
+    folders = [(_starts(path, paths), names) for path, names in zip(paths, there, strict=True)]
+    lost = [
+        x
+        for x in named
+        if not any({x, *map(x.removeprefix, starts)} & names for starts, names in folders)
+    ]
     if lost:
         say(
             f"labels      {len(lost)} of {len(named)} images in {file} are not there, such as {lost[0]}"

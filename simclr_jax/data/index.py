@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from simclr_jax.data import pixels
 from simclr_jax.data.subsets import evenly
 from simclr_jax.errors import UserError, reason
 from simclr_jax.files import cache_folder, write_text
@@ -39,6 +40,7 @@ SUFFIXES = {
 
 _LOOKED_AT = 256  # files whose headers are read for the summary, evenly spaced
 _THREADS = 16
+_LONG = 4  # ratio of the sides from which on most random crops of the automatic settings do not fit
 # Folders that programs make for themselves: macOS's archives, Synology, QNAP, Windows, ext4. Hidden
 # ones, such as .ipynb_checkpoints and .Trash-1000, begin with a dot.
 _SERVICE = {"__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "lost+found"}
@@ -225,6 +227,7 @@ class Summary(NamedTuple):
       unreadable: {path: reason} of those whose header cannot be read.
       sizes: int [n, 2], width and height of the n readable ones, pixels.
       modes: {Pillow's name of the channel layout: number of readable ones}.
+      stacks: number of readable ones that hold several frames.
     """
 
     images: int
@@ -237,6 +240,12 @@ class Summary(NamedTuple):
     unreadable: dict[str, str]
     sizes: np.ndarray
     modes: dict[str, int]
+    stacks: int
+
+    @property
+    def long(self) -> int:
+        """Number of readable images that are more than four times as long as wide, or as wide as long."""
+        return int(np.sum(self.sizes.max(axis=1) > _LONG * self.sizes.min(axis=1)))
 
     @property
     def short_side(self) -> int:
@@ -252,7 +261,7 @@ def summarize(root: pathlib.Path) -> Summary:
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
         headers = list(threads.map(_header, [root / found.paths[i] for i in some]))
     kinds = collections.Counter(SUFFIXES[os.path.splitext(p)[1].lower()] for p in found.paths)
-    whole = [header for header in headers if not isinstance(header, str)]
+    whole = [header for header in headers if isinstance(header, _Header)]
     return Summary(
         count,
         int(np.maximum(found.sizes, 0).sum()),
@@ -266,18 +275,39 @@ def summarize(root: pathlib.Path) -> Summary:
             for i, header in zip(some, headers, strict=True)
             if isinstance(header, str)
         },
-        np.asarray([size for size, _ in whole], int).reshape(-1, 2),
-        dict(collections.Counter(mode for _, mode in whole).most_common()),
+        np.asarray([header.size for header in whole], int).reshape(-1, 2),
+        dict(collections.Counter(header.mode for header in whole).most_common()),
+        sum(header.is_stack for header in whole),
     )
 
 
-def _header(path: pathlib.Path) -> tuple[tuple[int, int], str] | str:
-    """((width, height), channel layout) of an image, or why it has none."""
+class _Header(NamedTuple):
+    """What an image file says of itself before its pixels: (width, height), channel layout, several frames or one."""
+
+    size: tuple[int, int]
+    mode: str
+    is_stack: bool
+
+
+def _header(path: pathlib.Path) -> _Header | str:
+    """Reads the header of an image; returns why it cannot be read, where that is known already."""
     try:
         with Image.open(path) as image:
-            return image.size, image.mode
+            return pixels.problem_of_mode(image) or _Header(
+                image.size, image.mode, _has_frames(image)
+            )
     except Exception as error:  # whatever a damaged file may lead to
         return reason(error).replace(f" {str(path)!r}", "")
+
+
+def _has_frames(image: Image.Image) -> bool:
+    """Returns whether a file holds several frames: a stack or an animation. Those of a telephone's MPO are previews."""
+    if image.format == "MPO":
+        return False
+    try:
+        return getattr(image, "n_frames", 1) > 1
+    except Exception:  # damaged behind the first frame
+        return False
 
 
 def most_common(passed_over: dict[str, int]) -> str:
@@ -306,6 +336,15 @@ def summary_lines(found: Summary) -> list[str]:
             )
         modes = ", ".join(f"{n} {mode}" for mode, n in found.modes.items())
         lines.append(f"{sizes}; channels {modes} (of {found.looked_at} looked at)")
+    if found.stacks:
+        lines.append(
+            f"{found.stacks} of {found.looked_at} looked at hold several frames: of each file the first is taken"
+        )
+    if found.long:
+        lines.append(
+            f"{found.long} of {found.looked_at} looked at are more than {_LONG} times as long as wide: most crops, and all "
+            "features, are of their middle"
+        )
     bad = len(found.unreadable)
     if bad or found.empty:
         such = next(iter(found.unreadable.items()), None)

@@ -122,7 +122,13 @@ class IndexedSplit:
         """Allows any subset: the images are in memory, or files."""
 
     def divided(self, fraction: float, seed: int) -> tuple["IndexedSplit", "IndexedSplit"]:
-        part, rest = split_validation(self.count, fraction, seed)
+        labelled = np.flatnonzero(self.source.labels >= 0)
+        if 2 <= len(labelled) < self.count:
+            _, held = split_validation(len(labelled), fraction, seed, "labelled image")
+            rest = labelled[held]
+            part = np.setdiff1d(np.arange(self.count), rest)
+        else:
+            part, rest = split_validation(self.count, fraction, seed)
         return self.subset(part), self.subset(rest)
 
     def decode(self, image: Any, upright: bool = True) -> Any:

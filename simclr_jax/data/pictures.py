@@ -1,6 +1,7 @@
 """Reads a sample of a split's images, whatever its source, a few at a time."""
 
 import concurrent.futures
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from simclr_jax.data.subsets import evenly
 
 # Images that are read before the first of them is needed: photographs have 36 MB each.
 _AT_ONCE = 16
+_RUNS = 8  # of a stream
 
 
 class Picture(NamedTuple):
@@ -39,17 +41,27 @@ def short_side(split: Split, upright: bool) -> int:
 
 
 def places_of(split: Split, count: int) -> list[int]:
-    """Returns the indices of `count` images at most: evenly spaced over the split, or the first ones of a stream."""
+    """Returns the indices of `count` images at most: evenly spaced over the split, of a stream in up to eight runs of
+    adjacent images, as what lies between has to be read.
+    """
     if isinstance(split, IndexedSplit):
         return evenly(split.count, count).tolist()
-    return list(range(min(count, split.count)))
+    return list(itertools.chain.from_iterable(_runs(split.count, count)))
+
+
+def _runs(total: int, count: int) -> list[range]:
+    """Returns up to eight runs of the indices 0 to total - 1, evenly spaced: `count` indices in all, or all there are."""
+    count = min(count, total)
+    parts = max(1, min(_RUNS, count))
+    (length, longer), (apart, further) = divmod(count, parts), divmod(total, parts)
+    starts = [i * apart + min(i, further) for i in range(parts)]
+    return [range(start, start + length + (i < longer)) for i, start in enumerate(starts)]
 
 
 def pictures_of(
     split: Split, count: int, upright: bool, made: Callable[[Picture], Any] | None = None
 ) -> Iterator[Any]:
-    """Yields `count` images, evenly spaced over the split, or the first ones of a stream, each as a `Picture` or as
-    `made(picture)`; fewer where some cannot be read.
+    """Yields `count` images, see `places_of`, each as a `Picture` or as `made(picture)`; fewer where some cannot be read.
 
     Args:
       split: the images.
@@ -62,7 +74,7 @@ def pictures_of(
     if isinstance(split, IndexedSplit):
         found: Iterator[Any] = _read(split.source, places, upright, made)
     else:
-        found = _streamed(split, len(places), upright, made)
+        found = _streamed(split, count, upright, made)
     return (one for one in found if one is not None)
 
 
@@ -84,12 +96,13 @@ def _read(source: Source, places: list[int], upright: bool, made: Callable) -> I
 
 def _streamed(split: Split, count: int, upright: bool, made: Callable) -> Iterator[Any]:
     assert isinstance(split, StreamedSplit)
-    examples = elements_of(split.once(Share()).take(count), split.source.title)
-    for place, example in enumerate(examples):
-        image = example["image"]
-        if isinstance(image, bytes):
-            try:
-                image = split.source.pixels(image, upright)
-            except (OSError, ValueError):
-                continue
-        yield made(Picture(place, image, int(example["label"])))
+    for run in _runs(split.count, count):
+        some = split.once(Share(), run.start).take(len(run))
+        for place, example in zip(run, elements_of(some, split.source.title), strict=True):
+            image = example["image"]
+            if isinstance(image, bytes):
+                try:
+                    image = split.source.pixels(image, upright)
+                except (OSError, ValueError):
+                    continue
+            yield made(Picture(place, image, int(example["label"])))

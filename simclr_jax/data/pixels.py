@@ -59,7 +59,8 @@ def read(content: bytes, upright: bool = True) -> np.ndarray:
     with _as_value_error(content), Image.open(io.BytesIO(content)) as image:
         if image.width * image.height > MOST_PIXELS:
             raise Image.DecompressionBombError
-        if content.startswith(_PNG) and content[24] == 16:
+        of_16_bits = content.startswith(_PNG) and content[24] == 16
+        if of_16_bits and (image.mode in ("RGB", "RGBA", "LA") or image.has_transparency_data):
             x = _png_of_16_bits(content)
             return turned(x, orientation(image)) if upright else x
         return pixels(image, upright)
@@ -115,8 +116,8 @@ def pixels(image: Image.Image, upright: bool = True) -> np.ndarray:
         if getattr(image, "tag_v2", {}).get(262) == 0:
             grey = 255 - grey  # PhotometricInterpretation: 0 is white
         x = np.repeat(grey, 3, axis=-1)
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"32 bits a sample (mode {image.mode}): expected 8 or 16")
+    elif problem := problem_of_mode(image):
+        raise ValueError(problem)
     else:
         if samples_of_16_bits and image.mode in ("RGB", "RGBA"):
             _check_upper_8_bits(np.asarray(image)[..., :3])
@@ -124,8 +125,17 @@ def pixels(image: Image.Image, upright: bool = True) -> np.ndarray:
     return turned(x, orientation(image)) if upright else x
 
 
+def problem_of_mode(image: Image.Image) -> str:
+    """Returns why a picture that is not yet decoded cannot be read, "" if nothing but its pixels can tell."""
+    if image.mode == "F" or (image.mode == "I" and not _has_16_bits(image)):
+        return f"32 bits a sample (mode {image.mode}): expected 8 or 16"
+    return ""
+
+
 def _has_16_bits(image: Any) -> bool:
-    """Returns whether a TIFF or PNM that is not yet read has 16 bits a sample, which its mode does not say."""
+    """Returns whether a TIFF, PNM or PNG that is not yet read has 16 bits a sample, which its mode does not say."""
+    if image.format == "PNG":  # older versions of Pillow have no mode for grey of 16 bits
+        return image.mode == "I"
     if image.format == "TIFF":
         return 16 in image.tag_v2.get(258, ())  # BitsPerSample
     if image.format != "PPM":  # nor made in memory
@@ -184,7 +194,9 @@ def turned(x: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _png_of_16_bits(content: bytes) -> np.ndarray:
-    """Decodes a PNG of 16 bits a sample, of which Pillow keeps the upper 8 whatever the range used."""
+    """Decodes a PNG of 16 bits a sample, in colour or transparent: of these Pillow keeps the upper 8 whatever the range
+    used.
+    """
     import tensorflow as tf
 
     x = tf.io.decode_png(content, channels=4, dtype=tf.uint16).numpy()

@@ -70,7 +70,8 @@ class Split(Protocol):
         """Raises a UserError if `count` images are too many for `subset`."""
 
     def divided(self, fraction: float, seed: int) -> tuple["Split", "Split"]:
-        """Divides the images at random: (about 1 - fraction of them, the remaining ones).
+        """Divides the images at random: (about 1 - fraction of them, the remaining ones). Where some images have a label and
+        some have none, the remaining ones are labelled ones alone, `fraction` of these; not in a stream.
 
         Raises a UserError if there are too few to divide.
         """

@@ -117,7 +117,7 @@ def why_not(config: ConfigDict, name: str) -> str:
 def _no_choice(config: ConfigDict, name: str) -> str:
     """Returns why an evaluation has no images to choose its settings on; "" if it has, or chooses nothing."""
     if EVALUATIONS[name].chooses and config.eval.validation_fraction == 0:
-        return f"eval.validation_fraction=0 leaves --mode={name} nothing to choose its settings on"
+        return f"eval.validation_fraction=0 leaves {name} nothing to choose its settings on"
     return ""
 
 

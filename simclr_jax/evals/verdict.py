@@ -4,19 +4,25 @@ from collections.abc import Mapping
 
 from simclr_jax.evals.results import accuracies
 from simclr_jax.evals.subjects import ENCODER, RAW_PIXELS, UNTRAINED
-from simclr_jax.training.verdict import SOUND, Verdict
+from simclr_jax.training.verdict import NOT_JUDGED, SOUND, Verdict
 
 _SHORTCUT, _NO_BETTER = "a shortcut", "no better than untrained"
 _BELOW_PIXELS = "below raw pixels"
+_TOLD = 0.99  # share of pairs that are told apart: ours
+_MANY = 100  # test images, of which a standard error is 5 points or less: ours
 BAD_OF_EVALUATIONS = (_SHORTCUT, _NO_BETTER, _BELOW_PIXELS)
 
 
-def judge_accuracy(rows: list[dict], metrics: Mapping[str, float]) -> Verdict | None:
+def judge_accuracy(
+    rows: list[dict], metrics: Mapping[str, float], test_images: int | None = None
+) -> Verdict | None:
     """Judges a run by the accuracy of the trained and of the untrained encoder, and of raw pixels if it is known.
 
     Args:
       rows: the evaluation's, see `evals.results.row`.
       metrics: the last of the run.
+      test_images: how many images the accuracies are of; None: many. Of few, a difference within a standard error is no
+        verdict.
 
     Returns:
       None where the evaluation has no untrained encoder.
@@ -36,10 +42,15 @@ def judge_accuracy(rows: list[dict], metrics: Mapping[str, float]) -> Verdict | 
     else:
         bad = Verdict(_NO_BETTER, said)
     told = metrics.get("other_view_top1", 0.0)
-    if told > 0.99:  # ours
+    if told > _TOLD:
         why = (
             "it tells views apart and images not: the two views of an image are too alike, or there is a shortcut, such as "
             "BatchNorm of few images a device (simclr#114)"
         )
         return Verdict(_SHORTCUT, f"{said}, other_view_top1 {told:.1%}: {why}")
+    better = max(found[UNTRAINED], of_pixels)
+    error = (better * (1 - better) / (test_images or _MANY)) ** 0.5
+    if (test_images or _MANY) < _MANY and better - trained <= error:
+        why = f"{test_images} test images are too few to tell (standard error {error:.1%})"
+        return Verdict(NOT_JUDGED, f"{said}: {why}")
     return bad

@@ -84,7 +84,8 @@ def open_input(config: ConfigDict, name: str) -> Input:
         return Input(split, root, str(root.absolute()))
     data_set, colon, split_name = name.partition(":")
     if not colon:
-        raise UserError(f"{no_folder(name)}: expected {_EXPECTED}")
+        what = f"{name!r} is a file" if root.is_file() else no_folder(name)
+        raise UserError(f"{what}: expected {_EXPECTED}")
     data |= {"source": "tfds", "name": data_set, "train_split": split_name}
     data["path"] = config.data.path if config.data.source == "tfds" else ""
     return Input(open_source(data).train, None, name)
@@ -130,7 +131,10 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
         trained = subjects.trained(config, workdir, mesh, head=with_z, step=step)
         trained_on = trained.record["data_fingerprint"]  # None: the weights were imported
         if input == "train" and trained_on not in (None, source.split.fingerprint()):
-            say("images      other ones than the run was trained on: data.path has changed since")
+            then = trained.record["training_images"]
+            say(
+                f"images      other ones than the run was trained on: {then} then, {source.split.count} now"
+            )
         classes = _classes(source, trained)
         _say_how_labels_are_numbered(source, classes)
         parts.begin(

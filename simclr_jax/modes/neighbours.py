@@ -151,6 +151,8 @@ def _indices(features: FeatureFile, query: str) -> np.ndarray:
             raise UserError(
                 f"no image {name!r} in {features.path}: expected a path or index as it is there, "
                 f"such as {features.images[0]}"
+                + ", in double quotes if it has a comma"
+                * ("," in query)
             )
     return np.asarray([place[name] for name in asked])
 

@@ -95,9 +95,9 @@ def _evaluate(config: ConfigDict, workdir: str) -> None:
         say("            writes the features of images; then --mode=neighbours shows what is near")
         say("            what; --mode=export hands the encoder on")
         return
-    rows = evaluate_features(evaluation, config, workdir)["rows"]
+    result = evaluate_features(evaluation, config, workdir)
     last = _last_metrics(workdir)
-    verdict = judge_accuracy(rows, last)
+    verdict = judge_accuracy(result["rows"], last, result["test_images"])
     if verdict is not None:
         _judge_at_end(config, workdir, verdict, last)
 

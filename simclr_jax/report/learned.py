@@ -105,13 +105,20 @@ def most_isolated(near: Near, count: int) -> np.ndarray:
 
 
 def most_alike(near: Near, count: int) -> list[tuple[int, int, float]]:
-    """Returns the `count` most similar pairs (first, second, cosine), each pair once."""
+    """Returns the `count` most similar pairs (first, second, cosine). An image is in one pair alone, that with its nearest
+    image that is in none yet: the many pairs of one group of copies would hide the remaining pairs.
+    """
     pairs = {}
     for i, (row, similar) in enumerate(zip(near.indices, near.similarities, strict=True)):
         for j, cosine in zip(row.tolist(), similar.tolist(), strict=True):
             pairs[min(i, j), max(i, j)] = cosine
-    best = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:count]
-    return [(i, j, cosine) for (i, j), cosine in best]
+    found: list[tuple[int, int, float]] = []
+    taken: set[int] = set()
+    for (i, j), cosine in sorted(pairs.items(), key=lambda item: (-item[1], item[0])):
+        if not {i, j} & taken and len(found) < count:
+            taken |= {i, j}
+            found.append((i, j, cosine))
+    return found
 
 
 def map_of(h: np.ndarray, seed: int = 0) -> np.ndarray:

@@ -131,7 +131,7 @@ class RunFiles:
             result = self.results.get(name, {})
             if result.get("step") != self.about["plan"]["steps"]:
                 continue
-            found = judge_accuracy(result["rows"], newest)
+            found = judge_accuracy(result["rows"], newest, result.get("test_images"))
             if found and found.is_bad:
                 return found
             if found and trained.name == NOT_JUDGED:

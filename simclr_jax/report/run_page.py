@@ -8,7 +8,6 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble
 from simclr_jax import config as config_lib
 from simclr_jax.data import name_of
-from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.split import Split
 from simclr_jax.data.subsets import evenly
 from simclr_jax.errors import UserError
@@ -190,8 +189,7 @@ def _sample(count: int, split: Split) -> str:
     lost = f"; {asked - count} cannot be read" if count < asked else ""
     if asked == split.count:
         return f"{count} of the {asked} training images{lost}"
-    which = "evenly spaced" if isinstance(split, IndexedSplit) else "the first ones"
-    return f"{count} training images ({which} of {split.count}{lost})"
+    return f"{count} training images (evenly spaced of {split.count}{lost})"
 
 
 def _confusion(
@@ -210,14 +208,13 @@ def _confusion(
     pairs = [
         f"{classes[i]} for {classes[j]} ({n} times)" for i, j, n in learned.most_confused(counts, 8)
     ]
-    which = "" if isinstance(test, IndexedSplit) else "the first "
     note = (
-        f"{which}{total} test images, true class by row, and what a linear classifier of "
+        f"{total} test images, true class by row, and what a linear classifier of "
         f"{int((train.labels >= 0).sum())} training images takes them for: {right:.1%} are right. It is "
         "fitted for this picture only, with fixed settings; the results above are the ones to quote."
     )
     rows = _matrix(counts, classes) if len(classes) <= _MOST_CLASSES else []
-    return {"classes": classes, "rows": rows, "pairs": pairs, "note": note[0].upper() + note[1:]}
+    return {"classes": classes, "rows": rows, "pairs": pairs, "note": note}
 
 
 def _matrix(counts: dict[tuple[int, int], int], classes: tuple[str, ...]) -> list[tuple]:

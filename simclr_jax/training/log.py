@@ -131,7 +131,7 @@ class Log:
         before, self._verdict = self._verdict, self._reporting.judge(step, means)
         was, now = (v.name if v and v.is_bad else "" for v in (before, self._verdict))
         if was != now:
-            say(f"step {step}  {now or f'no longer {was}'}: {self._verdict.because}")
+            say(f"step {step}  {now or f'no longer {was!r}'}: {self._verdict.because}")
 
     def _check(self, step: int, values: dict[str, float], images: dict[str, np.ndarray]) -> None:
         bad = [

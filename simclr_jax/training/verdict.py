@@ -9,6 +9,7 @@ from simclr_jax.losses.health import chance, lower_bound
 HEALTH = "health.json"  # in a workdir: the verdict that the run ended with
 
 _BELOW, _NEAR_CHANCE, _COLLAPSED = 1e-3, 0.01, 0.1  # nats; nats; share of 1 / sqrt(d): ours
+_FEW_STEPS, _LITTLE = 100, 0.1  # of which share of the way is too little to call a run sound: ours
 _TOLD = 10.0  # times chance, by which pairs are told apart: ours
 
 SOUND, NOT_JUDGED, _TOO_EARLY = "sound", "not judged", "too early to say"
@@ -78,7 +79,7 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
         if step <= settled_after:
             early = f"before step {settled_after + 1} it may be near chance"
             return Verdict(_TOO_EARLY, f"{where}; {seen}; {early}")
-        why = f"after the warm-up within {near:.2g} (ours) of ln(2B - 1), and z is spread"
+        why = f"after the warm-up, within {near:.2g} (ours) of chance"
         if loss > no_better + near:
             told = metrics.get("other_view_top1", 0.0)
             if told > _TOLD / images:
@@ -87,6 +88,8 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
                     NOT_JUDGED,
                     f"{where}: {why}: this bound says nothing, as at a very low temperature",
                 )
-            why = "after the warm-up above ln(2B - 1): worse than telling nothing apart"
-        return Verdict("not learning", f"{where}: {why}: {seen}")
+            why = "after the warm-up"
+        return Verdict("not learning", f"{where} {why}; {seen}")
+    if step < _FEW_STEPS and way < _LITTLE:
+        return Verdict(_TOO_EARLY, f"{where}; {seen}; {step} steps are few")
     return Verdict(SOUND, f"{where}; {seen}")
