@@ -217,7 +217,7 @@ def _upper_8_bits(x: np.ndarray) -> np.ndarray:
 @functools.cache
 def _say_once(bits: int) -> None:
     say(
-        f"pixels      a 16-bit image uses {bits} bits at most: such images are scaled by {bits} bits"
+        f"pixels      a 16-bit image uses {bits} bits at most: each image is scaled by the bits that it uses"
     )
 
 
