@@ -15,6 +15,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from conftest import encoder_checkpoint
+from etils import epath
 
 import simclr_jax
 from simclr_jax import assemble, processes
@@ -24,6 +25,7 @@ from simclr_jax.mesh import make_mesh, state_shardings
 from simclr_jax.training import saved
 from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.saved import (
+    beside,
     find,
     read_encoder_arrays,
     read_newest,
@@ -323,3 +325,15 @@ def test_checkpoints_are_found_from_any_of_their_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no checkpoint in"):
         find(str(tmp_path / "empty"), None)
+
+
+def test_what_is_made_of_a_checkpoint_lies_beside_the_workdirs(tmp_path, monkeypatch):
+    """Training removes the folder of a checkpoint with all that lies in it."""
+    step = tmp_path / "w/checkpoints/20"
+    (step / "config").mkdir(parents=True)
+    assert beside(str(step)) == (epath.Path(tmp_path / "w"), "_step_20")
+    monkeypatch.chdir(step)
+    assert beside(".")[1] == "_step_20"
+    assert beside(str(tmp_path / "w")) == (epath.Path(tmp_path / "w"), "")
+    (tmp_path / "copied/20/config").mkdir(parents=True)
+    assert beside(str(tmp_path / "copied/20"))[1] == ""

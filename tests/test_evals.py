@@ -509,7 +509,9 @@ def test_evaluations_write_their_settings_and_all_rows(tiny, tmp_path, monkeypat
 
     evaluate_features("knn", tiny, str(workdir))
     result = json.loads((workdir / "knn.json").read_text())
-    assert result["settings"] == {"k": 48, "temperature": 0.1}
+    assert result["settings"] | {"k": 48, "temperature": 0.1} == result["settings"]
+    assert result["settings"]["views"]["eval_crop"] == 0.875
+    assert result["settings"]["labels"]["baselines"] is True
     assert [row["features"] for row in result["rows"]] == list(KINDS)
 
     # On other data than those of training: a result of its own, without the baselines if so wished.
@@ -902,7 +904,7 @@ def test_two_shares_of_as_many_labels_a_class_have_a_column_each():
 
 def test_results_of_other_data_have_files_of_their_own(tiny, tmp_path, capsys):
     """Two folders called train, two test splits, and a name with a slash."""
-    saved = {"data_fingerprint": "run", "test_fingerprint": "test"}
+    saved: dict[str, str | None] = {"data_fingerprint": "run", "test_fingerprint": "test"}
 
     class Print:
         def __init__(self, text):
@@ -920,7 +922,10 @@ def test_results_of_other_data_have_files_of_their_own(tiny, tmp_path, capsys):
     assert all(some.startswith(("knn_x_", "knn_y_")) for some in names)
     assert "other test images or labels than the run's" in capsys.readouterr().out
     assert "/" not in name("a", "b", **{"data.name": "set/config"})
-    del saved["test_fingerprint"]  # of an earlier version
+    saved = dict.fromkeys(saved)
+    assert name("a", "b").startswith("knn_x_")
+    assert "weights were imported, and have no data of their own" in capsys.readouterr().out
+    saved = {"data_fingerprint": "run"}  # of an earlier version
     assert name("run", "d", **{"data.name": ""}) == "knn.json"
 
 
@@ -975,6 +980,14 @@ def test_a_result_is_called_after_its_data_and_says_its_settings(tiny, tmp_path,
         ({}, ""),
         ({"k": 5}, "replaces    knn.json, made with k 3"),
         ({"k": 5, "l2": (0.1, 0.3)}, "replaces    knn.json, made with l2 [0.1, 0.2]"),
+        (
+            {"k": 5, "l2": (0.1, 0.3), "views": {"eval_crop": 1.0}},
+            "",
+        ),  # an earlier version's had none
+        (
+            {"k": 5, "l2": (0.1, 0.3), "views": {"eval_crop": 0.5}},
+            "replaces    knn.json, made with eval_crop 1.0",
+        ),
     ):
         results.save(path, tiny, {"settings": result["settings"] | changed})
         assert capsys.readouterr().out.strip() == said

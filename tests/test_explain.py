@@ -1,5 +1,6 @@
 """Tests of what a configuration comes to, what is unusual about it, and where metrics go."""
 
+import functools
 import shutil
 import sys
 import types
@@ -10,6 +11,7 @@ from simclr_jax import assemble, config
 from simclr_jax.config.rows import OPTIONS
 from simclr_jax.errors import UserError
 from simclr_jax.modes import explain as explain_mode
+from simclr_jax.modes.compile import compile_for
 from simclr_jax.modes.explain import explain
 from simclr_jax.modes.oddities import oddities
 from simclr_jax.modes.pretrain import pretrain
@@ -83,6 +85,25 @@ def test_what_is_unusual_is_said_with_its_reason(options, says):
 
 
 @pytest.mark.whole
+def test_of_training_by_labels_no_loss_of_z_is_unusual(tiny):
+    config.set_options(tiny, {"loss.temperature": 0.01, "train.objective": "supervised"})
+    said = " ".join(oddities(tiny, assemble.plan_of(tiny, 48), 48))
+    assert "loss.temperature" not in said
+    assert "negatives" not in said
+    tiny.train.objective = "contrastive"
+    said = " ".join(oddities(tiny, assemble.plan_of(tiny, 48), 48))
+    assert "loss.temperature" in said
+    assert "negatives" in said
+
+
+@pytest.mark.parametrize("mode", ["explain", "compile"])
+def test_a_distillation_is_not_explained_as_a_pretraining(tiny, tmp_path, mode):
+    (tmp_path / "config.json").write_text('{"mode": "distill", "config": {}, "plan": {}}')
+    run = {"explain": explain, "compile": functools.partial(compile_for, topology="v5e:2x2")}[mode]
+    with pytest.raises(UserError, match=rf"holds a distillation, and --mode={mode} is about"):
+        run(tiny, str(tmp_path))
+
+
 def test_a_run_is_explained_and_nothing_is_written(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(explain_mode, "_MEASURED_SECONDS", 0.5)
     config.set_options(

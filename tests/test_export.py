@@ -399,6 +399,7 @@ def test_a_classifier_is_exported_as_a_program(tmp_path, capsys):
     c = small(head="none")
     workdir = classifier_workdir(c, tmp_path)
     export(c, workdir, "stablehlo", str(tmp_path / "program"))
+    assert "logits = classifier.call(images)" in capsys.readouterr().out
     images = random_images(3, 24, 24).astype(np.float32) / 255
     program = jax.export.deserialize((tmp_path / "program").read_bytes())
     expected = simclr_jax.load_classifier(workdir)(images)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import encoder_checkpoint, random_images
+from etils import epath
 
 import simclr_jax
 from simclr_jax import assemble, load_classifier, load_encoder
@@ -25,6 +26,7 @@ from simclr_jax.encoders.heads import LinearClassifier
 from simclr_jax.errors import Stopped, UserError
 from simclr_jax.evals import classifiers, scores, subjects
 from simclr_jax.evals.classifiers import program, protocol, training
+from simclr_jax.evals.classifiers.folder import TrainingFolder
 from simclr_jax.evals.features import Extractor
 from simclr_jax.files import locked
 from simclr_jax.mesh import make_mesh, to_global
@@ -582,6 +584,12 @@ def test_what_was_trained_is_not_trained_again_unless_something_else_is_asked(be
     assert trains() == 1  # the other one is there
     config.linear.momentum = 0.5
     assert trains() == 2
+    # What was finished stays, as its classifier may be in use, and is known again.
+    assert all(name.endswith("_2") for name in names)
+    config.linear.momentum = 0.9
+    assert trains() == 0
+    config.linear.momentum = 0.5
+    assert trains() == 0
     config.seed = 1
     assert trains() == 2
     config.views.crop_area = (0.5, 1.0)
@@ -621,6 +629,22 @@ def test_what_was_trained_is_not_trained_again_unless_something_else_is_asked(be
     np.savez(config.data.path, **(arrays | {"test_images": arrays["test_images"][::-1]}))
     assert trains() == 1
     assert names[0].startswith("linear/")
+
+
+def test_a_training_that_was_not_finished_gives_way(tmp_path):
+    def begin(about):
+        folder = TrainingFolder(epath.Path(tmp_path) / "x")
+        return folder.begin({"model": {}} | about), folder
+
+    for number in (1, 2):
+        outcome, folder = begin({"number": number})
+        assert (outcome, folder.path.name) == (None, "x")
+    folder.finish({"last": 0.5})
+    _, other = begin({"number": 3})
+    assert other.path.name == "x_2"
+    assert begin({"number": 4})[1].path.name == "x_2"
+    outcome, folder = begin({"number": 2})
+    assert (outcome, folder.path.name) == ({"last": 0.5}, "x")
 
 
 def test_two_programs_do_not_train_in_one_folder(begun):
@@ -757,6 +781,8 @@ def test_fine_tuning_by_lars_from_a_layer_of_the_head(run, one_device, capsys):
     (row,) = (r for r in result["rows"] if r["features"] == "encoder")
     classifier = load_classifier(workdir / row["runs"][0]["classifier"])
     assert classifier.network.layer == 1
+    assert (workdir / "finetune_layer_1.json").exists()
+    assert not (workdir / "finetune.json").exists()
     with np.load(config.data.path) as file:
         logits, labels = classifier(file["test_images"]), file["test_labels"]
     assert np.mean(logits.argmax(1) == labels) == pytest.approx(row["accuracy"])

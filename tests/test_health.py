@@ -361,6 +361,8 @@ def test_what_stands_in_for_broken_images_has_no_rank():
     assert seen["rank_h"] == pytest.approx(rank_of(h[:30]))
     assert seen["rank_z"] == pytest.approx(rank_of(z[:30]))
     assert seen["uniformity"] == pytest.approx(uniformity_of(z[:30]))
+    labels[1:] = BROKEN
+    assert hook.run(1, SimpleNamespace(variables=lambda _: {})) == {}
 
 
 def test_the_references_are_the_runs(tiny):

@@ -53,6 +53,8 @@ def test_the_mean_average_precision_equals_a_loop():
     logits = rng.normal(size=(60, 5))
     members = rng.choice([1, 0, -1], size=(60, 5), p=[0.3, 0.6, 0.1])
     assert eleven_point_map(logits, members) == pytest.approx(slow_map(logits, members), abs=1e-12)
+    with pytest.raises(UserError, match="none of 60 images that are judged by is of any class"):
+        eleven_point_map(logits, np.minimum(members, 0))
     # Other numbers of points, and images that do not count counted as wrong, give another value.
     assert abs(slow_map(logits, members, 101) - slow_map(logits, members)) > 1e-3
     counted = eleven_point_map(logits, np.maximum(members, 0))
@@ -284,10 +286,10 @@ def test_the_grid_is_chosen_on_validation_and_the_choice_trained_on_all(
     assert run["steps"] == 4
     assert untrained["runs"][0]["steps"] == 6
     folders = {path.name for path in (workdir / "transfer_finetune").iterdir()}
-    # Decays are divided by the rates: 1e-3 / 0.01 and 1e-3 / 0.1.
+    # Decays are divided by the rates of the trainings at batch 16: 1e-3 / (0.01 x 16 / 256) and 1e-3 / (0.1 x 16 / 256).
     candidates = {
         f"encoder_1_of_labels_draw_0_4_steps_rate_{r}_decay_{d}"
-        for r, d in (("0.01", "0.1"), ("0.1", "0.01"))
+        for r, d in (("0.01", "1.6"), ("0.1", "0.16"))
     }
     assert candidates < folders
     assert (run["learning_rate"], run["validation"]) == (0.1, 0.9)
@@ -301,10 +303,10 @@ def test_the_grid_is_chosen_on_validation_and_the_choice_trained_on_all(
     # A network of each of the paper's 56 candidates would fill the disk: that of the result is kept.
     kept = [path.parent.name for path in (workdir / "transfer_finetune").glob("*/classifier")]
     assert kept == refits == [epath.Path(run["classifier"]).parent.name]
-    assert "untrained_1_of_labels_draw_0_6_steps_rate_0.1_decay_0.01_refit" in folders
+    assert "untrained_1_of_labels_draw_0_6_steps_rate_0.1_decay_0.16_refit" in folders
     said = capsys.readouterr().out
     assert (
-        "2 of 2: encoder, 36 labels, 4 steps, learning rate 0.1 x 16 / 256, weight decay 0.01"
+        "2 of 2: encoder, 36 labels, 4 steps, learning rate 0.1 x 16 / 256, weight decay 0.16"
         in said
     )
     assert f"chosen: encoder, 48 labels, 4 steps, learning rate {run['learning_rate']:g}" in said

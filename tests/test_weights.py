@@ -458,6 +458,39 @@ def test_a_classifier_on_a_layer_that_the_file_lacks_is_refused(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+def test_an_encoder_alone_is_imported_whatever_layer_is_to_be_fine_tuned(tmp_path, capsys):
+    """As by the options of configs/imagenet_v2.py."""
+    torchvision_file(tmp_path / "w.safetensors")
+    workdir = tmp_path / "w"
+    run(
+        "--mode=import",
+        f"--input={tmp_path / 'w.safetensors'}",
+        f"--workdir={workdir}",
+        "--config.finetune.from_layer=1",
+    )
+    assert "finetune.from_layer=0, as the file has no projection head" in capsys.readouterr().out
+    record = json.loads((workdir / "config.json").read_text())
+    assert record["config"]["finetune"]["from_layer"] == 0
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ('["a", "b"]', ["a", "b"]),
+        ('["a"]', None),
+        ("{", None),
+        ("null", None),
+    ],
+)
+def test_the_names_of_classes_come_back(tmp_path, written, read):
+    arrays = torchvision.torchvision_weights(
+        jax.device_get(init_encoder(ResNet(18, 0.125), 16, jax.random.key(1)))
+    )
+    arrays |= {"fc.weight": np.ones((2, 64), np.float32), "fc.bias": np.ones(2, np.float32)}
+    assert torchvision.convert(arrays, {"classes": written}).classes == read
+    assert torchvision.convert(arrays, {}).classes is None
+
+
 def test_the_head_of_an_import_is_the_published_one(tmp_path):
     found = weights.read(str(PUBLISHED / "tf2_sk0"))
     variables = variables_of("tf2_sk0")
