@@ -4,6 +4,7 @@ import functools
 import shutil
 import sys
 import types
+from typing import Any
 
 import pytest
 
@@ -99,9 +100,12 @@ def test_of_training_by_labels_no_loss_of_z_is_unusual(tiny):
 @pytest.mark.parametrize("mode", ["explain", "compile"])
 def test_a_distillation_is_not_explained_as_a_pretraining(tiny, tmp_path, mode):
     (tmp_path / "config.json").write_text('{"mode": "distill", "config": {}, "plan": {}}')
-    run = {"explain": explain, "compile": functools.partial(compile_for, topology="v5e:2x2")}[mode]
+    runs: dict[str, Any] = {
+        "explain": explain,
+        "compile": functools.partial(compile_for, topology="v5e:2x2"),
+    }
     with pytest.raises(UserError, match=rf"holds a distillation, and --mode={mode} is about"):
-        run(tiny, str(tmp_path))
+        runs[mode](tiny, str(tmp_path))
 
 
 def test_a_run_is_explained_and_nothing_is_written(tiny, tmp_path, capsys, monkeypatch):
