@@ -18,7 +18,7 @@ import jax
 
 from simclr_jax import config
 from simclr_jax.config import suggest
-from simclr_jax.data import count_and_size, kind_of
+from simclr_jax.data import kind_of, measure
 from simclr_jax.data.parquet_files import chosen_column, image_columns
 
 
@@ -36,8 +36,9 @@ def get_config(argument: str = ""):
         if column not in found:
             column = (found or [column])[0]
         looked_at["parquet"] = {"image_column": column, "label_column": ""}
-    count, short_side = count_and_size(looked_at)
+    count, short_side, sample_bits = measure(looked_at)
     accelerator = jax.default_backend() != "cpu"
-    config.set_options(c, suggest.suggest_options(max(1, count), short_side, accelerator))
+    about = max(1, count), short_side, accelerator, sample_bits
+    config.set_options(c, suggest.suggest_options(*about))
     c.train.report = True
     return c

@@ -123,7 +123,8 @@ def make_views(
     settle_tensorflow(os.environ)
     config = _with_options(config, options)
     made = assemble.views(config, make_mesh(jax.local_devices()[:1]))
-    return made.sample(pixels.of_anything(image, config.data.upright), epoch, index)[0]
+    x = pixels.of_anything(image, config.data.upright, config.data.sample_bits)
+    return made.sample(x, epoch, index)[0]
 
 
 def _begun(workdir: str) -> str:

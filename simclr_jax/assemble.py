@@ -176,8 +176,10 @@ def _view_settings(
 
 def evaluation_view(config: ConfigDict) -> EvaluationView:
     """Returns what every evaluation sees of an image."""
-    data = config.data
-    return EvaluationView(data.image_size, data.eval_crop, config.views.antialias, data.upright)
+    data, antialias = config.data, config.views.antialias
+    return EvaluationView(
+        data.image_size, data.eval_crop, antialias, data.upright, data.sample_bits
+    )
 
 
 def images_of(

@@ -577,6 +577,7 @@ def test_an_evaluation_is_one_row_of_the_table(tiny, tmp_path, monkeypatch, caps
             "image_size": tiny.data.image_size,
             "eval_crop": 0.5,
             "upright": True,
+            "sample_bits": 0,
             "antialias": False,
         },
     }

@@ -15,7 +15,7 @@ from PIL import Image
 from simclr_jax import assemble, config
 from simclr_jax.config import suggest
 from simclr_jax.config.overrides import load
-from simclr_jax.data import count_and_size, index
+from simclr_jax.data import index, measure, pixels
 from simclr_jax.data.folder import open_split
 from simclr_jax.errors import UserError
 from simclr_jax.modes.oddities import oddities
@@ -341,6 +341,28 @@ def test_a_summary_says_what_training_will_not_show(tmp_path):
     assert "long" not in said
 
 
+def test_images_of_16_bits_get_one_scale(tmp_path, capsys):
+    """That of the brightest; a dim frame of a camera stays dim, in training, evaluation and from Python."""
+    rng = np.random.default_rng(0)
+    for i, top in enumerate([200, 900, 3000, 1000]):
+        x = rng.integers(0, top, (20, 20)).astype(np.uint16)
+        Image.fromarray(x).save(tmp_path / f"{i}.{'tiff' if i % 2 else 'png'}")
+    c = load(f"folder:{tmp_path}", [])
+    assert c.data.sample_bits == 12
+    describe_choices(c, labelled=False)
+    assert "data.sample_bits=12  (one scale for all images of 16 bits" in capsys.readouterr().out
+    dim = np.asarray(Image.open(tmp_path / "0.png")) >> 4
+    split = assemble.data_set(c).train
+    view = assemble.evaluation_view(c)
+    for some in (split, split.subset(np.asarray([0]))):
+        content = some.source.encoded(0)
+        np.testing.assert_array_equal(some.decode(content)[..., 0], dim)
+        np.testing.assert_array_equal(some.source.pixels(content)[..., 0], dim)
+    of_path = pixels.of_anything(tmp_path / "0.png", view.upright, view.sample_bits)
+    np.testing.assert_array_equal(of_path[..., 0], dim)
+    assert load(f"folder:{tmp_path}", ["--config.data.sample_bits=0"]).data.sample_bits == 0
+
+
 def test_a_part_may_be_held_out_of_a_small_folder():
     """The batch is chosen before it is known how many images data.test_fraction leaves."""
     chosen = {c.option: c.value for c in suggest.suggest_settings(64, 32, False)}
@@ -400,8 +422,8 @@ def test_the_configuration_chooses_from_parquet_and_arrays(tmp_path, capsys):
         c = load(f"{file}:{tmp_path}/{path}", [])
         assert (c.data.source, c.data.path) == (source, f"{tmp_path}/{path}")
         data = c.data.to_dict() | {"seed": 0}
-        assert count_and_size(data) == (40, 200)
-        assert count_and_size(data | {"test_fraction": 0.5}) == (40, 200)  # as before it is given
+        assert measure(data) == (40, 200, 0)
+        assert measure(data | {"test_fraction": 0.5}) == (40, 200, 0)  # as before it is given
         assert c.data.batch_size == suggest.suggest_options(40, 200, False)["data.batch_size"]
         describe_choices(c, labelled=False)
         said = capsys.readouterr().out

@@ -242,6 +242,19 @@ def test_pictures_of_telephones_stand_upright(kind, orientation):
         np.testing.assert_allclose(as_it_lies, np.asarray(colours(), int), atol=tolerance)
 
 
+def test_one_scale_for_all_images_of_16_bits(capsys):
+    dim, bright = samples(9), samples(16)
+    for kind, array in (("png", dim), ("tiff", dim), ("png", bright)):
+        file = io.BytesIO()
+        Image.fromarray(array).save(file, kind)
+        found = pixels.read(file.getvalue(), sample_bits=12)[..., 0]
+        np.testing.assert_array_equal(found, np.minimum(array, 4095) >> 4)
+    colour = png_of_16_bits(np.stack([dim, dim, bright], axis=-1))
+    found = pixels.read(colour, sample_bits=12)
+    np.testing.assert_array_equal(found[..., 2], np.minimum(bright, 4095) >> 4)
+    assert "16-bit" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
 def test_damaged_exif_data_say_nothing(kind):
     file = io.BytesIO()

@@ -14,16 +14,22 @@ class Choice(NamedTuple):
     reason: str
 
 
-def suggest_options(count: int, short_side: int, accelerator: bool) -> dict[str, Any]:
+def suggest_options(
+    count: int, short_side: int, accelerator: bool, sample_bits: int = 0
+) -> dict[str, Any]:
     """Chooses the options of `suggest_settings`, `suggest_evaluation` and `suggest_transfer_finetune`, {option: value}."""
-    chosen = suggest_settings(count, short_side, accelerator)
+    chosen = suggest_settings(count, short_side, accelerator, sample_bits)
     chosen += suggest_evaluation(count, accelerator)
     options = {choice.option: choice.value for choice in chosen}
     return options | suggest_transfer_finetune(count, accelerator)
 
 
 def suggest_settings(
-    count: int, short_side: int, accelerator: bool, given_size: int | None = None
+    count: int,
+    short_side: int,
+    accelerator: bool,
+    sample_bits: int = 0,
+    given_size: int | None = None,
 ) -> list[Choice]:
     """Chooses options for training on `count` images.
 
@@ -32,6 +38,7 @@ def suggest_settings(
       short_side: shorter side of the median image, pixels.
       accelerator: True: there is a GPU or TPU; False: two CPU cores, which are to finish in a quarter of
         an hour.
+      sample_bits: bits that the brightest of the grey images of 16 bits needs; 0: there are none.
       given_size: the size of the views, pixels, that the other options are to fit; None: the one that is chosen.
     """
     sizes = (32, 64, 96, 128, 224) if accelerator else (32,)
@@ -46,6 +53,9 @@ def suggest_settings(
         )
     ]
     size = given_size or size
+    if sample_bits:
+        why = "one scale for all images of 16 bits, by the brightest of those looked at"
+        chosen.append(Choice("data.sample_bits", sample_bits, why))
     if not accelerator and size <= 64:
         chosen.append(Choice("model.stem", "strided", "halves the resolution once: for CPUs"))
     elif size <= 32:

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
-from simclr_jax.data import arrays, folder, index, parquet, pictures, synthetic, tfds
+from simclr_jax.data import arrays, folder, index, parquet, pictures, pixels, synthetic, tfds
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Share
 from simclr_jax.data.source import elements_of
@@ -15,7 +15,7 @@ from simclr_jax.data.split import DataSet, Split
 from simclr_jax.data.subsets import evenly
 from simclr_jax.errors import UserError
 from simclr_jax.files import expanded
-from simclr_jax.options import Option, flag, name_in, number, path, text
+from simclr_jax.options import Option, flag, name_in, number, one_of, path, text
 
 # name: ({option of the group "data", without the group: value}, and "seed") -> DataSet
 SOURCES: dict[str, Callable[[Mapping[str, Any]], DataSet]] = {
@@ -97,6 +97,14 @@ OPTIONS = (
         "turn images as the orientation in their EXIF data says; images of TFDS stay as they are",
     ),
     Option(
+        "data.sample_bits",
+        0,
+        one_of(0, *pixels.SAMPLE_BITS),
+        "of files of 16 bits a sample, the bits that make the range from black to white, the same in all images; brighter "
+        "samples are white; 0: of each image the bits that its brightest sample needs. A folder's is chosen from some of "
+        "its images; images of TFDS stay as they are",
+    ),
+    Option(
         "data.folder_labels",
         False,
         flag(),
@@ -141,27 +149,42 @@ def kind_of(path: str) -> str:
     return max(ends, key=lambda kind: len(FILES[kind].ending))
 
 
-def count_and_size(data: Mapping[str, Any]) -> tuple[int, int]:
-    """Measures the training images, from which `suggest` chooses settings. Those that "test_fraction" holds out count.
+class Measured(NamedTuple):
+    """Holds what `suggest` chooses settings from.
+
+    Attributes:
+      images: how many there are to train on.
+      short_side: the median image's shorter side, pixels.
+      sample_bits: bits that the brightest of some grey images of 16 bits needs; 0: none was seen.
+    """
+
+    images: int
+    short_side: int
+    sample_bits: int = 0
+
+
+def measure(data: Mapping[str, Any]) -> Measured:
+    """Measures the training images. Those that "test_fraction" holds out count.
 
     Args:
       data: see `open_source`.
 
-    Returns:
-      (how many they are, the median image's shorter side in pixels)
-
     Raises:
       UserError: see `open_source`.
     """
-    if data["source"] == "folder":  # from file headers alone
-        found = index.summarize(expanded(data["path"]))
-        return found.images, found.short_side
+    if data["source"] == "folder":  # from file headers, and some grey images of 16 bits
+        return measured(index.summarize(expanded(data["path"])))
     # Before any are held out; the data set that is kept stays the one that is trained on.
     opened = (
         SOURCES[data["source"]](_of_sources(data)) if data["test_fraction"] else open_source(data)
     )
     train = opened.train
-    return train.count, pictures.short_side(train, data["upright"])
+    return Measured(train.count, pictures.short_side(train, data["upright"]))
+
+
+def measured(found: index.Summary) -> Measured:
+    """Returns what the summary of a folder says to `suggest`."""
+    return Measured(found.images, found.short_side, found.sample_bits)
 
 
 @functools.lru_cache(maxsize=1)

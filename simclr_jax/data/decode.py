@@ -4,6 +4,7 @@ TensorFlow decodes JPEG, except CMYK, without a lock between threads. `pixels.py
 reads only some kinds of PNG, GIF, BMP and WebP, and shows the colours that transparent pixels hide.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +18,13 @@ from simclr_jax.data import pixels
 _EXIF_WITHIN = 2**13
 
 
-def decode(data: Any, upright: bool = True) -> Any:
+def decode(data: Any, upright: bool = True, sample_bits: int = 0) -> Any:
     """Decodes the content of an image file, in the tf.data graph.
 
     Args:
       data: a scalar string. Of several frames the first is taken.
       upright: turn the image as the orientation in its EXIF data says.
+      sample_bits: see `pixels.read`.
 
     Returns:
       uint8 [H, W, 3]. Grey becomes three equal channels.
@@ -31,27 +33,24 @@ def decode(data: Any, upright: bool = True) -> Any:
       tf.errors.InvalidArgumentError: where the graph is run, if it is no image that can be read or has
         more than `pixels.MOST_PIXELS` pixels; `problem_of` says why.
     """
-    # A graph takes a second to trace: once for all pipelines.
-    return _traced[upright](data)
+    return _graph(upright, sample_bits)(data)
 
 
-def _any_format(data, upright):
+def _any_format(data, upright, sample_bits):
     image = tf.cond(
         tf.equal(tf.strings.substr(data, 0, 2), b"\xff\xd8"),
         lambda: _jpeg(data, upright),
-        lambda: _by_pillow(data, upright),
+        lambda: _by_pillow(data, upright, sample_bits),
     )
     return tf.ensure_shape(image, [None, None, 3])
 
 
-def _graph(upright: bool) -> Callable:
+@functools.cache  # a graph takes a second to trace: once for all pipelines
+def _graph(upright: bool, sample_bits: int) -> Callable:
     def traced(data):
-        return _any_format(data, upright)
+        return _any_format(data, upright, sample_bits)
 
     return tf.function(traced, [tf.TensorSpec([], tf.string)], autograph=False)
-
-
-_traced = {upright: _graph(upright) for upright in (True, False)}
 
 
 def problem_of(data: bytes) -> str | None:
@@ -114,12 +113,12 @@ def _upright(image, data):
     )
 
 
-def _by_pillow(data, upright):
+def _by_pillow(data, upright, sample_bits=0):
     """Decodes `data` to uint8 [H, W, 3] where the graph is run. Raises InvalidArgumentError there."""
 
     def read(content):
         try:
-            return pixels.read(_bytes(content), upright)
+            return pixels.read(_bytes(content), upright, sample_bits)
         except ValueError:
             return np.zeros((0, 0, 3), np.uint8)
 

@@ -11,7 +11,13 @@ from simclr_jax.data import pixels
 
 
 class Decoding:
-    """How the encoded images of a source become pixels. A source with a format of its own overrides `decode`."""
+    """How the encoded images of a source become pixels. A source with a format of its own overrides `decode`.
+
+    Attributes:
+      sample_bits: see `pixels.read`.
+    """
+
+    sample_bits: int = 0
 
     def decode(self, image: Any, upright: bool = True) -> Any:
         """Decodes an encoded image to uint8 [H, W, C], in the tf.data graph.
@@ -20,12 +26,12 @@ class Decoding:
         """
         from simclr_jax.data.decode import decode
 
-        return decode(image, upright)
+        return decode(image, upright, self.sample_bits)
 
     def pixels(self, image: bytes, upright: bool = True) -> np.ndarray:
         """Decodes an encoded image as `decode` does, outside of a graph. Raises a ValueError if it cannot."""
         if type(self).decode is Decoding.decode:
-            return pixels.read(image, upright)
+            return pixels.read(image, upright, self.sample_bits)
         import tensorflow as tf
 
         from simclr_jax.data.decode import reason_of

@@ -39,6 +39,7 @@ SUFFIXES = {
 }
 
 _LOOKED_AT = 256  # files whose headers are read for the summary, evenly spaced
+_DECODED = 32  # of the grey ones of 16 bits among them
 _THREADS = 16
 _LONG = 4  # ratio of the sides from which on most random crops of the automatic settings do not fit
 # Folders that programs make for themselves: macOS's archives, Synology, QNAP, Windows, ext4. Hidden
@@ -228,6 +229,7 @@ class Summary(NamedTuple):
       sizes: int [n, 2], width and height of the n readable ones, pixels.
       modes: {Pillow's name of the channel layout: number of readable ones}.
       stacks: number of readable ones that hold several frames.
+      sample_bits: the bits that the brightest of some grey images of 16 bits needs, see `pixels.bits_used`; 0: none.
     """
 
     images: int
@@ -241,6 +243,7 @@ class Summary(NamedTuple):
     sizes: np.ndarray
     modes: dict[str, int]
     stacks: int
+    sample_bits: int
 
     @property
     def long(self) -> int:
@@ -258,8 +261,12 @@ def summarize(root: pathlib.Path) -> Summary:
     found = list_images(root)
     count = len(found.paths)
     some = evenly(count, _LOOKED_AT)
+    paths = [root / found.paths[i] for i in some]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-        headers = list(threads.map(_header, [root / found.paths[i] for i in some]))
+        headers = list(threads.map(_header, paths))
+        deep = [p for p, h in zip(paths, headers, strict=True) if _may_have_16_bits(h)]
+        bits = threads.map(pixels.bits_used, [deep[i] for i in evenly(len(deep), _DECODED)])
+        sample_bits = max(bits, default=0)
     kinds = collections.Counter(SUFFIXES[os.path.splitext(p)[1].lower()] for p in found.paths)
     whole = [header for header in headers if isinstance(header, _Header)]
     return Summary(
@@ -278,7 +285,12 @@ def summarize(root: pathlib.Path) -> Summary:
         np.asarray([header.size for header in whole], int).reshape(-1, 2),
         dict(collections.Counter(header.mode for header in whole).most_common()),
         sum(header.is_stack for header in whole),
+        sample_bits,
     )
+
+
+def _may_have_16_bits(header: "_Header | str") -> bool:
+    return isinstance(header, _Header) and header.mode.startswith("I")
 
 
 class _Header(NamedTuple):

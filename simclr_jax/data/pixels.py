@@ -36,19 +36,21 @@ with contextlib.suppress(ImportError):  # an extra of this package
 
 # Bits of a sample in files of 16 bits a sample: cameras and microscopes measure 10, 12 or 14, and programs that
 # compute with 16 bits save pictures of 8.
-_SAMPLE_BITS = (8, 10, 12, 14, 16)
+SAMPLE_BITS = (8, 10, 12, 14, 16)
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
-def read(content: bytes, upright: bool = True) -> np.ndarray:
+def read(content: bytes, upright: bool = True, sample_bits: int = 0) -> np.ndarray:
     """Decodes the content of an image file of any format that Pillow reads. Of several frames the first
     is taken; grey becomes three equal channels; transparent pixels show white.
 
     Args:
       content: the file's bytes.
       upright: turn the image as the orientation in its EXIF data says. Pillow turns TIFF in any case.
+      sample_bits: of files of 16 bits a sample, the bits that make the range from black to white; brighter samples are
+        white. 0: of each image the bits that its brightest sample needs.
 
     Returns:
       uint8 [H, W, 3]
@@ -61,9 +63,9 @@ def read(content: bytes, upright: bool = True) -> np.ndarray:
             raise Image.DecompressionBombError
         of_16_bits = content.startswith(_PNG) and content[24] == 16
         if of_16_bits and (image.mode in ("RGB", "RGBA", "LA") or image.has_transparency_data):
-            x = _png_of_16_bits(content)
+            x = _png_of_16_bits(content, sample_bits)
             return turned(x, orientation(image)) if upright else x
-        return pixels(image, upright)
+        return pixels(image, upright, sample_bits)
 
 
 @contextlib.contextmanager
@@ -94,35 +96,49 @@ def _what_it_is(content: bytes) -> str:
     return "not an image of a known format"
 
 
-def pixels(image: Image.Image, upright: bool = True) -> np.ndarray:
+def pixels(image: Image.Image, upright: bool = True, sample_bits: int = 0) -> np.ndarray:
     """Returns the pixels of a picture in any mode, uint8 [H, W, 3], on white.
 
     Args:
       image: the picture.
-      upright: turn it as the orientation in its EXIF data says.
+      upright, sample_bits: see `read`.
 
     Raises:
       ValueError: a sample has more than 16 bits or is below 0, whose range nobody can know, or Pillow loses bits
         that the picture needs.
     """
-    samples_of_16_bits = _has_16_bits(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and samples_of_16_bits):
+    if _is_grey_of_16_bits(image):
         samples = np.asarray(image)
         if samples.min() < 0:
             raise ValueError(
                 "samples below 0, of which nobody can know what is black: expected 0 to 65535"
             )
-        grey = _upper_8_bits(samples.astype(np.uint16)[..., np.newaxis])  # Pillow would clip at 255
+        grey = _upper_8_bits(samples.astype(np.uint16)[..., np.newaxis], sample_bits)
         if getattr(image, "tag_v2", {}).get(262) == 0:
             grey = 255 - grey  # PhotometricInterpretation: 0 is white
         x = np.repeat(grey, 3, axis=-1)
     elif problem := problem_of_mode(image):
         raise ValueError(problem)
     else:
-        if samples_of_16_bits and image.mode in ("RGB", "RGBA"):
+        if _has_16_bits(image) and image.mode in ("RGB", "RGBA"):
             _check_upper_8_bits(np.asarray(image)[..., :3])
         x = np.asarray(on_white(image))
     return turned(x, orientation(image)) if upright else x
+
+
+def _is_grey_of_16_bits(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16") or (image.mode == "I" and _has_16_bits(image))
+
+
+def bits_used(path: os.PathLike) -> int:
+    """Returns the bits that the brightest sample of a grey image of 16 bits needs: 8, 10, 12, 14 or 16; 0 for other
+    images, and for what cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return _bits_of(np.asarray(image)) if _is_grey_of_16_bits(image) else 0
+    except Exception:  # whatever a damaged file may lead to
+        return 0
 
 
 def problem_of_mode(image: Image.Image) -> str:
@@ -193,50 +209,57 @@ def turned(x: np.ndarray, orientation: int) -> np.ndarray:
     return x[:, ::-1] if orientation in (2, 3, 6, 7) else x
 
 
-def _png_of_16_bits(content: bytes) -> np.ndarray:
+def _png_of_16_bits(content: bytes, sample_bits: int) -> np.ndarray:
     """Decodes a PNG of 16 bits a sample, in colour or transparent: of these Pillow keeps the upper 8 whatever the range
     used.
     """
     import tensorflow as tf
 
     x = tf.io.decode_png(content, channels=4, dtype=tf.uint16).numpy()
-    colour, alpha = _upper_8_bits(x[..., :3]), (x[..., 3] >> 8).astype(np.uint8)
+    colour, alpha = _upper_8_bits(x[..., :3], sample_bits), (x[..., 3] >> 8).astype(np.uint8)
     if alpha.min() == 255:
         return colour
     return np.asarray(on_white(Image.fromarray(np.dstack([colour, alpha]))))
 
 
-def _upper_8_bits(x: np.ndarray) -> np.ndarray:
-    """Scales samples uint16 to uint8 by the range that the image uses, see `_SAMPLE_BITS`."""
-    bits = next(bits for bits in _SAMPLE_BITS if int(x.max()) < 2**bits)
-    if bits < 16:
+def _upper_8_bits(x: np.ndarray, sample_bits: int) -> np.ndarray:
+    """Scales samples uint16 to uint8; `sample_bits`: see `read`."""
+    bits = sample_bits or _bits_of(x)
+    if sample_bits:
+        x = np.minimum(x, 2**bits - 1)
+    elif bits < 16:
         _say_once(bits)
     return (x >> (bits - 8)).astype(np.uint8)
+
+
+def _bits_of(x: np.ndarray) -> int:
+    return next(bits for bits in SAMPLE_BITS if int(x.max()) < 2**bits)
 
 
 @functools.cache
 def _say_once(bits: int) -> None:
     say(
-        f"pixels      a 16-bit image uses {bits} bits at most: each image is scaled by the bits that it uses"
+        f"pixels      a 16-bit image uses {bits} bits at most: each image is scaled by the bits that it uses, "
+        "as data.sample_bits=0"
     )
 
 
-def of_anything(image: Any, upright: bool = True) -> np.ndarray:
+def of_anything(image: Any, upright: bool = True, sample_bits: int = 0) -> np.ndarray:
     """Returns an image as uint8 [H, W, 3].
 
     Args:
       image: the path of an image file, a PIL image, or uint8 [H, W, 3], or [H, W] for grey.
-      upright: turn it as its EXIF data say.
+      upright, sample_bits: see `read`.
 
     Raises:
       OSError: the file cannot be read.
       ValueError: the file is a folder or no image (the message names it), or the array has another shape or type.
     """
     if isinstance(image, Image.Image):
-        x = pixels(image, upright)
+        x = pixels(image, upright, sample_bits)
     elif isinstance(image, str | os.PathLike):
         try:
-            x = read(expanded(image).read_bytes(), upright)
+            x = read(expanded(image).read_bytes(), upright, sample_bits)
         except IsADirectoryError as error:
             raise ValueError(f"{os.fspath(image)} is a folder: expected an image file") from error
         except ValueError as error:

@@ -161,7 +161,9 @@ def settings_in_words(settings: Mapping[str, Any]) -> str:
 
 def views_of(config: ConfigDict) -> dict[str, Any]:
     """Returns the options that decide what an evaluation sees of an image, without their groups."""
-    data = {name: config.data[name] for name in ("image_size", "eval_crop", "upright")}
+    data = {
+        name: config.data[name] for name in ("image_size", "eval_crop", "upright", "sample_bits")
+    }
     return data | {"antialias": config.views.antialias}
 
 

@@ -80,7 +80,9 @@ def open_input(config: ConfigDict, name: str) -> Input:
         return Input(open_source(data | {"source": kind, "path": path}).train, None, path)
     root = expanded(name)
     if root.is_dir():
-        split = folder.open_split(name, config.data.folder_labels)
+        split = folder.open_split(
+            name, config.data.folder_labels, sample_bits=config.data.sample_bits
+        )
         return Input(split, root, str(root.absolute()))
     data_set, colon, split_name = name.partition(":")
     if not colon:
@@ -144,6 +146,7 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
                 "images": source.split.fingerprint(),
                 "crop": [view.size, view.proportion, view.antialias],
                 "upright": view.upright,
+                "sample_bits": view.sample_bits,
                 "z": with_z,
                 "batch": parts.batch_size,
                 "input": source.name,

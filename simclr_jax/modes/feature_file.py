@@ -23,7 +23,7 @@ from simclr_jax.training.saved import saved_steps
 _PART = 4096  # rows, about: 34 MB of h at D = 2048
 _BLOCK = 4096  # rows read at a time
 # Entries that earlier versions did not write to about.json, with the values that held then.
-_UNSAID = {"upright": True}
+_UNSAID = {"upright": True, "sample_bits": 0}
 OUTPUT_SUFFIXES = ".parquet", ".npz"
 
 

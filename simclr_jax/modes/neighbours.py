@@ -183,7 +183,9 @@ def _paste(grid: Image.Image, picture: Image.Image, left: int, top: int) -> None
 
 def _pictures(source: Input, names: list[str], upright: bool) -> list[Image.Image]:
     if source.root is not None:
-        return [_opened(source.root / name, upright) for name in names]
+        assert isinstance(source.split, IndexedSplit)
+        files = source.split.source
+        return [_opened(files, source.root / name, upright) for name in names]
     indices = sorted(int(name) for name in names)
     some = source.split.subset(np.asarray(indices))
     assert isinstance(some, IndexedSplit)
@@ -201,8 +203,8 @@ def _picture(decoding: Decoding, example: Example, upright: bool) -> Image.Image
     return Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x).convert("RGB")
 
 
-def _opened(path: pathlib.Path, upright: bool) -> Image.Image:
+def _opened(files: Decoding, path: pathlib.Path, upright: bool) -> Image.Image:
     try:
-        return _picture(Decoding(), Example(path.read_bytes()), upright)
+        return _picture(files, Example(path.read_bytes()), upright)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; was the folder moved since?") from error

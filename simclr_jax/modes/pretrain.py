@@ -15,7 +15,7 @@ from simclr_jax import config as config_lib
 from simclr_jax.assemble import Pretraining
 from simclr_jax.config import suggest
 from simclr_jax.console import say
-from simclr_jax.data import FILES, count_and_size, index
+from simclr_jax.data import FILES, index, measure, measured
 from simclr_jax.evals.evaluate import evaluate_features, why_not
 from simclr_jax.evals.on_the_way import evaluations_on_the_way
 from simclr_jax.evals.spread import Spread
@@ -250,14 +250,14 @@ def describe_choices(config: ConfigDict, labelled: bool) -> None:
     """Says what a folder holds, and which options follow from the images."""
     if config.data.source == "folder":
         found = index.summarize(expanded(config.data.path))
-        count, short_side = found.images, found.short_side
+        count, short_side, bits = measured(found)
         for i, line in enumerate(index.summary_lines(found)):
             say(f"{'' if i else 'folder':<12}{line}")
     else:
-        count, short_side = count_and_size(config.data.to_dict() | {"seed": config.seed})
+        count, short_side, bits = measure(config.data.to_dict() | {"seed": config.seed})
     values = config_lib.flatten(config)
     accelerator = jax.default_backend() != "cpu"
-    about, size = (count, short_side, accelerator), config.data.image_size
+    about, size = (count, short_side, accelerator, bits), config.data.image_size
     choices = suggest.suggest_settings(*about)
     # For a size that was given, other values of the remaining options would be chosen, or the defaults.
     fit = config_lib.flatten(config_lib.default())

@@ -88,12 +88,14 @@ class EvaluationView(NamedTuple):
       proportion: in (0, 1].
       antialias: see `Crop`.
       upright: turn images as the orientation in their EXIF data says, before all else.
+      sample_bits: see `data.pixels.read`.
     """
 
     size: int
     proportion: float = 1.0
     antialias: bool = False
     upright: bool = True
+    sample_bits: int = 0
 
     def of(self, image: np.ndarray) -> np.ndarray:
         """Makes the view, uint8 [size, size, C], of an upright image, uint8 [H, W, C], in NumPy."""

@@ -157,6 +157,8 @@ def what_decides(
         "seed": config.seed,
     }
     about |= {"metric": metric} if metric != "accuracy" else {}
+    bits = config.data.sample_bits
+    about |= {"sample_bits": bits} if bits else {}
     return about | ({} if config.data.upright else {"upright": False})
 
 
