@@ -251,13 +251,14 @@ def test_no_name_of_a_file_can_break_the_page(hostile):
 
 
 @pytest.mark.whole
-def test_a_run_without_data_or_checkpoint_still_has_a_page(tiny, tmp_path):
+def test_a_run_without_data_or_checkpoint_still_has_a_page(tiny, tmp_path, capsys):
     workdir = tmp_path / "w"
     pretrain(tiny, str(workdir))
     shutil.rmtree(workdir / "checkpoints")
     page = report(tiny, str(workdir)).read_text()
     assert "No pictures: " in page
     assert "<h2>Views</h2>" in page
+    assert "pictures    No pictures: " in capsys.readouterr().out  # in the terminal, too
     tiny.data.path = str(tmp_path / "moved.npz")
     page = text_of(report(tiny, str(workdir)).read_text())
     assert "<h2>Views</h2>" not in page

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax import config as config_lib
+from simclr_jax.console import say
 from simclr_jax.data import name_of
 from simclr_jax.data.split import Split
 from simclr_jax.data.subsets import evenly
@@ -59,6 +60,8 @@ def page_of_run(config: ConfigDict, run: RunFiles) -> str:
         content |= _pictures(config, run, data)
     except UserError as error:
         problems.append(f"No pictures: {error}.")
+    for problem in problems:
+        say(f"pictures    {problem}")
     planned, about = run.about["plan"], run.about
     figures = {"curves": draw_curves([run], _references(run)), "map": content.pop("map")}
     options, titles = _options(run), titles_of(run.results)
