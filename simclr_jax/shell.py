@@ -57,10 +57,8 @@ class Parser(argparse.ArgumentParser):
 def run(command: Callable[[list[str]], None]) -> None:
     """Runs a command with the arguments that the shell gave, and ends the process with its exit status."""
     mend_unraisable()
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # the name of a file may have characters that a terminal lacks
+    # The name of a file may have characters that a terminal lacks.
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     # Only where SIGINT has Python's own handler: a job in the background ignores it, and is to go on ignoring it.

@@ -937,18 +937,21 @@ def test_test_images_that_were_trained_on_are_told(tiny, tmp_path, capsys):
         def __init__(self, text):
             self.fingerprint = lambda: text
 
-    def is_told(then, now, test="test"):
+    def is_told(then, now, test="test", count=40):
         record = tiny.copy_and_resolve_references()
         config.set_options(record, then)
         evaluation = tiny.copy_and_resolve_references()
         config.set_options(evaluation, now)
-        saved = {"data_fingerprint": "run", "config": record.to_dict()}
-        results.path_of(evaluation, saved, DataSet(Print("a"), Print(test)), str(tmp_path), "knn")
+        saved = {"data_fingerprint": "run", "config": record.to_dict(), "training_images": 40}
+        train = Print("a")
+        train.count = count
+        results.path_of(evaluation, saved, DataSet(train, Print(test)), str(tmp_path), "knn")
         return "was trained on test images" in capsys.readouterr().out
 
     fifth = {"data.test_fraction": 0.2}
     assert is_told({}, fifth)
     assert not is_told(fifth, fifth | {"seed": 7})  # the seed divides nothing
+    assert is_told(fifth, fifth, count=41)  # others are held out of another number of images
     assert not is_told(fifth, {"data.test_fraction": 0.1})  # a part of the fifth
     assert is_told(fifth, {"data.test_fraction": 0.3})
     assert is_told({"data.path": os.path.abspath("photos")}, fifth | {"data.path": "./photos"})

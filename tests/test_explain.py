@@ -85,7 +85,6 @@ def test_what_is_unusual_is_said_with_its_reason(options, says):
     assert says in line
 
 
-@pytest.mark.whole
 def test_of_training_by_labels_no_loss_of_z_is_unusual(tiny):
     config.set_options(tiny, {"loss.temperature": 0.01, "train.objective": "supervised"})
     said = " ".join(oddities(tiny, assemble.plan_of(tiny, 48), 48))
@@ -108,6 +107,7 @@ def test_a_distillation_is_not_explained_as_a_pretraining(tiny, tmp_path, mode):
         runs[mode](tiny, str(tmp_path))
 
 
+@pytest.mark.whole
 def test_a_run_is_explained_and_nothing_is_written(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(explain_mode, "_MEASURED_SECONDS", 0.5)
     config.set_options(

@@ -331,7 +331,7 @@ def test_a_summary_says_what_training_will_not_show(tmp_path):
     Image.new("F", (20, 20)).save(tmp_path / "e.tiff")
     said = "\n".join(index.summary_lines(index.summarize(tmp_path)))
     assert "2 of 5 looked at hold several frames: of each file the first is taken" in said
-    assert "1 of 5 looked at are more than 4 times as long as wide" in said
+    assert "1 of 5 looked at: more than 4 times as long as wide" in said
     assert "1 of 5 looked at cannot be read, such as e.tiff: 32 bits a sample (mode F)" in said
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()

@@ -212,19 +212,22 @@ def test_an_encoder_that_is_no_better_than_untrained_is_named():
 
 
 def test_few_test_images_are_too_few_to_tell():
-    """A difference within a standard error of what is better: of 25 images and 50 % 10 points."""
+    """A difference within a standard error of the difference: of 25 images and 50 % 14 points."""
     rows = [
         {"features": "untrained encoder", "labels_per_class": None, "accuracy": 0.5},
         {"features": "encoder", "labels_per_class": None, "accuracy": 0.42},
     ]
     found = judge_accuracy(rows, {}, 25)
     assert (found.name, found.is_bad) == ("not judged", False)
-    assert "25 test images are too few to tell (standard error 10.0%)" in found.because
+    assert "25 test images are too few to tell (standard error 14.1%)" in found.because
     for images in (100, 10_000, None):
         assert judge_accuracy(rows, {}, images).name == "no better than untrained"
-    rows[1]["accuracy"] = 0.38
+    rows[1]["accuracy"] = 0.35
     assert judge_accuracy(rows, {}, 25).name == "no better than untrained"
     assert judge_accuracy(rows, {"other_view_top1": 1.0}, 25).name == "a shortcut"
+    rows[0]["accuracy"], rows[1]["accuracy"] = 1.0, 0.95  # one image of 20
+    assert judge_accuracy(rows, {}, 20).name == "not judged"
+    assert judge_accuracy(rows, {}, 200).name == "no better than untrained"
 
 
 def test_a_few_steps_that_have_learned_little_are_too_few_to_call_a_run_sound():

@@ -131,8 +131,22 @@ def test_files_that_number_classes_beside_files_that_name_them_are_refused(tmp_p
     write(tmp_path / "2.parquet", [0, 1])
     with pytest.raises(UserError, match=r"2\.parquet numbers its classes, and .*1\.parquet names"):
         train_on(tmp_path)
-    write(tmp_path / "2.parquet", ["cat", "bird"])  # texts tell which they are
-    assert train_on(tmp_path).train.classes == ("bird", "cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "classes"),
+    [
+        (["cat", "dog"], ["cat", "bird"], ("bird", "cat", "dog")),  # texts tell which they are
+        (["cat", "dog"], ["cat", "2001"], ("2001", "cat", "dog")),
+        (["0", "1", "2"], [2, 0], ("0", "1", "2")),  # and numbers where names are numbers
+        (["1", "2"], ["1", "2"], ("1", "2")),
+        (["cat", "dog"], None, ("cat", "dog")),
+    ],
+)
+def test_files_may_name_classes_in_two_ways(tmp_path, names, labels, classes):
+    write(tmp_path / "1.parquet", [0, 1], names=names)
+    write(tmp_path / "2.parquet", labels, images=[PNG] * 2)
+    assert train_on(tmp_path).train.classes == classes
 
 
 def test_a_column_is_found_beside_one_of_nearly_its_name(tmp_path):

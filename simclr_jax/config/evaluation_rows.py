@@ -218,7 +218,8 @@ _ROWS = (
         "transfer_finetune.weight_decay",
         (0.0, *_logarithmic(-6, -3, 7)),
         _DECAYS,
-        "weight decays of which the validation part chooses one; each is divided by the learning rate",
+        "weight decays of which the validation part chooses one; each is divided by the learning rate as "
+        "scaled by the batch",
     ),
     Option(
         "transfer_finetune.untrained_steps",
@@ -236,7 +237,7 @@ _ROWS = (
         "transfer_finetune.untrained_weight_decay",
         _logarithmic(-5, -1.5, 8),
         _DECAYS,
-        "weight decays for the untrained encoder, each divided by the learning rate",
+        "weight decays for the untrained encoder, each divided by the learning rate as scaled by the batch",
     ),
     Option(
         "transfer_finetune.batch_size",

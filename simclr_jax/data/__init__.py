@@ -87,8 +87,8 @@ OPTIONS = (
         "data.test_fraction",
         0.0,
         number(0, 0.9),
-        "share of the images that is held out for every evaluation where there is no test split; 0: "
-        "none",
+        "share of the images that is held out for every evaluation where there is no test split; 0: none. Where only "
+        "some images have a label, share of these, but of Parquet files and TFDS",
     ),
     Option(
         "data.upright",

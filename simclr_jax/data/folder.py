@@ -66,14 +66,15 @@ class Files(Source):
     def lookup(self) -> Any:
         import tensorflow as tf
 
-        names, root = self._names_in_graph, os.path.join(self.root, "")
+        names, root = self._names_as_tensor, os.path.join(self.root, "")
         return lambda index: tf.io.read_file(tf.strings.join((root, tf.gather(names, index))))
 
-    @functools.cached_property  # of a million names it takes 0.3 s, and each unreadable image asks for it again
-    def _names_in_graph(self) -> Any:
+    @functools.cached_property
+    def _names_as_tensor(self) -> Any:
+        # Of a million names it takes 0.3 s, and each unreadable image asks for it again.
         import tensorflow as tf
 
-        with tf.device("cpu"):
+        with tf.init_scope(), tf.device("cpu"):
             return tf.constant(self.names.to_numpy(zero_copy_only=False))
 
     def name_of(self, index: int) -> str:

@@ -317,7 +317,7 @@ def _has_frames(image: Image.Image) -> bool:
     if image.format == "MPO":
         return False
     try:
-        return getattr(image, "n_frames", 1) > 1
+        return getattr(image, "is_animated", False)  # n_frames would read all of a GIF
     except Exception:  # damaged behind the first frame
         return False
 
@@ -354,8 +354,8 @@ def summary_lines(found: Summary) -> list[str]:
         )
     if found.long:
         lines.append(
-            f"{found.long} of {found.looked_at} looked at are more than {_LONG} times as long as wide: most crops, and all "
-            "features, are of their middle"
+            f"{found.long} of {found.looked_at} looked at: more than {_LONG} times as long as wide; most crops and all features "
+            "show their middle alone"
         )
     bad = len(found.unreadable)
     if bad or found.empty:

@@ -18,7 +18,7 @@ from simclr_jax.files import absolute, cache_folder, in_bucket, write_text
 
 # A row group is read at once, in up to this share of the machine's memory.
 _MEMORY_FOR_A_ROW_GROUP = 0.1
-_INDEX_VERSION = 3  # 1 took an empty text for a class, 2 had no digests
+_INDEX_VERSION = 4  # 1 took an empty text for a class, 2 had no digests, 3 no is_numbered
 THREADS = 16  # files that are looked at, or read for their labels, at once
 
 
@@ -42,6 +42,7 @@ class ParquetFile(NamedTuple):
       sizes: bytes of each row group, not compressed.
       labels: the classes that occur in the file; empty: it has no labels.
       names: names of the labels 0, 1, ..., where the file has them; else empty.
+      is_numbered: whether labels are whole numbers, not texts.
       digests: a digest of the labels of each row group, in the order of its rows; "" where no row has a label.
       columns_of_classes: where there is no label column: those that Hugging Face's datasets says hold classes.
     """
@@ -52,6 +53,7 @@ class ParquetFile(NamedTuple):
     sizes: list[int]
     labels: list[str]
     names: list[str]
+    is_numbered: bool
     digests: list[str]
     columns_of_classes: list[str]
 
@@ -170,6 +172,7 @@ def _look(system: Any, path: str, state: str, columns: Columns) -> ParquetFile:
         groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
         _check_bytes(path, groups, columns.image)
         names = _names_of(schema, columns.label)
+        is_numbered = columns.label in schema.names and _is_whole(schema.field(columns.label).type)
         found: list[list[str | None]] = [[] for _ in groups]
         if columns.label in schema.names:
             for g in range(len(groups)):
@@ -183,6 +186,7 @@ def _look(system: Any, path: str, state: str, columns: Columns) -> ParquetFile:
         [group.total_byte_size for group in groups],
         sorted(label for label in labels if label is not None),
         names,
+        is_numbered,
         [_digest_of(some) for some in found],
         [] if columns.label in schema.names else [n for n in schema.names if _names_of(schema, n)],
     )
@@ -198,9 +202,21 @@ def _holds_labels(kind: Any) -> bool:
     """Returns whether a column of this type may hold labels: whole numbers or texts."""
     import pyarrow.types as types
 
-    value = kind.value_type if types.is_dictionary(kind) else kind
-    may_be = types.is_integer, types.is_string, types.is_large_string, types.is_null
-    return any(is_it(value) for is_it in may_be)
+    may_be = types.is_string, types.is_large_string, types.is_null
+    return _is_whole(kind) or any(is_it(_value_of(kind)) for is_it in may_be)
+
+
+def _is_whole(kind: Any) -> bool:
+    """Returns whether a column of this type holds whole numbers."""
+    import pyarrow.types as types
+
+    return types.is_integer(_value_of(kind))
+
+
+def _value_of(kind: Any) -> Any:
+    import pyarrow.types as types
+
+    return kind.value_type if types.is_dictionary(kind) else kind
 
 
 def _check_columns(path: str, schema: Any, columns: Columns) -> None:
@@ -320,8 +336,8 @@ def classes_of(files: list[ParquetFile]) -> Classes:
     """
     labels = {name for file in files for name in file.labels}
     named = next((file for file in files if file.names), None)
-    numbered = (file for file in files if not file.names and any(map(str.isdecimal, file.labels)))
-    if named and (bare := next(numbered, None)):
+    bare = next((file for file in files if file.is_numbered and not file.names), None)
+    if named and bare and not set(bare.labels) <= set(named.names):
         raise UserError(
             f"{bare.path} numbers its classes, and {named.path} names them ({', '.join(named.names[:3])}, ...): "
             "write all files in the same way"

@@ -96,9 +96,14 @@ def _read(source: Source, places: list[int], upright: bool, made: Callable) -> I
 
 def _streamed(split: Split, count: int, upright: bool, made: Callable) -> Iterator[Any]:
     assert isinstance(split, StreamedSplit)
-    for run in _runs(split.count, count):
-        some = split.once(Share(), run.start).take(len(run))
-        for place, example in zip(run, elements_of(some, split.source.title), strict=True):
+    places = places_of(split, count)
+    shards = split.shards_of(places)
+    for _, group in itertools.groupby(zip(places, shards, strict=True), key=lambda pair: pair[1]):
+        wanted = [place for place, _ in group]  # of one shard, which is read once
+        some = split.once(Share(), wanted[0]).take(wanted[-1] - wanted[0] + 1)
+        for place, example in enumerate(elements_of(some, split.source.title), wanted[0]):
+            if place not in wanted:
+                continue
             image = example["image"]
             if isinstance(image, bytes):
                 try:

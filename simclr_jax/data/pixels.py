@@ -27,7 +27,7 @@ if Image.MAX_IMAGE_PIXELS is not None:
 
 # Pillow warns of palettes, of damaged EXIF data and of sizes: `read` handles or refuses these. Not by
 # `warnings.catch_warnings`, which in the threads that decode leaves the process without any warnings.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
 
 with contextlib.suppress(ImportError):  # an extra of this package
     import pillow_heif

@@ -8,7 +8,7 @@ import functools
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -199,6 +199,10 @@ class StreamedSplit:
             "image": tf.where(is_broken, self._stand_in, found["image"]),
             "label": tf.where(is_broken, BROKEN, found["label"]),
         }
+
+    def shards_of(self, indices: Sequence[int]) -> list[int]:
+        """Returns the place among the split's shards of that which holds each of the examples."""
+        return np.searchsorted(np.cumsum(self._lengths), indices, side="right").tolist()
 
     def _place(self, index: int) -> tuple[int, int]:
         """Returns the place of an example: which of `_shards`, and which example of that shard."""

@@ -297,7 +297,11 @@ def _digest_of_settings(name: str, config: ConfigDict, data: DataSet) -> str:
     """Returns 8 letters that differ where `_settings` of the evaluation `name` do."""
     metric, classes = subjects.metric_of(config, data), len(data.train.classes or ())
     used = _settings(EVALUATIONS[name], config, metric, data.train.count, classes)
-    text = json.dumps(used, sort_keys=True)
+    labels, views = used.pop("labels"), used.pop("views")
+    last = [views.pop("antialias")]
+    # In the form of earlier versions, so that what they followed is gone on with.
+    last += [bits] if (bits := views.pop("sample_bits")) else []
+    text = json.dumps([used, labels, views, *last], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 

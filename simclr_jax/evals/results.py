@@ -85,7 +85,7 @@ def path_of(config: ConfigDict, record: dict, data: DataSet, workdir: str, mode:
       mode: the evaluation's name.
     """
     train, test = data.train.fingerprint(), data.test.fingerprint() if data.test else None
-    if _was_trained_on(config, record, test):
+    if _was_trained_on(config, record, data):
         say(
             "data        the encoder was trained on test images, or on some of them, without their labels: new images may "
             "be recognised less well"
@@ -105,19 +105,25 @@ def path_of(config: ConfigDict, record: dict, data: DataSet, workdir: str, mode:
     return path
 
 
-def _was_trained_on(config: ConfigDict, record: dict, test: str | None) -> bool:
-    """Returns whether test images are among those that the encoder was trained on, as far as their digest and the
-    options tell: the test images are the training images, or `data.test_fraction` is larger than in training, so that
-    part of the test images was trained on (a smaller held-out part lies within a larger one). `test`: the test images'
-    digest; None: there are none.
+def _was_trained_on(config: ConfigDict, record: dict, data: DataSet) -> bool:
+    """Returns whether test images may be among those that the encoder was trained on, as far as digests and options tell:
+    the test images are the training images; or they are held out where training held some out, and more of them (a
+    smaller held-out part lies within a larger one), or of another number of images.
+
+    Args:
+      config: the evaluation's configuration.
+      record: the checkpoint's.
+      data: the evaluation's.
     """
-    if test is not None and test == record["data_fingerprint"]:
+    if data.test is not None and data.test.fingerprint() == record["data_fingerprint"]:
         return True
     then, now = record.get("config", {}).get("data"), config.data.to_dict()
     if then is None or absolute(then.get("path", "")) != absolute(now["path"]):
         return False
     alike = all(then.get(name) == now[name] for name in ("source", "name", "train_split"))
-    return alike and now["test_fraction"] > then.get("test_fraction", 0.0)
+    before = then.get("test_fraction", 0.0)
+    others = now["test_fraction"] == before > 0 and data.train.count != record["training_images"]
+    return alike and (now["test_fraction"] > before or others)
 
 
 def _name_of(data: dict) -> str:

@@ -21,8 +21,8 @@ def judge_accuracy(
     Args:
       rows: the evaluation's, see `evals.results.row`.
       metrics: the last of the run.
-      test_images: how many images the accuracies are of; None: many. Of few, a difference within a standard error is no
-        verdict.
+      test_images: how many images the accuracies are of; None: many. Of few, no run is called bad by a
+        difference within a standard error.
 
     Returns:
       None where the evaluation has no untrained encoder.
@@ -48,9 +48,12 @@ def judge_accuracy(
             "BatchNorm of few images a device (simclr#114)"
         )
         return Verdict(_SHORTCUT, f"{said}, other_view_top1 {told:.1%}: {why}")
-    better = max(found[UNTRAINED], of_pixels)
-    error = (better * (1 - better) / (test_images or _MANY)) ** 0.5
-    if (test_images or _MANY) < _MANY and better - trained <= error:
+    better, images = max(found[UNTRAINED], of_pixels), test_images or _MANY
+    share = (better * images + 1) / (
+        images + 2
+    )  # Laplace's: of 20 images that all are right no error would be left
+    error = (2 * share * (1 - share) / images) ** 0.5  # of the difference
+    if images < _MANY and better - trained <= error:
         why = f"{test_images} test images are too few to tell (standard error {error:.1%})"
         return Verdict(NOT_JUDGED, f"{said}: {why}")
     return bad

@@ -9,6 +9,7 @@ from simclr_jax.mesh import make_mesh
 from simclr_jax.training.plan import Plan
 from simclr_jax.views import make_distortion
 
+_WITH_STEM = ("resnet", "sk_resnet")
 _OFF_THE_RULE = 3.0  # factor between a learning rate and the paper's rules; our choice
 
 
@@ -85,7 +86,7 @@ def oddities(config: ConfigDict, plan: Plan, images: int) -> list[str]:
         )
     if plan.steps < 100:
         found.append(f"{plan.steps} steps: enough to see that it runs, not to learn")
-    if config.model.stem == "imagenet" and size <= 64 and config.model.name != "vit":
+    if config.model.stem == "imagenet" and size <= 64 and config.model.name in _WITH_STEM:
         found.append(
             f"model.stem=imagenet at {size} px leaves {-(-size // 32)} px: see cifar or strided"
         )

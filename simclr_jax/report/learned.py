@@ -115,7 +115,9 @@ def most_alike(near: Near, count: int) -> list[tuple[int, int, float]]:
     found: list[tuple[int, int, float]] = []
     taken: set[int] = set()
     for (i, j), cosine in sorted(pairs.items(), key=lambda item: (-item[1], item[0])):
-        if not {i, j} & taken and len(found) < count:
+        if len(found) == count:
+            break
+        if not {i, j} & taken:
             taken |= {i, j}
             found.append((i, j, cosine))
     return found

@@ -52,7 +52,7 @@ def page_of_run(config: ConfigDict, run: RunFiles) -> str:
         data = assemble.data_set(config)
         if run.about.get("data_fingerprint") not in (None, data.train.fingerprint()):
             problems.append("The pictures are of other images than the run was trained on.")
-        if run.is_contrastive:
+        if run.is_contrastive and "imported" not in run.about:
             try:
                 content["views"] = sheet_of(config, data.train)
             except UserError as error:
@@ -83,6 +83,8 @@ def page_of_run(config: ConfigDict, run: RunFiles) -> str:
 
 
 def _cards(run: RunFiles, planned: dict) -> list[tuple[str, str]]:
+    if "imported" in run.about:
+        return []
     found = [("state", run.state), ("peak learning rate", f"{planned['learning_rate']:.4g}")]
     shown = {
         "loss": ("loss", "{:.3f}"),
