@@ -99,9 +99,10 @@ def _streamed(split: Split, count: int, upright: bool, made: Callable) -> Iterat
     places = places_of(split, count)
     shards = split.shards_of(places)
     for _, group in itertools.groupby(zip(places, shards, strict=True), key=lambda pair: pair[1]):
-        wanted = [place for place, _ in group]  # of one shard, which is read once
-        some = split.once(Share(), wanted[0]).take(wanted[-1] - wanted[0] + 1)
-        for place, example in enumerate(elements_of(some, split.source.title), wanted[0]):
+        wanted = {place for place, _ in group}  # of one shard, which is read once
+        first, last = min(wanted), max(wanted)
+        some = split.once(Share(), first).take(last - first + 1)
+        for place, example in enumerate(elements_of(some, split.source.title), first):
             if place not in wanted:
                 continue
             image = example["image"]
