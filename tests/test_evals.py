@@ -568,7 +568,7 @@ def test_an_evaluation_is_one_row_of_the_table(tiny, tmp_path, monkeypatch, caps
         "classes": 3,
         "seed": 3,
         "labels": {
-            "labels_per_class": (1,),
+            "labels_per_class": [1],
             "label_fraction": 0.0,
             "seeds": 2,
             "baselines": True,

@@ -161,9 +161,10 @@ def _settings(
     evaluation: Evaluation, config: ConfigDict, metric: str, images: int, classes: int
 ) -> dict:
     """Returns everything that decides a result: the evaluation's own settings, which labels it takes, and the views."""
-    names = ("labels_per_class", "label_fraction", "seeds", "baselines")
+    names = ("label_fraction", "seeds", "baselines")
+    labels = {"labels_per_class": list(config.eval.labels_per_class)}
     return evaluation.settings(_options_of(config, metric), images, classes) | {
-        "labels": {name: config.eval[name] for name in names},
+        "labels": labels | {name: config.eval[name] for name in names},
         "views": results.views_of(config),
     }
 

@@ -122,7 +122,9 @@ def _was_trained_on(config: ConfigDict, record: dict, data: DataSet) -> bool:
         return False
     alike = all(then.get(name) == now[name] for name in ("source", "name", "train_split"))
     before = then.get("test_fraction", 0.0)
-    others = now["test_fraction"] == before > 0 and data.train.count != record["training_images"]
+    others = now["test_fraction"] == before > 0 and data.train.count != record.get(
+        "training_images", data.train.count
+    )
     return alike and (now["test_fraction"] > before or others)
 
 

@@ -97,7 +97,7 @@ def _evaluate(config: ConfigDict, workdir: str) -> None:
         return
     result = evaluate_features(evaluation, config, workdir)
     last = _last_metrics(workdir)
-    verdict = judge_accuracy(result["rows"], last, result["test_images"])
+    verdict = judge_accuracy(result["rows"], last, result.get("test_images"))
     if verdict is not None:
         _judge_at_end(config, workdir, verdict, last)
 
