@@ -100,9 +100,9 @@ OPTIONS = (
         "data.sample_bits",
         0,
         one_of(0, *pixels.SAMPLE_BITS),
-        "of files of 16 bits a sample, the bits that make the range from black to white, the same in all images; brighter "
-        "samples are white; 0: of each image the bits that its brightest sample needs. A folder's is chosen from some of "
-        "its images; images of TFDS stay as they are",
+        "bits that make the range from black to white in files of 16 bits a sample, the same in all images; brighter "
+        "samples are white; 0: in each image as many as its brightest sample needs. A folder's is chosen from some of its "
+        "images; images of TFDS stay as they are",
     ),
     Option(
         "data.folder_labels",

@@ -71,7 +71,7 @@ class Files(Source):
 
     @functools.cached_property
     def _names_as_tensor(self) -> Any:
-        # Of a million names it takes 0.3 s, and each unreadable image asks for it again.
+        # Kept: a million names take 0.3 s, and each unreadable image asks for them again.
         import tensorflow as tf
 
         with tf.init_scope(), tf.device("cpu"):

@@ -294,7 +294,7 @@ def _may_have_16_bits(header: "_Header | str") -> bool:
 
 
 class _Header(NamedTuple):
-    """What an image file says of itself before its pixels: (width, height), channel layout, several frames or one."""
+    """Holds what an image file says of itself before its pixels: (width, height), channel layout, several frames or one."""
 
     size: tuple[int, int]
     mode: str

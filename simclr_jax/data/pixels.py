@@ -49,8 +49,8 @@ def read(content: bytes, upright: bool = True, sample_bits: int = 0) -> np.ndarr
     Args:
       content: the file's bytes.
       upright: turn the image as the orientation in its EXIF data says. Pillow turns TIFF in any case.
-      sample_bits: of files of 16 bits a sample, the bits that make the range from black to white; brighter samples are
-        white. 0: of each image the bits that its brightest sample needs.
+      sample_bits: bits that make the range from black to white in files of 16 bits a sample; brighter samples are white.
+        0: as many as the image's brightest sample needs.
 
     Returns:
       uint8 [H, W, 3]
