@@ -15,7 +15,7 @@ from PIL import Image
 from simclr_jax import assemble, config
 from simclr_jax.config import suggest
 from simclr_jax.config.overrides import load
-from simclr_jax.data import index, measure, pixels
+from simclr_jax.data import index, measure, pixels, summary
 from simclr_jax.data.folder import open_split
 from simclr_jax.errors import UserError
 from simclr_jax.modes.oddities import oddities
@@ -96,7 +96,7 @@ def test_a_workdir_below_the_data_is_none_of_them(photos):
     Image.new("RGB", (2, 3)).save(photos / "runs" / "w" / "neighbours.png")
     for _ in range(2):  # also from the cache
         assert index.list_images(photos).paths == before
-        said = index.summary_lines(index.summarize(photos))[-1]
+        said = summary.summary_lines(summary.summarize(photos))[-1]
         assert said == "left out, with all images below, as workdirs of runs: runs/w"
         settle(photos)
 
@@ -171,8 +171,8 @@ def test_a_header_may_be_damaged_in_any_way(photos, monkeypatch):
     def opened(path):
         raise RuntimeError("Failed to decode image")
 
-    monkeypatch.setattr(index.Image, "open", opened)
-    found = index.summarize(photos)
+    monkeypatch.setattr(summary.Image, "open", opened)
+    found = summary.summarize(photos)
     assert set(found.unreadable.values()) == {"Failed to decode image"}
     assert found.short_side == 224
 
@@ -227,7 +227,7 @@ def test_a_link_to_a_folder_above_is_not_followed(photos):
 
 def test_a_dead_link_is_not_an_empty_file(photos):
     (photos / "gone.png").symlink_to(photos / "nowhere.png")
-    said = "\n".join(index.summary_lines(index.summarize(photos)))
+    said = "\n".join(summary.summary_lines(summary.summarize(photos)))
     assert (
         "1 of 7 looked at cannot be read, such as gone.png: No such file or directory; 0 of all"
         in said
@@ -238,7 +238,7 @@ def test_a_link_that_cannot_be_followed_costs_nothing_but_itself(photos):
     """In a circle: a name without a suffix is counted, one of an image is an image that cannot be read."""
     (photos / "a" / "loop").symlink_to("loop")
     (photos / "x.png").symlink_to("x.png")
-    found = index.summarize(photos)
+    found = summary.summarize(photos)
     assert found.images == 7
     assert found.passed_over == {".txt": 1, "hidden": 1, "": 1}
     assert found.unreadable.keys() == {"x.png"}
@@ -261,7 +261,7 @@ def test_without_room_for_a_cache_all_is_read(photos, monkeypatch, tmp_path):
 def test_the_summary_says_what_a_person_would_ask(photos):
     (photos / "empty.jpg").write_bytes(b"")
     Image.new("L", (20, 10)).save(photos / "grey.tif")
-    said = "\n".join(index.summary_lines(index.summarize(photos)))
+    said = "\n".join(summary.summary_lines(summary.summarize(photos)))
     assert "8 files" in said
     assert "6 PNG, 1 JPEG, 1 TIFF" in said
     assert "2 to 20 px wide, 3 to 10 px high, shorter side 2 px in the middle" in said
@@ -329,14 +329,14 @@ def test_a_summary_says_what_training_will_not_show(tmp_path):
     Image.new("RGB", (90, 20)).save(tmp_path / "c.png")
     Image.new("RGB", (20, 80)).save(tmp_path / "d.png")
     Image.new("F", (20, 20)).save(tmp_path / "e.tiff")
-    said = "\n".join(index.summary_lines(index.summarize(tmp_path)))
+    said = "\n".join(summary.summary_lines(summary.summarize(tmp_path)))
     assert "2 of 5 looked at hold several frames: of each file the first is taken" in said
     assert "1 of 5 looked at: more than 4 times as long as wide" in said
     assert "1 of 5 looked at cannot be read, such as e.tiff: 32 bits a sample (mode F)" in said
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "c.png")
-    said = "\n".join(index.summary_lines(index.summarize(tmp_path)))
+    said = "\n".join(summary.summary_lines(summary.summarize(tmp_path)))
     assert "frames" not in said
     assert "long" not in said
 

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
-from simclr_jax.data import arrays, folder, index, parquet, pictures, pixels, synthetic, tfds
+from simclr_jax.data import arrays, folder, parquet, pictures, pixels, summary, synthetic, tfds
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Share
 from simclr_jax.data.source import elements_of
@@ -173,7 +173,7 @@ def measure(data: Mapping[str, Any]) -> Measured:
       UserError: see `open_source`.
     """
     if data["source"] == "folder":  # from file headers, and some grey images of 16 bits
-        return measured(index.summarize(expanded(data["path"])))
+        return measured(summary.summarize(expanded(data["path"])))
     # Before any are held out; the data set that is kept stays the one that is trained on.
     opened = (
         SOURCES[data["source"]](_of_sources(data)) if data["test_fraction"] else open_source(data)
@@ -182,7 +182,7 @@ def measure(data: Mapping[str, Any]) -> Measured:
     return Measured(train.count, pictures.short_side(train, data["upright"]))
 
 
-def measured(found: index.Summary) -> Measured:
+def measured(found: summary.Summary) -> Measured:
     """Returns what the summary of a folder says to `suggest`."""
     return Measured(found.images, found.short_side, found.sample_bits)
 

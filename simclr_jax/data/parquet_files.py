@@ -202,21 +202,16 @@ def _holds_labels(kind: Any) -> bool:
     """Returns whether a column of this type may hold labels: whole numbers or texts."""
     import pyarrow.types as types
 
+    value = kind.value_type if types.is_dictionary(kind) else kind
     may_be = types.is_string, types.is_large_string, types.is_null
-    return _is_whole(kind) or any(is_it(_value_of(kind)) for is_it in may_be)
+    return _is_whole(kind) or any(is_it(value) for is_it in may_be)
 
 
 def _is_whole(kind: Any) -> bool:
     """Returns whether a column of this type holds whole numbers."""
     import pyarrow.types as types
 
-    return types.is_integer(_value_of(kind))
-
-
-def _value_of(kind: Any) -> Any:
-    import pyarrow.types as types
-
-    return kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_integer(kind.value_type if types.is_dictionary(kind) else kind)
 
 
 def _check_columns(path: str, schema: Any, columns: Columns) -> None:

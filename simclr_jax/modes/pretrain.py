@@ -15,7 +15,7 @@ from simclr_jax import config as config_lib
 from simclr_jax.assemble import Pretraining
 from simclr_jax.config import suggest
 from simclr_jax.console import say
-from simclr_jax.data import FILES, index, measure, measured
+from simclr_jax.data import FILES, measure, measured, summary
 from simclr_jax.evals.evaluate import evaluate_features, why_not
 from simclr_jax.evals.on_the_way import evaluations_on_the_way
 from simclr_jax.evals.spread import Spread
@@ -249,9 +249,9 @@ def describe_run(config: ConfigDict, made: Pretraining) -> None:
 def describe_choices(config: ConfigDict, labelled: bool) -> None:
     """Says what a folder holds, and which options follow from the images."""
     if config.data.source == "folder":
-        found = index.summarize(expanded(config.data.path))
+        found = summary.summarize(expanded(config.data.path))
         count, short_side, bits = measured(found)
-        for i, line in enumerate(index.summary_lines(found)):
+        for i, line in enumerate(summary.summary_lines(found)):
             say(f"{'' if i else 'folder':<12}{line}")
     else:
         count, short_side, bits = measure(config.data.to_dict() | {"seed": config.seed})
