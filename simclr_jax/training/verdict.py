@@ -9,7 +9,7 @@ from simclr_jax.losses.health import chance, lower_bound
 HEALTH = "health.json"  # in a workdir: the verdict that the run ended with
 
 _BELOW, _NEAR_CHANCE, _COLLAPSED = 1e-3, 0.01, 0.1  # nats; nats; share of 1 / sqrt(d): ours
-_FEW_STEPS, _LITTLE = 100, 0.1  # of which share of the way is too little to call a run sound: ours
+_FEW_STEPS, _LITTLE = 100, 0.25  # of which share of the way is too little to call a run sound: ours
 _TOLD = 10.0  # times chance, by which pairs are told apart: ours
 
 SOUND, NOT_JUDGED, _TOO_EARLY = "sound", "not judged", "too early to say"
