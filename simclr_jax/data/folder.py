@@ -115,7 +115,7 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
     for path, option in zip(paths, ("data.path", "data.test_path"), strict=False):
         labels = data["folder_labels"] if named is None else _labels_below(path, paths, named)
         classes = splits[0].classes if splits else None
-        splits.append(open_split(path, labels, classes, option, data.get("sample_bits", 0)))
+        splits.append(open_split(path, labels, classes, option, data["sample_bits"]))
     if named is not None:
         _check_names(data["labels_file"], named, paths, splits)
         _say_how_many_are_labelled(paths, splits)

@@ -167,7 +167,7 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
       UserError: there is no such file or column.
     """
     columns = Columns(data["parquet"]["image_column"], data["parquet"]["label_column"])
-    bits = data.get("sample_bits", 0)
+    bits = data["sample_bits"]
     train = RowGroups(data["path"], columns, sample_bits=bits)
     if columns.label and train.classes is None and train.columns_of_classes:
         say(

@@ -74,7 +74,7 @@ def pictures_of(
     if isinstance(split, IndexedSplit):
         found: Iterator[Any] = _read(split.source, places, upright, made)
     else:
-        found = _streamed(split, count, upright, made)
+        found = _streamed(split, places, upright, made)
     return (one for one in found if one is not None)
 
 
@@ -94,9 +94,8 @@ def _read(source: Source, places: list[int], upright: bool, made: Callable) -> I
             yield from threads.map(read, places[start : start + _AT_ONCE])
 
 
-def _streamed(split: Split, count: int, upright: bool, made: Callable) -> Iterator[Any]:
+def _streamed(split: Split, places: list[int], upright: bool, made: Callable) -> Iterator[Any]:
     assert isinstance(split, StreamedSplit)
-    places = places_of(split, count)
     shards = split.shards_of(places)
     for _, group in itertools.groupby(zip(places, shards, strict=True), key=lambda pair: pair[1]):
         wanted = {place for place, _ in group}  # of one shard, which is read once

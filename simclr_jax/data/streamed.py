@@ -206,9 +206,8 @@ class StreamedSplit:
 
     def _place(self, index: int) -> tuple[int, int]:
         """Returns the place of an example: which of `_shards`, and which example of that shard."""
-        ends = np.cumsum(self._lengths)
-        place = int(np.searchsorted(ends, index, side="right"))
-        return place, index - int(ends[place - 1] if place else 0)
+        (place,) = self.shards_of([index])
+        return place, index - int(self._lengths[:place].sum())
 
     def _from(self, index: int) -> Any:
         """Returns a tf.data.Dataset of (index, record) of the examples from `index` on, in order. No

@@ -77,6 +77,11 @@ class RunFiles:
         return references(from_dict(self.about["config"]), Plan(**self.about["plan"]))
 
     @property
+    def is_imported(self) -> bool:
+        """Returns whether the weights were not trained here, but imported."""
+        return "imported" in self.about
+
+    @property
     def steps(self) -> int:
         """Returns the last step that metrics tell of, 0 before the first."""
         return max((int(line["step"]) for line in self.lines), default=0)
@@ -86,7 +91,7 @@ class RunFiles:
         """Returns how far the run is: "finished", "at step N of M", "failed after step N of M", or "imported" of weights
         that were not trained here. Nothing tells a run that was stopped from one that goes on.
         """
-        if "imported" in self.about:
+        if self.is_imported:
             return "imported"
         planned = self.about["plan"]["steps"]
         if self.has_failed:
@@ -114,7 +119,7 @@ class RunFiles:
         if found is None or self.steps < self.about["plan"]["steps"]:
             found = self._now()
         if found is None:
-            said = "" if self.lines or "imported" in self.about else "nothing is reported yet"
+            said = "" if self.lines or self.is_imported else "nothing is reported yet"
             return {"name": self.state, "because": said, "is_bad": False}
         passed = Verdict(found["name"], found["because"])
         if not passed.is_bad:

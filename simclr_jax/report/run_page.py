@@ -52,7 +52,7 @@ def page_of_run(config: ConfigDict, run: RunFiles) -> str:
         data = assemble.data_set(config)
         if run.about.get("data_fingerprint") not in (None, data.train.fingerprint()):
             problems.append("The pictures are of other images than the run was trained on.")
-        if run.is_contrastive and "imported" not in run.about:
+        if run.is_contrastive and not run.is_imported:
             try:
                 content["views"] = sheet_of(config, data.train)
             except UserError as error:
@@ -62,16 +62,15 @@ def page_of_run(config: ConfigDict, run: RunFiles) -> str:
         problems.append(f"No pictures: {error}.")
     for problem in problems:
         say(f"pictures    {problem}")
-    planned, about = run.about["plan"], run.about
     figures = {"curves": draw_curves([run], _references(run)), "map": content.pop("map")}
     options, titles = _options(run), titles_of(run.results)
     return render(
         "report.html",
         figures,
         title=run.name,
-        subtitle=_subtitle(config, about),
+        subtitle=_subtitle(config, run),
         verdict=run.verdict(),
-        cards=_cards(run, planned),
+        cards=_cards(run),
         problems=problems,
         results=[_result(titles[name], found) for name, found in run.results.items()],
         epochs=SHEET_EPOCHS,
@@ -82,9 +81,10 @@ def page_of_run(config: ConfigDict, run: RunFiles) -> str:
     )
 
 
-def _cards(run: RunFiles, planned: dict) -> list[tuple[str, str]]:
-    if "imported" in run.about:
+def _cards(run: RunFiles) -> list[tuple[str, str]]:
+    if run.is_imported:
         return []
+    planned = run.about["plan"]
     found = [("state", run.state), ("peak learning rate", f"{planned['learning_rate']:.4g}")]
     shown = {
         "loss": ("loss", "{:.3f}"),
@@ -232,9 +232,10 @@ def _matrix(counts: dict[tuple[int, int], int], classes: tuple[str, ...]) -> lis
     return rows
 
 
-def _subtitle(config: ConfigDict, about: dict) -> str:
-    data, time = name_of(config.data.to_dict()), about.get("time", "at an unknown time")
-    if "imported" in about:
+def _subtitle(config: ConfigDict, run: RunFiles) -> str:
+    about, data = run.about, name_of(config.data.to_dict())
+    time = about.get("time", "at an unknown time")
+    if run.is_imported:
         return f"weights of {about['imported']['kind']}, imported {time}; pictures of {data}"
     return f"{data}, {about['training_images']} training images, last started {time}"
 

@@ -1,7 +1,5 @@
 """--mode=finetune and transfer_finetune: whole networks trained with labels (appendices B.5 and B.8)."""
 
-import functools
-
 from ml_collections import ConfigDict
 
 from simclr_jax.evals.classifiers.protocol import Length, Protocol, Search, candidates
@@ -61,10 +59,10 @@ def transfer_finetune(config: ConfigDict, workdir: str) -> dict:
         own = "" if kind == ENCODER else "untrained_"
         steps = options[f"{own}steps"]
         # Appendix B.8: "We divide these values of weight decay by the learning rate", that of the training.
-        scaled = functools.partial(
-            scaled_learning_rate, scaling="linear", batch_size=options.batch_size
-        )
-        grid = [(r, d / scaled(r)) for r, d in candidates(options, own)]
+        grid = [
+            (rate, decay / scaled_learning_rate(rate, "linear", options.batch_size))
+            for rate, decay in candidates(options, own)
+        ]
         return [Search(1.0, Length(steps, "steps"), grid)]
 
     title = "Fine-tuning for transfer (appendix B.8), test"
