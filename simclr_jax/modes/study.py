@@ -296,7 +296,7 @@ def _record(study: Study, outcomes: Outcomes, verdicts: list[Verdict]) -> dict:
                 "key": list(key),
                 "accuracies": scores,
                 "setting": (setting := outcomes.settings.get(key, 0)),
-                "metrics": outcomes.metrics.get((key[: len(study.factors)], setting), {}),
+                "metrics": outcomes.metrics.get((study.levels_of(key), setting), {}),
             }
             for key, scores in outcomes.scores.items()
         ],

@@ -1,6 +1,6 @@
 """The contract of a study: which runs it is made of, what is measured, what the paper found."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from simclr_jax import evals
@@ -125,3 +125,20 @@ class Study(NamedTuple):
     def measure(self) -> str:
         """Names what the evaluation reports: for transfer the metric that the paper has for each data set (B.8.1)."""
         return "metric of B.8.1" if self.evaluation.startswith("transfer") else "accuracy"
+
+    @property
+    def has_readings(self) -> bool:
+        """Returns whether there are several readings, so that the keys of scores end with one."""
+        return len(self.readings) > 1
+
+    def score_keys(self, levels: Key) -> list[Key]:
+        """Returns the keys of the scores, one for each reading, of the runs that have these levels of the factors."""
+        return [(*levels, reading) if self.has_readings else levels for reading in self.readings]
+
+    def levels_of(self, key: Key) -> Key:
+        """Returns the levels of the factors in the key of a score."""
+        return key[: len(self.factors)]
+
+    def of_first_reading(self, keys: Iterable[Key]) -> list[Key]:
+        """Returns those of the keys of scores that are of the study's first reading."""
+        return [key for key in keys if key == self.score_keys(self.levels_of(key))[0]]

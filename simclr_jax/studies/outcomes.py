@@ -54,13 +54,7 @@ def runs_wanted(study: Study, folder: epath.Path) -> list[StudyRun]:
     if not all((folder / run.name / OUTCOME).exists() for run in first):
         return first
     scores = _outcomes_among(first, study, folder).scores
-    reading = next(iter(study.readings))
-    # Where there are several readings, the first one decides.
-    means = {
-        key[: len(study.factors)]: mean(scores, key)
-        for key in scores
-        if len(study.readings) == 1 or key[-1] == reading
-    }
+    means = {study.levels_of(key): mean(scores, key) for key in study.of_first_reading(scores)}
     order = sorted(means, key=means.__getitem__)
     chosen = {*order[: study.extremes], *order[-study.extremes :], *study.always}
     return [run for run in runs if run.seed == 0 or run.key in chosen]
@@ -102,12 +96,11 @@ def _outcomes_among(runs: list[StudyRun], study: Study, folder: epath.Path) -> O
     several = {run.key for run in runs if run.setting}
     scores: dict[Key, dict[int, float]] = {}
     settings = {}
-    for reading in study.readings:
-        for key in {key: None for key, _ in found}:
-            of_key = {s: x for (k, s), x in found.items() if k == key}
-            of_key = {s: x for s, x in of_key.items() if (key, s) not in unstable} or of_key
+    for key in {key: None for key, _ in found}:
+        of_key = {s: x for (k, s), x in found.items() if k == key}
+        of_key = {s: x for s, x in of_key.items() if (key, s) not in unstable} or of_key
+        for reading, name in zip(study.readings, study.score_keys(key), strict=True):
             chosen = _best(of_key, reading)
-            name = (*key, reading) if len(study.readings) > 1 else key
             by_seed = of_key[chosen]
             scores[name] = {seed: x[reading]["accuracy"] for seed, x in by_seed.items()}
             if key in several:
@@ -125,8 +118,7 @@ def _bad_verdict(workdir: epath.Path) -> str:
 
 def below(study: Study, outcomes: Outcomes, baseline: float) -> tuple[int, int]:
     """Counts the keys whose mean accuracy by the study's first reading is below `baseline`, and all that have one."""
-    first = next(iter(study.readings))
-    keys = [key for key in outcomes.scores if len(study.readings) == 1 or key[-1] == first]
+    keys = study.of_first_reading(outcomes.scores)
     return sum(mean(outcomes.scores, key) < baseline for key in keys), len(keys)
 
 
@@ -157,7 +149,7 @@ def table_of(study: Study, outcomes: Outcomes) -> tuple[list[str], list[list[str
     "missing".
     """
     header = [factor.name for factor in study.factors]
-    header += ["of"] if len(study.readings) > 1 else []
+    header += ["of"] if study.has_readings else []
     header += [f"{study.measure}, %", "seeds"]
     runs = runs_of(study)
     tried = {(run.key, run.setting): run.tried for run in runs}
@@ -169,16 +161,17 @@ def table_of(study: Study, outcomes: Outcomes) -> tuple[list[str], list[list[str
     failed = {run.key for run in runs if run.name in outcomes.failed}
     for key in keys_of(study):
         there = outcomes.scores.get(key, {})
-        cell = "failed" if key[: len(study.factors)] in failed else "missing"
+        levels = study.levels_of(key)
+        cell = "failed" if levels in failed else "missing"
         if there:
             cell = f"{100 * mean(outcomes.scores, key):.1f}"
             cell += f" ± {100 * deviation(outcomes.scores, key):.1f}" if len(there) > 1 else ""
         line = [*key, cell, str(len(there))]
         setting = outcomes.settings.get(key, 0)
         if has_settings:
-            chosen = tried[key[: len(study.factors)], setting]
+            chosen = tried[levels, setting]
             line.append(", ".join(f"{k}={v}" for k, v in chosen.items()) if there else "")
-        beside = outcomes.metrics.get((key[: len(study.factors)], setting), {})
+        beside = outcomes.metrics.get((levels, setting), {})
         line += [f"{beside[name]:.3g}" if name in beside else "" for name in study.metrics]
         if study.published:
             value = study.published.values.get(key)
@@ -189,7 +182,5 @@ def table_of(study: Study, outcomes: Outcomes) -> tuple[list[str], list[list[str
 
 def keys_of(study: Study) -> Iterable[Key]:
     """Returns all keys of a study, in order, with the readings where there are several."""
-    keys = list(dict.fromkeys(run.key for run in runs_of(study)))
-    if len(study.readings) == 1:
-        return keys
-    return [(*key, reading) for key in keys for reading in study.readings]
+    levels = dict.fromkeys(run.key for run in runs_of(study))
+    return [key for one in levels for key in study.score_keys(one)]
