@@ -43,7 +43,7 @@ chips_of() {
   echo "$chips"
 }
 
-# Exit status 1 and 2 are mistakes of the user's, which no restart mends; all others are restarted.
+# Exit statuses 1, 2, 126 and 127 are mistakes of the user's, which no restart mends; all others are restarted.
 # Kubernetes takes JSON as well as YAML, and in JSON nothing depends on how an argument is written.
 manifest() {
   cat << END

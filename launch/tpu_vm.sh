@@ -15,11 +15,11 @@
 #     delete    give the slice back
 # Options:
 #     --zone=ZONE          where, such as us-west4-a                       (default: gcloud's)
-#     --type=TYPE          slice, such as v5litepod-64, v4-64 or v6e-64     (create, resume)
+#     --type=TYPE          slice, such as v5litepod-64, v4-64 or v6e-64     (create, resume, babysit)
 #     --version=VERSION    of the VM's software                            (default: by type)
-#     --spot               cheaper, and may be taken away                  (create, resume)
+#     --spot               cheaper, and may be taken away                  (create, resume, babysit)
 #     --host=N             whose log to follow                             (default: 0)
-#     --gcloud=OPTION      passed on to gcloud with create and resume, such as --gcloud=--network=NET; may be repeated
+#     --gcloud=OPTION      passed on to gcloud with create, resume and babysit, such as --gcloud=--network=NET; may be repeated
 #     --dry_run            print the commands instead of running them
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -64,9 +64,20 @@ state() {
   ((status != -1))
 }
 
-create() {
-  [[ -n $type ]] || fail "create and resume need --type, such as --type=v5litepod-64"
+# The checks of an action's flags come before the action: resume gives back a slice that was taken away, and requests it
+# anew, before it comes to the run.
+check_can_request() {
+  [[ -n $type ]] || fail "$action needs --type, such as --type=v5litepod-64"
   version=${version:-$(version_of "$type")}
+}
+
+check_can_run() {
+  ((${#args[@]})) || fail "$action needs the run's arguments: -- --config=... --workdir=gs://..."
+  [[ $(workdir_of "${args[@]}") == gs://* ]] ||
+    fail "a run on several hosts needs a workdir that all of them see: --workdir=gs://BUCKET/FOLDER"
+}
+
+create() {
   gcloud_tpus queued-resources create "$name" --node-id="$name" \
     --accelerator-type="$type" --runtime-version="$version" ${spot:+--spot} ${more[@]+"${more[@]}"}
 }
@@ -115,11 +126,8 @@ setup() {
 }
 
 run() {
-  ((${#args[@]})) || fail "run and resume need the run's arguments: -- --config=... --workdir=gs://..."
   local quoted
   quoted=$(printf '%q ' "${args[@]}")
-  [[ $(workdir_of "${args[@]}") == gs://* ]] ||
-    fail "a run on several hosts needs a workdir that all of them see: --workdir=gs://BUCKET/FOLDER"
   on_hosts all "cd simclr_jax && if [ -e ~/simclr.pid ] && kill -0 \$(cat ~/simclr.pid) 2> /dev/null; then echo 'a run is under way here: see logs' >&2; exit 1; fi; source launch/xla_flags.sh tpu && rm -f ~/simclr.status ~/simclr.stopped && echo $(digest) > ~/simclr.run && echo \"--- \$(date) $quoted\" >> ~/simclr.log && { nohup bash -c '.venv/bin/python -u -m simclr_jax.main \"\$@\"; echo \$? > ~/simclr.status' simclr $quoted>> ~/simclr.log 2>&1 < /dev/null & } && echo \$! > ~/simclr.pid"
 }
 
@@ -270,6 +278,10 @@ while (($#)); do
   esac
   shift
 done
+case $action in
+  create | resume | babysit) check_can_request ;;&
+  run | resume | babysit) check_can_run ;;
+esac
 case $action in
   create | setup | run | status | logs | stop | resume | babysit | delete) "$action" ;;
   *) usage ;;

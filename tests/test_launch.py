@@ -452,11 +452,18 @@ def test_dry_run_prints_commands_that_can_be_pasted_and_runs_none(cloud):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("create", "pod"), "need --type"),
+        (("create", "pod"), "create needs --type"),
         (("create", "pod", "--type=v9-8"), "no --version is known"),
         (("create", "Pod;rm"), "the slice's name comes second"),
         (("create", "pod", "--typ=v4-8"), "unknown option --typ=v4-8"),
-        (("run", "pod"), "need the run's arguments"),
+        (("run", "pod"), "run needs the run's arguments"),
+        (("resume", "pod", "--type=v4-8"), "resume needs the run's arguments"),
+        (("resume", "pod", "--", "--workdir=gs://bucket/run"), "resume needs --type"),
+        (("babysit", "pod", "--", "--workdir=gs://bucket/run"), "babysit needs --type"),
+        (
+            ("babysit", "pod", "--type=v4-8", "--", "--workdir=run"),
+            "a workdir that all of them see",
+        ),
         (("start", "pod"), "Actions:"),
         ((), "Actions:"),
     ],
