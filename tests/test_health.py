@@ -220,6 +220,7 @@ def test_few_test_images_are_too_few_to_tell():
     found = judge_accuracy(rows, {}, 25)
     assert (found.name, found.is_bad) == ("not judged", False)
     assert "25 test images are too few to tell (standard error 14.1%)" in found.because
+    assert judge_accuracy(rows, {"other_view_top1": 1.0}, 25).name == "not judged"
     for images in (100, 10_000, None):
         assert judge_accuracy(rows, {}, images).name == "no better than untrained"
     rows[1]["accuracy"] = 0.35

@@ -6,7 +6,7 @@ from simclr_jax.config import OPTIONS
 from simclr_jax.options import Option
 
 _HEAD = """# Every option
-Set any with `--config.NAME=VALUE`, or in a file in `configs/`; several values in brackets and quotes, `--config.views.crop_area='(0.2, 1.0)'`. This page is printed by `python -m simclr_jax.config`. A run may go on, after it was stopped, with other values of the options marked *.
+Set any with `--config.NAME=VALUE`, or in a file in `configs/`; several values in brackets and quotes, `--config.views.crop_area='(0.2, 1.0)'`. This page is printed by `python -m simclr_jax.config`. A run may go on, after it was stopped, with other values of the options marked *; `data.path` and `model.init_from` may name another place that holds the same images or weights.
 """
 
 

@@ -41,8 +41,8 @@ _ROWS = (
         "eval.batch_size",
         256,
         whole(1, _MOST_IMAGES),
-        "images embedded at once by all devices together; where that makes less than 16 a device, a device takes "
-        "16, or as many as this option says if it says less",
+        "images embedded at once by all devices together; each device takes at least 16 of them, or at least as many as "
+        "this option says if that is less than 16",
     ),
     Option(
         "eval.validation_fraction",
@@ -85,7 +85,7 @@ _ROWS = (
         "eval.max_iterations",
         200,
         whole(1, 10**6),
-        "most iterations of L-BFGS, in probe and transfer",
+        "greatest number of iterations of L-BFGS, in probe and transfer",
     ),
     Option(
         "eval.knn_k",

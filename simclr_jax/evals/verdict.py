@@ -41,13 +41,6 @@ def judge_accuracy(
         )
     else:
         bad = Verdict(_NO_BETTER, said)
-    told = metrics.get("other_view_top1", 0.0)
-    if told > _TOLD:
-        why = (
-            "it tells views apart and images not: the two views of an image are too alike, or there is a shortcut, such as "
-            "BatchNorm of few images a device (simclr#114)"
-        )
-        return Verdict(_SHORTCUT, f"{said}, other_view_top1 {told:.1%}: {why}")
     better, images = max(found[UNTRAINED], of_pixels), test_images or _MANY
     share = (better * images + 1) / (
         images + 2
@@ -56,4 +49,11 @@ def judge_accuracy(
     if images < _MANY and better - trained <= error:
         why = f"{test_images} test images are too few to tell (standard error {error:.1%})"
         return Verdict(NOT_JUDGED, f"{said}: {why}")
+    told = metrics.get("other_view_top1", 0.0)
+    if told > _TOLD:
+        why = (
+            "it tells views apart and images not: the two views of an image are too alike, or there is a shortcut, such as "
+            "BatchNorm of few images a device (simclr#114)"
+        )
+        return Verdict(_SHORTCUT, f"{said}, other_view_top1 {told:.1%}: {why}")
     return bad

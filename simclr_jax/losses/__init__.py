@@ -1,7 +1,7 @@
 """Losses over the projections of the whole batch. To add one, write its file and a row in `LOSSES`.
 
 Each is written for the whole batch [2B, D]: under `jit` over a sharded batch the compiler gathers the
-projections, and the result is the same as on one device, but for the rounding of sums in another order.
+projections, and the result is the same as on one device, except for the rounding of sums in another order.
 """
 
 import functools

@@ -59,7 +59,7 @@ def _say_shapes(config: ConfigDict, made: Pretraining) -> None:
     if config.data.placement == "host":
         where = "the host"
         if config.data.color_on == "device":
-            where += ", but for colour and blur, which the device does"
+            where += ", except for colour and blur, which the device does"
     say(
         f"images      {size}, {channels} channel{'s' if channels > 1 else ''}; views made on {where}"
     )

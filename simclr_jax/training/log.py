@@ -99,7 +99,7 @@ class Log:
             self._writer.store()
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes a line of its own, such as an evaluation's. The time since the last step is not timed."""
+        """Writes a line of its own, such as an evaluation's. Leaves the time since the last step out of what is timed."""
         if values and self._writer is not None:
             self._writer.write(step, values)
         self._clock.pause()
@@ -160,7 +160,7 @@ def mean_of(window: list[dict[str, float]]) -> dict[str, float]:
       window: the metrics of each step, one or more.
 
     Returns:
-      means over the steps that were not skipped, but for these:
+      means over the steps that were not skipped, except for these:
       metrics of a classifier: means over the images that have a label; left out where no image has one.
       "labelled_share": the share of the images that have a label; left out where all have one.
       "skipped_steps": how many steps were skipped; left out where steps cannot be skipped.
@@ -209,8 +209,8 @@ def not_finite(step: int, what: str, advice: str, more: str = "") -> NotFinite:
 
 
 def steps_between_reports(asked: int, steps: int) -> int:
-    """Returns the steps of a training between its reports: what is asked for, but a tenth of a training that is shorter
-    than that, so that its curves are more than a point.
+    """Returns the steps between two reports of a training: what is asked for; of a training that is shorter than that, a
+    tenth of its length, so that its curves are more than a point.
     """
     return asked if asked <= steps else max(1, steps // 10)
 

@@ -209,7 +209,7 @@ def _agreed_step(path: str) -> int | None:
 
 
 def read_item(checkpoint: epath.Path, item: str, args: Any, handler: Any = None) -> Any:
-    """Reads one item of a checkpoint, without a wait for the other processes: what one of them reads may be damaged.
+    """Reads one item of a checkpoint. Does not wait for the other processes, because the read may fail on one alone.
 
     Args:
       checkpoint: its folder.
