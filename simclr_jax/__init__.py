@@ -116,14 +116,14 @@ def make_views(
     import jax
 
     from simclr_jax import assemble
-    from simclr_jax.data import pixels
+    from simclr_jax.data import pixels, read_options
     from simclr_jax.mesh import make_mesh
     from simclr_jax.shell import settle_tensorflow
 
     settle_tensorflow(os.environ)
     config = _with_options(config, options)
     made = assemble.views(config, make_mesh(jax.local_devices()[:1]))
-    x = pixels.of_anything(image, config.data.upright, config.data.sample_bits)
+    x = pixels.of_anything(image, read_options(config.data))
     return made.sample(x, epoch, index)[0]
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from simclr_jax.config import check_value
-from simclr_jax.data import open_source
+from simclr_jax.data import open_source, read_options
 from simclr_jax.data.broken import Broken, Images
 from simclr_jax.data.order import Order, Share
 from simclr_jax.data.split import DataSet, Split
@@ -177,9 +177,7 @@ def _view_settings(
 def evaluation_view(config: ConfigDict) -> EvaluationView:
     """Returns what every evaluation sees of an image."""
     data, antialias = config.data, config.views.antialias
-    return EvaluationView(
-        data.image_size, data.eval_crop, antialias, data.upright, data.sample_bits
-    )
+    return EvaluationView(data.image_size, data.eval_crop, antialias, read_options(data))
 
 
 def images_of(

@@ -119,7 +119,7 @@ class Encoder:
           ValueError: the file is a folder or no image (the message names it), or the array has another shape or type.
         """
         try:
-            x = pixels.of_anything(image, self.view.upright, self.view.sample_bits)
+            x = pixels.of_anything(image, self.view.read)
         except ValueError as error:
             raise ValueError(f"{error}{_what_takes(image)}") from error
         return self.view.of(x)

@@ -1,5 +1,6 @@
 """The index of a folder, what is said about it, and the settings that follow."""
 
+import contextlib
 import io
 import os
 import pathlib
@@ -16,8 +17,10 @@ from simclr_jax import assemble, config
 from simclr_jax.config import suggest
 from simclr_jax.config.overrides import load
 from simclr_jax.data import index, measure, pixels, summary
+from simclr_jax.data.broken import Broken, Images
 from simclr_jax.data.folder import open_split
 from simclr_jax.errors import UserError
+from simclr_jax.mesh import make_mesh
 from simclr_jax.modes.oddities import oddities
 from simclr_jax.modes.pretrain import describe_choices, pretrain
 
@@ -356,10 +359,17 @@ def test_images_of_16_bits_get_one_scale(tmp_path, capsys):
     view = assemble.evaluation_view(c)
     for some in (split, split.subset(np.asarray([0]))):
         content = some.source.encoded(0)
-        np.testing.assert_array_equal(some.decode(content)[..., 0], dim)
-        np.testing.assert_array_equal(some.source.pixels(content)[..., 0], dim)
-    of_path = pixels.of_anything(tmp_path / "0.png", view.upright, view.sample_bits)
+        np.testing.assert_array_equal(some.decode(content, view.read)[..., 0], dim)
+        np.testing.assert_array_equal(some.source.pixels(content, view.read)[..., 0], dim)
+    of_path = pixels.of_anything(tmp_path / "0.png", view.read)
     np.testing.assert_array_equal(of_path[..., 0], dim)
+    c.data.batch_size, c.views.jitter_probability = 4, 0.0
+    views = assemble.views(c, make_mesh())
+    images = Images(split, Broken(split, 0.0))
+    with contextlib.closing(views.batches(images, 0)) as batches:
+        batch = next(batches)
+    (seen,) = batch["views"][batch["index"] == 0]
+    assert 0 < seen.max() <= dim.max() + 2  # the bicubic crop overshoots a little
     assert load(f"folder:{tmp_path}", ["--config.data.sample_bits=0"]).data.sample_bits == 0
 
 

@@ -24,6 +24,7 @@ from simclr_jax.data.order import Order, Share
 from simclr_jax.data.parquet import RowGroups
 from simclr_jax.data.parquet_files import Columns
 from simclr_jax.data.pictures import pictures_of, places_of
+from simclr_jax.data.pixels import ReadOptions
 from simclr_jax.data.source import ShardedSource
 from simclr_jax.data.split import BROKEN
 from simclr_jax.errors import UserError
@@ -178,7 +179,7 @@ def test_a_sample_of_a_stream_is_spread_over_it(tmp_path, count):
     split = train_on(tmp_path / "a.parquet").train
     places = places_of(split, count)
     assert len(set(places)) == len(places) == min(count, 37)
-    found = list(pictures_of(split, count, True))
+    found = list(pictures_of(split, count, ReadOptions()))
     assert [(one.place, one.label) for one in found] == [(i, i) for i in places]
     if count >= 8:
         assert max(np.diff([*places, 37])) <= 37 / 8 + 1

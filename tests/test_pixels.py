@@ -16,6 +16,7 @@ from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from simclr_jax.data import pixels
 from simclr_jax.data.decode import decode, problem_of
+from simclr_jax.data.pixels import ReadOptions
 
 HEIGHT, WIDTH = 24, 20
 
@@ -113,7 +114,7 @@ def on_white_paper(image):
 
 
 def decoded(content, upright=True):
-    return decode(tf.constant(content), upright).numpy()
+    return decode(tf.constant(content), ReadOptions(upright)).numpy()
 
 
 @pytest.mark.parametrize(("kind", "mode"), SAVED)
@@ -247,10 +248,10 @@ def test_one_scale_for_all_images_of_16_bits(capsys):
     for kind, array in (("png", dim), ("tiff", dim), ("png", bright)):
         file = io.BytesIO()
         Image.fromarray(array).save(file, kind)
-        found = pixels.read(file.getvalue(), sample_bits=12)[..., 0]
+        found = pixels.read(file.getvalue(), ReadOptions(sample_bits=12))[..., 0]
         np.testing.assert_array_equal(found, np.minimum(array, 4095) >> 4)
     colour = png_of_16_bits(np.stack([dim, dim, bright], axis=-1))
-    found = pixels.read(colour, sample_bits=12)
+    found = pixels.read(colour, ReadOptions(sample_bits=12))
     np.testing.assert_array_equal(found[..., 2], np.minimum(bright, 4095) >> 4)
     assert "16-bit" not in capsys.readouterr().out
 
@@ -262,7 +263,9 @@ def test_damaged_exif_data_say_nothing(kind):
     content = file.getvalue()
     assert problem_of(content) is None
     assert pixels.orientation_of(content) == 1
-    np.testing.assert_array_equal(pixels.read(content), pixels.read(content, upright=False))
+    np.testing.assert_array_equal(
+        pixels.read(content), pixels.read(content, ReadOptions(upright=False))
+    )
 
 
 def test_threads_that_read_leave_the_warnings_of_the_process_as_they_are(monkeypatch):

@@ -22,6 +22,7 @@ from simclr_jax.data.encoded import Encoded
 from simclr_jax.data.folder import open_split
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Order, Share, batch_positions
+from simclr_jax.data.pixels import ReadOptions
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import batch_sharded, make_mesh
 from simclr_jax.views import device, pipeline
@@ -288,7 +289,7 @@ def test_images_are_turned_upright_only_where_the_option_says_so(tmp_path):
     split = open_split(str(tmp_path), labels=False)
     bright = {}
     for upright in (True, False):
-        (found,) = evaluated(HostViews, 1, split, upright=upright)
+        (found,) = evaluated(HostViews, 1, split, read=ReadOptions(upright))
         bright[upright] = found["image"][0, :, :, 0] > 127
     np.testing.assert_array_equal(bright[False], half[:, :, 0] > 127)
     np.testing.assert_array_equal(bright[True], np.rot90(half[:, :, 0], -1) > 127)

@@ -19,6 +19,7 @@ from simclr_jax import assemble, config
 from simclr_jax.data.arrays import in_memory
 from simclr_jax.data.folder import open_split
 from simclr_jax.data.pictures import pictures_of
+from simclr_jax.data.pixels import ReadOptions
 from simclr_jax.errors import UserError
 from simclr_jax.evals import results
 from simclr_jax.evals.scores import Score
@@ -120,7 +121,7 @@ def test_an_image_is_named_below_its_folder_however_that_was_typed(path, tmp_pat
 
 
 def test_pictures_of_a_split_are_evenly_spaced(small_split):
-    found = list(pictures_of(small_split, 4, True))
+    found = list(pictures_of(small_split, 4, ReadOptions()))
     assert [picture.place for picture in found] == [0, 12, 24, 36]
     for picture in found:
         np.testing.assert_array_equal(picture.image, small_split.source[picture.place].image)
@@ -195,7 +196,7 @@ def test_a_sample_leaves_out_what_cannot_be_read(tmp_path):
     (tmp_path / "3.png").write_bytes(b"no image")
     from simclr_jax.data.folder import open_split
 
-    found = list(pictures_of(open_split(str(tmp_path), False), 100, True))
+    found = list(pictures_of(open_split(str(tmp_path), False), 100, ReadOptions()))
     assert [picture.place for picture in found] == [0, 1, 2, 4, 5]
     assert [int(picture.image[0, 0, 0]) for picture in found] == [0, 1, 2, 4, 5]
 
@@ -479,12 +480,12 @@ def test_a_sample_of_a_stream_and_of_grey_images_is_embedded(tmp_path):
     c = config.default()
     config.set_options(c, {"data.source": "parquet", "data.path": str(tmp_path / "x.parquet")})
     split = assemble.data_set(c).train
-    some = learned.embed_sample(Seen(), split, 100, True)
+    some = learned.embed_sample(Seen(), split, 100, ReadOptions())
     assert some.h[:, 0].tolist() == [5, 15, 25, 45]
     assert some.labels.tolist() == [0, 1, 0, 1]
     assert [thumbnail.shape for thumbnail in some.thumbnails] == [(4, 4, 3)] * 4
     arrays = in_memory(np.full((3, 4, 4, 1), 7, np.uint8), np.asarray([0, 1, -1]), ("a", "b"))
-    some = learned.embed_sample(Seen(), arrays, 100, True)
+    some = learned.embed_sample(Seen(), arrays, 100, ReadOptions())
     assert some.labels.tolist() == [0, 1, -1]
     np.testing.assert_array_equal(some.h, np.full((3, 2), 7, np.float32))
 

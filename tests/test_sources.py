@@ -33,6 +33,7 @@ from simclr_jax.data.folder import open_split
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Order, Share
 from simclr_jax.data.pictures import pictures_of
+from simclr_jax.data.pixels import ReadOptions
 from simclr_jax.data.source import Example, Source, in_order
 from simclr_jax.data.split import BROKEN, DataSet
 from simclr_jax.data.streamed import StreamedSplit
@@ -126,8 +127,8 @@ def test_images_of_tfds_are_turned_nowhere(tmp_path):
     encoded = example["image"]
     assert pixels.read(encoded).shape == (24, 16, 3)  # a file of one's own is turned
     for split in (streamed, some, some.subset(np.asarray([0]))):
-        assert split.decode(tf.constant(encoded), upright=True).shape == (16, 24, 3)
-        (found, *_) = pictures_of(split, 1, upright=True)
+        assert split.decode(tf.constant(encoded)).shape == (16, 24, 3)
+        (found, *_) = pictures_of(split, 1, ReadOptions())
         assert found.image.shape == (16, 24, 3)
 
 
@@ -542,7 +543,7 @@ def test_damaged_record_files_are_one_line(tmp_path):
     says = "the files of streamed/train cannot be read .*: prepare or copy them anew"
     for read in (
         lambda: split.problems([0]),
-        lambda: list(pictures_of(split, 3, True)),
+        lambda: list(pictures_of(split, 3, ReadOptions())),
         split.all_labels,
         lambda: split.subset(np.arange(3)),
     ):
@@ -798,7 +799,7 @@ class Raw(Source):
         content = np.full((16, 24, 3), index, np.uint8).tobytes()
         return Example(content[:-1] if index == 7 else content)
 
-    def decode(self, image, upright=True):
+    def decode(self, image, options=None):
         return tf.reshape(tf.io.decode_raw(image, tf.uint8), (16, 24, 3))
 
 
@@ -812,7 +813,7 @@ def test_a_source_with_a_format_of_its_own_is_decoded_by_itself(places):
     labels = np.concatenate([batch["label"] for batch in found])
     assert values[labels != BROKEN].tolist() == [i for i in places if i != 7]
     assert list(split.problems(range(len(places)))) == [list(places).index(7)]
-    shown = {p.place: p.image for p in pictures_of(split, len(places), upright=True)}
+    shown = {p.place: p.image for p in pictures_of(split, len(places), ReadOptions())}
     assert {int(x.max()) for x in shown.values()} == set(places) - {7}
 
 

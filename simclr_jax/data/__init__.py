@@ -88,7 +88,7 @@ OPTIONS = (
         0.0,
         number(0, 0.9),
         "share of the images that is held out for every evaluation where there is no test split; 0: none. Where only "
-        "some images have a label, share of these, but of Parquet files and TFDS",
+        "some images have a label, it is a share of the labelled ones; of Parquet files and streamed TFDS always of all",
     ),
     Option(
         "data.upright",
@@ -143,6 +143,11 @@ def _of_sources(data: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in data.items() if name in names}
 
 
+def read_options(data: Mapping[str, Any]) -> pixels.ReadOptions:
+    """Returns how images become pixels, of the options of the group "data"."""
+    return pixels.ReadOptions(data["upright"], data["sample_bits"])
+
+
 def kind_of(path: str) -> str:
     """Returns which of `SOURCES` opens a path of images: one that ends in .npz or .parquet its own, any other "folder"."""
     ends = [kind for kind, files in FILES.items() if path.lower().endswith(files.ending)]
@@ -164,7 +169,7 @@ class Measured(NamedTuple):
 
 
 def measure(data: Mapping[str, Any]) -> Measured:
-    """Measures the training images. Those that "test_fraction" holds out count.
+    """Measures the training images. Those that "test_fraction" will hold out are among them.
 
     Args:
       data: see `open_source`.
@@ -179,7 +184,7 @@ def measure(data: Mapping[str, Any]) -> Measured:
         SOURCES[data["source"]](_of_sources(data)) if data["test_fraction"] else open_source(data)
     )
     train = opened.train
-    return Measured(train.count, pictures.short_side(train, data["upright"]))
+    return Measured(train.count, pictures.short_side(train, read_options(data)))
 
 
 def measured(found: summary.Summary) -> Measured:

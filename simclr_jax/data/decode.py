@@ -12,19 +12,19 @@ import numpy as np
 import tensorflow as tf
 
 from simclr_jax.data import pixels
+from simclr_jax.data.pixels import ReadOptions
 
 # EXIF data come first in a JPEG (EXIF 2.32, section 4.5.5); some programs write segments of their own
 # before them. To search all 64 kB that a segment may have would take a tenth of the time of decoding.
 _EXIF_WITHIN = 2**13
 
 
-def decode(data: Any, upright: bool = True, sample_bits: int = 0) -> Any:
+def decode(data: Any, options: ReadOptions = ReadOptions()) -> Any:
     """Decodes the content of an image file, in the tf.data graph.
 
     Args:
       data: a scalar string. Of several frames the first is taken.
-      upright: turn the image as the orientation in its EXIF data says.
-      sample_bits: see `pixels.read`.
+      options: how to read it.
 
     Returns:
       uint8 [H, W, 3]. Grey becomes three equal channels.
@@ -33,22 +33,22 @@ def decode(data: Any, upright: bool = True, sample_bits: int = 0) -> Any:
       tf.errors.InvalidArgumentError: where the graph is run, if it is no image that can be read or has
         more than `pixels.MOST_PIXELS` pixels; `problem_of` says why.
     """
-    return _graph(upright, sample_bits)(data)
+    return _graph(options)(data)
 
 
-def _any_format(data, upright, sample_bits):
+def _any_format(data, options):
     image = tf.cond(
         tf.equal(tf.strings.substr(data, 0, 2), b"\xff\xd8"),
-        lambda: _jpeg(data, upright),
-        lambda: _by_pillow(data, upright, sample_bits),
+        lambda: _jpeg(data, options),
+        lambda: _by_pillow(data, options),
     )
     return tf.ensure_shape(image, [None, None, 3])
 
 
 @functools.cache  # a graph takes a second to trace: once for all pipelines
-def _graph(upright: bool, sample_bits: int) -> Callable:
+def _graph(options: ReadOptions) -> Callable:
     def traced(data):
-        return _any_format(data, upright, sample_bits)
+        return _any_format(data, options)
 
     return tf.function(traced, [tf.TensorSpec([], tf.string)], autograph=False)
 
@@ -73,12 +73,12 @@ def reason_of(error: Any) -> str:
     return text.rpartition("}} ")[2].partition(" [Op:")[0].partition(" Condition x ")[0]
 
 
-def _jpeg(data, upright):
+def _jpeg(data, options):
     shape = tf.io.extract_jpeg_shape(data)
     return tf.cond(
         tf.equal(shape[2], 4),  # CMYK, which Pillow inverts whatever program wrote it
-        lambda: _by_pillow(data, upright),
-        lambda: _by_tensorflow(data, shape, upright),
+        lambda: _by_pillow(data, options),
+        lambda: _by_tensorflow(data, shape, options.upright),
     )
 
 
@@ -113,12 +113,12 @@ def _upright(image, data):
     )
 
 
-def _by_pillow(data, upright, sample_bits=0):
+def _by_pillow(data, options):
     """Decodes `data` to uint8 [H, W, 3] where the graph is run. Raises InvalidArgumentError there."""
 
     def read(content):
         try:
-            return pixels.read(_bytes(content), upright, sample_bits)
+            return pixels.read(_bytes(content), options)
         except ValueError:
             return np.zeros((0, 0, 3), np.uint8)
 

@@ -8,36 +8,28 @@ from typing import Any
 import numpy as np
 
 from simclr_jax.data import pixels
+from simclr_jax.data.pixels import ReadOptions
 
 
 class Decoding:
-    """How the encoded images of a source become pixels. A source with a format of its own overrides `decode`.
+    """How the encoded images of a source become pixels. A source with a format of its own overrides `decode`."""
 
-    Attributes:
-      sample_bits: see `pixels.read`.
-    """
-
-    sample_bits: int = 0
-
-    def decode(self, image: Any, upright: bool = True) -> Any:
-        """Decodes an encoded image to uint8 [H, W, C], in the tf.data graph.
-
-        `upright`: turn it as the orientation in its EXIF data says.
-        """
+    def decode(self, image: Any, options: ReadOptions = ReadOptions()) -> Any:
+        """Decodes an encoded image to uint8 [H, W, C], in the tf.data graph."""
         from simclr_jax.data.decode import decode
 
-        return decode(image, upright, self.sample_bits)
+        return decode(image, options)
 
-    def pixels(self, image: bytes, upright: bool = True) -> np.ndarray:
+    def pixels(self, image: bytes, options: ReadOptions = ReadOptions()) -> np.ndarray:
         """Decodes an encoded image as `decode` does, outside of a graph. Raises a ValueError if it cannot."""
         if type(self).decode is Decoding.decode:
-            return pixels.read(image, upright, self.sample_bits)
+            return pixels.read(image, options)
         import tensorflow as tf
 
         from simclr_jax.data.decode import reason_of
 
         try:
-            return self.decode(tf.constant(image), upright).numpy()
+            return self.decode(tf.constant(image), options).numpy()
         except tf.errors.OpError as error:
             raise ValueError(reason_of(error)) from error
 
@@ -63,11 +55,11 @@ class DecodedAs(Decoding):
 
     origin: Decoding
 
-    def decode(self, image: Any, upright: bool = True) -> Any:
-        return self.origin.decode(image, upright)
+    def decode(self, image: Any, options: ReadOptions = ReadOptions()) -> Any:
+        return self.origin.decode(image, options)
 
-    def pixels(self, image: bytes, upright: bool = True) -> np.ndarray:
-        return self.origin.pixels(image, upright)
+    def pixels(self, image: bytes, options: ReadOptions = ReadOptions()) -> np.ndarray:
+        return self.origin.pixels(image, options)
 
     def problem(self, image: bytes) -> str | None:
         return self.origin.problem(image)

@@ -36,7 +36,6 @@ class Files(Source):
         labels: np.ndarray,
         classes: Classes,
         sizes: np.ndarray,
-        sample_bits: int = 0,
     ):
         """Holds the names of N files.
 
@@ -46,11 +45,9 @@ class Files(Source):
           labels: int32 [N], -1 where there is none.
           classes: their names.
           sizes: int64 [N], bytes, for the fingerprint.
-          sample_bits: see `pixels.read`.
         """
         self.root, self.names = root, pa.array(names, pa.large_string())
         self.labels, self.classes, self._sizes = labels, classes, sizes
-        self.sample_bits = sample_bits
 
     def __len__(self) -> int:
         return len(self.names)
@@ -61,7 +58,7 @@ class Files(Source):
     def take(self, indices: np.ndarray) -> "Files":
         names = self.names.take(pa.array(indices, pa.int64()))
         sizes = self._sizes[indices]
-        return Files(self.root, names, self.labels[indices], self.classes, sizes, self.sample_bits)
+        return Files(self.root, names, self.labels[indices], self.classes, sizes)
 
     def lookup(self) -> Any:
         import tensorflow as tf
@@ -115,7 +112,7 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
     for path, option in zip(paths, ("data.path", "data.test_path"), strict=False):
         labels = data["folder_labels"] if named is None else _labels_below(path, paths, named)
         classes = splits[0].classes if splits else None
-        splits.append(open_split(path, labels, classes, option, data["sample_bits"]))
+        splits.append(open_split(path, labels, classes, option))
     if named is not None:
         _check_names(data["labels_file"], named, paths, splits)
         _say_how_many_are_labelled(paths, splits)
@@ -234,7 +231,6 @@ def open_split(
     labels: bool | Mapping[str, str],
     classes: Classes = None,
     option: str = "data.path",
-    sample_bits: int = 0,
 ) -> IndexedSplit:
     """Opens every image file below a folder, sorted by path.
 
@@ -244,7 +240,6 @@ def open_split(
         path below the folder -> class; what it does not hold has no label.
       classes: their names, in order; None takes what is there, sorted.
       option: the one that names the folder, for messages.
-      sample_bits: see `pixels.read`.
 
     Raises:
       UserError: there is no folder, no image, an image in no class folder or in an unknown one.
@@ -273,7 +268,7 @@ def open_split(
         )
     if labels is False:
         nothing = np.full(len(names), -1, np.int32)
-        return IndexedSplit(Files(where, names, nothing, None, found.sizes, sample_bits))
+        return IndexedSplit(Files(where, names, nothing, None, found.sizes))
     if labels is True:
         owners = _first_folders(path, names)
     else:
@@ -284,9 +279,7 @@ def open_split(
     occurring = sorted({owner for owner in owners if owner is not None})
     code = codes_of(occurring, classes, repr(path))
     codes = np.asarray([code[owner] for owner in owners], np.int32)
-    return IndexedSplit(
-        Files(where, names, codes, classes or tuple(occurring), found.sizes, sample_bits)
-    )
+    return IndexedSplit(Files(where, names, codes, classes or tuple(occurring), found.sizes))
 
 
 def _instead(path: str, passed_over: dict[str, int]) -> str:

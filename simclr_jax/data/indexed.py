@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from simclr_jax.data.order import Order, Share, batch_positions, next_whole
+from simclr_jax.data.pixels import ReadOptions
 from simclr_jax.data.source import CORES, Source
 from simclr_jax.data.split import BROKEN, NONE
 from simclr_jax.data.subsets import split_validation
@@ -131,10 +132,10 @@ class IndexedSplit:
             part, rest = split_validation(self.count, fraction, seed)
         return self.subset(part), self.subset(rest)
 
-    def decode(self, image: Any, upright: bool = True) -> Any:
+    def decode(self, image: Any, options: ReadOptions = ReadOptions()) -> Any:
         if self.source.arrays is not None:
             return image
-        return self.source.decode(image, upright)
+        return self.source.decode(image, options)
 
     def name_of(self, index: int) -> str:
         return self.source.name_of(index)

@@ -53,20 +53,19 @@ class RowGroups(ShardedSource):
 
     shard_name = "row group"
 
-    def __init__(self, path: str, columns: Columns, classes: Classes = None, sample_bits: int = 0):
+    def __init__(self, path: str, columns: Columns, classes: Classes = None):
         """Opens all Parquet files of a path.
 
         Args:
           path: a file, a folder (every *.parquet below it), a glob, or with fsspec an address of one.
           columns: which to read.
           classes: names of the classes, (): none; None: those that the files have.
-          sample_bits: see `pixels.read`.
 
         Raises:
           UserError: there is no such file or column, no image, or a label is none of `classes`.
         """
         self._system, paths = list_files(path)
-        self._columns, self.title, self.sample_bits = columns, path, sample_bits
+        self._columns, self.title = columns, path
         files = index_files(self._system, path, paths, columns)
         self._groups = [(file, g) for file in files for g, rows in enumerate(file.rows) if rows]
         if not self._groups:
@@ -167,8 +166,7 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
       UserError: there is no such file or column.
     """
     columns = Columns(data["parquet"]["image_column"], data["parquet"]["label_column"])
-    bits = data["sample_bits"]
-    train = RowGroups(data["path"], columns, sample_bits=bits)
+    train = RowGroups(data["path"], columns)
     if columns.label and train.classes is None and train.columns_of_classes:
         say(
             f"data        no labels: there is no column {columns.label!r}, but {', '.join(train.columns_of_classes)} with "
@@ -176,7 +174,7 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
         )
     test = None
     if data["test_path"]:
-        rows = RowGroups(data["test_path"], columns, train.classes or (), bits)
+        rows = RowGroups(data["test_path"], columns, train.classes or ())
         # All files are those that training reads: `data` says that in one line for every source.
         if train.files != rows.files and (both := sorted(train.files & rows.files)):
             raise UserError(

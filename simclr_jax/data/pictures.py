@@ -10,6 +10,7 @@ import numpy as np
 
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Share
+from simclr_jax.data.pixels import ReadOptions
 from simclr_jax.data.source import Source, elements_of
 from simclr_jax.data.split import Split
 from simclr_jax.data.streamed import StreamedSplit
@@ -34,9 +35,9 @@ class Picture(NamedTuple):
     label: int
 
 
-def short_side(split: Split, upright: bool) -> int:
+def short_side(split: Split, options: ReadOptions) -> int:
     """Returns the median image's shorter side, pixels, of up to 64 images; 224 where none can be read."""
-    sides = list(pictures_of(split, 64, upright, lambda picture: min(picture.image.shape[:2])))
+    sides = list(pictures_of(split, 64, options, lambda picture: min(picture.image.shape[:2])))
     return int(statistics.median(sides)) if sides else 224
 
 
@@ -59,32 +60,32 @@ def _runs(total: int, count: int) -> list[range]:
 
 
 def pictures_of(
-    split: Split, count: int, upright: bool, made: Callable[[Picture], Any] | None = None
+    split: Split, count: int, options: ReadOptions, made: Callable[[Picture], Any] | None = None
 ) -> Iterator[Any]:
     """Yields `count` images, see `places_of`, each as a `Picture` or as `made(picture)`; fewer where some cannot be read.
 
     Args:
       split: the images.
       count: at most.
-      upright: turn them as their EXIF data say.
+      options: how to read them.
       made: turns a picture into what is kept of it; called in the threads that read.
     """
     made = made or (lambda picture: picture)
     places = places_of(split, count)
     if isinstance(split, IndexedSplit):
-        found: Iterator[Any] = _read(split.source, places, upright, made)
+        found: Iterator[Any] = _read(split.source, places, options, made)
     else:
-        found = _streamed(split, places, upright, made)
+        found = _streamed(split, places, options, made)
     return (one for one in found if one is not None)
 
 
-def _read(source: Source, places: list[int], upright: bool, made: Callable) -> Iterator[Any]:
+def _read(source: Source, places: list[int], options: ReadOptions, made: Callable) -> Iterator[Any]:
     def read(place: int) -> Any:
         try:
             example = source[place]
             image = example.image
             if isinstance(image, bytes):
-                image = source.pixels(image, upright)
+                image = source.pixels(image, options)
         except (OSError, ValueError):
             return None  # training names it in broken_images.jsonl
         return made(Picture(place, image, int(example.label)))
@@ -94,7 +95,9 @@ def _read(source: Source, places: list[int], upright: bool, made: Callable) -> I
             yield from threads.map(read, places[start : start + _AT_ONCE])
 
 
-def _streamed(split: Split, places: list[int], upright: bool, made: Callable) -> Iterator[Any]:
+def _streamed(
+    split: Split, places: list[int], options: ReadOptions, made: Callable
+) -> Iterator[Any]:
     assert isinstance(split, StreamedSplit)
     shards = split.shards_of(places)
     for _, group in itertools.groupby(zip(places, shards, strict=True), key=lambda pair: pair[1]):
@@ -107,7 +110,7 @@ def _streamed(split: Split, places: list[int], upright: bool, made: Callable) ->
             image = example["image"]
             if isinstance(image, bytes):
                 try:
-                    image = split.source.pixels(image, upright)
+                    image = split.source.pixels(image, options)
                 except (OSError, ValueError):
                     continue
             yield made(Picture(place, image, int(example["label"])))

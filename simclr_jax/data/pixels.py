@@ -9,7 +9,7 @@ import functools
 import io
 import os
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -42,15 +42,22 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
-def read(content: bytes, upright: bool = True, sample_bits: int = 0) -> np.ndarray:
-    """Decodes the content of an image file of any format that Pillow reads. Of several frames the first
-    is taken; grey becomes three equal channels; transparent pixels show white.
+class ReadOptions(NamedTuple):
+    """What the user may choose of how a stored image becomes pixels.
 
-    Args:
-      content: the file's bytes.
+    Attributes:
       upright: turn the image as the orientation in its EXIF data says. Pillow turns TIFF in any case.
       sample_bits: bits that make the range from black to white in files of 16 bits a sample; brighter samples are white.
         0: as many as the image's brightest sample needs.
+    """
+
+    upright: bool = True
+    sample_bits: int = 0
+
+
+def read(content: bytes, options: ReadOptions = ReadOptions()) -> np.ndarray:
+    """Decodes the content of an image file of any format that Pillow reads. Of several frames the first
+    is taken; grey becomes three equal channels; transparent pixels show white.
 
     Returns:
       uint8 [H, W, 3]
@@ -63,9 +70,9 @@ def read(content: bytes, upright: bool = True, sample_bits: int = 0) -> np.ndarr
             raise Image.DecompressionBombError
         of_16_bits = content.startswith(_PNG) and content[24] == 16
         if of_16_bits and (image.mode in ("RGB", "RGBA", "LA") or image.has_transparency_data):
-            x = _png_of_16_bits(content, sample_bits)
-            return turned(x, orientation(image)) if upright else x
-        return pixels(image, upright, sample_bits)
+            x = _png_of_16_bits(content, options.sample_bits)
+            return turned(x, orientation(image)) if options.upright else x
+        return pixels(image, options)
 
 
 @contextlib.contextmanager
@@ -96,12 +103,8 @@ def _what_it_is(content: bytes) -> str:
     return "not an image of a known format"
 
 
-def pixels(image: Image.Image, upright: bool = True, sample_bits: int = 0) -> np.ndarray:
+def pixels(image: Image.Image, options: ReadOptions = ReadOptions()) -> np.ndarray:
     """Returns the pixels of a picture in any mode, uint8 [H, W, 3], on white.
-
-    Args:
-      image: the picture.
-      upright, sample_bits: see `read`.
 
     Raises:
       ValueError: a sample has more than 16 bits or is below 0, whose range nobody can know, or Pillow loses bits
@@ -113,7 +116,7 @@ def pixels(image: Image.Image, upright: bool = True, sample_bits: int = 0) -> np
             raise ValueError(
                 "samples below 0, of which nobody can know what is black: expected 0 to 65535"
             )
-        grey = _upper_8_bits(samples.astype(np.uint16)[..., np.newaxis], sample_bits)
+        grey = _upper_8_bits(samples.astype(np.uint16)[..., np.newaxis], options.sample_bits)
         if getattr(image, "tag_v2", {}).get(262) == 0:
             grey = 255 - grey  # PhotometricInterpretation: 0 is white
         x = np.repeat(grey, 3, axis=-1)
@@ -123,7 +126,7 @@ def pixels(image: Image.Image, upright: bool = True, sample_bits: int = 0) -> np
         if _has_16_bits(image) and image.mode in ("RGB", "RGBA"):
             _check_upper_8_bits(np.asarray(image)[..., :3])
         x = np.asarray(on_white(image))
-    return turned(x, orientation(image)) if upright else x
+    return turned(x, orientation(image)) if options.upright else x
 
 
 def _is_grey_of_16_bits(image: Image.Image) -> bool:
@@ -223,7 +226,7 @@ def _png_of_16_bits(content: bytes, sample_bits: int) -> np.ndarray:
 
 
 def _upper_8_bits(x: np.ndarray, sample_bits: int) -> np.ndarray:
-    """Scales samples uint16 to uint8; `sample_bits`: see `read`."""
+    """Scales samples uint16 to uint8; `sample_bits`: see `ReadOptions`."""
     bits = sample_bits or _bits_of(x)
     if sample_bits:
         x = np.minimum(x, 2**bits - 1)
@@ -244,22 +247,22 @@ def _say_once(bits: int) -> None:
     )
 
 
-def of_anything(image: Any, upright: bool = True, sample_bits: int = 0) -> np.ndarray:
+def of_anything(image: Any, options: ReadOptions = ReadOptions()) -> np.ndarray:
     """Returns an image as uint8 [H, W, 3].
 
     Args:
       image: the path of an image file, a PIL image, or uint8 [H, W, 3], or [H, W] for grey.
-      upright, sample_bits: see `read`.
+      options: how a file or a PIL image is read; an array is taken as it is.
 
     Raises:
       OSError: the file cannot be read.
       ValueError: the file is a folder or no image (the message names it), or the array has another shape or type.
     """
     if isinstance(image, Image.Image):
-        x = pixels(image, upright, sample_bits)
+        x = pixels(image, options)
     elif isinstance(image, str | os.PathLike):
         try:
-            x = read(expanded(image).read_bytes(), upright, sample_bits)
+            x = read(expanded(image).read_bytes(), options)
         except IsADirectoryError as error:
             raise ValueError(f"{os.fspath(image)} is a folder: expected an image file") from error
         except ValueError as error:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from simclr_jax.data.order import Order, Share
+from simclr_jax.data.pixels import ReadOptions
 
 BROKEN = -2  # stands for the label of an image that cannot be read; -1 is an image without a label
 
@@ -76,11 +77,8 @@ class Split(Protocol):
         Raises a UserError if there are too few to divide.
         """
 
-    def decode(self, image: Any, upright: bool = True) -> Any:
-        """Decodes "image" of an example to uint8 [H, W, C], in the tf.data graph.
-
-        `upright`: turn it as the orientation in its EXIF data says.
-        """
+    def decode(self, image: Any, options: ReadOptions = ReadOptions()) -> Any:
+        """Decodes "image" of an example to uint8 [H, W, C], in the tf.data graph."""
 
     def name_of(self, index: int) -> str:
         """Returns what a person calls an image."""

@@ -17,6 +17,7 @@ from PIL import Image
 from simclr_jax.data.encoded import Encoded
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Lane, Order, Share, lanes, next_whole, windows
+from simclr_jax.data.pixels import ReadOptions
 from simclr_jax.data.source import CORES, ShardedSource, elements_of, in_order
 from simclr_jax.data.split import BROKEN, NONE
 from simclr_jax.data.subsets import split_validation
@@ -294,8 +295,8 @@ class StreamedSplit:
                     "images (data.test_path) and set eval.validation_fraction=0"
                 )
 
-    def decode(self, image: Any, upright: bool = True) -> Any:
-        return self.source.decode(image, upright)
+    def decode(self, image: Any, options: ReadOptions = ReadOptions()) -> Any:
+        return self.source.decode(image, options)
 
     def name_of(self, index: int) -> str:
         place, inside = self._place(index)

@@ -11,6 +11,7 @@ import numpy as np
 from simclr_jax.data.arrays import in_memory
 from simclr_jax.data.label_sets import MOST_LABELS, LabelSets, mask_of, names_of
 from simclr_jax.data.order import Share
+from simclr_jax.data.pixels import ReadOptions
 from simclr_jax.data.source import CORES, Classes, ShardedSource, elements_of
 from simclr_jax.data.split import DataSet, Split
 from simclr_jax.data.streamed import StreamedSplit
@@ -83,7 +84,7 @@ class RecordFiles(ShardedSource):
         found = records.map(lambda _, r: mask_of(self._without_pixels(r), labels), CORES)
         return np.unique(list(elements_of(found, self.title))).astype(np.int64)
 
-    def decode(self, image: Any, upright: bool = True) -> Any:
+    def decode(self, image: Any, options: ReadOptions = ReadOptions()) -> Any:
         """Decodes as TFDS does, of whose images published accuracies are, and which turns none."""
         return self._builder.info.features["image"].decode_example(image)
 

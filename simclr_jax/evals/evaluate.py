@@ -165,7 +165,7 @@ def _settings(
     labels = {"labels_per_class": list(config.eval.labels_per_class)}
     return evaluation.settings(_options_of(config, metric), images, classes) | {
         "labels": labels | {name: config.eval[name] for name in names},
-        "views": results.views_of(config),
+        "views": assemble.evaluation_view(config).by_option(),
     }
 
 

@@ -167,14 +167,6 @@ def settings_in_words(settings: Mapping[str, Any]) -> str:
     )
 
 
-def views_of(config: ConfigDict) -> dict[str, Any]:
-    """Returns the options that decide what an evaluation sees of an image, without their groups."""
-    data = {
-        name: config.data[name] for name in ("image_size", "eval_crop", "upright", "sample_bits")
-    }
-    return data | {"antialias": config.views.antialias}
-
-
 def save(path: epath.Path, config: ConfigDict, result: dict) -> None:
     """Writes a result and the configuration of the evaluation, and says so if it replaces one with other settings.
 

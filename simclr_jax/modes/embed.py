@@ -80,9 +80,7 @@ def open_input(config: ConfigDict, name: str) -> Input:
         return Input(open_source(data | {"source": kind, "path": path}).train, None, path)
     root = expanded(name)
     if root.is_dir():
-        split = folder.open_split(
-            name, config.data.folder_labels, sample_bits=config.data.sample_bits
-        )
+        split = folder.open_split(name, config.data.folder_labels)
         return Input(split, root, str(root.absolute()))
     data_set, colon, split_name = name.partition(":")
     if not colon:
@@ -145,8 +143,7 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
                 "encoder": digest_of(trained.encoder),
                 "images": source.split.fingerprint(),
                 "crop": [view.size, view.proportion, view.antialias],
-                "upright": view.upright,
-                "sample_bits": view.sample_bits,
+                **view.read._asdict(),
                 "z": with_z,
                 "batch": parts.batch_size,
                 "input": source.name,

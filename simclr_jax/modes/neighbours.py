@@ -10,8 +10,10 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
 from simclr_jax.console import Progress, say
+from simclr_jax.data import read_options
 from simclr_jax.data.decoding import Decoding
 from simclr_jax.data.indexed import IndexedSplit
+from simclr_jax.data.pixels import ReadOptions
 from simclr_jax.data.source import Example
 from simclr_jax.data.subsets import evenly
 from simclr_jax.errors import UserError
@@ -94,7 +96,7 @@ def neighbours(
         raise UserError(f"--output={output} is one of the images, which would be overwritten")
     needed = sorted({*queries.tolist(), *found.ravel().tolist()})
     names = [str(features.images[i]) for i in needed]
-    pictures = dict(zip(needed, _pictures(source, names, config.data.upright), strict=True))
+    pictures = dict(zip(needed, _pictures(source, names, read_options(config.data)), strict=True))
     grid = _grid(pictures, queries, found, similar)
     path = expanded(output)
     try:
@@ -181,30 +183,30 @@ def _paste(grid: Image.Image, picture: Image.Image, left: int, top: int) -> None
     grid.paste(small, (left + (side - size[0]) // 2, top + (side - size[1]) // 2))
 
 
-def _pictures(source: Input, names: list[str], upright: bool) -> list[Image.Image]:
+def _pictures(source: Input, names: list[str], options: ReadOptions) -> list[Image.Image]:
     if source.root is not None:
         assert isinstance(source.split, IndexedSplit)
         files = source.split.source
-        return [_opened(files, source.root / name, upright) for name in names]
+        return [_opened(files, source.root / name, options) for name in names]
     indices = sorted(int(name) for name in names)
     some = source.split.subset(np.asarray(indices))
     assert isinstance(some, IndexedSplit)
     by_name = {
-        str(i): _picture(some.source, some.source[p], upright) for p, i in enumerate(indices)
+        str(i): _picture(some.source, some.source[p], options) for p, i in enumerate(indices)
     }
     return [by_name[name] for name in names]
 
 
-def _picture(decoding: Decoding, example: Example, upright: bool) -> Image.Image:
+def _picture(decoding: Decoding, example: Example, options: ReadOptions) -> Image.Image:
     """Returns the picture in colour, as the encoder saw it."""
     if isinstance(example.image, bytes):
-        return Image.fromarray(decoding.pixels(example.image, upright))
+        return Image.fromarray(decoding.pixels(example.image, options))
     x = example.image
     return Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x).convert("RGB")
 
 
-def _opened(files: Decoding, path: pathlib.Path, upright: bool) -> Image.Image:
+def _opened(files: Decoding, path: pathlib.Path, options: ReadOptions) -> Image.Image:
     try:
-        return _picture(files, Example(path.read_bytes()), upright)
+        return _picture(files, Example(path.read_bytes()), options)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; was the folder moved since?") from error

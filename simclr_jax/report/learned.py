@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from simclr_jax.data.pictures import Picture, pictures_of
+from simclr_jax.data.pixels import ReadOptions
 from simclr_jax.data.split import Split
 from simclr_jax.evals.nearest import nearest
 from simclr_jax.pretrained import Encoder
@@ -63,7 +64,7 @@ class Prepared(NamedTuple):
     label: int
 
 
-def embed_sample(encoder: Encoder, split: Split, count: int, upright: bool) -> Embedded:
+def embed_sample(encoder: Encoder, split: Split, count: int, options: ReadOptions) -> Embedded:
     """Embeds a sample of a split; see `pictures_of`. Holds 256 views, and a thumbnail of each image."""
 
     def prepared(picture: Picture) -> Prepared:
@@ -71,7 +72,7 @@ def embed_sample(encoder: Encoder, split: Split, count: int, upright: bool) -> E
         view = encoder.preprocess(colour)
         return Prepared(view, _thumbnail(colour), picture.place, picture.label)
 
-    waiting = pictures_of(split, count, upright, prepared)
+    waiting = pictures_of(split, count, options, prepared)
     parts, thumbnails, places, labels = [], [], [], []
     while some := list(itertools.islice(waiting, _BATCH)):
         parts.append(encoder(np.stack([one.view for one in some])))
@@ -105,8 +106,9 @@ def most_isolated(near: Near, count: int) -> np.ndarray:
 
 
 def most_alike(near: Near, count: int) -> list[tuple[int, int, float]]:
-    """Returns the `count` most similar pairs (first, second, cosine). An image is in one pair alone, that with its nearest
-    image that is in none yet: the many pairs of one group of copies would hide the remaining pairs.
+    """Returns the `count` most similar pairs (first, second, cosine). Takes pairs from the most
+    similar on, and leaves out one whose images are already in another pair: the many pairs of one group of copies
+    would hide the remaining pairs.
     """
     pairs = {}
     for i, (row, similar) in enumerate(zip(near.indices, near.similarities, strict=True)):

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble
 from simclr_jax import config as config_lib
 from simclr_jax.console import say
-from simclr_jax.data import name_of
+from simclr_jax.data import name_of, read_options
 from simclr_jax.data.split import Split
 from simclr_jax.data.subsets import evenly
 from simclr_jax.errors import UserError
@@ -124,7 +124,7 @@ def _pictures(config: ConfigDict, run: RunFiles, data: Any) -> dict[str, Any]:
     """
     encoder = load_encoder(str(run.workdir))
     split = data.train
-    some = learned.embed_sample(encoder, split, _EMBEDDED, config.data.upright)
+    some = learned.embed_sample(encoder, split, _EMBEDDED, read_options(config.data))
     if len(some.h) < 2:
         return {}
     if not np.isfinite(some.h).all():
@@ -204,7 +204,7 @@ def _confusion(
     classes, test = data.train.classes, data.test
     if test is None or not test.classes:
         return None
-    asked = learned.embed_sample(encoder, test, _TESTED, config.data.upright)
+    asked = learned.embed_sample(encoder, test, _TESTED, read_options(config.data))
     counts = learned.confusions(train, asked)
     if not counts:
         return None

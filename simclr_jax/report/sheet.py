@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax.console import say
+from simclr_jax.data import read_options
 from simclr_jax.data.folder import root_of
 from simclr_jax.data.pictures import pictures_of, places_of
 from simclr_jax.data.split import Split
@@ -32,7 +33,7 @@ def sheet_of(config: ConfigDict, split: Split) -> list[dict]:
     """
     made = assemble.views(config, make_mesh())
     rows = []
-    for picture in pictures_of(split, _IMAGES, config.data.upright):
+    for picture in pictures_of(split, _IMAGES, read_options(config.data)):
         height, width, channels = picture.image.shape
         name = name_of_image(split, picture.place)
         colour = np.repeat(picture.image, 3 // channels, axis=-1)

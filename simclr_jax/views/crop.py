@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from simclr_jax.data.pixels import ReadOptions
 from simclr_jax.options import flag, interval, option_field
 
 CROP_ATTEMPTS = 10  # then the largest centred crop of an allowed aspect ratio is taken
@@ -87,15 +88,13 @@ class EvaluationView(NamedTuple):
       size: height and width of the view, pixels.
       proportion: in (0, 1].
       antialias: see `Crop`.
-      upright: turn images as the orientation in their EXIF data says, before all else.
-      sample_bits: see `data.pixels.read`.
+      read: how images become pixels, before all else.
     """
 
     size: int
     proportion: float = 1.0
     antialias: bool = False
-    upright: bool = True
-    sample_bits: int = 0
+    read: ReadOptions = ReadOptions()
 
     def of(self, image: np.ndarray) -> np.ndarray:
         """Makes the view, uint8 [size, size, C], of an upright image, uint8 [H, W, C], in NumPy."""
@@ -106,6 +105,12 @@ class EvaluationView(NamedTuple):
         weights = weights.astype(np.float32)
         x = np.einsum("uh,hwc,vw->uvc", weights, square, weights, optimize=True)
         return np.round(np.clip(x, 0.0, 255.0)).astype(np.uint8)
+
+    def by_option(self) -> dict[str, Any]:
+        """Returns what decides the view, {option: value}, without the options' groups."""
+        size, proportion, antialias, read = self
+        sides = {"image_size": size, "eval_crop": proportion, "antialias": antialias}
+        return sides | read._asdict()
 
     def describe(self) -> str:
         """Says in words what is cut from a picture, and to which size it is brought."""

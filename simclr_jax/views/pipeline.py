@@ -10,6 +10,7 @@ from simclr_jax.data.broken import Images
 from simclr_jax.data.decode import reason_of
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Order, Share
+from simclr_jax.data.pixels import ReadOptions
 from simclr_jax.data.source import CORES, in_order
 from simclr_jax.errors import UserError
 from simclr_jax.files import raise_if_away
@@ -33,13 +34,13 @@ class HostWork:
       size: height and width of a view, pixels.
       distortion: how strongly the views of an image differ.
       whole: make whole views; else only their crops, of as many channels as the images have.
-      upright: turn images as the orientation in their EXIF data says.
+      read: how images become pixels.
     """
 
     size: int
     distortion: Distortion
     whole: bool = True
-    upright: bool = True
+    read: ReadOptions = ReadOptions()
 
 
 def training_batches(
@@ -82,7 +83,7 @@ def training_batches(
     @_as_written
     def views_of(example):
         draws = draw(seed, example["epoch"], example["index"], distortion)
-        image = split.decode(example["image"], work.upright)
+        image = split.decode(example["image"], work.read)
         views = make(image, draws, size, distortion)
         return finished(example, views, draws)
 
@@ -139,7 +140,7 @@ def evaluation_batches(
 
     @_as_written
     def image_of(example):
-        decoded = split.decode(example["image"], view.upright)
+        decoded = split.decode(example["image"], view.read)
         image = center_crop(decoded, view)
         return {"image": image, "label": example["label"]}
 

@@ -33,7 +33,7 @@ class ViewSettings:
     Attributes:
       order: the seed, the global batch's size and this process's part.
       distortion: how strongly views differ.
-      evaluation: the view that evaluation takes; those of training are as large, and turned upright where it is.
+      evaluation: the view that evaluation takes; those of training are as large, of images that are read as it reads them.
       mesh: all devices.
     """
 
@@ -124,8 +124,8 @@ class HostViews:
         from simclr_jax.views import pipeline
 
         settings = self.settings
-        upright = settings.evaluation.upright
-        work = pipeline.HostWork(settings.size, settings.distortion, self.whole, upright)
+        read = settings.evaluation.read
+        work = pipeline.HostWork(settings.size, settings.distortion, self.whole, read)
         return pipeline.training_batches(images, settings.order, start_step, work)
 
     def placer(self, split: Split) -> Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]:

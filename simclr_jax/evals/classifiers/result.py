@@ -6,7 +6,7 @@ the step that did best on it. The test split chooses nothing.
 
 from ml_collections import ConfigDict
 
-from simclr_jax import processes
+from simclr_jax import assemble, processes
 from simclr_jax.console import say
 from simclr_jax.evals import results
 from simclr_jax.evals.classifiers.protocol import Protocol
@@ -42,7 +42,8 @@ def _rows(config: ConfigDict, trainer: Trainer, protocol: Protocol) -> dict:
         else 0,
         "test_images": trainer.parts.test.split.count,
         "settings": protocol.options.to_dict()
-        | {"seed": config.seed, "metric": trainer.parts.metric, "views": results.views_of(config)},
+        | {"seed": config.seed, "metric": trainer.parts.metric}
+        | {"views": assemble.evaluation_view(config).by_option()},
     }
     path = trainer.path
     _say_how_many(trainer, protocol)
