@@ -58,13 +58,15 @@ class Runs:
                 )
         return workdir
 
-    def fine_tuned(self, name: str, *more: str) -> dict[str, dict[float, dict]]:
-        """Pretrains into the folder `name`, fine-tunes; returns {features: {share: row of the result}}."""
+    def fine_tuned(self, name: str, layer: int, *more: str) -> dict[str, dict[float, dict]]:
+        """Pretrains into the folder `name`, fine-tunes from a layer of the head (0: h); returns
+        {features: {share: row of the result}}.
+        """
         self.command(name, "pretrain", "health.json", "--config.eval.after_training=none", *more)
-        result = self.folder / name / "finetune.json"
+        result = self.folder / name / ("finetune" + (f"_layer_{layer}" if layer else "") + ".json")
         if result.exists() and len(json.loads(result.read_text())["rows"]) < 2 * len(SHARES):
             result.unlink()  # left by an interrupted command, which goes on
-        self.command(name, "finetune", result.name, *more)
+        self.command(name, "finetune", result.name, f"--config.finetune.from_layer={layer}", *more)
         rows = json.loads(result.read_text())["rows"]
         found: dict[str, dict[float, dict]] = {}
         for row in rows:
@@ -86,8 +88,8 @@ def of_seed(runs: Runs, width: float) -> list[dict]:
     three = ("--config.model.head_layers=3",)
     half = (f"--config.model.width={width / 2:g}",)
     one_step = ("--config.train.steps=1", "--config.optimizer.warmup_epochs=0.0")
-    large = runs.fine_tuned("pretrained", *three, "--config.finetune.from_layer=1")
-    small = runs.fine_tuned("small", *half, *one_step)
+    large = runs.fine_tuned("pretrained", 1, *three)
+    small = runs.fine_tuned("small", 0, *half, *one_step)
     found = []
     for share in SHARES:
         tuned = large["encoder"][share]

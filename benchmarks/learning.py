@@ -34,6 +34,8 @@ STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # scikit-learn's C
 MOST_TRAINING = 10_000  # images that the probe is fitted on
 # The rate of lightly's documentation, and four times it: in a short training the best rate may be higher.
 LIGHTLY_RATES = (0.06, 0.24)
+# The options that other flags decide, or that this program itself sets.
+NOT_SET = {"seed", "train.epochs", "train.steps", "train.log_every_steps", "views.flip"}
 # The options that other kinds than ours read.
 READ = {
     "raw pixels": ("data.image_size",),
@@ -79,7 +81,8 @@ class Part(NamedTuple):
 def load(path: pathlib.Path) -> dict[str, Part]:
     """Reads {"train", "test"} from a folder or an .npz file."""
     if path.is_dir():
-        return {name: read_folder(path / name) for name in ("train", "test")}
+        train, classes = read_folder(path / "train")
+        return {"train": train, "test": read_folder(path / "test", classes)[0]}
     with np.load(path) as file:
         return {
             name: Part([in_color(x) for x in file[f"{name}_images"]], file[f"{name}_labels"])
@@ -92,13 +95,18 @@ def in_color(image: np.ndarray) -> np.ndarray:
     return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
 
 
-def read_folder(root: pathlib.Path) -> Part:
-    """Reads the image files of class folders."""
+def read_folder(
+    root: pathlib.Path, classes: tuple[str, ...] | None = None
+) -> tuple[Part, tuple[str, ...]]:
+    """Reads the image files of class folders. Returns them and the names of the classes, which number the labels: those
+    that are there, or `classes`.
+    """
     from simclr_jax.data import pixels
     from simclr_jax.data.folder import open_split
 
-    source = open_split(str(root), labels=True).source
-    return Part([pixels.read(source[i].image) for i in range(len(source))], source.labels)
+    source = open_split(str(root), labels=True, classes=classes).source
+    images = [pixels.read(source[i].image) for i in range(len(source))]
+    return Part(images, source.labels), source.classes
 
 
 def settings(images: list[np.ndarray]) -> dict:
@@ -325,6 +333,8 @@ def main() -> None:
     parser.add_argument("--only_ours", action="store_true", help="at equal epochs, without peer")
     parser.add_argument("--one", nargs=2, metavar=("KIND", "SEED"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    for name in {option.partition("=")[0] for option in arguments.set} & NOT_SET:
+        parser.error(f"--set={name}: expected --seeds, --epochs or --no_flip, or nothing")
     data = load(pathlib.Path(arguments.data))
     automatic = settings(data["train"].images)
     if arguments.one:

@@ -12,7 +12,8 @@ def lines() -> list[str]:
     """Makes the table, in Markdown: a line a case, whose first row is ours and the rest its peers."""
     rows: list[dict] = []
     for kind in ("input", "step", "loss"):
-        rows += json.loads(max(RESULTS.glob(f"{kind}-[0-9]*.json")).read_text())["rows"]
+        whole = RESULTS.glob(f"{kind}-[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9].json")
+        rows += json.loads(max(whole).read_text())["rows"]
     found = ["| | simclr_jax | beside | times as fast |", "| --- | --- | --- | --- |"]
     for case, group in itertools.groupby(rows, lambda row: row["name"].rpartition(", ")[0]):
         ours, *peers = group

@@ -5,13 +5,17 @@ import json
 import pathlib
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 from simclr_jax import assemble
 from simclr_jax.bench import __main__ as bench
 from simclr_jax.bench import loss
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import make_mesh
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -97,10 +101,28 @@ def test_what_cannot_be_measured_is_refused():
         bench.main(["stp"])
 
 
+def benchmark(name):
+    """Imports a file of benchmarks/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_page_about_speed_has_the_table_of_the_newest_results():
     """Made by `python benchmarks/table.py`."""
-    root = pathlib.Path(__file__).parent.parent
-    spec = importlib.util.spec_from_file_location("table", root / "benchmarks/table.py")
-    table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(table)
-    assert "\n".join(table.lines()) in (root / "docs/performance.md").read_text()
+    assert "\n".join(benchmark("table").lines()) in (ROOT / "docs/performance.md").read_text()
+
+
+def test_the_benchmark_of_learning_numbers_the_classes_of_both_folders_alike(tmp_path):
+    for place, value in (
+        ("train/a", 0),
+        ("train/b", 1),
+        ("train/c", 2),
+        ("test/b", 1),
+        ("test/c", 2),
+    ):
+        (tmp_path / place).mkdir(parents=True)
+        Image.fromarray(np.full((4, 4, 3), value, np.uint8)).save(tmp_path / place / "x.png")
+    for part in benchmark("learning").load(tmp_path).values():
+        assert [image[0, 0, 0] for image in part.images] == part.labels.tolist()

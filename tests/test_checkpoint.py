@@ -335,5 +335,8 @@ def test_what_is_made_of_a_checkpoint_lies_beside_the_workdirs(tmp_path, monkeyp
     monkeypatch.chdir(step)
     assert beside(".")[1] == "_step_20"
     assert beside(str(tmp_path / "w")) == (epath.Path(tmp_path / "w"), "")
+    assert beside(str(tmp_path / "w/checkpoints")) == (epath.Path(tmp_path / "w"), "")
+    (tmp_path / "checkpoints/checkpoints/20").mkdir(parents=True)  # a workdir of this name
+    assert beside(str(tmp_path / "checkpoints")) == (epath.Path(tmp_path / "checkpoints"), "")
     (tmp_path / "copied/20/config").mkdir(parents=True)
     assert beside(str(tmp_path / "copied/20"))[1] == ""

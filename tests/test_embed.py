@@ -591,7 +591,9 @@ def test_a_picture_of_neighbours(run, tmp_path, capsys):
     assert "replaces" not in capsys.readouterr().out
     shutil.copy(features, tmp_path / "copy.parquet")
     embed(config, workdir, str(root), str(tmp_path / "copy.parquet"))
-    assert "copy.parquet, which holds features of other images" in capsys.readouterr().out
+    assert "copy.parquet, made of other images" in capsys.readouterr().out
+    embed(config, workdir, str(root), str(tmp_path / "copy.parquet"), with_z=True)
+    assert "copy.parquet, made with another --with_z" in capsys.readouterr().out
     with pytest.raises(
         UserError, match=r"photos' holds other images than .* run --mode=embed again"
     ):

@@ -17,7 +17,7 @@ from sklearn.metrics import top_k_accuracy_score
 
 import simclr_jax
 from simclr_jax import assemble, config
-from simclr_jax.data import name_of
+from simclr_jax.data import forget_opened, name_of, open_source
 from simclr_jax.data.arrays import in_memory
 from simclr_jax.data.split import DataSet
 from simclr_jax.data.subsets import few_labels, split_validation
@@ -186,6 +186,11 @@ def test_an_evaluation_gets_the_metric_that_was_asked_for(tiny, tmp_path, monkey
     tiny.eval.metric = "mean_per_class"
     result = evaluate_features("transfer", tiny, str(workdir))
     assert set(seen) == {"mean_per_class"} == {result["settings"]["metric"]}
+    tiny.eval.metric = "11_point_map"  # for several labels an image
+    assert evaluate_features("knn", tiny, str(workdir))["rows"]  # of accuracy, whatever is asked
+    monkeypatch.setattr(subjects, "features_of", None)  # it says so before it computes features
+    with pytest.raises(UserError, match=r"eval.metric=11_point_map is for several labels"):
+        evaluate_features("transfer", tiny, str(workdir))
 
 
 def test_features_are_centred_and_scaled_by_the_training_images():
@@ -782,6 +787,9 @@ def test_a_run_is_followed_anew_with_other_settings(trained_beside):
     assert evaluate_features("knn", c, str(workdir), follow=True)["settings"]["k"] == 3
     assert evaluated == [6]
     evaluated.clear()
+    c.eval.seeds, c.eval.labels_per_class = 1, (2,)  # they change no line
+    evaluate_features("knn", c, str(workdir), follow=True)
+    assert evaluated == []
     c.data.eval_crop = 0.5
     evaluate_features("knn", c, str(workdir), follow=True)
     assert evaluated == saved_steps(workdir)
@@ -926,6 +934,9 @@ def test_results_of_other_data_have_files_of_their_own(tiny, tmp_path, capsys):
     saved = dict.fromkeys(saved)
     assert name("a", "b").startswith("knn_x_")
     assert "weights were imported, and have no data of their own" in capsys.readouterr().out
+    tiny.data.test_fraction = 0.2
+    name("a", "b")
+    assert "was trained on" not in capsys.readouterr().out  # nothing is known
     saved = {"data_fingerprint": "run"}  # of an earlier version
     assert name("run", "d", **{"data.name": ""}) == "knn.json"
 
@@ -958,6 +969,29 @@ def test_test_images_that_were_trained_on_are_told(tiny, tmp_path, capsys):
     assert not is_told({}, fifth | {"data.path": "elsewhere"})
     assert not is_told({}, {})
     assert is_told({}, {}, test="run")
+
+
+def test_other_labels_of_a_partly_labelled_folder_hold_out_images_that_were_trained_on(
+    tiny, tmp_path, capsys
+):
+    arrays = {"train_images": random_images(60, 12, 12)}
+    for name, labelled in (("a", range(30)), ("b", range(30, 60))):
+        labels = np.full(60, -1)
+        labels[list(labelled)] = np.arange(30) % 3
+        np.savez(tmp_path / f"{name}.npz", **arrays, train_labels=labels)
+    tiny.data.test_fraction, tiny.data.path = 0.2, str(tmp_path / "a.npz")
+    train = open_source(tiny.data.to_dict() | {"seed": 0}).train
+    saved = {
+        "data_fingerprint": train.fingerprint(),
+        "config": tiny.to_dict(),
+        "training_images": train.count,
+    }
+    shutil.copy(tmp_path / "b.npz", tmp_path / "a.npz")
+    forget_opened()
+    others = open_source(tiny.data.to_dict() | {"seed": 0})
+    assert others.train.count == train.count
+    results.path_of(tiny, saved, others, str(tmp_path), "knn")
+    assert "was trained on test images" in capsys.readouterr().out
 
 
 def test_a_result_is_called_after_its_data_and_says_its_settings(tiny, tmp_path, capsys):

@@ -226,6 +226,8 @@ def test_few_test_images_are_too_few_to_tell():
     rows[1]["accuracy"] = 0.35
     assert judge_accuracy(rows, {}, 25).name == "no better than untrained"
     assert judge_accuracy(rows, {"other_view_top1": 1.0}, 25).name == "a shortcut"
+    rows[0]["accuracy"], rows[1]["accuracy"] = 1.0, 1.0
+    assert judge_accuracy(rows, {}, 1000).name == "not judged"
     rows[0]["accuracy"], rows[1]["accuracy"] = 1.0, 0.95  # one image of 20
     assert judge_accuracy(rows, {}, 20).name == "not judged"
     assert judge_accuracy(rows, {}, 200).name == "no better than untrained"

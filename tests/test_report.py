@@ -520,6 +520,14 @@ def test_a_skipped_step_is_no_failure_and_a_sick_run_that_goes_on_is_judged(tmp_
     (folder / "not_finite_step_4005.json").unlink()
     (folder / "not_finite_step_4012.json").write_text("{}")
     assert not read_run_files(str(folder)).has_failed  # as many, but not in a row
+    for step in range(3995, 4006):  # a report falls among them
+        (folder / f"not_finite_step_{step}.json").write_text("{}")
+    (folder / "not_finite_step_4012.json").unlink()
+    for step in range(4006, 4012):
+        (folder / f"not_finite_step_{step}.json").unlink()
+    assert read_run_files(str(folder)).has_failed
+    (folder / "metrics.jsonl").write_text(line.replace("4000", "4050"))
+    assert not read_run_files(str(folder)).has_failed  # it went on
 
 
 def test_an_unfinished_fine_tuning_has_empty_cells():

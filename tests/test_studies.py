@@ -4,6 +4,7 @@ import itertools
 import json
 import pathlib
 import re
+import statistics
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -565,6 +566,21 @@ def test_claims():
     assert rises("up", [("c",), ("b",), ("a",)])(scores).held
     assert not rises("down", [("a",), ("b",), ("c",)])(scores).held
     assert rises("open", [("a",), ("d",)])(scores).held is None
+
+
+def test_ties_hold_no_claim():
+    """As many right answers in all, in other seeds: the means differ by their rounding."""
+    scores = {
+        ("a",): {0: 0.1, 1: 0.7, 2: 0.3},
+        ("b",): {0: 0.3, 1: 0.1, 2: 0.7},
+        ("c",): {0: 0.7, 1: 0.3, 2: 0.1},
+        ("d",): {0: 0.0, 1: 0.0, 2: 0.0},
+    }
+    assert len({statistics.mean([x[s] - scores["b",][s] for s in x]) for x in scores.values()}) > 2
+    for one, other in itertools.permutations((("a",), ("b",), ("c",)), 2):
+        assert not above("tie", one, other)(scores).held
+        assert not rises("tie", [one, other])(scores).held
+        assert among_best("tie", one, 1)(scores).held
 
 
 @pytest.mark.parametrize(("up", "down"), [(3, 0), (2, 1), (5, 0), (1, 6)])

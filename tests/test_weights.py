@@ -8,19 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import encoder_checkpoint
 from etils import epath
 from flax import linen as nn
 from safetensors.numpy import load_file, save_file
 
 import simclr_jax
-from simclr_jax import config, main, weights
+from simclr_jax import assemble, config, main, weights
 from simclr_jax.encoders import ENCODERS, init_encoder
 from simclr_jax.encoders.resnet import ResNet
 from simclr_jax.encoders.sk_resnet import SkResNet
 from simclr_jax.errors import UserError
 from simclr_jax.files import locked
+from simclr_jax.modes.export import export
 from simclr_jax.modes.import_weights import import_weights
 from simclr_jax.training.state import count_parameters
+from simclr_jax.training.workdir import run_record
 from simclr_jax.weights import published, tensorflow, torchvision
 from simclr_jax.weights.contents import layers_in_order
 
@@ -489,6 +492,39 @@ def test_the_names_of_classes_come_back(tmp_path, written, read):
     arrays |= {"fc.weight": np.ones((2, 64), np.float32), "fc.bias": np.ones(2, np.float32)}
     assert torchvision.convert(arrays, {"classes": written}).classes == read
     assert torchvision.convert(arrays, {}).classes is None
+
+
+@pytest.mark.parametrize(
+    ("format", "depth", "width"),
+    [("safetensors", 10, 0.125), pytest.param("huggingface", 18, 1.0, marks=pytest.mark.whole)],
+)
+def test_an_export_that_is_imported_takes_images_as_before(tmp_path, capsys, format, depth, width):
+    c, options = config.default(), config.default()
+    c.data.source = options.data.source = "synthetic"
+    c.model.depth, c.model.width, c.model.head, c.model.pool_padding = (
+        depth,
+        width,
+        "none",
+        "symmetric",
+    )
+    c.data.image_size, c.data.eval_crop, c.views.antialias, c.data.sample_bits = 32, 0.75, True, 12
+    workdir, again = encoder_checkpoint(c, tmp_path / "w"), str(tmp_path / "again")
+    file = tmp_path / "model.safetensors"
+    export(c, workdir, format, str(file if format == "safetensors" else tmp_path))
+    capsys.readouterr()
+    import_weights(options, again, str(file))
+    assert "images      32 px: the middle 75.0% of each side" in capsys.readouterr().out
+    assert simclr_jax.load_encoder(again).view == assemble.evaluation_view(c)
+    if format == "huggingface":
+        export(config.from_dict(run_record(again)["config"]), again, format, str(tmp_path / "hub"))
+        card = (tmp_path / "hub" / "README.md").read_text()
+        assert "Imported, not trained, by simclr_jax, for images of 32 px." in card
+        assert "simclr\n" not in card
+
+
+@pytest.mark.parametrize("view", ["{", "[]", '{"size": 3}'])
+def test_a_description_of_images_that_says_nothing_is_passed_over(view):
+    assert torchvision._view({"view": view}) == {}
 
 
 def test_the_head_of_an_import_is_the_published_one(tmp_path):

@@ -32,6 +32,8 @@ from simclr_jax.training.workdir import run_record
 
 _LOOK_EVERY_SECONDS = 10.0  # of a run that is followed
 _BLOCK = 4096  # rows
+# Options of the group "eval" that decide which rows a result has; not the row of the encoder with all labels.
+_OF_ROWS = ("labels_per_class", "label_fraction", "seeds", "baselines")
 _NONE_YET, _NO_MORE = -1, -2  # in place of the step of a checkpoint
 
 
@@ -123,13 +125,20 @@ def _no_choice(config: ConfigDict, name: str) -> str:
 
 def _evaluate(name: str, subject: _Subject) -> dict:
     evaluation, config, path = EVALUATIONS[name], subject.config, subject.path
+    metric = _metric_of(
+        evaluation, config, subject.data
+    )  # before the features, which may take hours
     features = _features_of_all(subject)
-    metric = subjects.metric_of(config, subject.data)
     result = result_of(evaluation, config, features, subject.trained.record["step"], metric)
     results.save(path, config, result)
     title = evaluation.title(result["settings"])
     results.show(path, result, title, evaluation.table(result["rows"]))
     return result
+
+
+def _metric_of(evaluation: Evaluation, config: ConfigDict, data: DataSet) -> str:
+    """Returns the metric of B.8.1 that an evaluation for several labels an image reports; others report accuracy."""
+    return subjects.metric_of(config, data) if evaluation.sets else "accuracy"
 
 
 def _options_of(config: ConfigDict, metric: str) -> Options:
@@ -161,10 +170,10 @@ def _settings(
     evaluation: Evaluation, config: ConfigDict, metric: str, images: int, classes: int
 ) -> dict:
     """Returns everything that decides a result: the evaluation's own settings, which labels it takes, and the views."""
-    names = ("label_fraction", "seeds", "baselines")
-    labels = {"labels_per_class": list(config.eval.labels_per_class)}
+    labels = {name: config.eval[name] for name in _OF_ROWS}
+    labels["labels_per_class"] = list(labels["labels_per_class"])
     return evaluation.settings(_options_of(config, metric), images, classes) | {
-        "labels": labels | {name: config.eval[name] for name in names},
+        "labels": labels,
         "views": assemble.evaluation_view(config).by_option(),
     }
 
@@ -295,9 +304,15 @@ def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Me
 
 
 def _digest_of_settings(name: str, config: ConfigDict, data: DataSet) -> str:
-    """Returns 8 letters that differ where `_settings` of the evaluation `name` do."""
-    metric, classes = subjects.metric_of(config, data), len(data.train.classes or ())
-    used = _settings(EVALUATIONS[name], config, metric, data.train.count, classes)
+    """Returns 8 letters that differ where `_settings` of the evaluation `name` do, as far as they decide the accuracy with
+    all labels, which a line of --follow holds.
+    """
+    evaluation, classes = EVALUATIONS[name], len(data.train.classes or ())
+    config = config.copy_and_resolve_references()
+    for option in _OF_ROWS:
+        config.eval[option] = config_lib.default().eval[option]
+    metric = _metric_of(evaluation, config, data)
+    used = _settings(evaluation, config, metric, data.train.count, classes)
     labels, views = used.pop("labels"), used.pop("views")
     last = [views.pop("antialias")]
     # In the form of earlier versions, so that what they followed is gone on with.

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from simclr_jax.console import say, show_table
 from simclr_jax.data import name_of
-from simclr_jax.data.split import DataSet
+from simclr_jax.data.indexed import IndexedSplit
+from simclr_jax.data.split import DataSet, Split
 from simclr_jax.evals.contract import Table
 from simclr_jax.evals.scores import Score
 from simclr_jax.files import absolute, write_json
@@ -108,13 +109,16 @@ def path_of(config: ConfigDict, record: dict, data: DataSet, workdir: str, mode:
 def _was_trained_on(config: ConfigDict, record: dict, data: DataSet) -> bool:
     """Returns whether test images may be among those that the encoder was trained on, as far as digests and options tell:
     the test images are the training images; or they are held out where training held some out, and more of them (a
-    smaller held-out part lies within a larger one), or of another number of images.
+    smaller held-out part lies within a larger one), or of another number of images, or, where only labelled images are
+    held out, by other labels. Nothing is known of the data of imported weights.
 
     Args:
       config: the evaluation's configuration.
       record: the checkpoint's.
       data: the evaluation's.
     """
+    if record["data_fingerprint"] is None:
+        return False
     if data.test is not None and data.test.fingerprint() == record["data_fingerprint"]:
         return True
     then, now = record.get("config", {}).get("data"), config.data.to_dict()
@@ -122,10 +126,19 @@ def _was_trained_on(config: ConfigDict, record: dict, data: DataSet) -> bool:
         return False
     alike = all(then.get(name) == now[name] for name in ("source", "name", "train_split"))
     before = then.get("test_fraction", 0.0)
-    others = now["test_fraction"] == before > 0 and data.train.count != record.get(
-        "training_images", data.train.count
+    others = now["test_fraction"] == before > 0 and (
+        data.train.count != record.get("training_images", data.train.count)
+        or (
+            _is_partly_labelled(data.train)
+            and data.train.fingerprint() != record["data_fingerprint"]
+        )
     )
     return alike and (now["test_fraction"] > before or others)
+
+
+def _is_partly_labelled(split: Split) -> bool:
+    """Returns whether some images have no label. Of a stream, which holds out any images, False."""
+    return isinstance(split, IndexedSplit) and bool((split.all_labels() < 0).any())
 
 
 def _name_of(data: dict) -> str:

@@ -90,4 +90,9 @@ OPTIONS = (
     ),
 )
 
-__all__ = ["LOSSES", "OPTIONS", "Loss", "dcl", "nt_xent", "nt_xent_chunked"]
+__all__ = ["LOSSES", "OPTIONS", "Loss", "count_negatives", "dcl", "nt_xent", "nt_xent_chunked"]
+
+
+def count_negatives(images: int, negatives: str) -> int:
+    """Returns how many negatives an anchor has in a batch of B images, by the option loss.negatives."""
+    return 2 * images - 2 if negatives == "both_views" else images - 1

@@ -255,6 +255,7 @@ def _compare(
         rows.append(results.row(kind, None, [score]))
     path = epath.Path(workdir) / "distill.json"
     settings = config.distill.to_dict() | {"seed": config.seed}
+    settings["views"] = views.settings.evaluation.by_option()
     result = {
         "step": int(state.step),
         "rows": rows,

@@ -7,7 +7,7 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -124,7 +124,7 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
     mesh, view = make_mesh(), assemble.evaluation_view(config)
     report = path.with_name(path.name + ".broken_images.jsonl")
     images = assemble.images_of(config, source.split, report)
-    _check_what_is_replaced(path, source)
+    there = _what_is_replaced(path)
     with alone(path.with_name(path.name + ".parts")) as scratch:
         parts = Parts(scratch, subjects.batch_size_of(config, mesh))
         step = parts.begun_with(workdir)
@@ -137,19 +137,20 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
             )
         classes = _classes(source, trained)
         _say_how_labels_are_numbered(source, classes)
-        parts.begin(
-            {
-                "step": trained.record["step"],
-                "encoder": digest_of(trained.encoder),
-                "images": source.split.fingerprint(),
-                "crop": [view.size, view.proportion, view.antialias],
-                **view.read._asdict(),
-                "z": with_z,
-                "batch": parts.batch_size,
-                "input": source.name,
-                "classes": classes,
-            }
-        )
+        about = {
+            "step": trained.record["step"],
+            "encoder": digest_of(trained.encoder),
+            "images": source.split.fingerprint(),
+            "crop": [view.size, view.proportion, view.antialias],
+            **view.read._asdict(),
+            "z": with_z,
+            "batch": parts.batch_size,
+            "input": source.name,
+            "classes": classes,
+        }
+        if differ := [x for name, x in _TOLD.items() if there and there[name] != about[name]]:
+            say(f"replaces    {path}, made {', '.join(differ)}")
+        parts.begin(about)
         extractor = subjects.extractor(config, mesh, subjects.representations(config, with_z))
         for rows in _rows(config, source, trained, images, parts, extractor, classes):
             parts.add(rows)
@@ -159,22 +160,29 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
     images.broken.say_how_many()
 
 
-def _check_what_is_replaced(path: pathlib.Path, source: Input) -> None:
-    """Says that a file with the features of other images will be replaced, if there is one.
+# Entries of a feature file, and what is said where another file replaces it that differs in them.
+_TOLD = {
+    "images": "of other images",
+    "encoder": "by another encoder",
+    "crop": "with another crop",
+    "z": "with another --with_z",
+}
+
+
+def _what_is_replaced(path: pathlib.Path) -> dict[str, Any] | None:
+    """Returns what the feature file at `path` says of itself; None: there is none.
 
     Raises:
       UserError: there is another kind of file, such as the images themselves.
     """
     if not path.exists() or (path.is_file() and not path.stat().st_size):
-        return
+        return None
     try:
-        about = read_feature_file(str(path)).about
+        return read_feature_file(str(path)).about
     except UserError as error:
         raise UserError(
             f"--output={path} would replace what --mode=embed did not write ({error}): expected another name"
         ) from error
-    if about["images"] != source.split.fingerprint():
-        say(f"replaces    {path}, which holds features of other images")
 
 
 def _say_how_labels_are_numbered(source: Input, classes: list[str]) -> None:

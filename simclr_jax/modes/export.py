@@ -5,7 +5,6 @@ change is printed, and written into the file if the format has a place for it.
 """
 
 import functools
-import json
 import shlex
 
 import jax
@@ -19,7 +18,7 @@ from simclr_jax.console import say
 from simclr_jax.errors import UserError, one_line
 from simclr_jax.files import located, quoted, replacing, writing
 from simclr_jax.mesh import here
-from simclr_jax.modes.hub import torch_weights, write_repository, write_safetensors
+from simclr_jax.modes.hub import about_file, torch_weights, write_repository, write_safetensors
 from simclr_jax.pretrained import (
     Classifier,
     Encoder,
@@ -30,7 +29,7 @@ from simclr_jax.pretrained import (
 from simclr_jax.training.saved import beside, read_newest
 from simclr_jax.training.workdir import check_encoder
 from simclr_jax.weights.torch_head import head_loading, head_weights
-from simclr_jax.weights.torchvision import architecture, pytorch_loading
+from simclr_jax.weights.torchvision import pytorch_loading
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -103,11 +102,8 @@ def _write_safetensors(encoder: Encoder, path: epath.Path) -> str:
         "loading": loading,
         "images": "float32 [N, 3, H, W] in [0, 1]; the program above does the rest",
         "crop": encoder.view.describe(),
-        "step": str(encoder.step),
-        **architecture(network),
+        **about_file(encoder, network),
     }
-    if isinstance(encoder, Classifier) and encoder.classes:
-        metadata["classes"] = json.dumps(encoder.classes)
     write_safetensors(path, weights, metadata)
     return loading
 

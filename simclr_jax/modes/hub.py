@@ -1,5 +1,7 @@
 """The folder of a Hugging Face repository, from which timm loads the encoder or the classifier."""
 
+import json
+
 import jax
 import numpy as np
 from etils import epath
@@ -37,6 +39,17 @@ def torch_weights(encoder: Encoder) -> tuple[ResNet, dict[str, np.ndarray]]:
     return network, weights
 
 
+def about_file(encoder: Encoder, network: ResNet) -> dict[str, str]:
+    """Returns what a file of weights says of itself, from which `weights.torchvision.convert` makes the options of the
+    model and of its images.
+    """
+    view = json.dumps(encoder.view.by_option())
+    about = {"step": str(encoder.step), "view": view, **architecture(network)}
+    if isinstance(encoder, Classifier) and encoder.classes:
+        about["classes"] = json.dumps(encoder.classes)
+    return about
+
+
 def write_safetensors(
     path: epath.Path, weights: dict[str, np.ndarray], about: dict[str, str]
 ) -> None:
@@ -62,8 +75,7 @@ def write_repository(encoder: Encoder, folder: epath.Path) -> str:
     _check_exact(network)
     _check_what_is_replaced(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"step": str(encoder.step), **architecture(network)}
-    write_safetensors(folder / "model.safetensors", weights, about)
+    write_safetensors(folder / "model.safetensors", weights, about_file(encoder, network))
     settings = _timm_settings(encoder, network)
     write_json(folder / "config.json", settings)
     loading = "\n".join(
@@ -153,16 +165,22 @@ def _card(encoder: Encoder, network: ResNet, settings: dict, loading: str) -> st
     """Writes the model card: a header in YAML, and what a user has to know."""
     what = "classifier" if settings["num_classes"] else "encoder"
     task = "image-classification" if settings["num_classes"] else "image-feature-extraction"
+    tags = "- timm"
+    origin = f"Imported, not trained, by simclr_jax, for images of {encoder.image_size} px."
+    if encoder.step:
+        tags, what = "- simclr\n- timm", f"SimCLR {what}"
+        origin = (
+            f"Trained for {encoder.step} steps at {encoder.image_size} px by simclr_jax, an implementation of SimCLR\n"
+            "(https://arxiv.org/abs/2002.05709)."
+        )
     return f"""---
 library_name: timm
 pipeline_tag: {task}
 tags:
-- simclr
-- timm
+{tags}
 ---
-# {network.describe()}, a SimCLR {what}
-Trained for {encoder.step} steps at {encoder.image_size} px by simclr_jax, an implementation of SimCLR
-(https://arxiv.org/abs/2002.05709).
+# {network.describe()}, {what}
+{origin}
 
 It takes images {_pixels(settings)}, {encoder.image_size} x {encoder.image_size} px: the largest centred square, of whose side
 {encoder.view.proportion:g} is kept, resized by bicubic interpolation. It gives

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from simclr_jax import assemble
 from simclr_jax import config as config_lib
 from simclr_jax import weights as weights_lib
 from simclr_jax.console import say
@@ -21,7 +22,7 @@ def import_weights(config: ConfigDict, workdir: str, input: str) -> None:
 
     Args:
       config: options for the later use of the weights, such as data and evaluation. The file's own options of the
-        model replace those given here.
+        model, and of the images that it takes, replace those given here.
       workdir: a folder without checkpoints.
       input: the file: what `weights.read` takes.
 
@@ -38,7 +39,8 @@ def _import(config: ConfigDict, workdir: str, input: str) -> None:
         raise UserError(f"{workdir} holds checkpoints already: use another --workdir")
     weights = weights_lib.read(input)
     config = config.copy_and_resolve_references()
-    config_lib.set_options(config, {f"model.{name}": x for name, x in weights.model.items()})
+    of_file = {f"model.{name}": x for name, x in weights.model.items()} | dict(weights.view)
+    config_lib.set_options(config, of_file)
     if config.finetune.from_layer and weights.head is None and weights.classifier is None:
         config.finetune.from_layer = 0
         say("settings    finetune.from_layer=0, as the file has no projection head")
@@ -94,6 +96,11 @@ def _describe(config: ConfigDict, weights: Weights) -> None:
     if weights.skipped:
         what = ", ".join(f"{count} of {name}" for name, count in weights.skipped.items())
         say(f"not taken   {what}")
+    view = assemble.evaluation_view(config)
+    known = (
+        "" if weights.view else ", which the file does not say: see data.image_size, data.eval_crop"
+    )
+    say(f"images      {view.describe()}{known}")
     if config.model.standardize != "none":
         say(
             "pixels      less ImageNet's mean, by its deviation, inside the network (model.standardize)"

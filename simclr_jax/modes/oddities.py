@@ -4,6 +4,7 @@ from ml_collections import ConfigDict
 
 from simclr_jax import assemble
 from simclr_jax.console import say
+from simclr_jax.losses import count_negatives
 from simclr_jax.losses.checks import has_gradient
 from simclr_jax.mesh import make_mesh
 from simclr_jax.training.plan import Plan
@@ -26,7 +27,7 @@ def oddities(config: ConfigDict, plan: Plan, images: int) -> list[str]:
     found = []
     if learns_by_loss and batch < 64 and config.loss.name == "nt_xent":
         found.append(
-            f"data.batch_size={batch}: {2 * batch - 2} negatives; below 64 NT-Xent learns slowly, "
+            f"data.batch_size={batch}: {count_negatives(batch, config.loss.negatives)} negatives; below 64 NT-Xent learns slowly, "
             "loss.name=dcl suffers less (Yeh et al. 2022)"
         )
     rules = (0.3 * batch / 256, 0.075 * batch**0.5)  # appendix B.1

@@ -21,6 +21,7 @@ from simclr_jax.evals.on_the_way import evaluations_on_the_way
 from simclr_jax.evals.spread import Spread
 from simclr_jax.evals.verdict import BAD_OF_EVALUATIONS, judge_accuracy
 from simclr_jax.files import expanded, write_json
+from simclr_jax.losses import count_negatives
 from simclr_jax.mesh import FSDP
 from simclr_jax.modes.oddities import oddities, say_unusual
 from simclr_jax.modes.report import report_at_end
@@ -44,10 +45,8 @@ from simclr_jax.training.workdir import (
 )
 from simclr_jax.views.placement import stream
 
-_ADVICE = (
-    "in another --workdir, try a lower optimizer.learning_rate, a longer warm-up, "
-    "model.dtype=float32 or train.skip_not_finite=True"
-)
+_ADVICE = "in another --workdir, try a lower optimizer.learning_rate, a longer warm-up or model.dtype=float32"
+_OR_SKIP = "; train.skip_not_finite=True goes on past single steps"
 
 
 def pretrain(config: ConfigDict, workdir: str, extend: bool = False) -> None:
@@ -96,6 +95,8 @@ def _evaluate(config: ConfigDict, workdir: str) -> None:
         say("            what; --mode=export hands the encoder on")
         return
     result = evaluate_features(evaluation, config, workdir)
+    if config.eval.features != "h":  # a verdict is on the encoder
+        return
     last = _last_metrics(workdir)
     verdict = judge_accuracy(result["rows"], last, result.get("test_images"))
     if verdict is not None:
@@ -165,7 +166,8 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> None:
         verdicts[:] = [judge(step, means, references)]
         return verdicts[0]
 
-    run = run_of(config, plan, workdir, record, _ADVICE, judged)
+    advice = _ADVICE + ("" if config.train.skip_not_finite else _OR_SKIP)
+    run = run_of(config, plan, workdir, record, advice, judged)
     fit(job, stream(made.views, images), run, hooks)
     images.broken.say_how_many()
     say(f"trained to step {plan.steps}: {workdir}/checkpoints, {workdir}/metrics.jsonl")
@@ -227,7 +229,7 @@ def describe_run(config: ConfigDict, made: Pretraining) -> None:
         describe_choices(config, labelled=bool(made.classes))
     say(f"data        {train.count} images, {labels}; views of {config.data.image_size} px")
     say(f"model       {made.encoder.describe()}, {f:.2f} M parameters; head {g:.2f} M")
-    negatives = 2 * batch - 2 if config.loss.negatives == "both_views" else batch - 1
+    negatives = count_negatives(batch, config.loss.negatives)
     stored = f" and up to {config.loss.memory} of earlier batches" if config.loss.memory else ""
     say(f"batch       {batch} images, {2 * batch} views, {negatives} negatives an anchor{stored}")
     has_norm = bool(jax.tree.leaves(state.batch_stats))

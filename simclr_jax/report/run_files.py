@@ -101,12 +101,14 @@ class RunFiles:
     @property
     def has_failed(self) -> bool:
         """Returns whether a loss or gradient that was not finite seems to have ended the run: that of a step after the
-        last report or, with train.skip_not_finite, those of more than SKIPPED_IN_A_ROW steps in a row.
+        last report or, with train.skip_not_finite, those of more than SKIPPED_IN_A_ROW steps in a row, of which the last
+        is after the last report.
         """
-        later = {n for n in map(_step_of, self.failed) if n > self.steps}
+        failed = {_step_of(name) for name in self.failed}
+        last = max(failed, default=0)
         skipped = SKIPPED_IN_A_ROW if self.options["train.skip_not_finite"] else 0
-        ended = bool(later) and {max(later) - i for i in range(skipped + 1)} <= later
-        return ended and self.steps < self.about["plan"]["steps"]
+        ended = {last - i for i in range(skipped + 1)} <= failed
+        return ended and self.steps < last and self.steps < self.about["plan"]["steps"]
 
     def verdict(self) -> dict[str, Any]:
         """Returns {"name", "because", "is_bad"}: the verdict that the run ended with, or, of one that has not

@@ -9,6 +9,7 @@ from simclr_jax import assemble
 from simclr_jax import config as config_lib
 from simclr_jax.console import say
 from simclr_jax.data import name_of, read_options
+from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.split import Split
 from simclr_jax.data.subsets import evenly
 from simclr_jax.errors import UserError
@@ -194,7 +195,8 @@ def _sample(count: int, split: Split) -> str:
     lost = f"; {asked - count} cannot be read" if count < asked else ""
     if asked == split.count:
         return f"{count} of the {asked} training images{lost}"
-    return f"{count} training images (evenly spaced of {split.count}{lost})"
+    how = "evenly spaced of" if isinstance(split, IndexedSplit) else "in runs of adjacent ones, of"
+    return f"{count} training images ({how} {split.count}{lost})"
 
 
 def _confusion(

@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 
 from simclr_jax.studies.contract import Key, Scores, Verdict
 
+# Equal numbers of right answers make means that differ by their rounding, some 1e-17.
+_ROUNDING = 1e-9
+
 Claim = Callable[[Scores], Verdict]
 
 
@@ -21,7 +24,7 @@ def above(text: str, one: Key, other: Key) -> Claim:
         differences = paired(scores, one, other)
         if not differences:
             return Verdict(text, None, f"no seed has both {said(one)} and {said(other)}")
-        return Verdict(text, statistics.mean(differences) > 0, compared(differences))
+        return Verdict(text, statistics.mean(differences) > _ROUNDING, compared(differences))
 
     return verdict
 
@@ -45,7 +48,7 @@ def best(text: str, one: Key, among: Sequence[Key] | None = None) -> Claim:
             because = f"first; {said(second)} follows: {compared(paired(scores, one, second))}"
         else:
             because = f"{said(first)} is {100 * behind:.1f} points above, spread {100 * spread:.1f}"
-        return Verdict(text, behind <= spread, because)
+        return Verdict(text, behind <= spread + _ROUNDING, because)
 
     return verdict
 
@@ -54,10 +57,11 @@ def among_best(text: str, one: Key, count: int) -> Claim:
     """Claims that one key is among the `count` best."""
 
     def verdict(scores: Scores) -> Verdict:
-        keys = sorted((k for k in scores if scores[k]), key=lambda key: -mean(scores, key))
+        keys = [key for key in scores if scores[key]]
         if one not in keys or len(keys) <= count:
             return Verdict(text, None, f"{said(one)} and {count} more are needed")
-        place = keys.index(one) + 1
+        own = mean(scores, one)
+        place = 1 + sum(mean(scores, key) > own + _ROUNDING for key in keys)
         return Verdict(text, place <= count, f"place {place} of {len(keys)}")
 
     return verdict
@@ -73,12 +77,12 @@ def rises(text: str, keys: Sequence[Key]) -> Claim:
                 text, None, f"{len(keys) - len(there)} of {len(keys)} points are missing"
             )
         means = [mean(scores, key) for key in there]
-        up = sum(b > a for a, b in itertools.pairwise(means))
+        up = sum(b > a + _ROUNDING for a, b in itertools.pairwise(means))
         differences = paired(scores, there[-1], there[0])
         if not differences:
             return Verdict(text, None, "the ends have no seed in common")
         because = f"{up} of {len(means) - 1} steps go up; ends: {compared(differences)}"
-        return Verdict(text, statistics.mean(differences) > 0, because)
+        return Verdict(text, statistics.mean(differences) > _ROUNDING, because)
 
     return verdict
 

@@ -93,9 +93,11 @@ def _folder(path: epath.PathLike) -> epath.Path:
 def beside(path: str) -> tuple[epath.Path, str]:
     """Returns the folder for what is made from a workdir or a checkpoint folder, and a suffix for its name: of
     WORKDIR/checkpoints/STEP the workdir and "_step_STEP", as training removes a checkpoint's folder with all that lies
-    in it; otherwise the folder itself and "".
+    in it; of WORKDIR/checkpoints the workdir and ""; otherwise the folder itself and "".
     """
     folder = epath.Path(absolute(path))
+    if _folder(folder) == folder and saved_steps(folder):
+        return folder.parent, ""
     if folder.parent.name == "checkpoints" and (folder / RECORD).is_dir():
         return folder.parent.parent, f"_step_{folder.name}"
     return epath.Path(path), ""

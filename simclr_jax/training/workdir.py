@@ -290,7 +290,7 @@ def about_classifier(
       layer: layer of the projection head that it reads; 0: h.
       outputs: numbers that it puts out for an image.
       classes: their names; None: unknown.
-      online: it was trained along with an encoder that did not see the labels.
+      online: it was trained along with the encoder, by a pretraining; --mode=export of such a run writes the encoder.
     """
     names = list(classes) if classes else None
     return {"layer": layer, "outputs": outputs, "classes": names, "online": online}

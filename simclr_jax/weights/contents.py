@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ class Weights(NamedTuple):
       classifier: {"dense": {"kernel" [D, C], "bias" [C]}}; None: the file has none.
       skipped: how many variables of which kind were not taken, such as {"ema_model": 270}.
       classes: names of the classifier's classes, in order; None: the file does not name them.
+      view: {"data.image_size", ...}: options of the images that the encoder takes; {}: the file does not say.
     """
 
     kind: str
@@ -35,6 +37,7 @@ class Weights(NamedTuple):
     classifier: dict | None
     skipped: dict[str, int]
     classes: list[str] | None = None
+    view: Mapping[str, Any] = MappingProxyType({})
 
 
 _NETWORKS = {"resnet": ResNet, "sk_resnet": SkResNet}

@@ -155,7 +155,7 @@ def convert(weights: Mapping[str, np.ndarray], about: Mapping[str, str]) -> Weig
             )
         dense = {"dense": {"kernel": classifier["weight"].T.copy(), "bias": classifier["bias"]}}
     classes = _classes(about, len(classifier["bias"])) if classifier else None
-    return Weights(KIND, model, encoder, None, dense, {}, classes)
+    return Weights(KIND, model, encoder, None, dense, {}, classes, _view(about))
 
 
 def _classes(about: Mapping[str, str], count: int) -> list[str] | None:
@@ -165,6 +165,26 @@ def _classes(about: Mapping[str, str], count: int) -> list[str] | None:
         if isinstance(found, list) and len(found) == count:
             return [str(name) for name in found]
     return None
+
+
+# Options of an evaluation's view, see `EvaluationView.by_option`, with their groups.
+_OF_VIEW = (
+    "data.image_size",
+    "data.eval_crop",
+    "data.upright",
+    "data.sample_bits",
+    "views.antialias",
+)
+
+
+def _view(about: Mapping[str, str]) -> dict[str, Any]:
+    """Returns {option: value} of the images that --mode=export wrote into the description; {}: there are none."""
+    with contextlib.suppress(KeyError, ValueError):
+        found = json.loads(about["view"])
+        if isinstance(found, dict):
+            named = {option: option.partition(".")[2] for option in _OF_VIEW}
+            return {option: found[name] for option, name in named.items() if name in found}
+    return {}
 
 
 def _model_of(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ def finetune(config: ConfigDict, workdir: str) -> dict:
     of the projection head. The untrained encoder beside it is trained in the same way from its random
     start.
 
-    Writes WORKDIR/finetune.json and shows a table.
+    Writes WORKDIR/finetune.json, or WORKDIR/finetune_layer_L.json from layer L of the head, and shows a table.
 
     Returns:
       the result.

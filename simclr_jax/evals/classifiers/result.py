@@ -15,6 +15,9 @@ from simclr_jax.evals.contract import Table
 from simclr_jax.evals.scores import METRIC_NAMES, Score
 from simclr_jax.evals.subjects import ENCODER
 
+# Options of the group "eval" that decide a result, of its labels and rows.
+_OF_LABELS = ("validation_fraction", "seeds", "baselines")
+
 
 def train_all(config: ConfigDict, workdir: str, protocol: Protocol) -> dict:
     """Trains with each fraction of the labels from each start, and returns the result.
@@ -42,8 +45,12 @@ def _rows(config: ConfigDict, trainer: Trainer, protocol: Protocol) -> dict:
         else 0,
         "test_images": trainer.parts.test.split.count,
         "settings": protocol.options.to_dict()
-        | {"seed": config.seed, "metric": trainer.parts.metric}
-        | {"views": assemble.evaluation_view(config).by_option()},
+        | {
+            "seed": config.seed,
+            "metric": trainer.parts.metric,
+            "labels": {name: config.eval[name] for name in _OF_LABELS},
+            "views": assemble.evaluation_view(config).by_option(),
+        },
     }
     path = trainer.path
     _say_how_many(trainer, protocol)

@@ -194,8 +194,8 @@ class Trainer:
             "config": self._config.to_dict(),
             "classifier": about_classifier(self._protocol.layer, parts.outputs, names),
             "classes": parts.classes,
-            "training_images": parts.whole.count,
-            "data_fingerprint": parts.whole.fingerprint(),
+            "training_images": parts.data.train.count,
+            "data_fingerprint": parts.data.train.fingerprint(),
             "encoder": self.starts.digest,
         }
 
