@@ -34,6 +34,7 @@ from simclr_jax.training.saved import (
     with_shardings,
 )
 from simclr_jax.training.state import start_of
+from simclr_jax.training.workdir import alone_in
 
 
 def abstract_of(config):
@@ -338,5 +339,9 @@ def test_what_is_made_of_a_checkpoint_lies_beside_the_workdirs(tmp_path, monkeyp
     assert beside(str(tmp_path / "w/checkpoints")) == (epath.Path(tmp_path / "w"), "")
     (tmp_path / "checkpoints/checkpoints/20").mkdir(parents=True)  # a workdir of this name
     assert beside(str(tmp_path / "checkpoints")) == (epath.Path(tmp_path / "checkpoints"), "")
+    for path in (tmp_path / "w/checkpoints", step):
+        (step / "encoder").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match="is a folder of checkpoints: expected the workdir"):
+            alone_in(str(path))
     (tmp_path / "copied/20/config").mkdir(parents=True)
     assert beside(str(tmp_path / "copied/20"))[1] == ""

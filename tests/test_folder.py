@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from simclr_jax import assemble, config
@@ -371,6 +372,17 @@ def test_images_of_16_bits_get_one_scale(tmp_path, capsys):
     (seen,) = batch["views"][batch["index"] == 0]
     assert 0 < seen.max() <= dim.max() + 2  # the bicubic crop overshoots a little
     assert load(f"folder:{tmp_path}", ["--config.data.sample_bits=0"]).data.sample_bits == 0
+
+
+def test_colours_of_16_bits_are_not_scaled_by_the_grey_images(tmp_path):
+    """In colour most PNGs of 16 bits use them all: at 12 bits nearly all of one would be white."""
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 4096, (9, 9)).astype(np.uint16)).save(tmp_path / f"{i}.png")
+    assert summary.summarize(tmp_path).sample_bits == 12
+    colour = rng.integers(0, 65536, (9, 9, 3)).astype(np.uint16)
+    (tmp_path / "c.png").write_bytes(tf.io.encode_png(colour).numpy())
+    assert summary.summarize(tmp_path).sample_bits == 0
 
 
 def test_a_part_may_be_held_out_of_a_small_folder():

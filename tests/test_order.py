@@ -5,7 +5,14 @@ import itertools
 import numpy as np
 import pytest
 
-from simclr_jax.data.order import Order, Share, batch_positions, epoch_order, next_whole
+from simclr_jax.data.order import (
+    Order,
+    Share,
+    batch_positions,
+    epoch_order,
+    next_whole,
+    standing_in,
+)
 from simclr_jax.data.subsets import split_validation
 from simclr_jax.errors import UserError
 
@@ -72,6 +79,30 @@ def test_the_stand_in_of_a_broken_image_is_the_next_whole_one(broken):
 
     found = next_whole(np.isin(np.arange(4), broken))
     assert found.tolist() == [stand_in(place) for place in range(4)]
+
+
+def test_what_stands_in_is_in_the_batch_once():
+    """Else it would be its own negative. Of too few whole images it is the next one, as in evaluation."""
+    broken = np.isin(np.arange(8), (2, 3, 7))
+    assert standing_in(broken, np.asarray([2, 4, 7, 3])).tolist() == [5, 4, 0, 6]
+    assert standing_in(broken, np.asarray([7, 0, 6])).tolist() == [1, 0, 6]
+    assert standing_in(broken, np.asarray([0, 1, 4, 5, 6, 2])).tolist() == [0, 1, 4, 5, 6, 4]
+
+
+def test_the_images_of_an_order_that_are_held_out_are_nested():
+    """Of more labels and of larger fractions: what one training held out is held out by others."""
+    among = np.random.default_rng(0).random(100) < 0.5
+    fifth, tenth = (set(split_validation(100, f, 0, among=among)[1]) for f in (0.2, 0.1))
+    assert tenth < fifth
+    assert all(among[i] for i in fifth)
+    part, held = split_validation(100, 0.2, 0, among=among)
+    assert sorted([*part, *held]) == list(range(100))
+    for one, other in zip(
+        split_validation(100, 0.2, 0),
+        split_validation(100, 0.2, 0, among=among | True),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize(("count", "fraction"), [(1, 0.1), (2, 0.9), (4, 0.9)])

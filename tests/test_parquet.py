@@ -130,6 +130,7 @@ def test_files_that_number_classes_beside_files_that_name_them_are_refused(tmp_p
     """They would become twice as many classes."""
     write(tmp_path / "1.parquet", [0, 1], names=["cat", "dog"])
     write(tmp_path / "2.parquet", [0, 1])
+    write(tmp_path / "0.parquet", [-1, -1])  # no label: that file is of either kind
     with pytest.raises(UserError, match=r"2\.parquet numbers its classes, and .*1\.parquet names"):
         train_on(tmp_path)
 

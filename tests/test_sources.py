@@ -555,9 +555,13 @@ def test_damaged_record_files_are_one_line(tmp_path):
 def test_splits_of_tfds_are_joined(most_in_memory, tmp_path, monkeypatch):
     monkeypatch.setattr(tfds_source, "_IN_MEMORY_BYTES", most_in_memory)
     joined, single = (
-        opened(name="digits", path=str(tmp_path), train_split=name, test_split="test")
-        for name in ("train+test", "train")
+        opened(name="digits", path=str(tmp_path), train_split=name, test_split=test)
+        for name, test in (("train+test", ""), ("train", "test"))
     )
+    with pytest.raises(
+        UserError, match=r"test is in both data\.train_split=train\+test and data\.test"
+    ):
+        opened(name="digits", path=str(tmp_path), train_split="train+test", test_split="test")
     assert (joined.train.count, single.train.count) == (1797, 1437)
     labels = np.concatenate([single.train.all_labels(), single.test.all_labels()])
     np.testing.assert_array_equal(joined.train.all_labels(), labels)
@@ -640,8 +644,13 @@ def test_a_broken_image_is_replaced_by_the_next_whole_one(kind, request):
     last = split.count - 1
     broken = frozenset({3, 4, last})
     plain, seen = stream(split, steps=8), stream(split, steps=8, broken=broken)
-    stand_in = {3: 5, 4: 5, last: 0}
-    np.testing.assert_array_equal(seen[:, 1], [stand_in.get(i, i) for i in plain[:, 1]])
+    for before, after in zip(plain[:, 1].reshape(8, 10), seen[:, 1].reshape(8, 10), strict=True):
+        expected = before.tolist()
+        for row, i in enumerate(before.tolist()):
+            if i in broken:  # the next whole one that the batch does not have
+                cycle = [(i + k) % split.count for k in range(split.count)]
+                expected[row] = next(k for k in cycle if k not in {*broken, *expected})
+        assert after.tolist() == expected
     labels = labels_once(split, Share(0, 2), start=1, broken=broken)
     labelled = split.all_labels()
     assert labels == [BROKEN if i in broken else labelled[i] for i in range(2, split.count, 2)]
@@ -707,13 +716,32 @@ def test_test_images_below_the_training_images_are_refused(tmp_path, inner):
             opened(source="folder", path=path, test_path=test_path)
 
 
+def test_test_images_that_links_lead_to_are_refused(tmp_path):
+    for name in ("train/a.png", "test/b.png"):
+        write(tmp_path / name, random_images(1)[0])
+    (tmp_path / "train" / "more").symlink_to(tmp_path / "test")
+    with pytest.raises(
+        UserError, match=r"/test is below both data\.path and data\.test_path, by links"
+    ):
+        opened(source="folder", path=str(tmp_path / "train"), test_path=str(tmp_path / "test"))
+
+
+def test_windows_of_large_images_have_fewer():
+    """Of 8 MB each a window of 8,192 would take 64 GB."""
+    lengths, lane = np.full(100, 100), order.Lane(0, 1, 0, 64)
+    for size, count in ((0.0, 10_000), (110e3, 10_000), (8e6, 100), (80e6, 100)):
+        _, members, positions = next(order.windows(Order(0, 64), lengths, lane, 0, size))
+        assert len(positions) == lengths[members].sum()
+        assert count / 2 <= len(positions) <= 2 * count
+
+
 def test_options_that_a_source_does_not_read_are_refused(tmp_path):
     saved = config.default()
     saved.data.source, saved.data.path = "arrays", str(tmp_path / "x.npz")
-    for option in ("test_path=b.npz", "labels_file=b.csv", "folder_labels=True"):
-        says = (
-            rf"source=arrays does not read data\.{option.partition('=')[0]}: it belongs to .*folder"
-        )
+    for option in ("test_path=b.npz", "labels_file=b.csv", "folder_labels=True", "train_split=a"):
+        name = option.partition("=")[0]
+        owner = "tfds" if name == "train_split" else "folder"
+        says = rf"source=arrays does not read data\.{name}: it belongs to .*{owner}"
         with pytest.raises(UserError, match=says):
             load(None, [f"--config.data.{option}"], saved.to_dict())
     says = r"TFDS would write its data: add --config\.data\.path="

@@ -29,22 +29,16 @@ SOURCES: dict[str, Callable[[Mapping[str, Any]], DataSet]] = {
 _COME_WITH_THE_PACKAGE = frozenset(SOURCES)
 
 
-class Files(NamedTuple):
-    """A source of one's own files, which are at data.path.
+# Sources of one's own files, which are at data.path: the ending by which each is known; "": any other path.
+FILES = {"folder": "", "arrays": ".npz", "parquet": ".parquet"}
 
-    Attributes:
-      ending: ending of data.path by which the source is known; "": any other path.
-      reads: options of the group "data" that not every source of this package reads.
-    """
-
-    ending: str
-    reads: tuple[str, ...] = ()
-
-
-FILES = {
-    "folder": Files("", ("test_path", "labels_file", "folder_labels")),
-    "arrays": Files(".npz"),
-    "parquet": Files(".parquet", ("test_path",)),
+# Options of the group "data" that not every source of this package reads, and the sources that do.
+_READERS = {
+    "test_path": ("folder", "parquet"),
+    "labels_file": ("folder",),
+    "folder_labels": ("folder",),
+    "train_split": ("tfds",),
+    "test_split": ("tfds",),
 }
 
 OPTIONS = (
@@ -150,8 +144,8 @@ def read_options(data: Mapping[str, Any]) -> pixels.ReadOptions:
 
 def kind_of(path: str) -> str:
     """Returns which of `SOURCES` opens a path of images: one that ends in .npz or .parquet its own, any other "folder"."""
-    ends = [kind for kind, files in FILES.items() if path.lower().endswith(files.ending)]
-    return max(ends, key=lambda kind: len(FILES[kind].ending))
+    ends = [kind for kind, ending in FILES.items() if path.lower().endswith(ending)]
+    return max(ends, key=lambda kind: len(FILES[kind]))
 
 
 class Measured(NamedTuple):
@@ -234,7 +228,7 @@ def _held_out(data: DataSet, fraction: float) -> DataSet:
     if data.test is not None:
         raise UserError(
             f"data.test_fraction={fraction:g} holds out test images, and there is a test split: set "
-            "data.test_fraction=0, or data.test_path='' and data.test_split=''"
+            "data.test_fraction=0, or data.test_path='' and data.test_split=''; of an .npz file leave out test_images"
         )
     train, test = data.train.divided(fraction, seed=0)
     return dataclasses.replace(data, train=train, test=test)
@@ -273,8 +267,7 @@ def check_given(data: Mapping[str, Any], given: Container[str]) -> None:
     source = data["source"]
     if source not in _COME_WITH_THE_PACKAGE:
         return
-    for name in dict.fromkeys(name for files in FILES.values() for name in files.reads):
-        readers = [kind for kind, files in FILES.items() if name in files.reads]
+    for name, readers in _READERS.items():
         if f"data.{name}" in given and data[name] and source not in readers:
             raise UserError(
                 f"data.source={source} does not read data.{name}: it belongs to data.source={' or '.join(readers)}"

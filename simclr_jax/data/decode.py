@@ -55,13 +55,14 @@ def _graph(options: ReadOptions) -> Callable:
 
 def problem_of(data: bytes) -> str | None:
     """Returns why `decode` cannot decode the content of an image file, or None if it can."""
+    options = ReadOptions(sample_bits=16)  # with which `pixels` says nothing of scales
     try:
-        decode(tf.constant(data))
+        decode(tf.constant(data), options)
         return None
     except tf.errors.OpError as error:
         problem = reason_of(error)
     try:
-        pixels.read(data)
+        pixels.read(data, options)
     except ValueError as error:
         return str(error)
     return problem  # a JPEG that Pillow reads

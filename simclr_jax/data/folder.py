@@ -74,6 +74,10 @@ class Files(Source):
         with tf.init_scope(), tf.device("cpu"):
             return tf.constant(self.names.to_numpy(zero_copy_only=False))
 
+    def folders(self) -> set[str]:
+        """Returns the folders that hold the images, below `root`."""
+        return {os.path.dirname(name) for name in self.names.to_pylist()}
+
     def name_of(self, index: int) -> str:
         return os.path.join(self.root, self.names[int(index)].as_py())
 
@@ -113,6 +117,7 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
         labels = data["folder_labels"] if named is None else _labels_below(path, paths, named)
         classes = splits[0].classes if splits else None
         splits.append(open_split(path, labels, classes, option))
+    _check_no_folder_in_both(splits)
     if named is not None:
         _check_names(data["labels_file"], named, paths, splits)
         _say_how_many_are_labelled(paths, splits)
@@ -126,6 +131,18 @@ def _check_apart(paths: list[str]) -> None:
         raise UserError(
             f"one of {' and '.join(paths)} lies within the other, so that test images would be trained on: put them "
             "beside each other, or hold images out by data.test_fraction (data.path, data.test_path)"
+        )
+
+
+def _check_no_folder_in_both(splits: list[IndexedSplit]) -> None:
+    """Raises a UserError if images of two splits are in one folder, to which a link below one of them may lead."""
+    files = [split.source for split in splits if isinstance(split.source, Files)]
+    real = [
+        {os.path.realpath(os.path.join(some.root, x)) for x in some.folders()} for some in files
+    ]
+    if len(real) > 1 and real[0] != real[1] and (both := sorted(real[0] & real[1])):
+        raise UserError(
+            f"{both[0]} is below both data.path and data.test_path, by links: its test images would be trained on"
         )
 
 

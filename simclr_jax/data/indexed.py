@@ -5,17 +5,27 @@ TensorFlow is imported where it is used.
 
 import functools
 from collections.abc import Iterable, Iterator, Set
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from simclr_jax.data.order import Order, Share, batch_positions, next_whole
+from simclr_jax.data.order import Order, Share, batch_positions, next_whole, standing_in
 from simclr_jax.data.pixels import ReadOptions
 from simclr_jax.data.source import CORES, Source
-from simclr_jax.data.split import BROKEN, NONE
+from simclr_jax.data.split import BROKEN, NONE, Split
 from simclr_jax.data.subsets import split_validation
 from simclr_jax.errors import reason
 from simclr_jax.files import raise_if_passing
+
+
+def is_partly_labelled(split: Split) -> bool:
+    """Returns whether `divided` holds out labelled images alone: two or more images have a label, and some have none. A
+    stream holds out any of its images.
+    """
+    if not isinstance(split, IndexedSplit):
+        return False
+    return 2 <= int(np.sum(split.source.labels >= 0)) < split.count
 
 
 class IndexedSplit:
@@ -80,16 +90,23 @@ class IndexedSplit:
         self, order: Order, start_step: int, broken: Set[int] = NONE
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields (epochs, indices), int64 [B / P] each, of this process's batches, without end."""
-        stand_in = self.stand_ins(broken)
-        for epochs, indices in batch_positions(order, self.count, start_step):
-            yield epochs, stand_in[indices]
+        if not broken:
+            yield from batch_positions(order, self.count, start_step)
+        bad, rows = self._are_in(broken), order.share.rows(order.batch_size)
+        for epochs, indices in batch_positions(
+            replace(order, share=Share()), self.count, start_step
+        ):
+            yield epochs[rows], standing_in(bad, indices)[rows]
 
     def batch_indices(self, order: Order, step: int, broken: Set[int] = NONE) -> np.ndarray:
         return next(self.entries(order, step, broken))[1]
 
     def stand_ins(self, broken: Set[int]) -> np.ndarray:
         """Returns int64 [N]: i where image i is not broken, else the next image that is not, cyclically."""
-        return next_whole(np.isin(np.arange(self.count), list(broken)))
+        return next_whole(self._are_in(broken))
+
+    def _are_in(self, broken: Set[int]) -> np.ndarray:
+        return np.isin(np.arange(self.count), list(broken))
 
     def once(self, share: Share, start: int = 0, broken: Set[int] = NONE) -> Any:
         import tensorflow as tf
@@ -123,13 +140,10 @@ class IndexedSplit:
         """Allows any subset: the images are in memory, or files."""
 
     def divided(self, fraction: float, seed: int) -> tuple["IndexedSplit", "IndexedSplit"]:
-        labelled = np.flatnonzero(self.source.labels >= 0)
-        if 2 <= len(labelled) < self.count:
-            _, held = split_validation(len(labelled), fraction, seed, "labelled image")
-            rest = labelled[held]
-            part = np.setdiff1d(np.arange(self.count), rest)
-        else:
-            part, rest = split_validation(self.count, fraction, seed)
+        name, among = "image", None
+        if is_partly_labelled(self):
+            name, among = "labelled image", self.source.labels >= 0
+        part, rest = split_validation(self.count, fraction, seed, name, among)
         return self.subset(part), self.subset(rest)
 
     def decode(self, image: Any, options: ReadOptions = ReadOptions()) -> Any:

@@ -8,17 +8,17 @@ from collections.abc import Iterator
 import numpy as np
 
 # A stream of shards is shuffled window by window. The current windows of all lanes together hold this many raw
-# examples: whole shards in the epoch's order, their examples in any order. A window has at least one shard, and
-# memory holds two windows of each lane: for ImageNet, whose shards are 1,251 JPEGs of 0.11 MB, 1.8 GB with the 4
-# lanes of a batch of 256, and 18 GB with the 64 lanes of a batch of 4096 if one process has all lanes. A run that
-# starts anywhere reads at most one window of each lane in vain.
-WINDOW = 8 * 1024
+# examples, or as many as take so many bytes: whole shards in the epoch's order, their examples in any order. A window
+# has at least one shard, and memory holds two windows of each lane: for ImageNet, whose shards are 1,251 JPEGs of
+# 0.11 MB, 1.8 GB with the 4 lanes of a batch of 256, and 18 GB with the 64 lanes of a batch of 4096 if one process has
+# all lanes. A run that starts anywhere reads at most one window of each lane in vain.
+WINDOW, WINDOW_BYTES = 8 * 1024, 2**30
 
 # Examples that each lane gives to a batch, at least.
 LEAST_OF_A_LANE = 64
 
 # Least number of shards for each lane. Lanes with unequal numbers of examples come to the end of an epoch at
-# different steps, and a batch there may hold an image twice.
+# different steps. A batch there, where it has images of two epochs, may hold an image twice.
 SHARDS_OF_A_LANE = 16
 
 
@@ -68,6 +68,19 @@ def next_whole(broken: np.ndarray) -> np.ndarray:
         whole, bad = np.flatnonzero(~broken), np.flatnonzero(broken)
         places[bad] = whole[np.searchsorted(whole, bad) % len(whole)]
     return places
+
+
+def standing_in(broken: np.ndarray, batch: np.ndarray) -> np.ndarray:
+    """Returns a batch [B] of places with others where broken[i]: for each the next place, cyclically, that is neither
+    broken nor in the batch, as a copy of an image would be its own negative. If there is none, `next_whole`.
+    """
+    whole, found, taken = np.flatnonzero(~broken), batch.copy(), set(batch.tolist())
+    for row in np.flatnonzero(broken[batch]):
+        following = np.roll(whole, -np.searchsorted(whole, batch[row]))
+        free = next((place for place in following.tolist() if place not in taken), None)
+        found[row] = next_whole(broken)[batch[row]] if free is None else free
+        taken.add(int(found[row]))
+    return found
 
 
 def batch_positions(
@@ -163,7 +176,7 @@ def lanes(order: Order, shards: int) -> list[Lane]:
 
 
 def windows(
-    order: Order, lengths: np.ndarray, lane: Lane, start_step: int
+    order: Order, lengths: np.ndarray, lane: Lane, start_step: int, example_bytes: float = 0.0
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yields (epoch, shards int [k], positions int [n]) of a lane's windows, without end.
 
@@ -175,9 +188,11 @@ def windows(
       lengths: examples of each shard.
       lane: one of `lanes`.
       start_step: the first batch.
+      example_bytes: mean size of an example.
     """
+    most = min(WINDOW, WINDOW_BYTES / max(example_bytes, 1.0))
     lane_batch, total = order.batch_size // lane.count, int(lengths.sum())
-    windows_a_lane = max(1, min(round(total / WINDOW), len(lengths) // lane.count))
+    windows_a_lane = max(1, min(round(total / most), len(lengths) // lane.count))
     windows_an_epoch = windows_a_lane * lane.count
     # Counted in examples of the lane since step 0.
     skipped, read = start_step * lane_batch, 0

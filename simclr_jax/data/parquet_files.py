@@ -331,8 +331,10 @@ def classes_of(files: list[ParquetFile]) -> Classes:
     """
     labels = {name for file in files for name in file.labels}
     named = next((file for file in files if file.names), None)
-    bare = next((file for file in files if file.is_numbered and not file.names), None)
-    if named and bare and not set(bare.labels) <= set(named.names):
+    names = set(named.names) if named else set()
+    numbered = (file for file in files if file.is_numbered and not file.names)
+    bare = next((file for file in numbered if not set(file.labels) <= names), None)
+    if named and bare:
         raise UserError(
             f"{bare.path} numbers its classes, and {named.path} names them ({', '.join(named.names[:3])}, ...): "
             "write all files in the same way"

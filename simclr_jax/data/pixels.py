@@ -39,6 +39,7 @@ with contextlib.suppress(ImportError):  # an extra of this package
 SAMPLE_BITS = (8, 10, 12, 14, 16)
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+PNG_HEADER = 25  # bytes, up to the bits of a sample
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
@@ -68,11 +69,17 @@ def read(content: bytes, options: ReadOptions = ReadOptions()) -> np.ndarray:
     with _as_value_error(content), Image.open(io.BytesIO(content)) as image:
         if image.width * image.height > MOST_PIXELS:
             raise Image.DecompressionBombError
-        of_16_bits = content.startswith(_PNG) and content[24] == 16
-        if of_16_bits and (image.mode in ("RGB", "RGBA", "LA") or image.has_transparency_data):
+        if is_png_of_16_bits(content) and (
+            image.mode in ("RGB", "RGBA", "LA") or image.has_transparency_data
+        ):
             x = _png_of_16_bits(content, options.sample_bits)
             return turned(x, orientation(image)) if options.upright else x
         return pixels(image, options)
+
+
+def is_png_of_16_bits(content: bytes) -> bool:
+    """Returns whether a file that begins with `content`, PNG_HEADER bytes or more, is a PNG of 16 bits a sample."""
+    return content.startswith(_PNG) and len(content) >= PNG_HEADER and content[24] == 16
 
 
 @contextlib.contextmanager

@@ -65,14 +65,16 @@ class Split(Protocol):
         """
 
     def subset(self, indices: np.ndarray) -> "Split":
-        """Returns these images as a split. Raises a UserError if they do not fit into memory."""
+        """Returns these images as a split, those of a stream in its order. Raises a UserError if they do not fit into
+        memory.
+        """
 
     def check_subset(self, count: int) -> None:
         """Raises a UserError if `count` images are too many for `subset`."""
 
     def divided(self, fraction: float, seed: int) -> tuple["Split", "Split"]:
-        """Divides the images at random: (about 1 - fraction of them, the remaining ones). Where some images have a label and
-        some have none, the remaining ones are labelled ones alone, `fraction` of these; not in a stream.
+        """Divides the images at random: (about 1 - fraction of them, the remaining ones). Where two or more images have a
+        label and some have none, the remaining ones are labelled ones alone, `fraction` of these; not in a stream.
 
         Raises a UserError if there are too few to divide.
         """

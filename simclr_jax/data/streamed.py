@@ -135,7 +135,8 @@ class StreamedSplit:
         first_index = np.concatenate([[0], np.cumsum(lengths)[:-1]])
 
         def entries() -> Iterator[tuple]:
-            for epoch, members, positions in windows(order, lengths, lane, start_step):
+            about = order, lengths, lane, start_step, self._example_bytes
+            for epoch, members, positions in windows(*about):
                 yield shards[members], first_index[members], positions, epoch
 
         def numbered(shard, first):
@@ -246,8 +247,12 @@ class StreamedSplit:
                 labels.append(example["label"])
         return IndexedSplit(Encoded(images, np.asarray(labels, np.int32), self.source))
 
+    @property
+    def _example_bytes(self) -> float:
+        return self.source.total_bytes / max(1, int(self.source.lengths.sum()))
+
     def check_subset(self, count: int) -> None:
-        need = self.source.total_bytes / max(1, int(self.source.lengths.sum())) * count
+        need = self._example_bytes * count
         room = _MEMORY_FOR_SUBSETS * memory()
         if need > room:
             raise UserError(

@@ -13,7 +13,11 @@ def evenly(total: int, count: int) -> np.ndarray:
 
 
 def split_validation(
-    count: int, fraction: float, seed: int, name: str = "image"
+    count: int,
+    fraction: float,
+    seed: int,
+    name: str = "image",
+    among: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Divides `count` images by a shuffle that depends on the seed only.
 
@@ -22,6 +26,8 @@ def split_validation(
       fraction: share of the images that is put into the validation part, at least one image.
       seed: decides the shuffle.
       name: the word for one of them, in an error.
+      among: bool [count], the images of which a share is put into the validation part; None: all. One shuffle of all
+        images decides, so that the parts of larger fractions, and of more images, hold most of those of smaller ones.
 
     Returns:
       indices of the training part and of the validation part, ascending.
@@ -30,13 +36,15 @@ def split_validation(
       UserError: the training part would be empty.
     """
     order = np.random.default_rng([seed, 0]).permutation(count)
-    held = max(1, round(fraction * count))
-    if held >= count:
+    eligible = order if among is None else order[among[order]]
+    held = max(1, round(fraction * len(eligible)))
+    if held >= len(eligible):
         raise UserError(
-            f"{count} {name}{'s' * (count != 1)}, of which a share of {fraction:g} held out leaves none to "
+            f"{len(eligible)} {name}{'s' * (len(eligible) != 1)}, of which a share of {fraction:g} held out leaves none to "
             f"train on: expected more {name}s, or a smaller data.test_fraction or eval.validation_fraction"
         )
-    return np.sort(order[held:]), np.sort(order[:held])
+    validation = np.sort(eligible[:held])
+    return np.setdiff1d(order, validation), validation
 
 
 def few_labels(y: np.ndarray, per_class: int, seed: int) -> np.ndarray:

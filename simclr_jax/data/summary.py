@@ -35,7 +35,8 @@ class Summary(NamedTuple):
       sizes: int [n, 2], width and height of the n readable ones, pixels.
       modes: {Pillow's name of the channel layout: number of readable ones}.
       stacks: number of readable ones that hold several frames.
-      sample_bits: the bits that the brightest of some grey images of 16 bits needs, see `pixels.bits_used`; 0: none.
+      sample_bits: the bits that the brightest of some grey images of 16 bits needs, see `pixels.bits_used`; 0: none, or
+        there are PNGs of 16 bits in colour, too, which may have another scale.
     """
 
     images: int
@@ -73,6 +74,8 @@ def summarize(root: pathlib.Path) -> Summary:
         deep = [p for p, h in zip(paths, headers, strict=True) if _may_have_16_bits(h)]
         bits = threads.map(pixels.bits_used, [deep[i] for i in evenly(len(deep), _DECODED)])
         sample_bits = max(bits, default=0)
+    if any(isinstance(header, _Header) and header.is_deep_colour for header in headers):
+        sample_bits = 0
     kinds = collections.Counter(SUFFIXES[os.path.splitext(p)[1].lower()] for p in found.paths)
     whole = [header for header in headers if isinstance(header, _Header)]
     return Summary(
@@ -100,22 +103,32 @@ def _may_have_16_bits(header: "_Header | str") -> bool:
 
 
 class _Header(NamedTuple):
-    """Holds what an image file says of itself before its pixels: (width, height), channel layout, several frames or one."""
+    """Holds what an image file says of itself before its pixels: (width, height), channel layout, several frames or one,
+    and whether it is a PNG of 16 bits a sample in colour or transparent.
+    """
 
     size: tuple[int, int]
     mode: str
     is_stack: bool
+    is_deep_colour: bool
 
 
 def _header(path: pathlib.Path) -> _Header | str:
     """Reads the header of an image; returns why it cannot be read, where that is known already."""
     try:
         with Image.open(path) as image:
-            return pixels.problem_of_mode(image) or _Header(
-                image.size, image.mode, _has_frames(image)
-            )
+            if problem := pixels.problem_of_mode(image):
+                return problem
+            deep = image.format == "PNG" and image.mode in ("RGB", "RGBA", "LA")
+            deep = deep and pixels.is_png_of_16_bits(_beginning(path))
+            return _Header(image.size, image.mode, _has_frames(image), deep)
     except Exception as error:  # whatever a damaged file may lead to
         return reason(error).replace(f" {str(path)!r}", "")
+
+
+def _beginning(path: pathlib.Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(pixels.PNG_HEADER)
 
 
 def _has_frames(image: Image.Image) -> bool:

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from simclr_jax.console import say, show_table
 from simclr_jax.data import name_of
-from simclr_jax.data.indexed import IndexedSplit
-from simclr_jax.data.split import DataSet, Split
+from simclr_jax.data.indexed import is_partly_labelled
+from simclr_jax.data.split import DataSet
 from simclr_jax.evals.contract import Table
 from simclr_jax.evals.scores import Score
 from simclr_jax.files import absolute, write_json
@@ -88,8 +88,8 @@ def path_of(config: ConfigDict, record: dict, data: DataSet, workdir: str, mode:
     train, test = data.train.fingerprint(), data.test.fingerprint() if data.test else None
     if _was_trained_on(config, record, data):
         say(
-            "data        the encoder was trained on test images, or on some of them, without their labels: new images may "
-            "be recognised less well"
+            "data        the encoder may have been trained on some of the test images, without their labels: new images "
+            "may be recognised less well"
         )
     folder, suffix = beside(absolute(workdir))
     mode += suffix
@@ -110,7 +110,7 @@ def _was_trained_on(config: ConfigDict, record: dict, data: DataSet) -> bool:
     """Returns whether test images may be among those that the encoder was trained on, as far as digests and options tell:
     the test images are the training images; or they are held out where training held some out, and more of them (a
     smaller held-out part lies within a larger one), or of another number of images, or, where only labelled images are
-    held out, by other labels. Nothing is known of the data of imported weights.
+    or were held out, of other images or labels. Nothing is known of the data of imported weights.
 
     Args:
       config: the evaluation's configuration.
@@ -126,19 +126,13 @@ def _was_trained_on(config: ConfigDict, record: dict, data: DataSet) -> bool:
         return False
     alike = all(then.get(name) == now[name] for name in ("source", "name", "train_split"))
     before = then.get("test_fraction", 0.0)
-    others = now["test_fraction"] == before > 0 and (
-        data.train.count != record.get("training_images", data.train.count)
-        or (
-            _is_partly_labelled(data.train)
-            and data.train.fingerprint() != record["data_fingerprint"]
-        )
+    other_count = now["test_fraction"] == before and data.train.count != record.get(
+        "training_images", data.train.count
     )
+    by_labels = is_partly_labelled(data.train) or record.get("partly_labelled", False)
+    other_labels = by_labels and data.train.fingerprint() != record["data_fingerprint"]
+    others = min(before, now["test_fraction"]) > 0 and (other_count or other_labels)
     return alike and (now["test_fraction"] > before or others)
-
-
-def _is_partly_labelled(split: Split) -> bool:
-    """Returns whether some images have no label. Of a stream, which holds out any images, False."""
-    return isinstance(split, IndexedSplit) and bool((split.all_labels() < 0).any())
 
 
 def _name_of(data: dict) -> str:

@@ -35,7 +35,16 @@ def commit() -> str | None:
         return _ARCHIVED if re.fullmatch(r"[0-9a-f]{40,}", _ARCHIVED) else None
     try:
         found = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+            [
+                "git",
+                "-C",
+                str(here),
+                "describe",
+                "--always",
+                "--exclude=*",
+                "--dirty",
+                "--abbrev=40",
+            ],
             capture_output=True,
             text=True,
             timeout=10,

@@ -96,11 +96,22 @@ def beside(path: str) -> tuple[epath.Path, str]:
     in it; of WORKDIR/checkpoints the workdir and ""; otherwise the folder itself and "".
     """
     folder = epath.Path(absolute(path))
-    if _folder(folder) == folder and saved_steps(folder):
+    if _is_all_checkpoints(folder):
         return folder.parent, ""
     if folder.parent.name == "checkpoints" and (folder / RECORD).is_dir():
         return folder.parent.parent, f"_step_{folder.name}"
     return epath.Path(path), ""
+
+
+def is_of_checkpoints(path: str) -> bool:
+    """Returns whether a path is WORKDIR/checkpoints, or a checkpoint itself."""
+    folder = epath.Path(absolute(path))
+    is_one = (folder / ENCODER).is_dir() and (folder / RECORD).is_dir()
+    return is_one or _is_all_checkpoints(folder)
+
+
+def _is_all_checkpoints(folder: epath.Path) -> bool:
+    return _folder(folder) == folder and bool(saved_steps(folder))
 
 
 def find(path: str, step: int | None) -> epath.Path:

@@ -17,12 +17,20 @@ from simclr_jax.config.python_files import own_files
 from simclr_jax.console import say
 from simclr_jax.data import index
 from simclr_jax.data.folder import root_of
+from simclr_jax.data.indexed import is_partly_labelled
 from simclr_jax.data.split import DataSet, Split
 from simclr_jax.errors import Unavailable, UserError
 from simclr_jax.files import absolute, no_folder, write_json
 from simclr_jax.training.plan import Plan
 from simclr_jax.training.program import commit, versions
-from simclr_jax.training.saved import agreed_steps, check_writable, find, read_newest, read_record
+from simclr_jax.training.saved import (
+    agreed_steps,
+    check_writable,
+    find,
+    is_of_checkpoints,
+    read_newest,
+    read_record,
+)
 
 # Options that decide which images or labels a run finds.
 _CHOOSE_IMAGES = (
@@ -48,27 +56,34 @@ def alone_in(workdir: str, images: str = "") -> contextlib.AbstractContextManage
       images: data.path, which a new run must not take for its workdir.
 
     Raises:
-      UserError: another program trains there, nothing can be saved there, or it is the folder of the images.
+      UserError: another program trains there, nothing can be saved there, or it is the folder of the images, or of
+        another run's checkpoints.
     """
     if images and absolute(images) == absolute(workdir) and run_record(workdir) is None:
         raise UserError(f"--workdir={workdir} is where the images are: expected another folder")
     check_writable(workdir)
+    if is_of_checkpoints(workdir):
+        raise UserError(
+            f"--workdir={workdir} is a folder of checkpoints: expected the workdir that holds it, or a new one"
+        )
     return processes.alone(workdir, "wait for it, stop it, or use another --workdir")
 
 
 def saved_config(path: str) -> dict:
-    """Reads the configuration that a workdir, or a checkpoint folder, was made with.
+    """Reads the configuration that a workdir, or a checkpoint folder, was made with. All processes must call this
+    together, as process 0 says what is there: a network file system may hide from one what another sees.
 
     Raises:
       UserError: there is no configuration.
     """
     file = epath.Path(path) / "config.json"
-    if not file.parent.exists():
+    if not processes.as_first_process_says(file.parent.exists()):
         raise UserError(
             f"{no_folder(path)}: expected the --workdir of a run, or a checkpoint folder; a new run needs a --config"
         )
-    if (record := run_record(path)) is not None:
-        return record["config"]
+    content = processes.text_of_first(_content(file))
+    if content is not None:
+        return _run_record_of(content, file)["config"]
     try:
         return read_newest(path, read_record)["config"]
     except Unavailable:
@@ -86,10 +101,18 @@ def run_record(workdir: epath.PathLike) -> dict | None:
       UserError: it is not what training wrote.
     """
     file = epath.Path(workdir) / "config.json"
-    if not file.exists():
-        return None
+    content = _content(file)
+    return None if content is None else _run_record_of(content, file)
+
+
+def _content(file: epath.Path) -> str | None:
+    return file.read_text() if file.exists() else None
+
+
+def _run_record_of(content: str, file: epath.Path) -> dict:
+    """Reads the content of a file that `write_record` wrote; see `run_record`."""
     try:
-        record = json.loads(file.read_text())
+        record = json.loads(content)
         if {"config", "plan"} <= record.keys():
             return record
     except (ValueError, AttributeError):
@@ -259,6 +282,7 @@ def about_training(plan: Plan, data: DataSet, fingerprint: str) -> dict[str, Any
         "classes": data.train.classes,
         "data_fingerprint": fingerprint,
         "test_fingerprint": data.test.fingerprint() if data.test else None,
+        "partly_labelled": is_partly_labelled(data.train),
     }
 
 
