@@ -179,3 +179,25 @@ def test_a_selection_goes_on_from_one_of_an_earlier_version():
         "validation": 0.5,
         "last_validation": 0.2,
     }
+
+
+@pytest.mark.parametrize(
+    ("asked", "microbatches", "rows"),
+    [(0, 1, 32), (0, 2, 16), (4, 1, 8), (-1, 1, 8), (-1, 2, 4)],
+)
+def test_batchnorm_counts_both_views_of_its_images(
+    tiny_resnet, asked, microbatches, rows, monkeypatch
+):
+    """A batch of 16 images on 4 devices. The memory of negatives has one view of each."""
+    c = tiny_resnet
+    c.model.norm_group, c.train.microbatches, c.data.batch_size = asked, microbatches, 16
+    mesh = make_mesh(jax.devices()[:4])
+    assert assemble.images_of_a_norm(c, mesh) == rows // 2
+    networks = assemble.networks(c, 3, mesh)
+    assert (networks.encoder.norm_group, networks.head.norm_group) == (rows, rows)
+    seen = []
+    monkeypatch.setattr(
+        assemble, "projection_of_second_views", lambda networks, views: seen.append(networks)
+    )
+    assemble.memory_rule(c, mesh, assemble.views(c, mesh))
+    assert [network.norm_group for network in seen[0][:2]] == [rows // 2] * 2

@@ -12,7 +12,7 @@ import pytest
 
 import simclr_jax
 from simclr_jax import assemble, config, shell
-from simclr_jax.config import OPTIONS
+from simclr_jax.config import OPTIONS, suggest
 from simclr_jax.config.__main__ import page
 from simclr_jax.config.overrides import load, override
 from simclr_jax.config.python_files import read_file, split_argument
@@ -428,3 +428,109 @@ def whole_texts(tree):
     parts = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
     constants = [node for node in nodes if isinstance(node, ast.Constant) and id(node) not in parts]
     return [node.value for node in constants if isinstance(node.value, str)]
+
+
+def test_the_defaults_are_the_published_ones():
+    """Sections 2.3 and 4, appendices A and B; of the code where the paper is silent (head, BatchNorm, crops)."""
+    expected = {
+        "data.eval_crop": 0.875,
+        "views.crop_area": (0.08, 1.0),
+        "views.crop_aspect": (3 / 4, 4 / 3),
+        "views.flip": True,
+        "views.color_strength": 1.0,
+        "views.jitter_probability": 0.8,
+        "views.grey_probability": 0.2,
+        "views.blur_probability": 0.5,
+        "views.brightness": "additive",
+        "model.depth": 50,
+        "model.stem": "imagenet",
+        "model.zero_init_residual": True,
+        "model.pool_padding": "same",
+        "model.norm_momentum": 0.9,
+        "model.norm_group": 0,
+        "model.head": "nonlinear",
+        "model.head_layers": 2,
+        "model.head_width": 128,
+        "loss.name": "nt_xent",
+        "loss.temperature": 0.1,
+        "loss.margin": 0.8,
+        "loss.memory_decay": 0.999,
+        "optimizer.name": "lars",
+        "optimizer.momentum": 0.9,
+        "optimizer.trust_coefficient": 0.001,
+        "distill.temperature": 0.1,
+        "eval.validation_fraction": 0.1,
+        "eval.knn_k": 200,
+        "eval.knn_temperature": 0.1,
+        "linear.batch_size": 4096,
+        "linear.epochs": 90.0,
+        "linear.learning_rate": (0.1,),
+        "linear.weight_decay": (0.0,),
+        "linear.momentum": 0.9,
+        "finetune.batch_size": 4096,
+        "finetune.label_fractions": (0.01, 0.1, 1.0),
+        "finetune.epochs": (60.0, 30.0, 30.0),
+        "finetune.learning_rate": (0.05,),
+        "finetune.weight_decay": (0.0,),
+        "finetune.momentum": 0.9,
+    }
+    flat = config.flatten(config.default())
+    for name, value in expected.items():
+        assert flat[name] == (value if isinstance(value, str) else pytest.approx(value)), name
+
+
+def test_the_cifar_configuration_is_the_papers():
+    """Appendix B.9: no blur, half the colour distortion, 3x3 stem, learning rate x B / 256, tau 0.5."""
+    c = read_file(str(CONFIGS / "cifar10.py"))
+    assert (c.views.blur_probability, c.views.color_strength, c.model.stem) == (0.0, 0.5, "cifar")
+    assert (c.loss.temperature, c.optimizer.learning_rate, c.model.depth) == (0.5, 1.0, 50)
+    assert (c.data.image_size, c.data.eval_crop, c.train.epochs) == (32, 1.0, 1000.0)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "differ"),
+    [
+        (
+            False,
+            {
+                "model.stem": "strided",
+                "model.depth": 10,
+                "model.width": 0.5,
+                "model.zero_init_residual": False,
+                "data.batch_size": 256,
+                "train.epochs": 10.0,
+                "optimizer.warmup_epochs": 1.0,
+            },
+        ),
+        (
+            True,
+            {
+                "model.stem": "cifar",
+                "model.depth": 50,
+                "model.dtype": "bfloat16",
+                "data.batch_size": 512,
+                "train.epochs": 506.0,
+                "optimizer.warmup_epochs": 5.0,
+            },
+        ),
+    ],
+)
+def test_the_automatic_settings_are_those_that_were_measured(accelerator, differ):
+    """On 50,000 images of 32 px; docs/evaluate.md has what each reaches."""
+    expected = {
+        "data.image_size": 32,
+        "data.eval_crop": 1.0,
+        "views.blur_probability": 0.0,
+        "views.color_strength": 0.5,
+        "views.crop_area": (0.2, 1.0),
+        "loss.temperature": 0.2,
+        "optimizer.name": "muon",
+        "optimizer.learning_rate": 8e-3,
+        "optimizer.momentum": 0.95,
+        "optimizer.scaling": "none",
+        "optimizer.weight_decay": 1e-4,
+        "eval.knn_k": 200,
+        "finetune.learning_rate": (0.05, 0.2),
+    }
+    found = suggest.suggest_options(50_000, 32, accelerator)
+    assert {name: found.get(name) for name in expected | differ} == expected | differ

@@ -21,6 +21,7 @@ from simclr_jax.data import forget_opened, name_of, open_source
 from simclr_jax.data.arrays import in_memory
 from simclr_jax.data.split import DataSet
 from simclr_jax.data.subsets import few_labels, split_validation
+from simclr_jax.encoders import init_encoder
 from simclr_jax.errors import NotFinite, UserError
 from simclr_jax.evals import (
     EVALUATIONS,
@@ -45,7 +46,7 @@ from simclr_jax.evals.transfer import LAMBDAS, fit_chosen_lambda
 from simclr_jax.mesh import make_mesh
 from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.saved import checkpoint_folder, read_record, saved_steps
-from simclr_jax.training.state import TrainState
+from simclr_jax.training.state import TrainState, init_head
 from simclr_jax.training.workdir import about_training, saved_config, write_record
 
 KINDS = ("raw pixels", "untrained encoder", "encoder")
@@ -1066,3 +1067,58 @@ def test_the_result_of_a_checkpoint_does_not_lie_where_training_deletes_it(tiny,
     shutil.copytree(checkpoint_folder(workdir) / "1", tmp_path / "copy")
     evaluate_features("knn", tiny, str(tmp_path / "copy"))
     assert (tmp_path / "copy" / "knn.json").exists()
+
+
+def test_raw_pixels_of_large_images_are_averaged():
+    """Stripes four pixels wide at 128 px are grey at 32 px."""
+    x = np.zeros((1, 128, 128, 3), np.uint8)
+    x[:, :, 1::4] = x[:, :, 2::4] = 255
+    inside = np.asarray(raw_pixels(x, 3)).reshape(32, 32, 3)[2:-2, 2:-2]
+    assert np.abs(inside - 0.5).max() < 0.2
+
+
+def test_a_representation_is_of_its_image_alone(tiny_resnet):
+    key, network = jax.random.key(0), assemble.encoder(tiny_resnet)
+
+    @jax.jit
+    def start():
+        head = assemble.head(tiny_resnet)
+        return init_encoder(network, 12, key), init_head(head, network.width, key)
+
+    variables, images = start(), random_images(6, 12, 12)
+    represent = jax.jit(subjects.representations(tiny_resnet, with_z=True))
+    together, apart = represent(variables, images), represent(variables, images[:2])
+    for name in ("h", "z"):
+        np.testing.assert_allclose(together[name][:2], apart[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_probe_is_scaled_by_the_training_images(monkeypatch):
+    seen = []
+
+    def fitted(features, options):
+        seen.append(features)
+        return Score(1.0), 0.0, 1.0
+
+    monkeypatch.setattr(probe, "probe_all_labels", fitted)
+    rng = np.random.default_rng(0)
+    parts = [
+        (rng.normal(mean, spread, (50, 4)).astype(np.float32), np.arange(50) % 2)
+        for mean, spread in ((3, 2), (9, 5))
+    ]
+    options = {"labels_per_class": (), "label_fraction": 0, "validation_fraction": 0.2, "seed": 0}
+    probe.rows(Features(parts[0], parts[1], 2), options, "encoder")
+    x = seen[0].train[0]
+    np.testing.assert_allclose(x.mean(0), 0, atol=1e-5)
+    assert np.mean(np.sum(x**2, axis=1)) == pytest.approx(1)
+
+
+def test_the_untrained_encoder_has_the_statistics_of_training_images(tiny, tmp_path, monkeypatch):
+    original, seen = subjects.untrained, []
+
+    def untrained(c, images, mesh):
+        seen.append(images.split.fingerprint())
+        return original(c, images, mesh)
+
+    monkeypatch.setattr(subjects, "untrained", untrained)
+    evaluate_features("knn", tiny, str(encoder_checkpoint(tiny, tmp_path / "w")))
+    assert seen == [assemble.data_set(tiny).train.fingerprint()]

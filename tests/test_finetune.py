@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import types
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -801,3 +802,19 @@ def test_only_what_changes_the_result_decides_which_training_it_is(tiny):
     assert protocol._model_that_decides(tiny) == usual
     tiny.model.head_width = 32
     assert protocol._model_that_decides(tiny) != usual
+
+
+@pytest.mark.parametrize(("steps", "momentum"), [(0, 0.9), (50, 0.9), (1000, 0.99)])
+def test_a_running_statistic_remembers_a_tenth_of_the_training(tiny_resnet, steps, momentum):
+    """Appendix B.8: max(1 - 10 / s, 0.9) for s steps an epoch."""
+    made: Any = object.__new__(program.Program)
+    made._config, made._parts = tiny_resnet, SimpleNamespace(outputs=3)
+    made._protocol = SimpleNamespace(layer=0, train_encoder=True)
+    model = made._model(steps)
+    assert model.encoder.norm_momentum == pytest.approx(momentum)
+    assert model.head.norm_momentum == pytest.approx(momentum)
+
+
+def test_the_length_of_a_training_is_rounded():
+    assert protocol.Length(1, "epochs").steps(28, 16) == 2
+    assert protocol.Length(0.1, "epochs").steps(28, 16) == 1

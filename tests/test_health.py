@@ -376,3 +376,25 @@ def test_the_references_are_the_runs(tiny):
     plan = assemble.plan_of(tiny, 48)
     tiny.loss.name, tiny.model.head = "dcl", "none"
     assert assemble.references(tiny, plan) == References(16, 16, 3 + 2, None)
+
+
+def test_as_good_as_untrained_is_no_better():
+    kinds = ("untrained encoder", "encoder")
+    rows = [{"features": kind, "labels_per_class": None, "accuracy": 0.5} for kind in kinds]
+    assert judge_accuracy(rows, {}).name == "no better than untrained"
+    assert judge_accuracy(rows, {"other_view_top1": 0.98}).name == "no better than untrained"
+
+
+@pytest.mark.parametrize(
+    ("step", "metrics", "name"),
+    [
+        (2000, {"z_std": 0.099 * EVEN, "loss": 5.0}, "collapsed"),
+        (2000, {"z_std": 0.11 * EVEN, "loss": 5.0}, "sound"),
+        (99, {"z_std": EVEN, "loss": 6.5}, "too early to say"),
+        (100, {"z_std": EVEN, "loss": 6.5}, "sound"),
+        (2000, {"z_std": EVEN, "loss": 7.5, "other_view_top1": 9.9 / 512}, "not learning"),
+        (2000, {"z_std": EVEN, "loss": 7.5, "other_view_top1": 10.1 / 512}, "not judged"),
+    ],
+)
+def test_verdicts_beside_their_thresholds(step, metrics, name):
+    assert judge(step, metrics, OF_512).name == name

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from simclr_jax.encoders.norm import batch_norm, normalize
+from simclr_jax.encoders.norm import batch_norm, moments, normalize
 from simclr_jax.mesh import batch_sharded, make_mesh
 
 
@@ -166,3 +166,8 @@ def test_evaluation_uses_the_running_statistics():
     assert "bias" not in variables["params"]
     variables["batch_stats"] = {"mean": jnp.full(3, 2.0), "var": jnp.full(3, 4.0)}
     np.testing.assert_allclose(norm.apply(variables, x), (x - 2) / np.sqrt(4 + 1e-5), rtol=1e-5)
+
+
+def test_a_constant_channel_of_bfloat16_has_no_negative_variance():
+    x = jnp.asarray(np.full((1, 1000, 64), np.linspace(500, 1500, 64)), jnp.bfloat16)
+    assert np.all(np.asarray(jax.jit(moments)(x)[1]) >= 0)

@@ -239,3 +239,9 @@ def test_fine_tuning_by_lars_equals_a_loop():
         np.testing.assert_allclose(reached["encoder"]["kernel"], kernel, rtol=1e-5)
         for part, name in (("encoder", "bias"), ("classifier", "kernel"), ("classifier", "bias")):
             np.testing.assert_allclose(reached[part][name], plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_the_heads_of_a_transformer_are_columns_of_one_matrix(name):
+    params = {"encoder": {"attention": {name: {"kernel": jnp.zeros((8, 2, 4))}}}}
+    assert as_matrices(params)["encoder"]["attention"][name]["kernel"] == ((0,), (1, 2))

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from simclr_jax.data import order as orders
 from simclr_jax.data.order import (
     Order,
     Share,
@@ -13,7 +14,7 @@ from simclr_jax.data.order import (
     next_whole,
     standing_in,
 )
-from simclr_jax.data.subsets import split_validation
+from simclr_jax.data.subsets import few_labels, share_of_labels, split_validation
 from simclr_jax.errors import UserError
 
 
@@ -109,3 +110,24 @@ def test_the_images_of_an_order_that_are_held_out_are_nested():
 def test_what_leaves_nothing_to_train_on_is_not_held_out(count, fraction):
     with pytest.raises(UserError, match=rf"^{count} images?, of which a share of {fraction} "):
         split_validation(count, fraction, seed=0)
+
+
+def test_a_window_is_shuffled_anew_each_epoch():
+    found = orders.windows(Order(0, 8), np.array([40]), orders.Lane(0, 1, 0, 8), 0)
+    first, second = (positions for _, _, positions in itertools.islice(found, 2))
+    np.testing.assert_array_equal(np.sort(first), np.arange(40))
+    assert np.mean(first == np.arange(40)) < 0.2
+    assert np.mean(first == second) < 0.2
+
+
+def test_a_share_of_the_labels_is_rounded():
+    y = np.repeat([0, 1], [16, 14])
+    assert np.bincount(y[share_of_labels(y, 0.1, seed=0)]).tolist() == [2, 1]
+
+
+def test_what_is_drawn_stays_what_it_was():
+    """A run that is resumed by another version goes on in the same order, and a result has the same labels."""
+    assert epoch_order(1, 2, 8).tolist() == [6, 0, 7, 5, 1, 4, 3, 2]
+    assert few_labels(np.arange(60) % 2, 3, 1).tolist() == [40, 8, 14, 39, 17, 1]
+    assert share_of_labels(np.arange(60) % 2, 0.05, 1).tolist() == [40, 8, 39, 17]
+    assert split_validation(10, 0.3, 1)[1].tolist() == [4, 7, 8]

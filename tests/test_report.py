@@ -591,3 +591,10 @@ def test_values_of_options_are_short():
         (): "()",
     }.items():
         assert in_words(value) == text
+
+
+def test_the_most_isolated_image_is_far_from_all_its_neighbours():
+    similarities = np.array([[0.9, 0.1], [0.55, 0.54]])
+    assert learned.most_isolated(learned.Near(np.zeros((2, 2), int), similarities), 1).tolist() == [
+        0
+    ]

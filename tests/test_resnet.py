@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from simclr_jax import assemble, config
 from simclr_jax.encoders import init_encoder
-from simclr_jax.encoders.heads import ProjectionHead
-from simclr_jax.encoders.resnet import ResNet
+from simclr_jax.encoders.heads import LinearClassifier, ProjectionHead
+from simclr_jax.encoders.resnet import STEMS, ResNet
+from simclr_jax.encoders.sk_resnet import SkBlock, SkResNet
 from simclr_jax.training.state import count_parameters
 
 # torchvision's models without their last layer (its counts less 1000 x (D + 1)).
@@ -185,3 +187,64 @@ def test_projection_head_returns_every_layer(kind, layers):
     if kind != "none":
         assert np.any(outputs[-1] < 0)
         np.testing.assert_allclose(np.mean(outputs[-1], axis=0), 0, atol=1e-5)
+
+
+def test_kernels_start_as_published():
+    """Variance 1 / fan-in, cut off at two deviations; dense kernels N(0, 0.01)."""
+    start = jax.jit(lambda: init_encoder(ResNet(10, 0.5, "cifar"), 8, jax.random.key(0)))
+    kernel = start()["params"]["stage4_block1"]["Conv_1"]["kernel"]
+    assert float(jnp.std(kernel)) == pytest.approx(np.prod(kernel.shape[:3]) ** -0.5, rel=0.02)
+    assert float(jnp.abs(kernel).max() / jnp.std(kernel)) < 2.4
+    h = np.ones((2, 64), np.float32)
+    for network, arguments in ((ProjectionHead(), (h, False)), (LinearClassifier(10), (h,))):
+        params = network.init(jax.random.key(0), *arguments)["params"]
+        for kernel in (x for x in jax.tree.leaves(params) if x.ndim == 2):
+            assert float(kernel.std()) == pytest.approx(0.01, rel=0.1)
+
+
+def test_a_block_of_selective_kernels_starts_as_its_shortcut():
+    x = jax.random.normal(jax.random.key(1), (2, 4, 4, 16))
+    block = SkBlock(4, 1, True, False, jnp.float32, 0.9, 0, True)
+
+    @jax.jit
+    def start(x):
+        return block.apply(block.init(jax.random.key(0), x, train=False), x, train=False)
+
+    np.testing.assert_array_equal(start(x), np.maximum(x, 0))
+
+
+def test_stems_are_the_published_ones():
+    """(size, stride of the first convolution, max-pool); "strided" is ours."""
+    assert STEMS == {"imagenet": (7, 2, True), "cifar": (3, 1, False), "strided": (3, 2, False)}
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_the_option_of_the_last_scale_reaches_the_encoder(zero):
+    c = config.default()
+    c.model.zero_init_residual = zero
+    assert assemble.encoder(c).zero_init_residual == zero
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        ResNet(10, 0.0625, "cifar", norm_group=4, zero_init_residual=False),
+        SkResNet(50, 0.0625, "cifar", norm_group=4, zero_init_residual=False),
+        ProjectionHead(norm_group=4),
+    ],
+    ids=["resnet", "sk_resnet", "head"],
+)
+def test_groups_reach_every_batchnorm(network):
+    """Of two groups, the second changes nothing of what becomes of the first."""
+    shape = (8, 16) if isinstance(network, ProjectionHead) else (8, 8, 8, 3)
+    x = jax.random.uniform(jax.random.key(0), shape)
+    variables = jax.jit(lambda: network.init(jax.random.key(1), x, train=False))()
+
+    @jax.jit
+    def represent(x):
+        found, _ = network.apply(variables, x, train=True, mutable=["batch_stats"])
+        return found[-1] if isinstance(found, list | tuple) else found
+
+    one, other = represent(x), represent(x.at[4:].multiply(x[4:]))
+    np.testing.assert_allclose(one[:4], other[:4], rtol=1e-5, atol=1e-6)
+    assert np.abs(one[4:] - other[4:]).max() > 1e-4

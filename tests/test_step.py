@@ -13,6 +13,10 @@ from simclr_jax.encoders.images import to_float
 from simclr_jax.errors import UserError
 from simclr_jax.losses import LOSSES, Loss, nt_xent
 from simclr_jax.mesh import make_mesh, to_global
+from simclr_jax.training.gradients import Embedding
+from simclr_jax.training.optimizer import make_optimizer
+from simclr_jax.training.state import start_of
+from simclr_jax.training.step import UpdateRule, make_step
 
 CLASSES = 3
 
@@ -231,3 +235,24 @@ def test_supervised_training_needs_labels(small):
     small.train.online_classifier = False
     with pytest.raises(UserError, match=r"train\.objective=supervised needs one label an image"):
         assemble.pretraining(small)
+
+
+def test_a_step_whose_gradient_alone_is_not_finite_is_skipped():
+    """The root at 0 is finite, and its slope is not."""
+
+    def loss(z, _):
+        return jnp.mean(z), {}
+
+    def objective(params, batch_stats, batch):
+        z = jnp.sqrt(batch["x"] * params["encoder"]["kernel"])
+        return Embedding(z, jnp.zeros(()), {}, batch_stats)
+
+    optimizer = make_optimizer("sgd", 0.1, weight_decay=0.0, momentum=0.0, trust_coefficient=0.0)
+    params = {"encoder": {"kernel": jnp.zeros(())}}
+    rule = UpdateRule(optimizer, lambda step: 0.1, skip_not_finite=True)
+    batch = {"x": np.ones((2, 1), np.float32), "label": np.zeros(2, np.int32)}
+    state, metrics = make_step(objective, loss, rule)(start_of(params, {}, optimizer), batch)
+    assert np.isfinite(metrics["loss"])
+    assert not np.isfinite(metrics["grad_norm"])
+    assert metrics["skipped_steps"] == 1
+    assert state.params["encoder"]["kernel"] == 0

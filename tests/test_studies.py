@@ -877,3 +877,32 @@ def test_other_data_are_transferred_to_where_they_are_prepared(monkeypatch):
     monkeypatch.setattr("simclr_jax.data.tfds.is_prepared", lambda name: False)
     with pytest.raises(UserError, match="none of the data sets of the study transfer is prepared"):
         read_study("transfer")
+
+
+def test_claims_at_their_edges():
+    """The larger of two deviations is the spread; the first point is held against the last, not the one before."""
+    a = {0: 0.60, 1: 0.61, 2: 0.62}
+    behind = {seed: x - 0.015 for seed, x in a.items()}
+    assert not best("", ("b",))({("a",): a, ("b",): behind}).held
+    steady, wide = {0: 0.61, 1: 0.61, 2: 0.61}, {0: 0.58, 1: 0.60, 2: 0.62}
+    assert best("", ("b",))({("a",): steady, ("b",): wide}).held
+    assert best("", ("b",))({("a",): wide, ("b",): dict.fromkeys(a, 0.59)}).held
+    low = dict.fromkeys(a, 0.3)
+    assert rises("", [("l",), ("a",), ("b",)])({("l",): low, ("a",): a, ("b",): behind}).held
+
+
+def test_the_best_of_some_is_not_held_against_the_rest():
+    scores = {("a",): {0: 0.9}, ("b",): {0: 0.5}, ("c",): {0: 0.1}}
+    assert best("", ("b",), [("b",), ("c",)])(scores).held
+
+
+def test_the_noise_of_a_task_is_the_papers_and_each_part_has_its_own():
+    """Table 3: standard deviation 0.1."""
+    grey = {"image": np.full((200, 8, 8, 3), 128, np.uint8), "label": np.zeros(200, int)}
+    made = [
+        next(transformations.asked(TASKS["original or noisy"], iter([grey]), Share(), 3, part))
+        for part in (0, 1)
+    ]
+    assert not np.array_equal(made[0]["label"], made[1]["label"])
+    noisy = made[0]["image"][made[0]["label"] == 1] / 255
+    assert noisy.std() == pytest.approx(0.1, rel=0.05)

@@ -12,8 +12,9 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 import simclr_jax
 from simclr_jax import assemble, config
 from simclr_jax.errors import UserError
-from simclr_jax.evals import classifiers, transfer
+from simclr_jax.evals import classifiers, subjects, transfer
 from simclr_jax.evals.classifiers import training
+from simclr_jax.evals.contract import Features
 from simclr_jax.evals.evaluate import evaluate_features
 from simclr_jax.evals.logistic import fit_lambdas
 from simclr_jax.evals.scores import (
@@ -323,3 +324,29 @@ def test_the_grids_of_the_paper_are_the_defaults():
     np.testing.assert_allclose(c.weight_decay, [0, *np.logspace(-6, -3, 7)], rtol=1e-3)
     np.testing.assert_allclose(c.untrained_learning_rate, np.logspace(-3, 0, 7), rtol=1e-3)
     np.testing.assert_allclose(c.untrained_weight_decay, np.logspace(-5, -1.5, 8), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["caltech101", "fgvc_aircraft", "oxford_flowers102", "oxford_iiit_pet"]
+)
+def test_four_data_sets_are_judged_by_the_mean_over_classes(name):
+    assert published_metric("auto", "tfds", name) == "mean_per_class"
+
+
+def test_what_is_difficult_stays_uncounted(monkeypatch):
+    members, labels = np.array([[1, 0], [-1, 1]], np.int8), np.array([1, 0])
+    features = Features(None, None, 2, members=members)
+    np.testing.assert_array_equal(features.targets(labels), members[labels])
+    logits = np.array([[9.0, 1.0], [1.0, 0.0]])  # the difficult one is first
+    monkeypatch.setattr(subjects, "features_of", lambda *_: ({"logits": logits}, labels))
+    score, _ = subjects.score_of("11_point_map", None, None, None, None, members)
+    assert score.value == 1.0
+
+
+def test_of_equally_good_lambdas_the_strongest_is_taken(monkeypatch):
+    monkeypatch.setitem(transfer.METRICS, "accuracy", lambda logits, targets: 0.5)
+    rng = np.random.default_rng(0)
+    part = rng.normal(size=(40, 4)).astype(np.float32), np.arange(40) % 2
+    options = {"validation_fraction": 0.2, "seed": 0, "max_iterations": 20, "metric": "accuracy"}
+    features = Features(part, part, 2, make_mesh(jax.devices()[:1]))
+    assert transfer.fit_chosen_lambda(features, options, (1.0, 0.1, 10.0))["lambda"] == 10.0

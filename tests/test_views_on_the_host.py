@@ -14,9 +14,9 @@ import simclr_jax
 from simclr_jax import assemble, config
 from simclr_jax.config.python_files import read_file
 from simclr_jax.mesh import make_mesh
-from simclr_jax.views import crop, host, make_distortion
+from simclr_jax.views import crop, device, host, make_distortion
 from simclr_jax.views.blur import blur_sigma, blurred
-from simclr_jax.views.color import ColorJitter, Grey
+from simclr_jax.views.color import ColorJitter, Grey, factor, saturate
 from simclr_jax.views.crop import CROP_ATTEMPTS, Crop
 from simclr_jax.views.distortion import Distortion
 
@@ -345,3 +345,22 @@ def test_views_from_python_are_those_of_training(tmp_path):
     )
     with pytest.raises(ValueError, match=r"an image is float64 \[20, 30, 3\]: expected uint8"):
         simclr_jax.make_views("digits", image / 255)
+
+
+def test_saturation_stays_at_most_1():
+    """More of it changes neither hue nor value."""
+    x = np.random.default_rng(0).random((3, 50))
+    found = np.stack(saturate(np, tuple(x), 1.5))
+    for pixel, rgb in zip(found.T, x.T, strict=True):
+        h, s, v = colorsys.rgb_to_hsv(*rgb)
+        np.testing.assert_allclose(pixel, colorsys.hsv_to_rgb(h, min(1, 1.5 * s), v), atol=1e-6)
+    assert factor(0.0, 1.6) == 0.0
+
+
+def test_the_numbers_of_a_view_stay_what_they_were():
+    """A run that is resumed by another version sees the same views."""
+    distortion = make_distortion({})
+    on_host = host.draw(1, tf.constant(2, tf.int64), tf.constant(3, tf.int64), distortion)
+    np.testing.assert_allclose(on_host[:, -1], [0.695444, 0.865018], atol=1e-6)
+    on_device = device.draw(1, 2, 3, distortion)
+    np.testing.assert_allclose(on_device[:, -1], [0.178000, 0.453750], atol=1e-6)
