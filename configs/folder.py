@@ -25,7 +25,7 @@ from simclr_jax.data.parquet_files import chosen_column, image_columns
 def get_config(argument: str = ""):
     """`argument`: the folder or files."""
     if not argument:
-        raise ValueError("which images? expected --config=configs/folder.py:PATH")
+        raise ValueError("which images? expected --config=folder:PATH")
     c = config.default()
     c.data.source = kind_of(argument)
     c.data.path = argument

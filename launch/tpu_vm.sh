@@ -279,7 +279,9 @@ while (($#)); do
   shift
 done
 case $action in
-  create | resume | babysit) check_can_request ;;&
+  create | resume | babysit) check_can_request ;;
+esac
+case $action in
   run | resume | babysit) check_can_run ;;
 esac
 case $action in

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from simclr_jax import processes, shell
 from simclr_jax.config import flatten, is_path
 from simclr_jax.config.overrides import load
-from simclr_jax.config.python_files import own_files
+from simclr_jax.config.python_files import own_files, split_argument
 from simclr_jax.console import say
 from simclr_jax.errors import Unavailable, UserError, near_names
 from simclr_jax.files import check_bucket
@@ -42,9 +42,19 @@ def main(argv: list[str]) -> None:
             given = " ".join(overrides) or f"--config={args.config}"
             raise UserError(f"--runs compares runs as they are: expected no {given}")
     else:
-        below = _options_below(args, mode)
+        if "extend" in flags and _is_automatic(args.config, overrides):
+            raise UserError(
+                "--extend without a length would train as long as the automatic settings say: give "
+                "--config.train.epochs=N as well"
+            )
+        alone = (
+            "topology" in flags
+        )  # no device of this machine takes part, and JAX is not set up yet
+        if not alone:  # else some would wait here for others
+            processes.check_alike({"--mode": args.mode, "--config given": str(bool(args.config))})
+        below = _options_below(args, mode, alone)
         config = load(args.config, overrides, below)
-        if "topology" not in flags:
+        if not alone:
             _check_processes(args, flags, config)
         if below is not None and mode.of_a_run:
             _say_which_files_have_changed(args.workdir)
@@ -64,18 +74,27 @@ def _check_processes(args: argparse.Namespace, flags: dict, config: ConfigDict) 
     processes.check_alike(options | alike | {"--mode": args.mode} | code | program_in_words())
 
 
-def _options_below(args: argparse.Namespace, mode: Mode) -> dict | None:
-    """Returns the options that the flags --config.NAME=VALUE then change; None: start from the --config file."""
+def _options_below(args: argparse.Namespace, mode: Mode, alone: bool) -> dict | None:
+    """Returns the options that the flags --config.NAME=VALUE then change; None: start from the --config file. `alone`: see
+    `saved_config`.
+    """
     if mode.begins:
         return {"data": {"name": "imagenet2012"}} if not args.config else None
     if not args.config:
-        return saved_config(args.workdir)
+        return saved_config(args.workdir, alone)
     try:
-        return saved_config(args.workdir) if mode.of_a_run else None
+        return saved_config(args.workdir, alone) if mode.of_a_run else None
     except Unavailable:
         raise
     except UserError:  # no run is there, or its config.json is damaged
         return None
+
+
+def _is_automatic(spec: str | None, overrides: list[str]) -> bool:
+    """Returns whether the length of a training is chosen from its images, by configs/folder.py."""
+    lengths = ("--config.train.epochs", "--config.train.steps")
+    name = os.path.basename(split_argument(spec or "")[0]).removesuffix(".py")
+    return name == "folder" and not any(flag.startswith(lengths) for flag in overrides)
 
 
 def _say_which_files_have_changed(workdir: str) -> None:

@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -74,7 +75,7 @@ class Encoder:
     def __call__(self, images) -> np.ndarray:
         """Computes h float32 [N, D] of images [N, H, W, 3], uint8 or float in [0, 1].
 
-        Works through 256 images at a time, so N may be large.
+        Works through 256 images at a time, so N may be large. Warns of another size than `image_size`.
 
         Raises:
           ValueError: images of another shape or type, of a size that the network cannot take, or floats that are
@@ -96,6 +97,13 @@ class Encoder:
             raise ValueError(
                 f"images are {images.dtype} from {images.min():g} to {images.max():g}: expected floats "
                 "in [0, 1], or uint8; neither mean nor deviation is taken off"
+            )
+        if images.shape[1:3] != (self.image_size, self.image_size):
+            height, width = images.shape[1:3]
+            warnings.warn(
+                f"images of {width} x {height} px: the encoder was trained on {self.image_size} px. encoder.embed(images) "
+                "crops and resizes to that, encoder(images) takes images as they are",
+                stacklevel=2,
             )
         h = np.empty((len(images), self.width), np.float32)
         for start in range(0, len(images), _BATCH):
@@ -121,7 +129,7 @@ class Encoder:
         try:
             x = pixels.of_anything(image, self.view.read)
         except ValueError as error:
-            raise ValueError(f"{error}{_what_takes(image)}") from error
+            raise ValueError(f"{error}{_what_takes(image, self.image_size)}") from error
         return self.view.of(x)
 
     def embed(self, images: Iterable[Any]) -> np.ndarray:
@@ -139,11 +147,14 @@ class Encoder:
         return np.concatenate(found) if found else np.zeros((0, self.width), np.float32)
 
 
-def _what_takes(image: Any) -> str:
+def _what_takes(image: Any, size: int) -> str:
     """Says what takes what `preprocess` does not."""
     if isinstance(image, str | os.PathLike):
         return "; --mode=embed takes folders" if expanded(image).is_dir() else ""
-    return "; encoder(images) takes floats in [0, 1], all of one size"
+    return (
+        "; of 16 bits give the path, or PIL.Image.fromarray(image); encoder(images) takes floats in [0, 1], all of "
+        f"{size} px"
+    )
 
 
 def _are_within_0_and_1(x: np.ndarray) -> bool:

@@ -92,7 +92,7 @@ def call(command: Callable[[list[str]], None], arguments: list[str]) -> None:
         error = raised
         if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
             error = UserError(_out_of_memory(error))
-        error = _without_tensorflow(error) or storage_error(error) or error
+        error = _without_tensorflow(error) or _not_allowed(error) or storage_error(error) or error
         if jax.distributed.is_initialized():
             if not isinstance(error, UserError | jax.errors.JaxRuntimeError):
                 traceback.print_exc()
@@ -121,6 +121,15 @@ def _without_tensorflow(error: Exception) -> UserError | None:
     return UserError(
         f"the package {error.name} is not installed, which reads images and makes views on the host: install "
         "tensorflow and tensorflow-datasets; images in an .npz file need neither with data.placement=device"
+    )
+
+
+def _not_allowed(error: Exception) -> UserError | None:
+    """Returns what to do about a local file that may not be read or written; None: the error is another."""
+    if not isinstance(error, PermissionError) or not isinstance(error.filename, str):
+        return None
+    return UserError(
+        f"{error.filename}: {error.strerror}: ask its owner for the right, or give it with chmod"
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import random_images
+from etils import epath
 from PIL import Image
 from test_sources import STREAMING
 
@@ -45,10 +46,26 @@ def test_images_that_are_all_broken_are_said_to_be(tmp_path):
         (tmp_path / f"{i}.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"none of 3 images can be read, such as /.*0\.png"):
         Broken(open_split(str(tmp_path), False), 0.9).find(range(3))
+    Image.fromarray(smooth()).save(tmp_path / "1.png")
     split = open_split(str(tmp_path), False).subset(np.arange(2))
     whole = types.SimpleNamespace(count=10)
     with pytest.raises(UserError, match=r"1 of 2 images .* the share of 0\.05 of 10 that"):
         Broken(split, 0.05, whole=whole).find([0])
+
+
+def test_where_too_many_are_broken_all_are_found_at_once(tmp_path):
+    """Not some more after each training that was begun anew."""
+    for i in range(10):
+        Image.fromarray(smooth()).save(tmp_path / f"{i}.png")
+    for i in (1, 4, 8):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    split, report = open_split(str(tmp_path), False), epath.Path(tmp_path / "broken.jsonl")
+    with pytest.raises(
+        UserError, match=r"^3 of 10 images cannot be read.*max_broken=0\.31; .*names all"
+    ):
+        Broken(split, 0.05, report).find([4])
+    assert len(report.read_text().splitlines()) == 3
+    assert Broken(split, 0.31, report).indices == {1, 4, 8}
 
 
 def good_images(where):
@@ -295,7 +312,7 @@ def test_five_broken_images_are_named_on_the_terminal_and_all_in_the_report(own,
     Broken(split, 0.2, tmp_path / "broken.jsonl").find(range(50))
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped")]
     assert len(said) == 6
-    assert "only the report names" in said[-1]
+    assert f"all are in {tmp_path}" in said[-1]
     assert len(lines_of(tmp_path / "broken.jsonl")) == len(names) + 1
 
 

@@ -98,6 +98,16 @@ def test_a_missing_tensorflow_is_one_line(name):
     assert shell._without_tensorflow(ValueError("x")) is None
 
 
+def test_a_file_that_may_not_be_read_is_one_line():
+    def command(_):
+        raise PermissionError(13, "Permission denied", "W/config.json")
+
+    with pytest.raises(
+        SystemExit, match=r"^error: W/config\.json: Permission denied: ask its owner"
+    ):
+        shell.call(command, [])
+
+
 def test_the_imagenet_configuration_is_the_papers():
     """Section 2.3: B 4096, LARS, 4.8 = 0.3 x 4096 / 256, decay 1e-6, 10 epochs of warm-up."""
     plan = assemble.plan_of(read_file(str(CONFIGS / "imagenet.py")), 1_281_167)

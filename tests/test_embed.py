@@ -242,6 +242,17 @@ def test_embed_refuses_one_image_where_it_expects_several(embedded, tmp_path):
         assert encoder.embed([one]).shape == (1, encoder.width)
 
 
+def test_images_of_another_size_than_the_encoders_are_warned_of(embedded):
+    """They are taken as they are; `embed` resizes."""
+    (_, workdir, _), _ = embedded
+    encoder = simclr_jax.load_encoder(workdir)
+    other = encoder.image_size + 4
+    with pytest.warns(
+        UserWarning, match=rf"images of {other} x {other} px: the encoder was trained"
+    ):
+        encoder(np.zeros((1, other, other, 3), np.uint8))
+
+
 def test_an_encoder_pickles_and_refuses_floats_that_are_standardised(embedded):
     (_, workdir, root), _ = embedded
     _, _, pixels = expected_rows(root)

@@ -194,6 +194,15 @@ def test_an_evaluation_gets_the_metric_that_was_asked_for(tiny, tmp_path, monkey
         evaluate_features("transfer", tiny, str(workdir))
 
 
+def test_what_the_largest_class_alone_would_reach_is_said(capsys):
+    results.say_if_unbalanced(np.array([0] * 6 + [1, 2]), ("oak", "elm", "ash", "fir"))
+    said = capsys.readouterr().out
+    assert "always answering 'oak', the largest of 4, would reach 75.0%" in said
+    assert "1 of 4 have no test image" in said
+    results.say_if_unbalanced(np.arange(8) % 4, ("oak", "elm", "ash", "fir"))
+    assert capsys.readouterr().out == ""
+
+
 def test_features_are_centred_and_scaled_by_the_training_images():
     rng = np.random.default_rng(0)
     train, test = rng.normal(3, 7, (50, 4)), rng.normal(5, 2, (9, 4))
@@ -798,9 +807,10 @@ def test_a_run_is_followed_anew_with_other_settings(trained_beside):
     assert evaluate_features("knn", c, str(workdir), follow=True)["settings"]["k"] == 3
     assert evaluated == [6]
     evaluated.clear()
-    c.eval.seeds, c.eval.labels_per_class = 1, (2,)  # they change no line
+    c.eval.seeds, c.eval.labels_per_class = 1, (2,)  # they change no line, and the result
     evaluate_features("knn", c, str(workdir), follow=True)
-    assert evaluated == []
+    assert evaluated == [6]
+    evaluated.clear()
     c.data.eval_crop = 0.5
     evaluate_features("knn", c, str(workdir), follow=True)
     assert evaluated == saved_steps(workdir)
@@ -959,12 +969,16 @@ def test_test_images_that_were_trained_on_are_told(tiny, tmp_path, capsys):
         def __init__(self, text):
             self.fingerprint = lambda: text
 
-    def is_told(then, now, test="test", count=40):
+    def is_told(then, now, test="test", count=40, **more):
         record = tiny.copy_and_resolve_references()
         config.set_options(record, then)
         evaluation = tiny.copy_and_resolve_references()
         config.set_options(evaluation, now)
-        saved = {"data_fingerprint": "run", "config": record.to_dict(), "training_images": 40}
+        saved = {
+            "data_fingerprint": "run",
+            "config": record.to_dict(),
+            "training_images": 40,
+        } | more
         train = Print("a")
         train.count = count
         results.path_of(evaluation, saved, DataSet(train, Print(test)), str(tmp_path), "knn")
@@ -973,6 +987,11 @@ def test_test_images_that_were_trained_on_are_told(tiny, tmp_path, capsys):
     fifth = {"data.test_fraction": 0.2}
     assert is_told({}, fifth)
     assert not is_told(fifth, fifth | {"seed": 7})  # the seed divides nothing
+    assert is_told(fifth, fifth, partly_labelled=True)  # other labels were held out
+    assert not is_told(fifth, {"data.test_fraction": 0.1}, partly_labelled=True)
+    assert is_told(
+        fifth, {"data.test_fraction": 0.1, "data.labels_file": "b.csv"}, partly_labelled=True
+    )
     assert is_told(fifth, fifth, count=41)  # others are held out of another number of images
     assert not is_told(fifth, {"data.test_fraction": 0.1})  # a part of the fifth
     assert is_told(fifth, {"data.test_fraction": 0.3})

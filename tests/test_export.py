@@ -293,7 +293,8 @@ def test_the_projection_head_lies_beside_the_encoder(layers, tmp_path, capsys):
     assert said.count("torch.nn.ReLU()") == layers - 1
     assert "z = head.eval()(h)" in said
     assert (
-        "They have 24 px: the middle 87.5% of each side of the centred square, resized.\n" in said
+        "They have 24 px: the middle 87.5% of each side of the centred square, resized: simclr_jax"
+        in said
     )
     # An encoder without a head leaves no head of an earlier export beside it.
     c = small(head="none")

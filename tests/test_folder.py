@@ -374,6 +374,25 @@ def test_images_of_16_bits_get_one_scale(tmp_path, capsys):
     assert load(f"folder:{tmp_path}", ["--config.data.sample_bits=0"]).data.sample_bits == 0
 
 
+def test_hot_pixels_and_two_cameras_do_not_make_images_black(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        x = rng.integers(0, 4096, (40, 40)).astype(np.uint16)
+        x[0, 0] = 65535
+        Image.fromarray(x).save(tmp_path / f"{i}.png")
+    assert summary.summarize(tmp_path).sample_bits == 12
+    for i in range(8, 12):  # of another camera
+        Image.fromarray(rng.integers(0, 65536, (40, 40)).astype(np.uint16)).save(
+            tmp_path / f"{i}.tiff"
+        )
+    found = summary.summarize(tmp_path)
+    assert (found.bits, found.sample_bits) == ({12: 8, 16: 4}, 0)
+    said = "\n".join(summary.summary_lines(found))
+    assert (
+        "of 12 grey ones looked at 8 use 12 bits, 4 use 16 bits: each is scaled by the bits" in said
+    )
+
+
 def test_colours_of_16_bits_are_not_scaled_by_the_grey_images(tmp_path):
     """In colour most PNGs of 16 bits use them all: at 12 bits nearly all of one would be white."""
     rng = np.random.default_rng(0)

@@ -75,7 +75,9 @@ def test_a_run_that_ends_before_it_can_have_learned_says_so(loss, early):
     assert found.name == ("too early to say" if early else "sound")
     assert not found.is_bad
     assert ("before step 11 it may be near chance" in found.because) == early
-    assert (judge(11, {"loss": loss, "z_std": EVEN}, OF_512).name == "not learning") == early
+    few, many = (judge(step, {"loss": loss, "z_std": EVEN}, OF_512) for step in (11, 100))
+    assert ("11 steps are few" in few.because) == early
+    assert (many.name == "not learning") == early
 
 
 def test_a_run_that_is_no_longer_bad_is_said_so(capsys):
@@ -153,13 +155,15 @@ def is_shape(x):
     ("step", "loss", "z_std", "expected"),
     [
         (5, 6.93, EVEN, "too early to say"),  # before the end of the warm-up
-        (50, 6.93, EVEN, "not learning"),
+        (50, 6.93, EVEN, "too early to say"),  # few steps
+        (100, 6.93, EVEN, "not learning"),
         (50, 5.0, EVEN, "sound"),
         (50, 0.01, EVEN, "below the lower bound"),
         (50, 0.0447, EVEN, "sound"),
         (5, 6.93, 0.005, "collapsed"),
         (5, 7.3, EVEN, "too early to say"),  # untrained, a loss may lie above chance
-        (50, 7.3, EVEN, "not learning"),
+        (50, 7.3, EVEN, "too early to say"),
+        (100, 7.3, EVEN, "not learning"),
     ],
 )
 def test_verdicts(step, loss, z_std, expected):
@@ -172,7 +176,7 @@ def test_a_loss_above_chance_is_no_alarm_where_pairs_are_told_apart():
     """As at tau 0.001: ln(2B - 1) tells nothing there."""
     means = {"loss": 300.0, "z_std": EVEN}
     assert judge(50, means | {"other_view_top1": 0.12}, OF_512).name == "not judged"
-    assert judge(50, means | {"other_view_top1": 0.01}, OF_512).name == "not learning"
+    assert judge(100, means | {"other_view_top1": 0.01}, OF_512).name == "not learning"
     assert not judge(50, means | {"other_view_top1": 0.12}, OF_512).is_bad
 
 
@@ -181,7 +185,7 @@ def test_at_a_high_temperature_every_loss_is_near_chance_and_that_is_no_alarm():
     least, no_better = lower_bound(512, 1000.0), chance(512)
     for share, name in ((0.5, "sound"), (0.01, "not learning")):
         loss = no_better - share * (no_better - least)
-        assert judge(50, {"loss": loss, "z_std": EVEN}, warm).name == name
+        assert judge(100, {"loss": loss, "z_std": EVEN}, warm).name == name
 
 
 def test_of_a_loss_without_bounds_only_the_spread_is_judged():

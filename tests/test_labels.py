@@ -217,6 +217,11 @@ def labelled_by(tmp_path, text, **options):
     return open_source(found | options)
 
 
+def test_the_columns_of_labels_may_begin_with_capitals_and_have_tabs(tmp_path):
+    data = labelled_by(tmp_path, "Image\tLabel \n1/3.png\tdog\n0/0.png\tcat, grey\n")
+    assert data.train.classes == ("cat, grey", "dog")
+
+
 def test_labels_of_a_folder_come_from_a_csv_file(tmp_path):
     """By the path below the folder, in any order, quoted or not; what is not named has no label."""
     text = '\ufefflabel,image,by\r\ndog,1/3.png,me\r\n"cat, grey",0/0.png,\r\n,0/1.png,\r\ndog,0/2.png,\r\n'
@@ -273,7 +278,7 @@ def test_a_csv_file_labels_test_images_as_test_images(tmp_path, capsys):
         ),
         ("image,label\n0/0.png,cat\n0/0.png,dog\n", "labels '0/0.png' twice, cat and dog"),
         ("", "is empty: expected"),
-        ("image, label\n0/0.png, cat\n", "has the columns 'image', ' label': expected image,label"),
+        ("file,label\n0/0.png,cat\n", "has the columns 'file', 'label': expected image,label"),
     ],
 )
 def test_a_file_of_labels_that_does_not_fit_is_one_line(tmp_path, text, says):

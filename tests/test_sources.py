@@ -420,6 +420,8 @@ def test_a_folder_with_labels_takes_the_first_folder(tmp_path):
     write(tmp_path / "loose.png", random_images(1)[0])
     with pytest.raises(UserError, match=r"1 images lie in no class folder, such as .*loose\.png"):
         open_split(str(tmp_path), labels=True)
+    found = open_split(str(tmp_path), labels=True, loose=True)  # as for embedding
+    assert found.all_labels().tolist() == [0, 1, 1, -1]
 
 
 def test_a_test_folder_has_the_classes_of_the_training_folder(tmp_path):
@@ -649,7 +651,7 @@ def test_a_broken_image_is_replaced_by_the_next_whole_one(kind, request):
         for row, i in enumerate(before.tolist()):
             if i in broken:  # the next whole one that the batch does not have
                 cycle = [(i + k) % split.count for k in range(split.count)]
-                expected[row] = next(k for k in cycle if k not in {*broken, *expected})
+                expected[row] = next(k for k in cycle if k not in {*broken, *before.tolist()})
         assert after.tolist() == expected
     labels = labels_once(split, Share(0, 2), start=1, broken=broken)
     labelled = split.all_labels()

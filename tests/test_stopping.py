@@ -103,6 +103,19 @@ def test_an_interrupt_that_was_ignored_before_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_signal_is_answered_at_once_and_once(capsys):
+    """By a thread: the main one, which runs Python's handlers, may be compiling for a minute."""
+    with stopping.Stop(mesh()):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        until, said = time.monotonic() + 20, ""
+        while "stopping" not in said and time.monotonic() < until:
+            time.sleep(0.01)
+            said += capsys.readouterr().out
+    assert signal.set_wakeup_fd(-1) == -1
+    assert (said + capsys.readouterr().out).count("stopping    after this step and a save") == 1
+
+
 def test_processes_stop_together_some_steps_after_the_wish(monkeypatch):
     """No step waits for the others' wishes: they are read two steps late."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)

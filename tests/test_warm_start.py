@@ -190,6 +190,8 @@ def test_a_file_of_torchvisions_names_is_a_beginning(tiny, tmp_path):
     tiny.model.init_from = str(path)
     start = read_start(tiny)
     assert any(note.startswith("model.standardize: imagenet there") for note in start.notes)
+    (note,) = (note for note in start.notes if note.startswith("model.standardize"))
+    assert note.endswith("none here, as --config.model.standardize=imagenet would have it")
     assert equal(start.parts, {"encoder": variables})
     tiny.model.init_parts = "encoder_and_head"
     with pytest.raises(UserError, match="has no projection head"):
@@ -219,5 +221,5 @@ def test_a_kernel_of_another_size_is_refused(tiny, tmp_path):
     set_options(
         tiny, {"model.init_from": str(tmp_path / "w.safetensors"), "model.stem": "imagenet"}
     )
-    with pytest.raises(UserError, match=r"\['stem'\]\['kernel'\] has shape"):
+    with pytest.raises(UserError, match=r"model\.stem: cifar there, imagenet here"):
         begun_with(read_start(tiny), job_of(tiny, 1))

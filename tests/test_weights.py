@@ -522,6 +522,12 @@ def test_an_export_that_is_imported_takes_images_as_before(tmp_path, capsys, for
         assert "simclr\n" not in card
 
 
+def test_names_with_a_prefix_are_said_to_have_one():
+    weights = {"module.f.conv1.weight": np.zeros(1), "module.f.layer1.0.conv1.weight": np.zeros(1)}
+    with pytest.raises(UserError, match=r"names that do not begin with 'module\.f\.'"):
+        torchvision.convert(weights, {})
+
+
 @pytest.mark.parametrize("view", ["{", "[]", '{"size": 3}'])
 def test_a_description_of_images_that_says_nothing_is_passed_over(view):
     assert torchvision._view({"view": view}) == {}

@@ -96,7 +96,10 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     for flag in overrides:
         name, equals, _ = flag.removeprefix("--config.").partition("=")
         if not flag.startswith("--config."):
-            raise UserError(f"unknown argument {flag!r}: options are given as --config.NAME=VALUE")
+            raise UserError(
+                f"unknown argument {flag!r}: options are given as --config.NAME=VALUE, a mode as --mode=NAME, and what holds "
+                "blanks in quotes"
+            )
         check_is_known(name, known)
         if not equals:
             raise UserError(f"{flag} has no value: expected {flag}=VALUE")

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from simclr_jax.errors import UserError
+from simclr_jax.errors import UserError, near_names
 
 # {absolute path: digest of the content} of the newest configuration, unless it is the package's.
 _own: dict[str, str] = {}
@@ -54,7 +54,9 @@ def made_by(spec: str, function: str, kind: type, what: str, folder: str = ".") 
     path = known.get(name, name)
     if not pathlib.Path(path).is_file() or not path.endswith(".py"):
         short = pathlib.Path(path).stem
-        hint = f"; {short} is one of these" if short in known else ""
+        hint = f"; {short} is one of these" if short in known else near_names(name, known)
+        if pathlib.Path(path).is_dir() and "folder" in known:
+            hint = f". It is a folder of images? --config=folder:{path}"
         raise UserError(
             f"no {what} {path!r}: expected FILE.py[:ARGUMENT], or one of {', '.join(sorted(known))}{hint}"
         )

@@ -54,7 +54,7 @@ def suggest_settings(
     ]
     size = given_size or size
     if sample_bits:
-        why = "one scale for all images of 16 bits, by the brightest of those looked at"
+        why = "one scale for all images of 16 bits, by the brightest of up to 32"
         chosen.append(Choice("data.sample_bits", sample_bits, why))
     if not accelerator and size <= 64:
         chosen.append(Choice("model.stem", "strided", "halves the resolution once: for CPUs"))

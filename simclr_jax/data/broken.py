@@ -1,6 +1,7 @@
 """Images that cannot be read: skipped, counted, and named in a report in the workdir."""
 
 import json
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from simclr_jax.data.split import Split
 from simclr_jax.errors import UserError
 from simclr_jax.files import write_text
 
+_ALL_TRIED = 2000  # images that are all tried where too many of some are broken: some 10 s
 _SAID = 5  # broken images named on the terminal; the report names all
 
 
@@ -65,21 +67,30 @@ class Broken:
         self._check()
         return len(self._problems) > before
 
+    def _is_too_many(self) -> bool:
+        bad = len(self._problems)
+        return bad > self._limit * self._limit_of or bad == self._split.count
+
     def _check(self) -> None:
         count = self._split.count
+        if not self._is_too_many():
+            return
+        if count <= _ALL_TRIED:  # else they would be found a few at a time
+            self._note(set(range(count)) - self.indices, say_it=False)
+            self._write()
         bad = len(self._problems)
-        if bad > self._limit * self._limit_of or bad == count:
-            some = sorted(self._problems.items())[:3]
-            names = ", ".join(f"{self._split.name_of(i)} ({problem})" for i, problem in some)
-            where = f"; {self.report} names all that were met" if self.report else ""
-            if bad == count:
-                raise UserError(f"none of {count} images can be read, such as {names}{where}")
-            of = "" if self._limit_of == count else f" of {self._limit_of}"
-            raise UserError(
-                f"{bad} of {count} images cannot be read, more than the "
-                f"share of {self._limit:g}{of} that data.max_broken allows, such as {names}: mend or "
-                f"remove them, or raise data.max_broken{where}"
-            )
+        some = sorted(self._problems.items())[:3]
+        names = ", ".join(f"{self._split.name_of(i)} ({problem})" for i, problem in some)
+        where = f"; {self.report} names all that were met" if self.report else ""
+        if bad == count:
+            raise UserError(f"none of {count} images can be read, such as {names}{where}")
+        of = "" if self._limit_of == count else f" of {self._limit_of}"
+        enough = math.floor(100 * bad / self._limit_of + 1) / 100
+        raise UserError(
+            f"{bad} of {count} images cannot be read, more than the "
+            f"share of {self._limit:g}{of} that data.max_broken allows, such as {names}: mend or "
+            f"remove them, or give --config.data.max_broken={enough:g}{where}"
+        )
 
     def _note(self, indices: Iterable[int], say_it: bool) -> None:
         problems = self._split.problems(set(map(int, indices)))
@@ -90,7 +101,8 @@ class Broken:
             if say_it and len(self._problems) <= _SAID:
                 say(f"skipped     {name}: {problem}")
             elif say_it and len(self._problems) == _SAID + 1:
-                say("skipped     ... and more, which only the report names")
+                where = f": all are in {self.report}" if self.report else ""
+                say(f"skipped     ... and more{where}")
 
     def say_how_many(self) -> None:
         """Says how many images were skipped, and where they are named, if any were."""

@@ -135,7 +135,9 @@ def _check_apart(paths: list[str]) -> None:
 
 
 def _check_no_folder_in_both(splits: list[IndexedSplit]) -> None:
-    """Raises a UserError if images of two splits are in one folder, to which a link below one of them may lead."""
+    """Raises a UserError if images of two splits are in one folder, to which a link to a folder may lead. Links to single
+    files are not followed: that would ask for each of them.
+    """
     files = [split.source for split in splits if isinstance(split.source, Files)]
     real = [
         {os.path.realpath(os.path.join(some.root, x)) for x in some.folders()} for some in files
@@ -215,9 +217,12 @@ def read_labels(path: str) -> dict[str, str]:
             first = file.readline()
             file.seek(0)
             # Where the comma is a decimal point, table programs write semicolons.
-            rows = csv.DictReader(file, delimiter=";" if "," not in first else ",")
+            delimiter = next((mark for mark in (",", ";", "\t") if mark in first), ",")
+            rows = csv.DictReader(file, delimiter=delimiter)
             columns = list(rows.fieldnames or ())
-            lines = list(rows) if {"image", "label"} <= set(columns) else []
+            rows.fieldnames = [name.strip().lower() for name in columns]  # Image, Label
+            lines = list(rows) if {"image", "label"} <= set(rows.fieldnames) else []
+            found = set(rows.fieldnames)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path!r} is not in UTF-8 (byte {error.start}): save it as UTF-8, in a table program as CSV UTF-8 "
@@ -227,10 +232,11 @@ def read_labels(path: str) -> dict[str, str]:
         raise UserError(
             f"{path!r} cannot be read as a CSV file of labels: {reason(error)} (data.labels_file)"
         ) from error
-    if not {"image", "label"} <= set(columns):
+    if not {"image", "label"} <= found:
         what = f"has the columns {', '.join(map(repr, columns))}" if columns else "is empty"
         raise UserError(
-            f"{path!r} {what}: expected image,label in the first line, with a comma or semicolon and no blank (data.labels_file)"
+            f"{path!r} {what}: expected image,label in the first line, with a comma, semicolon or tab: rename the columns "
+            "of the paths and of the labels so (data.labels_file)"
         )
     labels: dict[str, str] = {}
     for line in lines:
@@ -248,6 +254,7 @@ def open_split(
     labels: bool | Mapping[str, str],
     classes: Classes = None,
     option: str = "data.path",
+    loose: bool = False,
 ) -> IndexedSplit:
     """Opens every image file below a folder, sorted by path.
 
@@ -257,6 +264,7 @@ def open_split(
         path below the folder -> class; what it does not hold has no label.
       classes: their names, in order; None takes what is there, sorted.
       option: the one that names the folder, for messages.
+      loose: with labels=True, images that lie in no class folder have no label.
 
     Raises:
       UserError: there is no folder, no image, an image in no class folder or in an unknown one.
@@ -287,7 +295,7 @@ def open_split(
         nothing = np.full(len(names), -1, np.int32)
         return IndexedSplit(Files(where, names, nothing, None, found.sizes))
     if labels is True:
-        owners = _first_folders(path, names)
+        owners = _first_folders(path, names, loose)
     else:
         owners = [labels.get(name) for name in names]
         if not any(owners):
@@ -307,16 +315,16 @@ def _instead(path: str, passed_over: dict[str, int]) -> str:
     return f"looked for {', '.join(SUFFIXES)}{found}"
 
 
-def _first_folders(path: str, names: list[str]) -> list[str | None]:
-    """Returns the first folder of each name. Raises a UserError if one has none."""
+def _first_folders(path: str, names: list[str], loose: bool) -> list[str | None]:
+    """Returns the first folder of each name, None where there is none. Raises a UserError for these unless `loose`."""
     parts = [pathlib.PurePath(name).parts for name in names]
-    loose = [name for name, inside in zip(names, parts, strict=True) if len(inside) == 1]
-    if loose:
+    without = [name for name, inside in zip(names, parts, strict=True) if len(inside) == 1]
+    if without and not loose:
         raise UserError(
-            f"{len(loose)} images lie in no class folder, such as {os.path.join(path, loose[0])}: "
+            f"{len(without)} images lie in no class folder, such as {os.path.join(path, without[0])}: "
             "move them, or set data.folder_labels=False"
         )
-    return [inside[0] for inside in parts]
+    return [inside[0] if len(inside) > 1 else None for inside in parts]
 
 
 def _is_utf8(name: str) -> bool:

@@ -92,21 +92,16 @@ class IndexedSplit:
         """Yields (epochs, indices), int64 [B / P] each, of this process's batches, without end."""
         if not broken:
             yield from batch_positions(order, self.count, start_step)
-        bad, rows = self._are_in(broken), order.share.rows(order.batch_size)
-        for epochs, indices in batch_positions(
-            replace(order, share=Share()), self.count, start_step
-        ):
-            yield epochs[rows], standing_in(bad, indices)[rows]
+        rows, whole = order.share.rows(order.batch_size), replace(order, share=Share())
+        for epochs, indices in batch_positions(whole, self.count, start_step):
+            yield epochs[rows], standing_in(broken, indices, rows, self.count)
 
     def batch_indices(self, order: Order, step: int, broken: Set[int] = NONE) -> np.ndarray:
         return next(self.entries(order, step, broken))[1]
 
     def stand_ins(self, broken: Set[int]) -> np.ndarray:
         """Returns int64 [N]: i where image i is not broken, else the next image that is not, cyclically."""
-        return next_whole(self._are_in(broken))
-
-    def _are_in(self, broken: Set[int]) -> np.ndarray:
-        return np.isin(np.arange(self.count), list(broken))
+        return next_whole(np.isin(np.arange(self.count), list(broken)))
 
     def once(self, share: Share, start: int = 0, broken: Set[int] = NONE) -> Any:
         import tensorflow as tf

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import numpy as np
 
@@ -70,17 +70,29 @@ def next_whole(broken: np.ndarray) -> np.ndarray:
     return places
 
 
-def standing_in(broken: np.ndarray, batch: np.ndarray) -> np.ndarray:
-    """Returns a batch [B] of places with others where broken[i]: for each the next place, cyclically, that is neither
-    broken nor in the batch, as a copy of an image would be its own negative. If there is none, `next_whole`.
+def standing_in(broken: Set[int], batch: np.ndarray, rows: slice, count: int) -> np.ndarray:
+    """Returns some rows of a batch, with other places where an image is broken: the next one, cyclically, that is neither
+    broken nor in the batch, as a copy of an image would be its own negative. If there is none, the next that is whole.
+    Two broken images may get the same: a row depends on no other broken image, as each process knows its own.
+
+    Args:
+      broken: places that cannot be read.
+      batch: places [B] of the global batch.
+      rows: which of them are returned.
+      count: images of the data set.
     """
-    whole, found, taken = np.flatnonzero(~broken), batch.copy(), set(batch.tolist())
-    for row in np.flatnonzero(broken[batch]):
-        following = np.roll(whole, -np.searchsorted(whole, batch[row]))
-        free = next((place for place in following.tolist() if place not in taken), None)
-        found[row] = next_whole(broken)[batch[row]] if free is None else free
-        taken.add(int(found[row]))
+    present, found = frozenset(batch.tolist()), batch[rows].copy()
+    for row, place in enumerate(found.tolist()):
+        if place in broken:
+            nearest = _next(place, count, broken, frozenset())
+            found[row] = _next(nearest, count, broken, present)
     return found
+
+
+def _next(place: int, count: int, broken: Set[int], present: Set[int]) -> int:
+    """Returns a place, or the next one, cyclically, that is in neither of two sets; the place itself if there is none."""
+    following = ((place + step) % count for step in range(count))
+    return next((i for i in following if i not in broken and i not in present), place)
 
 
 def batch_positions(

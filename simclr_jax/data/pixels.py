@@ -141,12 +141,14 @@ def _is_grey_of_16_bits(image: Image.Image) -> bool:
 
 
 def bits_used(path: os.PathLike) -> int:
-    """Returns the bits that the brightest sample of a grey image of 16 bits needs: 8, 10, 12, 14 or 16; 0 for other
-    images, and for what cannot be read.
+    """Returns the bits that a grey image of 16 bits needs, but for the brightest thousandth of its samples, which may be
+    hot pixels: 8, 10, 12, 14 or 16; 0 for other images, and for what cannot be read.
     """
     try:
         with Image.open(path) as image:
-            return _bits_of(np.asarray(image)) if _is_grey_of_16_bits(image) else 0
+            if not _is_grey_of_16_bits(image):
+                return 0
+            return _bits_of(np.quantile(np.asarray(image), 0.999, method="lower"))
     except Exception:  # whatever a damaged file may lead to
         return 0
 
@@ -154,7 +156,7 @@ def bits_used(path: os.PathLike) -> int:
 def problem_of_mode(image: Image.Image) -> str:
     """Returns why a picture that is not yet decoded cannot be read, "" if nothing but its pixels can tell."""
     if image.mode == "F" or (image.mode == "I" and not _has_16_bits(image)):
-        return f"32 bits a sample (mode {image.mode}): expected 8 or 16"
+        return f"32 bits a sample (mode {image.mode}): expected 8 or 16 (in Fiji or ImageJ: Image > Type > 16-bit)"
     return ""
 
 
@@ -242,8 +244,8 @@ def _upper_8_bits(x: np.ndarray, sample_bits: int) -> np.ndarray:
     return (x >> (bits - 8)).astype(np.uint8)
 
 
-def _bits_of(x: np.ndarray) -> int:
-    return next(bits for bits in SAMPLE_BITS if int(x.max()) < 2**bits)
+def _bits_of(x: Any) -> int:
+    return next(bits for bits in SAMPLE_BITS if int(np.max(x)) < 2**bits)
 
 
 @functools.cache
@@ -275,10 +277,10 @@ def of_anything(image: Any, options: ReadOptions = ReadOptions()) -> np.ndarray:
         except ValueError as error:
             raise ValueError(f"{os.fspath(image)}: {error}") from error
     else:
-        x = np.asarray(image)
-        x = np.repeat(x[..., np.newaxis], 3, axis=-1) if x.ndim == 2 else x
+        given = np.asarray(image)
+        x = np.repeat(given[..., np.newaxis], 3, axis=-1) if given.ndim == 2 else given
     if x.dtype != np.uint8 or x.ndim != 3 or x.shape[-1] != 3 or 0 in x.shape:
         raise ValueError(
-            f"an image is {x.dtype} {list(x.shape)}: expected uint8 [H, W, 3], or [H, W] for grey"
+            f"an image is {given.dtype} {list(given.shape)}: expected uint8 [H, W, 3], or [H, W] for grey"
         )
     return x

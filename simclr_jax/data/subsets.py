@@ -43,8 +43,9 @@ def split_validation(
             f"{len(eligible)} {name}{'s' * (len(eligible) != 1)}, of which a share of {fraction:g} held out leaves none to "
             f"train on: expected more {name}s, or a smaller data.test_fraction or eval.validation_fraction"
         )
-    validation = np.sort(eligible[:held])
-    return np.setdiff1d(order, validation), validation
+    is_held = np.zeros(count, bool)
+    is_held[eligible[:held]] = True
+    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
 
 def few_labels(y: np.ndarray, per_class: int, seed: int) -> np.ndarray:

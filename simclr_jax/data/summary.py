@@ -17,6 +17,7 @@ from simclr_jax.errors import reason
 
 _LOOKED_AT = 256  # files whose headers are read, evenly spaced
 _DECODED = 32  # of the grey ones of 16 bits among them
+_DARK = 4  # bits less than the brightest: a sixteenth of its range
 _THREADS = 16
 _LONG = 4  # ratio of the sides from which on most random crops of the automatic settings do not fit
 
@@ -35,8 +36,8 @@ class Summary(NamedTuple):
       sizes: int [n, 2], width and height of the n readable ones, pixels.
       modes: {Pillow's name of the channel layout: number of readable ones}.
       stacks: number of readable ones that hold several frames.
-      sample_bits: the bits that the brightest of some grey images of 16 bits needs, see `pixels.bits_used`; 0: none, or
-        there are PNGs of 16 bits in colour, too, which may have another scale.
+      bits: {bits that it needs, see `pixels.bits_used`: number of some grey images of 16 bits}.
+      deep_colours: number of PNGs of 16 bits in colour or transparent.
     """
 
     images: int
@@ -50,7 +51,17 @@ class Summary(NamedTuple):
     sizes: np.ndarray
     modes: dict[str, int]
     stacks: int
-    sample_bits: int
+    bits: dict[int, int]
+    deep_colours: int
+
+    @property
+    def sample_bits(self) -> int:
+        """The bits of one scale for all images of 16 bits, by the brightest; 0: there are none, or each needs a scale of
+        its own: more than a quarter would be nearly black, or there are images in colour, too.
+        """
+        most = max(self.bits, default=0)
+        dark = sum(count for bits, count in self.bits.items() if bits <= most - _DARK)
+        return 0 if self.deep_colours or 4 * dark > sum(self.bits.values()) else most
 
     @property
     def long(self) -> int:
@@ -73,9 +84,7 @@ def summarize(root: pathlib.Path) -> Summary:
         headers = list(threads.map(_header, paths))
         deep = [p for p, h in zip(paths, headers, strict=True) if _may_have_16_bits(h)]
         bits = threads.map(pixels.bits_used, [deep[i] for i in evenly(len(deep), _DECODED)])
-        sample_bits = max(bits, default=0)
-    if any(isinstance(header, _Header) and header.is_deep_colour for header in headers):
-        sample_bits = 0
+        of_bits = dict(sorted(collections.Counter(b for b in bits if b).items()))
     kinds = collections.Counter(SUFFIXES[os.path.splitext(p)[1].lower()] for p in found.paths)
     whole = [header for header in headers if isinstance(header, _Header)]
     return Summary(
@@ -94,7 +103,8 @@ def summarize(root: pathlib.Path) -> Summary:
         np.asarray([header.size for header in whole], int).reshape(-1, 2),
         dict(collections.Counter(header.mode for header in whole).most_common()),
         sum(header.is_stack for header in whole),
-        sample_bits,
+        of_bits,
+        sum(header.is_deep_colour for header in whole),
     )
 
 
@@ -155,6 +165,13 @@ def summary_lines(found: Summary) -> list[str]:
             )
         modes = ", ".join(f"{n} {mode}" for mode, n in found.modes.items())
         lines.append(f"{sizes}; channels {modes} (of {found.looked_at} looked at)")
+    if found.bits and not found.sample_bits:
+        deep = ", ".join(f"{count} use {bits} bits" for bits, count in found.bits.items())
+        colour = f", and {found.deep_colours} are in colour" if found.deep_colours else ""
+        lines.append(
+            f"images of 16 bits: of {sum(found.bits.values())} grey ones looked at {deep}{colour}: each is scaled by the bits "
+            "that it uses (data.sample_bits=0)"
+        )
     if found.stacks:
         lines.append(
             f"{found.stacks} of {found.looked_at} looked at hold several frames: of each file the first is taken"

@@ -131,10 +131,11 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
     names = [data["train_split"], *([data["test_split"]] if data["test_split"] else [])]
     for name in names:
         _check_split(builder, name)
-    if both := set.intersection(*(set(_parts(name)) for name in names)) if len(names) > 1 else ():
+    if both := {*_parts(data["train_split"])} & {*_parts(data["test_split"])}:
         raise UserError(
-            f"{', '.join(sorted(both))} is in both data.train_split={names[0]} and data.test_split={names[1]}: its labelled "
-            "test images would be trained on; set data.test_split='' to train on all images and evaluate elsewhere"
+            f"{', '.join(sorted(both))} is in both data.train_split={data['train_split']} and "
+            f"data.test_split={data['test_split']}: test images would be trained on; set data.test_split='' to train on all "
+            "images and evaluate elsewhere"
         )
     if labels := names_of(features):
         return _open_sets(builder, names, labels)

@@ -125,10 +125,14 @@ def _no_choice(config: ConfigDict, name: str) -> str:
 
 def _evaluate(name: str, subject: _Subject) -> dict:
     evaluation, config, path = EVALUATIONS[name], subject.config, subject.path
-    metric = _metric_of(
-        evaluation, config, subject.data
-    )  # before the features, which may take hours
+    metric = _metric_of(evaluation, config, subject.data)
+    if config.eval.metric not in ("auto", metric):
+        say(
+            f"metric      {name} reports the accuracy: eval.metric={config.eval.metric} is for transfer"
+        )
     features = _features_of_all(subject)
+    if subject.data.members is None and (classes := subject.data.train.classes):
+        results.say_if_unbalanced(features[ENCODER].test[1], classes)
     result = result_of(evaluation, config, features, subject.trained.record["step"], metric)
     results.save(path, config, result)
     title = evaluation.title(result["settings"])
@@ -283,8 +287,8 @@ def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Me
         lines = []
     if lines and lines[-1]["step"] == record["plan"]["steps"]:
         last = config_lib.from_dict(json.loads(path.read_text())["config"])
-        if _digest_of_settings(name, last, data) != settings:
-            lines.pop()  # another call has replaced the result of the last step
+        if _all_settings(name, last, data) != _all_settings(name, config, data):
+            lines.pop()  # another call has replaced the result of the last step, or other rows are asked for
     done, result = lines[-1]["step"] if lines else -1, None
     while (step := processes.as_first_process_says(_next_step(workdir, done))) != _NO_MORE:
         if step == _NONE_YET:
@@ -303,16 +307,20 @@ def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Me
     return json.loads(path.read_text()) if result is None else result
 
 
+def _all_settings(name: str, config: ConfigDict, data: DataSet) -> dict:
+    evaluation, classes = EVALUATIONS[name], len(data.train.classes or ())
+    metric = _metric_of(evaluation, config, data)
+    return _settings(evaluation, config, metric, data.train.count, classes)
+
+
 def _digest_of_settings(name: str, config: ConfigDict, data: DataSet) -> str:
     """Returns 8 letters that differ where `_settings` of the evaluation `name` do, as far as they decide the accuracy with
     all labels, which a line of --follow holds.
     """
-    evaluation, classes = EVALUATIONS[name], len(data.train.classes or ())
     config = config.copy_and_resolve_references()
     for option in _OF_ROWS:
         config.eval[option] = config_lib.default().eval[option]
-    metric = _metric_of(evaluation, config, data)
-    used = _settings(evaluation, config, metric, data.train.count, classes)
+    used = _all_settings(name, config, data)
     labels, views = used.pop("labels"), used.pop("views")
     last = [views.pop("antialias")]
     # In the form of earlier versions, so that what they followed is gone on with.

@@ -43,6 +43,25 @@ def row(kind: str, per_class: int | None, found: Sequence[Score]) -> dict:
     } | ({"top_5_accuracy": float(np.mean(top_5))} if top_5 else {})
 
 
+def say_if_unbalanced(labels: np.ndarray, classes: Sequence[str]) -> None:
+    """Says what always answering the largest class would reach, where that is twice as much as chance or more, and how
+    many classes have no test image.
+
+    Args:
+      labels: int [N], of the test images.
+      classes: names of the classes.
+    """
+    counts = np.bincount(labels, minlength=len(classes))
+    share = counts.max() / counts.sum()
+    if share * len(classes) >= 2:
+        say(
+            f"classes     always answering {classes[int(counts.argmax())]!r}, the largest of {len(classes)}, would reach {share:.1%}; "
+            "--mode=transfer --config.eval.metric=mean_per_class counts each class as much"
+        )
+    if lacking := int(np.sum(counts == 0)):
+        say(f"classes     {lacking} of {len(classes)} have no test image")
+
+
 def accuracies(rows: Sequence[Mapping], per_class: int | None = None) -> dict[str, float]:
     """Returns {features: accuracy} of the rows with `per_class` labels of each class; None: with all labels."""
     return {r["features"]: r["accuracy"] for r in rows if r["labels_per_class"] == per_class}
@@ -129,8 +148,10 @@ def _was_trained_on(config: ConfigDict, record: dict, data: DataSet) -> bool:
     other_count = now["test_fraction"] == before and data.train.count != record.get(
         "training_images", data.train.count
     )
-    by_labels = is_partly_labelled(data.train) or record.get("partly_labelled", False)
-    other_labels = by_labels and data.train.fingerprint() != record["data_fingerprint"]
+    other_labels = any(then.get(name) != now[name] for name in ("labels_file", "folder_labels"))
+    if now["test_fraction"] == before:  # else the fingerprints differ in any case
+        other_labels = data.train.fingerprint() != record["data_fingerprint"]
+    other_labels &= is_partly_labelled(data.train) or record.get("partly_labelled", False)
     others = min(before, now["test_fraction"]) > 0 and (other_count or other_labels)
     return alike and (now["test_fraction"] > before or others)
 

@@ -85,7 +85,10 @@ def without_labels(data: DataSet, sets: bool = False) -> str:
     if not data.train.has_labels():
         return "the data have no labels, so there is nothing to evaluate on"
     if data.test is None or not data.test.has_labels():
-        return "the data have no labelled test split, so there is nothing to evaluate on"
+        return (
+            "the data have no labelled test split, so there is nothing to evaluate on; "
+            "--config.data.test_fraction=0.1 would hold out a tenth of the images"
+        )
     one_class = data.members is None and len(data.train.classes or ()) == 1
     if one_class and data.train.labelled().count > 1:
         return "all labels are of one class, so there is nothing to tell apart"

@@ -33,7 +33,10 @@ def judge_accuracy(
     trained, of_pixels = found[ENCODER], found.get(RAW_PIXELS, 0.0)
     said = f"accuracy {trained:.1%}, untrained {found[UNTRAINED]:.1%}"
     if trained == found[UNTRAINED] == 1.0:
-        return Verdict(NOT_JUDGED, f"{said}: the images are too easy to tell")
+        return Verdict(
+            NOT_JUDGED,
+            f"{said}: both get every test image right, so the test cannot tell them apart",
+        )
     if trained > found[UNTRAINED]:
         if trained >= of_pixels:
             return Verdict(SOUND, said)

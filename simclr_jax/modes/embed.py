@@ -80,7 +80,7 @@ def open_input(config: ConfigDict, name: str) -> Input:
         return Input(open_source(data | {"source": kind, "path": path}).train, None, path)
     root = expanded(name)
     if root.is_dir():
-        split = folder.open_split(name, config.data.folder_labels)
+        split = folder.open_split(name, config.data.folder_labels, loose=True)
         return Input(split, root, str(root.absolute()))
     data_set, colon, split_name = name.partition(":")
     if not colon:
@@ -132,9 +132,11 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
         trained_on = trained.record["data_fingerprint"]  # None: the weights were imported
         if input == "train" and trained_on not in (None, source.split.fingerprint()):
             then = trained.record["training_images"]
-            say(
-                f"images      other ones than the run was trained on: {then} then, {source.split.count} now"
+            now = source.split.count
+            why = (
+                f"{then} then, {now} now" if then != now else "other images or other labels of them"
             )
+            say(f"images      not those that the run was trained on: {why}")
         classes = _classes(source, trained)
         _say_how_labels_are_numbered(source, classes)
         about = {
@@ -148,7 +150,9 @@ def embed(config: ConfigDict, workdir: str, input: str, output: str, with_z: boo
             "input": source.name,
             "classes": classes,
         }
-        if differ := [x for name, x in _TOLD.items() if there and there[name] != about[name]]:
+        if differ := [
+            x for name, x in _TOLD.items() if there and there.get(name, about[name]) != about[name]
+        ]:
             say(f"replaces    {path}, made {', '.join(differ)}")
         parts.begin(about)
         extractor = subjects.extractor(config, mesh, subjects.representations(config, with_z))
@@ -165,6 +169,8 @@ _TOLD = {
     "images": "of other images",
     "encoder": "by another encoder",
     "crop": "with another crop",
+    "upright": "with another data.upright",
+    "sample_bits": "with another data.sample_bits",
     "z": "with another --with_z",
 }
 

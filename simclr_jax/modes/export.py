@@ -76,7 +76,10 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
     say(f"\n{_beginning_local(loading, path, format)}\n")
     if format != "huggingface":  # its program says what images are
         say("Images are numbers in [0, 1]: divided by 255, and not standardised.")
-        say(f"They have {encoder.view.describe()}.")
+        say(
+            f"They have {encoder.view.describe()}: simclr_jax.load_encoder(...).preprocess(path) makes"
+        )
+        say("exactly these, as uint8.")
         if isinstance(encoder, Classifier) and encoder.classes:
             some, more = encoder.classes[:10], len(encoder.classes) - 10
             rest = f" and {more} more" if more > 0 else ""

@@ -97,10 +97,9 @@ def _describe(config: ConfigDict, weights: Weights) -> None:
         what = ", ".join(f"{count} of {name}" for name, count in weights.skipped.items())
         say(f"not taken   {what}")
     view = assemble.evaluation_view(config)
-    known = (
-        "" if weights.view else ", which the file does not say: see data.image_size, data.eval_crop"
-    )
-    say(f"images      {view.describe()}{known}")
+    known = "which the file does not say: see data.image_size and data.eval_crop"
+    known = "as the file says" if weights.view else known
+    say(f"images      {view.describe()}; {known}")
     if config.model.standardize != "none":
         say(
             "pixels      less ImageNet's mean, by its deviation, inside the network (model.standardize)"

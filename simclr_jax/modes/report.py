@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble
 from simclr_jax.console import say
 from simclr_jax.data import name_of
-from simclr_jax.errors import one_line
+from simclr_jax.errors import UserError, one_line
 from simclr_jax.files import absolute, write_text
 from simclr_jax.report.curves import need_bokeh
 from simclr_jax.report.page import render
@@ -91,4 +91,7 @@ def views(config: ConfigDict, workdir: str, output: str = "") -> None:
 
 
 def _page_at(path: str) -> epath.Path:
+    """Returns where a page goes. Raises a UserError if the name is that of another kind of file."""
+    if not path.lower().endswith((".html", ".htm")):
+        raise UserError(f"--output={path}: the page is HTML: expected a file that ends in .html")
     return epath.Path(absolute(path))

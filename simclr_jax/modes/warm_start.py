@@ -25,6 +25,10 @@ from simclr_jax.training.state import TrainState, digest_of
 
 # Options that decide shapes and names of arrays.
 _RESNET = ("model.depth", "model.width", "model.project_shortcuts")
+# Options that leave the shapes of arrays as they are and decide what an image looks like to the network.
+_OF_IMAGES = ("data.image_size", "data.sample_bits", "data.upright", "views.antialias")
+# Of these and of the model's, those that weights were made for.
+_KEEP = {"data.sample_bits", "model.standardize", "model.pool_padding", "model.project_shortcuts"}
 _HEAD = ("model.head", "model.head_layers", "model.head_width")
 
 
@@ -110,10 +114,14 @@ def _compared(path: str, source: ConfigDict, config: ConfigDict, with_head: bool
     ]
     changes = {
         name: f"{name}: {before[name]} there, {after[name]} here"
-        for name in dict.fromkeys(("model.name", *names))
+        for name in dict.fromkeys(("model.name", *names, *_OF_IMAGES))
         if not _alike(name, before[name], after[name])
     }
-    needed = ("model.name", "model.vit.", *_RESNET, *_HEAD)
+    needed: tuple[str, ...] = ("model.name", "model.vit.", *_RESNET, *_HEAD)
+    if "imagenet" in (before["model.stem"], after["model.stem"]):  # whose kernel has another size
+        needed += ("model.stem",)
+    for name in _KEEP & changes.keys():
+        changes[name] += f", as --config.{name}={before[name]} would have it"
     wrong = [text for name, text in changes.items() if name.startswith(needed)]
     if wrong:
         raise UserError(

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Container
 from typing import Self
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from simclr_jax.console import say
 from simclr_jax.mesh import replicated, to_global
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -22,6 +24,11 @@ _STEPS_LATE = 2
 
 # A terminal's Ctrl-C and a launcher that passes it on are one wish, not two.
 _SAME_WISH_SECONDS = 2.0
+
+
+_STOPPING = (
+    "stopping    after this step and a save; the same signal again, 2 s later, ends it now, unsaved"
+)
 
 
 class Stop:
@@ -35,6 +42,7 @@ class Stop:
         """Starts without a wish. The processes agree over `mesh`, which holds all devices."""
         self._mesh = mesh
         self._wished, self._since, self._number = False, 0.0, 0
+        self._ends: Callable[[], None] | None = None
         self._pending: collections.deque[jax.Array] = collections.deque()
         self._any = jax.jit(jnp.any, out_shardings=replicated(mesh))
 
@@ -47,11 +55,15 @@ class Stop:
                 numbers.discard(number)
         self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
         self._before = {number: signal.signal(number, self._note) for number in numbers}
+        self._ends = _tell_of({signal.SIGTERM, signal.SIGINT} & numbers) if main else None
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._ends is not None:
+            self._ends()
+            self._ends = None
 
     def _note(self, number: int, _) -> None:
         if number == signal.SIGHUP:
@@ -84,6 +96,30 @@ class Stop:
         mine = np.full(jax.local_device_count(), self._wished)
         self._pending.append(self._any(to_global(self._mesh, mine)))
         return len(self._pending) > _STEPS_LATE and bool(self._pending.popleft())
+
+
+def _tell_of(numbers: Container[int]) -> Callable[[], None]:
+    """Starts a thread that says of the first of these signals what comes of it; returns what ends it. A handler in Python
+    waits for the main thread, which may be compiling for a minute.
+    """
+    told, arriving = os.pipe()
+    os.set_blocking(arriving, False)
+    before = signal.set_wakeup_fd(arriving, warn_on_full_buffer=False)
+
+    def tell() -> None:
+        said = False
+        with os.fdopen(told, "rb", buffering=0) as signals:
+            while number := signals.read(1):  # b"" at the end
+                if number[0] in numbers and not said:
+                    said = True
+                    say(_STOPPING)
+
+    def end() -> None:
+        signal.set_wakeup_fd(before)
+        os.close(arriving)
+
+    threading.Thread(target=tell, daemon=True, name="stopping").start()
+    return end
 
 
 def _wishes_are_passed_on() -> bool:

@@ -79,17 +79,16 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
         if step <= settled_after:
             early = f"before step {settled_after + 1} it may be near chance"
             return Verdict(_TOO_EARLY, f"{where}; {seen}; {early}")
-        why = f"after the warm-up, within {near:.2g} (ours) of chance"
-        if loss > no_better + near:
-            told = metrics.get("other_view_top1", 0.0)
-            if told > _TOLD / images:
-                why = f"yet {told:.1%} of the pairs are told apart (by chance {100 / images:.2g}%)"
-                return Verdict(
-                    NOT_JUDGED,
-                    f"{where}: {why}: this bound says nothing, as at a very low temperature",
-                )
-            why = "after the warm-up"
-        return Verdict("not learning", f"{where} {why}; {seen}")
+        told = metrics.get("other_view_top1", 0.0)
+        if loss > no_better + near and told > _TOLD / images:
+            why = f"yet {told:.1%} of the pairs are told apart (by chance {100 / images:.2g}%)"
+            return Verdict(
+                NOT_JUDGED, f"{where}: {why}: this bound says nothing, as at a very low temperature"
+            )
+        if step < _FEW_STEPS:
+            return Verdict(_TOO_EARLY, f"{where}; {seen}; {step} steps are few")
+        why = "" if loss > no_better + near else f", within {near:.2g} (ours) of chance"
+        return Verdict("not learning", f"{where} after the warm-up{why}; {seen}")
     if step < _FEW_STEPS and way < _LITTLE:
         return Verdict(_TOO_EARLY, f"{where}; {seen}; {step} steps are few")
     return Verdict(SOUND, f"{where}; {seen}")

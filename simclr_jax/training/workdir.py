@@ -69,19 +69,26 @@ def alone_in(workdir: str, images: str = "") -> contextlib.AbstractContextManage
     return processes.alone(workdir, "wait for it, stop it, or use another --workdir")
 
 
-def saved_config(path: str) -> dict:
+def saved_config(path: str, alone: bool = False) -> dict:
     """Reads the configuration that a workdir, or a checkpoint folder, was made with. All processes must call this
     together, as process 0 says what is there: a network file system may hide from one what another sees.
+
+    Args:
+      path: the folder.
+      alone: this process alone asks.
 
     Raises:
       UserError: there is no configuration.
     """
     file = epath.Path(path) / "config.json"
-    if not processes.as_first_process_says(file.parent.exists()):
+    there, content = file.parent.exists(), _content(file)
+    if not alone:
+        there = bool(processes.as_first_process_says(there))
+        content = processes.text_of_first(content)
+    if not there:
         raise UserError(
             f"{no_folder(path)}: expected the --workdir of a run, or a checkpoint folder; a new run needs a --config"
         )
-    content = processes.text_of_first(_content(file))
     if content is not None:
         return _run_record_of(content, file)["config"]
     try:

@@ -190,7 +190,16 @@ def _view(about: Mapping[str, str]) -> dict[str, Any]:
 def _model_of(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Finds the network by names and shapes: {"name", "depth", "width", "stem", "project_shortcuts"}."""
     if "conv1.weight" not in weights:
-        raise UserError("no conv1.weight: expected the names of torchvision's and timm's ResNets")
+        longer = [
+            name for name in weights if name.endswith(".conv1.weight") and "layer" not in name
+        ]
+        prefix = longer[0].removesuffix("conv1.weight") if longer else ""
+        more = (
+            f"; write the file anew with names that do not begin with {prefix!r}" if prefix else ""
+        )
+        raise UserError(
+            f"no conv1.weight: expected the names of torchvision's and timm's ResNets{more}"
+        )
     blocks = [0, 0, 0, 0]
     for name in weights:
         if match := re.match(r"layer([1-4])\.(\d+)\.conv1\.weight", name):
