@@ -22,6 +22,7 @@ from simclr_jax.losses import contract, nt_xent, softmax
 from simclr_jax.losses.contract import positives
 from simclr_jax.losses.health import chance, lower_bound, spread_of
 from simclr_jax.modes.pretrain import pretrain, pretrain_and_evaluate
+from simclr_jax.training import verdict
 from simclr_jax.training.clock import Clock
 from simclr_jax.training.log import Log, Reporting
 from simclr_jax.training.optimizer import lars_trust_ratios, make_optimizer
@@ -306,6 +307,8 @@ def sick_of_the_learning_rate(options, patch, tmp_path):
     ],
 )
 def test_runs_made_sick_on_purpose_are_named(plain, tmp_path, capsys, monkeypatch, sick, expected):
+    """In eight steps, which count as many here: before step 100 a run is not called sick for its loss."""
+    monkeypatch.setattr(verdict, "_FEW_STEPS", 0)
     sick(plain, monkeypatch, tmp_path)
     pretrain(plain, str(tmp_path / "w"))
     assert health_of(tmp_path / "w") == expected
