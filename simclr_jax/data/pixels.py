@@ -44,7 +44,7 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 
 
 class ReadOptions(NamedTuple):
-    """What the user may choose of how a stored image becomes pixels.
+    """Options of the way from a stored image to pixels.
 
     Attributes:
       upright: turn the image as the orientation in its EXIF data says. Pillow turns TIFF in any case.

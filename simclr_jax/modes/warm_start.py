@@ -27,7 +27,7 @@ from simclr_jax.training.state import TrainState, digest_of
 _RESNET = ("model.depth", "model.width", "model.project_shortcuts")
 # Options that leave the shapes of arrays as they are and decide what an image looks like to the network.
 _OF_IMAGES = ("data.image_size", "data.sample_bits", "data.upright", "views.antialias")
-# Of these and of the model's, those that weights were made for.
+# Options, these and the model's, that follow from what the weights were trained on: another value is usually a mistake.
 _KEEP = {"data.sample_bits", "model.standardize", "model.pool_padding", "model.project_shortcuts"}
 _HEAD = ("model.head", "model.head_layers", "model.head_width")
 
