@@ -47,9 +47,8 @@ def main(argv: list[str]) -> None:
                 "--extend without a length would train as long as the automatic settings say: give "
                 "--config.train.epochs=N as well"
             )
-        alone = (
-            "topology" in flags
-        )  # no device of this machine takes part, and JAX is not set up yet
+        # Compiling for a slice, which no device here takes part in: JAX is not set up yet.
+        alone = "topology" in flags
         if not alone:  # else some would wait here for others
             processes.check_alike({"--mode": args.mode, "--config given": str(bool(args.config))})
         below = _options_below(args, mode, alone)

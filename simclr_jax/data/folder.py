@@ -139,10 +139,12 @@ def _check_no_folder_in_both(splits: list[IndexedSplit]) -> None:
     files are not followed: that would ask for each of them.
     """
     files = [split.source for split in splits if isinstance(split.source, Files)]
-    real = [
+    if len(files) < 2:
+        return
+    one, other = (
         {os.path.realpath(os.path.join(some.root, x)) for x in some.folders()} for some in files
-    ]
-    if len(real) > 1 and real[0] != real[1] and (both := sorted(real[0] & real[1])):
+    )
+    if one != other and (both := sorted(one & other)):
         raise UserError(
             f"{both[0]} is below both data.path and data.test_path, by links: its test images would be trained on"
         )

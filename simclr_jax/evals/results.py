@@ -44,8 +44,8 @@ def row(kind: str, per_class: int | None, found: Sequence[Score]) -> dict:
 
 
 def say_if_unbalanced(labels: np.ndarray, classes: Sequence[str]) -> None:
-    """Says what always answering the largest class would reach, where that is twice as much as chance or more, and how
-    many classes have no test image.
+    """Says what always answering the largest class would reach, where that is twice as much as chance or three quarters, or
+    more, and how many classes have no test image.
 
     Args:
       labels: int [N], of the test images.
@@ -53,7 +53,7 @@ def say_if_unbalanced(labels: np.ndarray, classes: Sequence[str]) -> None:
     """
     counts = np.bincount(labels, minlength=len(classes))
     share = counts.max() / counts.sum()
-    if share * len(classes) >= 2:
+    if share >= min(2 / len(classes), 0.75):
         say(
             f"classes     always answering {classes[int(counts.argmax())]!r}, the largest of {len(classes)}, would reach {share:.1%}; "
             "--mode=transfer --config.eval.metric=mean_per_class counts each class as much"
