@@ -180,10 +180,14 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
             # Another process may have prepared it meanwhile: a folder cannot be renamed to one that exists.
             if is_prepared(name, data_dir):
                 return tfds.builder(name, data_dir=data_dir or None)
+            text = " ".join(str(error).split())
+            reason = f"{type(error).__name__}: {text[:300]}"
+            if "anual director" in text:
+                reason = "TFDS does not download it, its archives have to be put there by hand, see its page in the catalogue"
             raise UserError(
-                f"could not prepare the TFDS data set {name!r} in {where}: "
-                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}. Set data.path to a folder "
-                "where it is prepared already"
+                f"could not prepare the TFDS data set {name!r} in {where}: {reason}. Set data.path to a folder "
+                "where it is prepared already; images of your own are data.source=folder, with data.path and "
+                "data.folder_labels=True"
             ) from error
     return builder
 
