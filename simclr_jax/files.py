@@ -248,10 +248,10 @@ _LATER = r"Cannot allocate memory|Too many open files|Stale file handle"
 def raise_if_passing(error: Exception) -> None:
     """Raises if `error`, which came while reading, says nothing about the content that was read: an `Unavailable` if a
     bucket or a network's file system does not answer, or if file handles or the system's memory are short; the error itself
-    if Python's or a device's memory is.
+    if it is one, or Python's or a device's memory is short.
     """
     raise_if_away(error)
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+    if isinstance(error, Unavailable | MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         raise error
     if re.search(_LATER, str(error)):
         raise Unavailable(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import encoder_checkpoint
+from etils import epath
 from test_loop import (
     ROOT,
     STEPS,
@@ -62,6 +63,25 @@ def test_a_record_that_cannot_be_read_at_the_moment_is_no_empty_workdir(
         patch.setattr(saved.ocp.Checkpointer, "restore", short)
         with pytest.raises(Unavailable, match=r"cannot be read at the moment.*Too many open files"):
             read(str(tmp_path / "w"))
+
+
+def test_a_checkpoint_that_may_not_be_read_stays(whole, tmp_path, monkeypatch):
+    """Orbax says of such a folder that it is empty; training would set the checkpoint aside."""
+    shutil.copytree(whole, tmp_path / "w")
+    encoder = str(tmp_path / "w/checkpoints/8/encoder")
+    access = os.access
+    monkeypatch.setattr(
+        saved.os, "access", lambda path, how: str(path) != encoder and access(path, how)
+    )
+    for read in (
+        lambda: train(tmp_path / "w", hooks=[Average()]),
+        lambda: saved.read_encoder_arrays(epath.Path(encoder).parent, {}),
+    ):
+        with pytest.raises(
+            Unavailable, match=r"encoder may not be read .permission denied.: ask its"
+        ):
+            read()
+    assert saved_steps(tmp_path / "w") == [4, 8]
 
 
 def test_a_lock_that_its_owner_removes_before_it_is_taken_is_taken_anew(tmp_path, monkeypatch):

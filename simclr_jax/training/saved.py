@@ -5,6 +5,7 @@ record lies beside it, so that a checkpoint folder can be copied anywhere and st
 """
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from simclr_jax import processes
-from simclr_jax.errors import UserError, one_line
+from simclr_jax.errors import Unavailable, UserError, one_line
 from simclr_jax.files import absolute, in_bucket, located, no_folder, raise_if_passing
 
 ENCODER, TRAINER, RECORD = "encoder", "trainer", "config"  # items of a checkpoint
@@ -231,13 +232,26 @@ def read_item(checkpoint: epath.Path, item: str, args: Any, handler: Any = None)
       handler: Orbax's handler class; None: the one that saved the item.
 
     Raises:
+      Unavailable: this user may not read it.
       Exception: it cannot be read; the storage decides which.
     """
+    _check_allowed(checkpoint / item)
     handlers = ocp.CompositeCheckpointHandler(**{item: (handler or HANDLERS[item])()})
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     with ocp.Checkpointer(handlers, multiprocessing_options=alone) as checkpointer:
         return checkpointer.restore(checkpoint, args=ocp.args.Composite(**{item: args}))[item]
+
+
+def _check_allowed(folder: epath.Path) -> None:
+    """Raises an `Unavailable` if a local folder may not be read: Orbax would say that it is not there, and training would set
+    the checkpoint aside.
+    """
+    for path in () if in_bucket(folder) else (folder.parent, folder):
+        if os.path.exists(path) and not os.access(path, os.R_OK | os.X_OK):
+            raise Unavailable(
+                f"{path} may not be read (permission denied): ask its owner for the right, or give it with chmod"
+            )
 
 
 def _read(checkpoint: epath.Path, item: str, args: Any, handler: Any = None) -> Any:
