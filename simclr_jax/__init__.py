@@ -75,7 +75,7 @@ def evaluate(
     from simclr_jax.config import from_dict
     from simclr_jax.errors import Stopped
     from simclr_jax.evals.evaluate import evaluate
-    from simclr_jax.training.workdir import saved_config
+    from simclr_jax.training.record import saved_config
 
     workdir = _begun(workdir)
     unknown: tuple[str, ...] = ()

@@ -17,7 +17,7 @@ from simclr_jax.errors import Unavailable, UserError, near_names
 from simclr_jax.files import check_bucket
 from simclr_jax.modes import FLAGS, MODES, Mode, owners
 from simclr_jax.training.program import program_in_words
-from simclr_jax.training.workdir import run_record, saved_config
+from simclr_jax.training.record import run_record, saved_config
 
 _COLUMNS = 79
 

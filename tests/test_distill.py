@@ -21,9 +21,9 @@ from simclr_jax.modes.distill import distill, distillation_job, student_of
 from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.training.checkpoint import save_once
 from simclr_jax.training.objectives import distilled
+from simclr_jax.training.record import about_classifier, saved_config
 from simclr_jax.training.sinks import SINKS
 from simclr_jax.training.state import TrainState, init_head
-from simclr_jax.training.workdir import about_classifier, saved_config
 from simclr_jax.views.placement import HostViews
 
 CLASSES = 3

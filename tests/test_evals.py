@@ -45,9 +45,9 @@ from simclr_jax.evals.scores import Score
 from simclr_jax.evals.transfer import LAMBDAS, fit_chosen_lambda
 from simclr_jax.mesh import make_mesh
 from simclr_jax.training.checkpoint import Checkpoints, Saving
+from simclr_jax.training.record import about_training, saved_config, write_record
 from simclr_jax.training.saved import checkpoint_folder, read_record, saved_steps
 from simclr_jax.training.state import TrainState, init_head
-from simclr_jax.training.workdir import about_training, saved_config, write_record
 
 KINDS = ("raw pixels", "untrained encoder", "encoder")
 

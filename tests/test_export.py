@@ -30,8 +30,8 @@ from simclr_jax.modes.hub import write_repository
 from simclr_jax.pretrained import read_head_variables
 from simclr_jax.training import saved
 from simclr_jax.training.checkpoint import save_once
+from simclr_jax.training.record import about_classifier
 from simclr_jax.training.state import TrainState
-from simclr_jax.training.workdir import about_classifier
 from simclr_jax.views.crop import EvaluationView
 from simclr_jax.weights.torch_head import head_loading
 from simclr_jax.weights.torchvision import pytorch_loading, torchvision_weights

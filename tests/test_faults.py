@@ -34,7 +34,7 @@ from simclr_jax.errors import LOST, Unavailable, UserError
 from simclr_jax.files import locked
 from simclr_jax.mesh import make_mesh
 from simclr_jax.modes.pretrain import pretrain
-from simclr_jax.training import program, saved
+from simclr_jax.training import checksums, program, record, saved
 from simclr_jax.training import workdir as workdirs
 from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.saved import read_record, saved_steps
@@ -48,7 +48,7 @@ def whole(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("read", [workdirs._newest_record, workdirs.saved_config])
+@pytest.mark.parametrize("read", [workdirs._newest_record, record.saved_config])
 def test_a_record_that_cannot_be_read_at_the_moment_is_no_empty_workdir(
     read, whole, tmp_path, monkeypatch
 ):
@@ -284,9 +284,9 @@ def test_the_checksum_of_a_record_is_that_of_what_is_read_again():
     """Numbers as keys are texts in JSON, and in another order."""
     record = {"step": 1, "hooks": {10: (1, 2), 9: math.nan}, "checksums": {"encoder": 3}}
     again = json.loads(json.dumps(record))
-    assert saved.checksum_of_record(record) == saved.checksum_of_record(again)
+    assert checksums.checksum_of_record(record) == checksums.checksum_of_record(again)
     again["hooks"]["10"][1] = 3
-    assert saved.checksum_of_record(record) != saved.checksum_of_record(again)
+    assert checksums.checksum_of_record(record) != checksums.checksum_of_record(again)
 
 
 def test_a_record_with_one_other_digit_is_set_aside(whole, tmp_path, capsys):
@@ -336,24 +336,24 @@ def test_arrays_that_are_not_those_that_were_saved_are_refused():
         "c": jnp.int32(7),
         "d": jnp.ones(6, jnp.float32),
     }
-    options = {"checksums": {"encoder": saved.checksum(tree)}}
-    saved.verify("encoder", jax.tree.map(jnp.copy, tree), options)
-    saved.verify("encoder", tree, {})  # saved by an earlier version
+    options = {"checksums": {"encoder": checksums.checksum(tree)}}
+    checksums.verify("encoder", jax.tree.map(jnp.copy, tree), options)
+    checksums.verify("encoder", tree, {})  # saved by an earlier version
     for name in tree:
         for bit in (0, 15):
             x = np.array(tree[name]).reshape(-1)
             x.view(f"uint{8 * x.itemsize}")[-1] ^= 1 << bit
             other = tree | {name: jnp.asarray(x.reshape(tree[name].shape))}
             with pytest.raises(ValueError, match="damaged on disk"):
-                saved.verify("encoder", other, options)
+                checksums.verify("encoder", other, options)
     swapped = tree | {"a": tree["d"], "d": tree["a"]}
     with pytest.raises(ValueError, match="damaged on disk"):
-        saved.verify("encoder", swapped, options)
+        checksums.verify("encoder", swapped, options)
     for devices in (2, 8):
         mesh = make_mesh(jax.devices()[:devices])
         x = np.random.default_rng(0).standard_normal((16, 8), np.float32)
         rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
-        assert saved.checksum(jax.device_put(x, rows)) == saved.checksum(jnp.asarray(x))
+        assert checksums.checksum(jax.device_put(x, rows)) == checksums.checksum(jnp.asarray(x))
 
 
 def test_when_no_checkpoint_can_be_read_nothing_is_begun_over(whole, tmp_path):
@@ -454,10 +454,10 @@ def test_an_interrupt_where_python_ignores_exceptions_is_not_lost():
 def test_a_run_that_saved_nothing_is_replaced_and_says_so(tiny, tmp_path, capsys):
     workdir = str(tmp_path / "w")
     set_options(tiny, {"train.steps": 1, "eval.after_training": "none"})
-    about = workdirs.about_training(
+    about = record.about_training(
         assemble.plan_of(tiny, 48), assemble.data_set(tiny), "of other data"
     )
-    workdirs.write_record(tiny, about, workdir)
+    record.write_record(tiny, about, workdir)
     tiny.seed = 1
     pretrain(tiny, workdir)
     said = capsys.readouterr().out

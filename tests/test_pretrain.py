@@ -28,9 +28,11 @@ from simclr_jax.modes import pretrain as pretraining
 from simclr_jax.modes.pretrain import describe_run, pretrain
 from simclr_jax.shell import settle_tensorflow
 from simclr_jax.training.checkpoint import Checkpoints, Saving
-from simclr_jax.training.saved import checksum_of_record, find, saved_steps
+from simclr_jax.training.checksums import checksum_of_record
+from simclr_jax.training.record import write_record
+from simclr_jax.training.saved import find, saved_steps
 from simclr_jax.training.state import TrainState
-from simclr_jax.training.workdir import check_workdir, write_record
+from simclr_jax.training.workdir import check_workdir
 from simclr_jax.views.placement import Resident
 
 WATCHED = {

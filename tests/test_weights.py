@@ -22,8 +22,8 @@ from simclr_jax.errors import UserError
 from simclr_jax.files import locked
 from simclr_jax.modes.export import export
 from simclr_jax.modes.import_weights import import_weights
+from simclr_jax.training.record import run_record
 from simclr_jax.training.state import count_parameters
-from simclr_jax.training.workdir import run_record
 from simclr_jax.weights import published, tensorflow, torchvision
 from simclr_jax.weights.contents import layers_in_order
 

@@ -27,8 +27,8 @@ from simclr_jax.evals.subjects import ENCODER, RAW_PIXELS, UNTRAINED, Trained
 from simclr_jax.files import write_text
 from simclr_jax.mesh import make_mesh
 from simclr_jax.training.metrics import read_lines
+from simclr_jax.training.record import run_record
 from simclr_jax.training.saved import RECORD, saved_steps
-from simclr_jax.training.workdir import run_record
 
 _LOOK_EVERY_SECONDS = 10.0  # of a run that is followed
 _BLOCK = 4096  # rows

@@ -30,15 +30,10 @@ from simclr_jax.training.loop import Job, fit, job_of
 from simclr_jax.training.objectives import distilled, no_loss
 from simclr_jax.training.optimizer import of_parts
 from simclr_jax.training.plan import Plan
+from simclr_jax.training.record import about_classifier, about_training, write_record
 from simclr_jax.training.state import TrainState, count_parameters, digest_of, start_of
 from simclr_jax.training.step import UpdateRule, make_step
-from simclr_jax.training.workdir import (
-    about_classifier,
-    about_training,
-    alone_in,
-    check_workdir,
-    write_record,
-)
+from simclr_jax.training.workdir import alone_in, check_workdir
 from simclr_jax.views.placement import Views, stream
 
 # Options that only pretraining uses.

@@ -11,9 +11,10 @@ from simclr_jax.encoders import ENCODERS
 from simclr_jax.errors import UserError
 from simclr_jax.files import absolute
 from simclr_jax.training.checkpoint import save_once
+from simclr_jax.training.record import about_classifier, about_imported, write_record
 from simclr_jax.training.saved import saved_steps
 from simclr_jax.training.state import TrainState, count_parameters, digest_of
-from simclr_jax.training.workdir import about_classifier, about_imported, alone_in, write_record
+from simclr_jax.training.workdir import alone_in
 from simclr_jax.weights.contents import Weights
 
 

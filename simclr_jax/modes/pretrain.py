@@ -33,16 +33,11 @@ from simclr_jax.training.metrics import read_lines
 from simclr_jax.training.optimizer import scaling_in_words
 from simclr_jax.training.plan import Plan
 from simclr_jax.training.program import what_changed
+from simclr_jax.training.record import about_classifier, about_training, write_record
 from simclr_jax.training.sinks import Sinks
 from simclr_jax.training.state import count_parameters
 from simclr_jax.training.verdict import HEALTH, NOT_JUDGED, Verdict, judge
-from simclr_jax.training.workdir import (
-    about_classifier,
-    about_training,
-    alone_in,
-    check_workdir,
-    write_record,
-)
+from simclr_jax.training.workdir import alone_in, check_workdir
 from simclr_jax.views.placement import stream
 
 _ADVICE = "in another --workdir, try a lower optimizer.learning_rate, a longer warm-up or model.dtype=float32"

@@ -18,8 +18,8 @@ from simclr_jax.files import absolute
 from simclr_jax.training.log import SKIPPED_IN_A_ROW
 from simclr_jax.training.metrics import last_values, read_lines
 from simclr_jax.training.plan import Plan
+from simclr_jax.training.record import run_record
 from simclr_jax.training.verdict import HEALTH, NOT_JUDGED, References, Verdict, judge
-from simclr_jax.training.workdir import run_record
 
 # Results are in WORKDIR/NAME.json, and in WORKDIR/NAME_DATA_DIGEST.json on other data.
 _RESULTS = (*EVALUATIONS, *TRAININGS, "distill")

@@ -13,6 +13,7 @@ from simclr_jax import processes
 from simclr_jax.console import say
 from simclr_jax.errors import Unavailable, UserError, one_line
 from simclr_jax.files import raise_if_passing, storage_error
+from simclr_jax.training.checksums import checksum_of_record, checksums, verify, verify_record
 from simclr_jax.training.saved import (
     ENCODER,
     HANDLERS,
@@ -21,14 +22,10 @@ from simclr_jax.training.saved import (
     agreed_steps,
     check_writable,
     checkpoint_folder,
-    checksum_of_record,
-    checksums,
     is_of_a_disk,
     read_item,
     saved_steps,
     short_reason,
-    verify,
-    verify_record,
 )
 from simclr_jax.training.state import TrainState
 

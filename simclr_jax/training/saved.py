@@ -7,20 +7,25 @@ record lies beside it, so that a checkpoint folder can be copied anywhere and st
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
 from simclr_jax import processes
 from simclr_jax.errors import Unavailable, UserError, one_line
 from simclr_jax.files import absolute, in_bucket, located, no_folder, raise_if_passing
+from simclr_jax.training.checksums import (
+    ENCODER,
+    RECORD,
+    TRAINER,
+    network_of,
+    verify,
+    verify_record,
+)
 
-ENCODER, TRAINER, RECORD = "encoder", "trainer", "config"  # items of a checkpoint
 HANDLERS = {
     ENCODER: ocp.StandardCheckpointHandler,
     TRAINER: ocp.StandardCheckpointHandler,
@@ -280,61 +285,6 @@ def short_reason(error: Exception) -> str:
 def is_of_a_disk(error: Exception) -> bool:
     """Returns whether an error says that a disk is full or cannot be written."""
     return re.search(_OF_A_DISK, str(error)) is not None
-
-
-def checksums(encoder: dict, trainer: dict) -> dict[str, int]:
-    """Returns the checksums of both items of arrays, and of each network beside the encoder, because `read_parts` reads
-    networks one at a time.
-    """
-    trees = {ENCODER: encoder, TRAINER: trainer}
-    trees |= {name: network_of(trainer, name) for name in trainer["params"]}
-    return {name: checksum(tree) for name, tree in trees.items()}
-
-
-def network_of(trainer: dict, name: str) -> dict:
-    """Returns {"params", "batch_stats"} of one of the trainer's networks, such as "head"."""
-    return {kind: trainer[kind].get(name, {}) for kind in ("params", "batch_stats")}
-
-
-def checksum(tree: Any) -> int:
-    """Sums the bits of all arrays, as unsigned numbers modulo 2**32. A change of any single bit changes the
-    sum; the division of the arrays over devices does not. The storage itself has no checksum of the content of
-    arrays.
-    """
-    return int(_checksum(tree))
-
-
-@jax.jit
-def _checksum(tree: Any) -> jax.Array:
-    total = jnp.uint32(0)
-    for number, x in enumerate(jax.tree.leaves(tree)):
-        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-        # An odd factor of its own for each array, so that two that change places are seen.
-        total += jnp.uint32(2 * number + 1) * jnp.sum(bits, dtype=jnp.uint32)
-    return total
-
-
-def verify(item: str, tree: Any, record: dict) -> None:
-    """Raises a ValueError if an item of a checkpoint, or a network in it, is not what was saved, by its record. Call it on
-    all processes together: the arrays may be divided over their devices.
-    """
-    expected = record.get("checksums", {}).get(item)  # None: an older version saved it
-    if expected is not None and checksum(tree) != expected:
-        raise ValueError(f"the arrays of {item} differ from those that were saved: damaged on disk")
-
-
-def checksum_of_record(record: dict) -> int:
-    """Returns the CRC-32 of a record as JSON, without its checksums."""
-    content = {name: x for name, x in record.items() if name != "checksums"}
-    content = json.loads(json.dumps(content))  # as it is read again: keys become texts
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def verify_record(record: dict) -> None:
-    """Raises a ValueError if the record of a checkpoint is not what was saved."""
-    expected = record.get("checksums", {}).get(RECORD)  # None: an older version saved it
-    if expected is not None and checksum_of_record(record) != expected:
-        raise ValueError("the record differs from the one that was saved: damaged on disk")
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:

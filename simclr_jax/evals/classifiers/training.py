@@ -25,8 +25,8 @@ from simclr_jax.training.checkpoint import Saving
 from simclr_jax.training.log import Reporting
 from simclr_jax.training.loop import Run, fit
 from simclr_jax.training.optimizer import scaled_learning_rate, scaling_in_words
+from simclr_jax.training.record import about_classifier
 from simclr_jax.training.state import TrainState, digest_of, init_head
-from simclr_jax.training.workdir import about_classifier
 
 
 class Starts(NamedTuple):
