@@ -391,6 +391,9 @@ def test_hot_pixels_and_two_cameras_do_not_make_images_black(tmp_path):
     assert (
         "of 12 grey ones looked at 8 use 12 bits, 4 use 16 bits: each is scaled by the bits" in said
     )
+    for bits in (0, 12):
+        seen = pixels.of_anything(tmp_path / "0.png", pixels.ReadOptions(sample_bits=bits))
+        assert 100 < np.median(seen) < 150
 
 
 def test_colours_of_16_bits_are_not_scaled_by_the_grey_images(tmp_path):

@@ -220,6 +220,10 @@ def labelled_by(tmp_path, text, **options):
 def test_the_columns_of_labels_may_begin_with_capitals_and_have_tabs(tmp_path):
     data = labelled_by(tmp_path, "Image\tLabel \n1/3.png\tdog\n0/0.png\tcat, grey\n")
     assert data.train.classes == ("cat, grey", "dog")
+    data = labelled_by(tmp_path / "b", 'label, image\n"cat, grey", 0/0.png\ndog, 1/3.png\n')
+    assert data.train.classes == ("cat, grey", "dog")
+    data = labelled_by(tmp_path / "c", "image,label,Label\n0/0.png,cat,3\n")  # a name and a number
+    assert data.train.classes == ("cat",)
 
 
 def test_labels_of_a_folder_come_from_a_csv_file(tmp_path):

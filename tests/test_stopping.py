@@ -113,7 +113,9 @@ def test_a_signal_is_answered_at_once_and_once(capsys):
             time.sleep(0.01)
             said += capsys.readouterr().out
     assert signal.set_wakeup_fd(-1) == -1
-    assert (said + capsys.readouterr().out).count("stopping    after this step and a save") == 1
+    assert (said + capsys.readouterr().out).count(
+        "stopping    after the step that is under way"
+    ) == 1
 
 
 def test_processes_stop_together_some_steps_after_the_wish(monkeypatch):

@@ -191,7 +191,7 @@ def test_a_file_of_torchvisions_names_is_a_beginning(tiny, tmp_path):
     start = read_start(tiny)
     assert any(note.startswith("model.standardize: imagenet there") for note in start.notes)
     (note,) = (note for note in start.notes if note.startswith("model.standardize"))
-    assert note.endswith("none here, as --config.model.standardize=imagenet would have it")
+    assert note.endswith("none here (--config.model.standardize=imagenet keeps it)")
     assert equal(start.parts, {"encoder": variables})
     tiny.model.init_parts = "encoder_and_head"
     with pytest.raises(UserError, match="has no projection head"):

@@ -86,10 +86,12 @@ class Broken:
             raise UserError(f"none of {count} images can be read, such as {names}{where}")
         of = "" if self._limit_of == count else f" of {self._limit_of}"
         enough = math.floor(100 * bad / self._limit_of + 1) / 100
+        cure = f"give --config.data.max_broken={enough:g}"
+        cure = cure if count <= _ALL_TRIED else "raise data.max_broken"
         raise UserError(
             f"{bad} of {count} images cannot be read, more than the "
             f"share of {self._limit:g}{of} that data.max_broken allows, such as {names}: mend or "
-            f"remove them, or give --config.data.max_broken={enough:g}{where}"
+            f"remove them, or {cure}{where}"
         )
 
     def _note(self, indices: Iterable[int], say_it: bool) -> None:

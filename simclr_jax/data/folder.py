@@ -220,11 +220,12 @@ def read_labels(path: str) -> dict[str, str]:
             file.seek(0)
             # Where the comma is a decimal point, table programs write semicolons.
             delimiter = next((mark for mark in (",", ";", "\t") if mark in first), ",")
-            rows = csv.DictReader(file, delimiter=delimiter)
+            rows = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True)
             columns = list(rows.fieldnames or ())
-            rows.fieldnames = [name.strip().lower() for name in columns]  # Image, Label
-            lines = list(rows) if {"image", "label"} <= set(rows.fieldnames) else []
-            found = set(rows.fieldnames)
+            if not {"image", "label"} <= set(columns):
+                rows.fieldnames = [name.strip().lower() for name in columns]  # Image, Label
+            found = set(rows.fieldnames or ())
+            lines = list(rows) if {"image", "label"} <= found else []
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path!r} is not in UTF-8 (byte {error.start}): save it as UTF-8, in a table program as CSV UTF-8 "

@@ -22,6 +22,10 @@ LEAST_OF_A_LANE = 64
 SHARDS_OF_A_LANE = 16
 
 
+# A prime near 2**32 / golden ratio (Knuth's multiplicative hash): multiples of it modulo N are spread evenly.
+_FAR_APART = 2654435761
+
+
 @dataclasses.dataclass(frozen=True)
 class Share:
     """The part of every global batch that this process loads: the `index`-th of `count`."""
@@ -71,9 +75,10 @@ def next_whole(broken: np.ndarray) -> np.ndarray:
 
 
 def standing_in(broken: Set[int], batch: np.ndarray, rows: slice, count: int) -> np.ndarray:
-    """Returns some rows of a batch, with other places where an image is broken: the next one, cyclically, that is neither
-    broken nor in the batch, as a copy of an image would be its own negative. If there is none, the next that is whole.
-    Two broken images may get the same: a row depends on no other broken image, as each process knows its own.
+    """Returns some rows of a batch, with other places where an image is broken: places that are neither broken nor in the
+    batch, as a copy of an image would be its own negative; if there is none, the next whole one. A row depends on no other
+    broken image, as each process knows its own; so two may get the same, which is rare: broken images are often
+    neighbours, and the search for each begins far from those of its neighbours.
 
     Args:
       broken: places that cannot be read.
@@ -84,8 +89,9 @@ def standing_in(broken: Set[int], batch: np.ndarray, rows: slice, count: int) ->
     present, found = frozenset(batch.tolist()), batch[rows].copy()
     for row, place in enumerate(found.tolist()):
         if place in broken:
-            nearest = _next(place, count, broken, frozenset())
-            found[row] = _next(nearest, count, broken, present)
+            start = place * _FAR_APART % count
+            other = _next(start, count, broken, present)
+            found[row] = _next(place, count, broken, frozenset()) if other in present else other
     return found
 
 

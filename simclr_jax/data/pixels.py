@@ -49,7 +49,7 @@ class ReadOptions(NamedTuple):
     Attributes:
       upright: turn the image as the orientation in its EXIF data says. Pillow turns TIFF in any case.
       sample_bits: bits that make the range from black to white in files of 16 bits a sample; brighter samples are white.
-        0: as many as the image's brightest sample needs.
+        0: as many as the image's brightest samples need.
     """
 
     upright: bool = True
@@ -141,14 +141,12 @@ def _is_grey_of_16_bits(image: Image.Image) -> bool:
 
 
 def bits_used(path: os.PathLike) -> int:
-    """Returns the bits that a grey image of 16 bits needs, but for the brightest thousandth of its samples, which may be
-    hot pixels: 8, 10, 12, 14 or 16; 0 for other images, and for what cannot be read.
+    """Returns the bits that a grey image of 16 bits needs, see `_bits_of`: 8, 10, 12, 14 or 16; 0 for other images, and for
+    what cannot be read.
     """
     try:
         with Image.open(path) as image:
-            if not _is_grey_of_16_bits(image):
-                return 0
-            return _bits_of(np.quantile(np.asarray(image), 0.999, method="lower"))
+            return _bits_of(np.asarray(image)) if _is_grey_of_16_bits(image) else 0
     except Exception:  # whatever a damaged file may lead to
         return 0
 
@@ -237,15 +235,18 @@ def _png_of_16_bits(content: bytes, sample_bits: int) -> np.ndarray:
 def _upper_8_bits(x: np.ndarray, sample_bits: int) -> np.ndarray:
     """Scales samples uint16 to uint8; `sample_bits`: see `ReadOptions`."""
     bits = sample_bits or _bits_of(x)
-    if sample_bits:
-        x = np.minimum(x, 2**bits - 1)
-    elif bits < 16:
+    if not sample_bits and bits < 16:
         _say_once(bits)
-    return (x >> (bits - 8)).astype(np.uint8)
+    return (np.minimum(x, 2**bits - 1) >> (bits - 8)).astype(np.uint8)
 
 
-def _bits_of(x: Any) -> int:
-    return next(bits for bits in SAMPLE_BITS if int(np.max(x)) < 2**bits)
+def _bits_of(x: np.ndarray) -> int:
+    """Returns the bits that samples need, but for the brightest three, or 1 in 100,000 if that is more (of small images
+    fewer: 1 in 1,000): one hot pixel would make an image nearly black.
+    """
+    hot = min(max(3, x.size // 100_000), x.size // 1000)
+    brightest = int(np.partition(x, x.size - 1 - hot, axis=None)[x.size - 1 - hot])
+    return next(bits for bits in SAMPLE_BITS if brightest < 2**bits)
 
 
 @functools.cache

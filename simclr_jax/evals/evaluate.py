@@ -131,7 +131,7 @@ def _evaluate(name: str, subject: _Subject) -> dict:
             f"metric      {name} reports the accuracy: eval.metric={config.eval.metric} is for transfer"
         )
     features = _features_of_all(subject)
-    if subject.data.members is None and (classes := subject.data.train.classes):
+    if not evaluation.sets and (classes := subject.data.train.classes):
         results.say_if_unbalanced(features[ENCODER].test[1], classes)
     result = result_of(evaluation, config, features, subject.trained.record["step"], metric)
     results.save(path, config, result)

@@ -148,7 +148,8 @@ def _was_trained_on(config: ConfigDict, record: dict, data: DataSet) -> bool:
     other_count = now["test_fraction"] == before and data.train.count != record.get(
         "training_images", data.train.count
     )
-    other_labels = any(then.get(name) != now[name] for name in ("labels_file", "folder_labels"))
+    files = (absolute(x) if x else "" for x in (then.get("labels_file", ""), now["labels_file"]))
+    other_labels = len({*files}) > 1 or then.get("folder_labels", False) != now["folder_labels"]
     if now["test_fraction"] == before:  # else the fingerprints differ in any case
         other_labels = data.train.fingerprint() != record["data_fingerprint"]
     other_labels &= is_partly_labelled(data.train) or record.get("partly_labelled", False)

@@ -121,7 +121,8 @@ def _compared(path: str, source: ConfigDict, config: ConfigDict, with_head: bool
     if "imagenet" in (before["model.stem"], after["model.stem"]):  # whose kernel has another size
         needed += ("model.stem",)
     for name in _KEEP & changes.keys():
-        changes[name] += f", as --config.{name}={before[name]} would have it"
+        if before[name] or not name.startswith("data."):  # no scale is none to keep
+            changes[name] += f" (--config.{name}={before[name]} keeps it)"
     wrong = [text for name, text in changes.items() if name.startswith(needed)]
     if wrong:
         raise UserError(

@@ -26,9 +26,7 @@ _STEPS_LATE = 2
 _SAME_WISH_SECONDS = 2.0
 
 
-_STOPPING = (
-    "stopping    after this step and a save; the same signal again, 2 s later, ends it now, unsaved"
-)
+_STOPPING = "stopping    after the step that is under way, and a save"
 
 
 class Stop:
