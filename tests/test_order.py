@@ -92,6 +92,12 @@ def test_what_stands_in_is_not_in_the_batch():
     whole = [0, 1, 4, 5, 6]
     assert standing_in(broken, np.asarray([*whole, 2]), slice(None), 8).tolist() == [*whole, 4]
     assert standing_in({0, 1}, np.asarray([0, 1]), slice(None), 2).tolist() == [0, 1]
+    for count in range(10, 80):  # all whole ones are in the batch, and not all broken ones
+        broken = set(range(0, count, 3))
+        whole = [place for place in range(count) if place not in broken]
+        for place in broken:
+            found = standing_in(broken, np.asarray([*whole, place]), slice(None), count)
+            assert found[-1] not in broken
 
 
 def test_what_stands_in_depends_on_no_other_broken_image_and_differs_among_neighbours():

@@ -89,16 +89,16 @@ def standing_in(broken: Set[int], batch: np.ndarray, rows: slice, count: int) ->
     present, found = frozenset(batch.tolist()), batch[rows].copy()
     for row, place in enumerate(found.tolist()):
         if place in broken:
-            start = place * _FAR_APART % count
-            other = _next(start, count, broken, present)
-            found[row] = _next(place, count, broken, frozenset()) if other in present else other
+            free = _next(place * _FAR_APART % count, count, broken, present)
+            free = _next(place, count, broken, frozenset()) if free is None else free
+            found[row] = place if free is None else free
     return found
 
 
-def _next(place: int, count: int, broken: Set[int], present: Set[int]) -> int:
-    """Returns a place, or the next one, cyclically, that is in neither of two sets; the place itself if there is none."""
+def _next(place: int, count: int, broken: Set[int], present: Set[int]) -> int | None:
+    """Returns a place, or the next one, cyclically, that is in neither of two sets; None if there is none."""
     following = ((place + step) % count for step in range(count))
-    return next((i for i in following if i not in broken and i not in present), place)
+    return next((i for i in following if i not in broken and i not in present), None)
 
 
 def batch_positions(

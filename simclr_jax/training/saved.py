@@ -112,8 +112,11 @@ def beside(path: str) -> tuple[epath.Path, str]:
 def is_of_checkpoints(path: str) -> bool:
     """Returns whether a path is WORKDIR/checkpoints, or a checkpoint itself."""
     folder = epath.Path(absolute(path))
-    is_one = (folder / ENCODER).is_dir() and (folder / RECORD).is_dir()
-    return is_one or _is_all_checkpoints(folder)
+    return _is_checkpoint(folder) or _is_all_checkpoints(folder)
+
+
+def _is_checkpoint(folder: epath.Path) -> bool:
+    return (folder / ENCODER).is_dir() and (folder / RECORD).is_dir()
 
 
 def _is_all_checkpoints(folder: epath.Path) -> bool:
@@ -135,7 +138,7 @@ def find(path: str, step: int | None) -> epath.Path:
         raise UserError(f"{no_folder(path)}: expected a workdir or a checkpoint folder")
     steps = saved_steps(root)
     # A checkpoint itself. A workdir may have folders of these names too, beside its checkpoints.
-    if not steps and (root / ENCODER).is_dir() and (root / RECORD).is_dir():
+    if not steps and _is_checkpoint(root):
         if step is not None and step != (found := read_record(root)["step"]):
             raise UserError(f"{path!r} is the checkpoint of step {found}, not of step {step}")
         return root
