@@ -375,6 +375,18 @@ def test_a_workdir_that_is_removed_stops_the_run(tmp_path):
         train(tmp_path / "w", before=removing)
 
 
+def test_a_workdir_that_a_save_makes_again_stops_the_run_all_the_same(tmp_path):
+    """Orbax makes the folders of a save with their parents."""
+
+    def removing(step, _):
+        if step == 3:  # before the save of step 4
+            shutil.rmtree(tmp_path / "w")
+            (tmp_path / "w" / "checkpoints").mkdir(parents=True)
+
+    with pytest.raises(UserError, match=r"cannot write .*/metrics.jsonl: No such file"):
+        train(tmp_path / "w", before=removing)
+
+
 def test_a_damaged_checkpoint_is_not_evaluated(tiny, tmp_path, capfd):
     workdir = encoder_checkpoint(tiny, tmp_path / "w")
     shutil.copytree(workdir / "checkpoints/1", workdir / "checkpoints/2")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -50,10 +51,11 @@ class MetricWriter:
         before = self._path.read_bytes() if self._path.exists() else b""
         whole = before.decode(errors="replace").split("\n")[:-1]
         self._lines = [line for line in whole if 0 <= _step_of(line) <= resume_step]
-        if "".join(line + "\n" for line in self._lines).encode() != before:
+        self._scratch = tempfile.TemporaryDirectory() if in_bucket(self._folder) else None
+        changed = "".join(line + "\n" for line in self._lines).encode() != before
+        if changed or not (self._scratch or self._path.exists()):
             self._write_all()
         self._copied = time.monotonic()
-        self._scratch = tempfile.TemporaryDirectory() if in_bucket(self._folder) else None
         # Not tensorboardX's SummaryWriter, whose thread and exit handler show a full disk's traceback
         # after the one line that says it.
         events = epath.Path(self._scratch.name if self._scratch else workdir) / "events"
@@ -74,7 +76,10 @@ class MetricWriter:
         self._lines.append(line)
         with writing(self._path, _ADVICE):
             if self._scratch is None:
-                with self._path.open("a") as file:
+                # Not mode "a", which makes a missing file: a save that is under way makes a removed workdir
+                # again, and the run would end well without its first metrics and its config.json.
+                with open(self._path, "r+") as file:
+                    file.seek(0, os.SEEK_END)
                     file.write(line + "\n")
             for name, value in values.items():
                 self._add_event(step, summary=scalar(name, value))
