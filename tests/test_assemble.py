@@ -151,7 +151,7 @@ def test_kernels_are_divided_along_their_last_axis_that_can_be():
 
 def test_of_equally_good_steps_the_later_is_selected():
     # Validation, test, of two moments.
-    scores = iter([Score(0.5, 0.6), Score(0.1, 0.3), Score(0.5, 0.6), Score(0.2, 0.4)])
+    scores = iter([Score(0.5, 0.6), Score(0.1, 0.3), Score(0.5, 0.6), Score(0.2, 0.4, 0.3)])
     selection: Any = Selection(8, lambda *_: next(scores), "validation", "test", 2)
     assert [step for step in range(1, 9) if selection.due(step)] == [4, 8]
     for step in (4, 8):
@@ -164,6 +164,8 @@ def test_of_equally_good_steps_the_later_is_selected():
         "last_validation": 0.5,
         "last_top_5": 0.4,
         "selected_top_5": 0.4,
+        "last_mean_per_class": 0.3,
+        "selected_mean_per_class": 0.3,
     }
 
 

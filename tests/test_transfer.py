@@ -12,7 +12,7 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 import simclr_jax
 from simclr_jax import assemble, config
 from simclr_jax.errors import UserError
-from simclr_jax.evals import classifiers, subjects, transfer
+from simclr_jax.evals import classifiers, results, subjects, transfer
 from simclr_jax.evals.classifiers import training
 from simclr_jax.evals.contract import Features
 from simclr_jax.evals.evaluate import evaluate_features
@@ -20,9 +20,11 @@ from simclr_jax.evals.logistic import fit_lambdas
 from simclr_jax.evals.scores import (
     Score,
     eleven_point_map,
+    is_unbalanced,
     mean_per_class,
     published_metric,
     score,
+    score_of_classes,
     top_5_accuracy,
 )
 from simclr_jax.losses.classification import cross_entropy_of_sets
@@ -78,14 +80,47 @@ def test_the_mean_of_the_classes_is_scikit_learns():
     assert mean_per_class(logits, labels) == pytest.approx(expected)
 
 
+def test_of_unbalanced_classes_the_mean_of_the_classes_is_scored_too():
+    """Here three quarters of the images are of one class of four."""
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat(np.arange(4), [75, 10, 10, 5]))
+    logits = rng.normal(size=(100, 4)) + 2 * np.eye(4)[labels]
+    found = score("accuracy", logits, labels)
+    assert found.value == pytest.approx(np.mean(logits.argmax(1) == labels))
+    expected = balanced_accuracy_score(labels, logits.argmax(1))
+    assert found.mean_per_class == pytest.approx(expected)
+    assert abs(expected - found.value) > 0.02
+    assert score_of_classes(logits.argmax(1), labels, 4) == found
+    assert score("accuracy", logits, np.arange(100) % 4).mean_per_class is None
+    row = results.row("encoder", None, [found, found])
+    assert row["mean_per_class_accuracy"] == pytest.approx(expected)
+    assert results.cell(row).endswith(f", mean of classes {expected:.1%}")
+
+
+@pytest.mark.parametrize(
+    ("counts", "unbalanced"),
+    [
+        ([50, 50], False),
+        ([74, 26], False),
+        ([75, 25], True),
+        ([50, 20, 20, 10], True),
+        ([49, 21, 20, 10], False),
+    ],
+)
+def test_classes_are_unbalanced_from_twice_chance_or_three_quarters_on(counts, unbalanced):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    assert is_unbalanced(labels, len(counts)) is unbalanced
+
+
 def test_the_top_5_accuracy_is_scikit_learns_and_said_of_many_classes_alone():
     rng = np.random.default_rng(0)
-    labels, logits = rng.integers(0, 100, 300), rng.normal(size=(300, 100))
+    labels, logits = rng.permutation(np.arange(300) % 100), rng.normal(size=(300, 100))
     logits[np.arange(300), labels] += 1.5
     expected = top_k_accuracy_score(labels, logits, k=5, labels=range(100))
     assert score("accuracy", logits, labels) == (
         pytest.approx(np.mean(logits.argmax(1) == labels)),
         pytest.approx(expected),
+        None,
     )
     assert 0.2 < expected < 0.8
     assert score("mean_per_class", logits, labels).top_5 is None

@@ -9,7 +9,7 @@ import numpy as np
 from simclr_jax.console import say
 from simclr_jax.evals import results
 from simclr_jax.evals.contract import Evaluation, Features, Options
-from simclr_jax.evals.scores import Score
+from simclr_jax.evals.scores import score_of_classes
 from simclr_jax.losses.contract import normalize
 from simclr_jax.mesh import batch_sharded, laid_out, replicated
 
@@ -22,8 +22,8 @@ def rows(features: Features, options: Options, kind: str) -> list[dict]:
     k = min(options["knn_k"], count)
     if k > count / 2:
         _say_once(k, count)
-    found = knn_accuracy(features, k=k, temperature=options["knn_temperature"])
-    return [results.row(kind, None, [Score(found)])]
+    voted = knn_classes(features, k=k, temperature=options["knn_temperature"])
+    return [results.row(kind, None, [score_of_classes(voted, features.test[1], features.classes)])]
 
 
 @functools.cache
@@ -39,7 +39,14 @@ def settings(options: Options, images: int, classes: int) -> dict:
 
 
 def knn_accuracy(features: Features, *, k: int, temperature: float) -> float:
-    """Computes the share of test images whose neighbours vote for their class.
+    """Computes the share of test images whose neighbours vote for their class. The arguments are those of
+    `knn_classes`.
+    """
+    return float(np.mean(knn_classes(features, k=k, temperature=temperature) == features.test[1]))
+
+
+def knn_classes(features: Features, *, k: int, temperature: float) -> np.ndarray:
+    """Returns int [n], the class that the neighbours of each test image vote for.
 
     The k training images of largest cosine similarity s vote with weight exp(s / temperature).
 
@@ -57,15 +64,15 @@ def knn_accuracy(features: Features, *, k: int, temperature: float) -> float:
         rows = -(-_BLOCK // mesh.size) * mesh.size
         vote = jax.jit(_vote, static_argnames=("k", "classes"), out_shardings=everywhere)
         place = functools.partial(laid_out, sharding=batch_sharded(mesh))
-    queries, labels = test
-    correct = 0
+    queries, _ = test
+    found = []
     for start in range(0, len(queries), rows):
         block = np.zeros((rows, queries.shape[1]), np.float32)
         here = queries[start : start + rows]
         block[: len(here)] = here
         voted = vote(place(block), bank, bank_labels, temperature, k=k, classes=classes)
-        correct += int(np.sum(np.asarray(voted)[: len(here)] == labels[start : start + rows]))
-    return correct / len(queries)
+        found.append(np.asarray(voted)[: len(here)])
+    return np.concatenate(found)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "classes"))

@@ -17,15 +17,15 @@ from simclr_jax.data import name_of
 from simclr_jax.data.indexed import is_partly_labelled
 from simclr_jax.data.split import DataSet
 from simclr_jax.evals.contract import Table
-from simclr_jax.evals.scores import Score
+from simclr_jax.evals.scores import BESIDE, Score, is_unbalanced
 from simclr_jax.files import absolute, write_json
 from simclr_jax.training.saved import beside
 
 
 def row(kind: str, per_class: int | None, found: Sequence[Score]) -> dict:
     """Makes one row of a result: {"features", "labels_per_class", "accuracy", "std", "seeds"}, mean and
-    sample standard deviation (n - 1) over the draws of the labels, 0 for one draw; and "top_5_accuracy", the mean,
-    where it was measured.
+    sample standard deviation (n - 1) over the draws of the labels, 0 for one draw; and, where they were measured,
+    "top_5_accuracy" and "mean_per_class_accuracy", the means over the draws.
 
     Args:
       kind: name of the features.
@@ -33,30 +33,30 @@ def row(kind: str, per_class: int | None, found: Sequence[Score]) -> dict:
       found: one for each draw.
     """
     values = [one.value for one in found]
-    top_5 = [one.top_5 for one in found if one.top_5 is not None]
+    beside = {name: [getattr(one, name) for one in found] for name in BESIDE}
     return {
         "features": kind,
         "labels_per_class": per_class,
         "accuracy": float(np.mean(values)),
         "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
         "seeds": len(values),
-    } | ({"top_5_accuracy": float(np.mean(top_5))} if top_5 else {})
+    } | {f"{name}_accuracy": float(np.mean(x)) for name, x in beside.items() if None not in x}
 
 
 def say_if_unbalanced(labels: np.ndarray, classes: Sequence[str]) -> None:
-    """Says what always answering the largest class would reach, where that is twice as much as chance or three quarters, or
-    more, and how many classes have no test image.
+    """Says what always answering the largest class would reach, where the classes are unbalanced (`scores.is_unbalanced`),
+    and how many classes have no test image.
 
     Args:
       labels: int [N], of the test images.
       classes: names of the classes.
     """
     counts = np.bincount(labels, minlength=len(classes))
-    share = counts.max() / counts.sum()
-    if share >= min(2 / len(classes), 0.75):
+    if is_unbalanced(labels, len(classes)):
+        share = counts.max() / counts.sum()
         say(
             f"classes     always answering {classes[int(counts.argmax())]!r}, the largest of {len(classes)}, would reach {share:.1%}; "
-            "--mode=transfer --config.eval.metric=mean_per_class counts each class as much"
+            "the mean of the classes counts each class as much"
         )
     if lacking := int(np.sum(counts == 0)):
         say(f"classes     {lacking} of {len(classes)} have no test image")
@@ -70,10 +70,9 @@ def accuracies(rows: Sequence[Mapping], per_class: int | None = None) -> dict[st
 def cell(of: dict, which: str = "") -> str:
     """Writes a row's accuracies as people read them; `which`: prefix of its keys, "" or "selected_"."""
     spread = f" ± {of[f'{which}std']:.1%}" if of["seeds"] > 1 else ""
-    top_5 = of.get(f"{which}top_5_accuracy")
-    return f"{of[f'{which}accuracy']:.1%}{spread}" + (
-        f", top-5 {top_5:.1%}" if top_5 is not None else ""
-    )
+    beside = {title: of.get(f"{which}{name}_accuracy") for name, title in BESIDE.items()}
+    more = [f", {title} {x:.1%}" for title, x in beside.items() if x is not None]
+    return "".join([f"{of[f'{which}accuracy']:.1%}{spread}", *more])
 
 
 def labels_table(rows: list[dict]) -> Table:

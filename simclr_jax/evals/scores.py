@@ -23,10 +23,17 @@ class Score(NamedTuple):
       value: by the metric that is asked for, most often the accuracy.
       top_5: the share of images whose label is among the five classes of largest logits; None: there are fewer than
         `TOP_5_FROM` classes, or another metric is asked for.
+      mean_per_class: the accuracy on the images of a class, its mean over the classes; None: the classes are balanced
+        (`is_unbalanced`), or another metric is asked for.
     """
 
     value: float
     top_5: float | None = None
+    mean_per_class: float | None = None
+
+
+# What a table calls the fields of a Score beside its value.
+BESIDE = {"top_5": "top-5", "mean_per_class": "mean of classes"}
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -52,8 +59,28 @@ def mean_per_class(logits: np.ndarray, labels: np.ndarray) -> float:
 
     The arguments are those of `accuracy`.
     """
-    right = np.argmax(logits, axis=1) == labels
+    return mean_of_classes(np.argmax(logits, axis=1) == labels, labels)
+
+
+def mean_of_classes(right: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the mean, over the classes that occur, of the share of a class's images that are classified rightly.
+
+    Args:
+      right: bool [n], whether each image is.
+      labels: int [n].
+    """
     return float(np.mean([right[labels == c].mean() for c in np.unique(labels)]))
+
+
+def is_unbalanced(labels: np.ndarray, classes: int) -> bool:
+    """Returns whether always answering the largest class would reach an accuracy of twice chance, or of three quarters.
+
+    Args:
+      labels: int [n], from 0 to C - 1.
+      classes: C.
+    """
+    largest = np.bincount(labels, minlength=classes).max() / len(labels)
+    return bool(largest >= min(2 / classes, 0.75))
 
 
 def eleven_point_map(logits: np.ndarray, members: np.ndarray) -> float:
@@ -109,9 +136,18 @@ METRIC_NAMES = {
 
 def score(metric: str, logits: np.ndarray, targets: np.ndarray) -> Score:
     """Scores logits [n, C] by a row of `METRICS`; `targets`: labels int [n], or members int [n, K]."""
-    value = METRICS[metric](logits, targets)
-    several = metric == "accuracy" and logits.shape[1] >= TOP_5_FROM
-    return Score(value, top_5_accuracy(logits, targets) if several else None)
+    if metric != "accuracy":
+        return Score(METRICS[metric](logits, targets))
+    classes = logits.shape[1]
+    top_5 = top_5_accuracy(logits, targets) if classes >= TOP_5_FROM else None
+    return score_of_classes(np.argmax(logits, axis=1), targets, classes)._replace(top_5=top_5)
+
+
+def score_of_classes(found: np.ndarray, labels: np.ndarray, classes: int) -> Score:
+    """Scores the classes int [n] that were found for images of labels int [n], of C = `classes`."""
+    right = found == labels
+    by_class = mean_of_classes(right, labels) if is_unbalanced(labels, classes) else None
+    return Score(float(np.mean(right)), mean_per_class=by_class)
 
 
 def published_metric(asked: str, source: str, name: str) -> str:

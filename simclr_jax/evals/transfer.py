@@ -87,18 +87,9 @@ def _logits(weights: dict, x: np.ndarray) -> np.ndarray:
 
 
 def table(found: list[dict]) -> Table:
-    """Shows the metric, the mean over the classes where it was measured, and the lambda chosen."""
-    extra = "mean_per_class_accuracy" in found[0]
-    lines = [
-        [
-            row["features"],
-            results.cell(row),
-            *([f"{row['mean_per_class_accuracy']:.1%}"] if extra else []),
-            f"{row['lambda']:.2g}",
-        ]
-        for row in found
-    ]
-    return ["features", "chosen by", *(["mean of classes"] if extra else []), "lambda"], lines
+    """Shows the metric and the lambda chosen."""
+    lines = [[row["features"], results.cell(row), f"{row['lambda']:.2g}"] for row in found]
+    return ["features", "chosen by", "lambda"], lines
 
 
 EVALUATION = Evaluation(

@@ -12,7 +12,7 @@ from simclr_jax.evals import results
 from simclr_jax.evals.classifiers.protocol import Protocol
 from simclr_jax.evals.classifiers.training import Trainer
 from simclr_jax.evals.contract import Table
-from simclr_jax.evals.scores import METRIC_NAMES, Score
+from simclr_jax.evals.scores import BESIDE, METRIC_NAMES, Score
 from simclr_jax.evals.subjects import ENCODER
 
 # Options of the group "eval" that decide a result, of its labels and rows.
@@ -97,13 +97,14 @@ def _row(kind: str, per_class: int | None, fraction: float, runs: list[dict]) ->
     row = results.row(kind, per_class, _scores(runs, "last")) | {"label_fraction": fraction}
     if runs[0]["selected"] is not None:
         selected = results.row(kind, per_class, _scores(runs, "selected"))
-        names = selected.keys() & {"accuracy", "std", "top_5_accuracy"}
+        names = selected.keys() & {"accuracy", "std", *(f"{name}_accuracy" for name in BESIDE)}
         row |= {f"selected_{name}": selected[name] for name in sorted(names)}
     return row | {"runs": runs}
 
 
 def _scores(runs: list[dict], when: str) -> list[Score]:
-    return [Score(run[when], run.get(f"{when}_top_5")) for run in runs]
+    beside = [{name: run.get(f"{when}_{name}") for name in BESIDE} for run in runs]
+    return [Score(run[when], **more) for run, more in zip(runs, beside, strict=True)]
 
 
 def _at_steps(rows: list[dict]) -> Table:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from simclr_jax.data.broken import Images
-from simclr_jax.evals.scores import Score
+from simclr_jax.evals.scores import BESIDE, Score
 from simclr_jax.training.state import TrainState
 
 VALIDATIONS = 10  # evenly spaced moments of a training among which the validation part chooses
@@ -56,8 +56,8 @@ class Selection:
         return {"validation_accuracy": value}
 
     def outcome(self, state: TrainState) -> dict:
-        """Returns the test score at the last step ("last", and "last_top_5" where it was measured) and at the chosen one
-        ("selected", "selected_top_5"), with the chosen step and its validation accuracy; None where nothing was chosen.
+        """Returns the test score at the last step ("last", and "last_top_5" and "last_mean_per_class" where they were
+        measured) and at the chosen one ("selected", "selected_top_5", ...), with the chosen step and its validation accuracy; None where nothing was chosen.
         Where it was, also the validation accuracy of the last step, "last_validation".
         """
         chosen = self.memory or {"step": None, "validation": None, "test": None}
@@ -73,5 +73,6 @@ class Selection:
         }
         if "now" in chosen:  # not in memories of earlier versions
             found["last_validation"] = chosen["now"]
-        top_5 = {"last_top_5": last.top_5, "selected_top_5": selected.top_5}
-        return found | {name: x for name, x in top_5.items() if x is not None}
+        scores = {"last": last, "selected": selected}
+        beside = {f"{at}_{name}": getattr(scores[at], name) for at in scores for name in BESIDE}
+        return found | {name: x for name, x in beside.items() if x is not None}
