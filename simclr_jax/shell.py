@@ -129,7 +129,7 @@ def _not_allowed(error: Exception) -> UserError | None:
     if not isinstance(error, PermissionError) or not isinstance(error.filename, str):
         return None
     return UserError(
-        f"{error.filename}: {error.strerror}: ask its owner for the right, or give it with chmod"
+        f"{error.filename}: {error.strerror}: ask its owner for permission, or set it with chmod"
     )
 
 

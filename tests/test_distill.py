@@ -190,7 +190,7 @@ def test_a_teacher_of_other_classes_is_not_compared(tiny, tmp_path, one_device, 
     run(tiny, tmp_path / "w")
     said = capsys.readouterr().out
     assert "compared    none: class 1 of the data is '1', and the" in said
-    assert "no effect" not in said
+    assert "ignored " not in said
     assert not (tmp_path / "w/distill.json").exists()
 
 
@@ -216,7 +216,7 @@ def test_options_of_training_are_followed_or_said_to_have_no_effect(
     set_options(tiny, options | unused | {"train.report": True, "train.sinks": ("wandb",)})
     workdir = str(tmp_path / "w")
     run(tiny, workdir)
-    said = "no effect   of model.init_from=W, model.norm_group=4, eval.every_steps=5: "
+    said = "ignored     model.init_from=W, model.norm_group=4, eval.every_steps=5: "
     assert said in capsys.readouterr().out
     assert pages == [workdir]
     assert sent == [teacher, 1, True]

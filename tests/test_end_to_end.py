@@ -115,7 +115,7 @@ def test_a_mistake_ends_in_one_line(tmp_path):
         (("--config=fodler:tests",), "near names: folder"),
         (("--config=folder",), "which images? expected --config=folder:PATH"),
         (("--config=folder:tests", "--extend"), "--extend without a length would train as long"),
-        (("--config=configs/digits.py", "a b"), "what holds blanks in quotes"),
+        (("--config=configs/digits.py", "a b"), "a value with spaces in quotes"),
         (
             ("--config=configs/digits.py", "--mode=views", "--output=v.png"),
             "--output=v.png: the page is HTML",

@@ -268,7 +268,7 @@ def test_the_summary_says_what_a_person_would_ask(photos):
     said = "\n".join(summary.summary_lines(summary.summarize(photos)))
     assert "8 files" in said
     assert "6 PNG, 1 JPEG, 1 TIFF" in said
-    assert "2 to 20 px wide, 3 to 10 px high, shorter side 2 px in the middle" in said
+    assert "2 to 20 px wide, 3 to 10 px high, median shorter side 2 px" in said
     assert "channels 6 RGB, 1 L (of 8 looked at)" in said
     assert "1 of 8 looked at cannot be read, such as empty.jpg: " in said
     assert "; 1 of all are empty" in said
@@ -478,8 +478,8 @@ def test_the_configuration_chooses_from_parquet_and_arrays(tmp_path, capsys):
         # What was chosen for 32 px is held against the size that was given.
         said = capsys.readouterr().out
         assert "data.image_size=224  (given; the images suggest 32)" in said
-        assert "views.blur_probability=0.0  (as for 32 px; for 224 px: 0.5)" in said
-        assert "model.stem=strided  (as for 32 px; for 224 px: imagenet)" in said
+        assert "views.blur_probability=0.0  (chosen for 32 px; for 224 px it would be 0.5)" in said
+        assert "model.stem=strided  (chosen for 32 px; for 224 px it would be imagenet)" in said
         assert "optimizer.name=muon  (needs no large batch" in said
     with pytest.raises(UserError, match=r"a\.npz"):
         load(f"{file}:{tmp_path}/b/a.npz", [])

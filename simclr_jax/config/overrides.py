@@ -97,8 +97,8 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         name, equals, _ = flag.removeprefix("--config.").partition("=")
         if not flag.startswith("--config."):
             raise UserError(
-                f"unknown argument {flag!r}: options are given as --config.NAME=VALUE, a mode as --mode=NAME, and what holds "
-                "blanks in quotes"
+                f"unknown argument {flag!r}: options are given as --config.NAME=VALUE, a mode as --mode=NAME, and a value with "
+                "spaces in quotes"
             )
         check_is_known(name, known)
         if not equals:

@@ -61,7 +61,9 @@ def suggest_settings(
     elif size <= 32:
         chosen.append(Choice("model.stem", "cifar", "keeps all of 32 px (paper, appendix B.9)"))
     elif size <= 128:
-        chosen.append(Choice("model.stem", "strided", "halves once: 4 px are left at 64"))
+        chosen.append(
+            Choice("model.stem", "strided", "halves the resolution once: 64 px end as 4 x 4")
+        )
     else:
         chosen.append(Choice("model.stem", "imagenet", "the paper's for 224 px"))
     if size <= 64:
@@ -92,7 +94,11 @@ def suggest_settings(
     batch = _batch_size(count, least, most)
     steps = f"{count / batch:.3g} steps an epoch"
     chosen.append(
-        Choice("data.batch_size", batch, f"{steps}; 32 or more are aimed at, {least} to {most}")
+        Choice(
+            "data.batch_size",
+            batch,
+            f"{steps}; a power of 2 from {least} to {most}, with 32 steps an epoch or more if possible",
+        )
     )
     return [*chosen, Choice("train.epochs", float(epochs), why)]
 
@@ -193,7 +199,11 @@ def _optimizer(epochs: int) -> list[Choice]:
     the batch, and this batch is small.
     """
     return [
-        Choice("optimizer.name", "muon", "needs no large batch, and learns most in as many steps"),
+        Choice(
+            "optimizer.name",
+            "muon",
+            "needs no large batch; first of four optimizers in short runs (docs/findings.md)",
+        ),
         Choice("optimizer.learning_rate", 8e-3, "for muon"),
         Choice("optimizer.momentum", 0.95, "for muon"),
         Choice("optimizer.scaling", "none", "for muon"),

@@ -38,7 +38,8 @@ class Split(Protocol):
 
         Each element is one example. They are this process's part of the global batches from
         `start_step` on, with a new shuffle each epoch; examples before it are skipped without decoding.
-        In place of a broken image stands the next one that is not.
+        A broken image is replaced: in an indexed split by a readable image that is not in the batch, if there is one
+        (`order.standing_in`); in a stream by the next readable image of its window.
         """
 
     def batch_indices(self, order: Order, step: int, broken: Set[int] = NONE) -> np.ndarray:

@@ -160,8 +160,8 @@ def summary_lines(found: Summary) -> list[str]:
         sizes = f"{low[0]} x {low[1]} px"
         if (low != high).any():
             sizes = (
-                f"{low[0]} to {high[0]} px wide, {low[1]} to {high[1]} px high, shorter side {found.short_side} px "
-                "in the middle"
+                f"{low[0]} to {high[0]} px wide, {low[1]} to {high[1]} px high, median shorter side {found.short_side} "
+                "px"
             )
         modes = ", ".join(f"{n} {mode}" for mode, n in found.modes.items())
         lines.append(f"{sizes}; channels {modes} (of {found.looked_at} looked at)")

@@ -233,7 +233,7 @@ def _show(result: dict) -> None:
         title = "Between slices, over the data-centre network (in no bound)"
         _show_collectives(title, "MB a device hands over", result["between_slices"])
     if "bounds" not in result:
-        say("no bounds: of a loop over microbatches the compiler counts one pass")
+        say("no bounds: the compiler counts only one pass of the loop over microbatches")
         return
     say(
         f"a view takes {result['flops_per_view'] / 1e9:.1f} GFLOP and "

@@ -225,7 +225,7 @@ def _describe(
     say(f"steps       {plan.steps}, peak learning rate {plan.learning_rate:.4g}")
     values = config_lib.flatten(config)
     if unused := [f"{name}={values[name]}" for name in _WITHOUT_EFFECT if values[name]]:
-        say(f"no effect   of {', '.join(unused)}: --mode=distill does not follow them")
+        say(f"ignored     {', '.join(unused)}: --mode=distill does not use these options")
 
 
 def _compare(

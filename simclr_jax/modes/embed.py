@@ -198,7 +198,7 @@ def _say_how_labels_are_numbered(source: Input, classes: list[str]) -> None:
         some = ", ".join(f"{classes.index(name)} is {name!r}" for name in own[:3])
         more = ", ..." if len(own) > 3 else ""
         say(
-            f"labels      are places in the list of classes of the run, then of the input: {some}{more}"
+            f"labels      are numbered by the run's classes, followed by those that only the input has: {some}{more}"
         )
 
 

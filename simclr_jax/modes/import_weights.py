@@ -103,5 +103,5 @@ def _describe(config: ConfigDict, weights: Weights) -> None:
     say(f"images      {view.describe()}; {known}")
     if config.model.standardize != "none":
         say(
-            "pixels      less ImageNet's mean, by its deviation, inside the network (model.standardize)"
+            "pixels      normalised by ImageNet's mean and standard deviation inside the network (model.standardize)"
         )

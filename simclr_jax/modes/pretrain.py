@@ -267,7 +267,7 @@ def describe_choices(config: ConfigDict, labelled: bool) -> None:
         option, suggested, reason = choice
         given = values[option]
         if given == suggested:
-            other = f"as for {choices[0].value} px; for {size} px: {fit[option]}"
+            other = f"chosen for {choices[0].value} px; for {size} px it would be {fit[option]}"
             why = reason if suggested == fit[option] else other
         elif given == fit[option]:
             why = f"fits {size} px"

@@ -25,8 +25,8 @@ def check_enough(batch_size: int, images: int) -> None:
     """Raises a UserError if a batch is larger than the data set, or an image would have no negatives."""
     if images < 2:
         raise UserError(
-            f"{images} training image{'s' * (images != 1)}: expected two or more, as an image learns from its "
-            "difference to others"
+            f"{images} training image{'s' * (images != 1)}: expected two or more, as the loss compares "
+            "different images"
         )
     if batch_size > images:
         raise UserError(

@@ -258,7 +258,7 @@ def _check_allowed(folder: epath.Path) -> None:
     for path in () if in_bucket(folder) else (folder.parent, folder):
         if os.path.exists(path) and not os.access(path, os.R_OK | os.X_OK):
             raise Unavailable(
-                f"{path} may not be read (permission denied): ask its owner for the right, or give it with chmod"
+                f"{path} may not be read (permission denied): ask its owner for permission, or set it with chmod"
             )
 
 

@@ -58,13 +58,13 @@ def judge(step: int, metrics: Mapping[str, float], references: References) -> Ve
     """
     images, width, settled_after, temperature = references
     spread, even = metrics["z_std"], 1 / math.sqrt(width)
-    seen = f"z_std {spread:.2g}, evenly spread {even:.2g}"
+    seen = f"z_std {spread:.2g} ({even:.2g} where z is spread evenly)"
     if spread < _COLLAPSED * even:
         why = "under a tenth (ours) of 1 / sqrt(d) (SimSiam, section 4.1)"
         return Verdict("collapsed", f"all images have nearly one projection: {seen}: {why}")
     if temperature is None:
         return Verdict(
-            NOT_JUDGED, f"{seen}; of this loss no bounds are known: an evaluation tells more"
+            NOT_JUDGED, f"{seen}; no bounds of this loss are known: judge by an evaluation"
         )
     loss, least, no_better = metrics["loss"], lower_bound(images, temperature), chance(images)
     way = (no_better - loss) / (no_better - least)
