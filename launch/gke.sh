@@ -15,7 +15,7 @@
 #     --slices=N              several slices, joined by the data-centre network     (default: 1)
 #     --chips_per_host=N      chips of a machine                                    (default: 4, or all)
 #     --service_account=NAME  of Kubernetes, that may write to the bucket           (default: default)
-#     --restarts=N            of lost hosts and the like; each goes on from the newest checkpoint (default: 100)
+#     --restarts=N            of lost hosts and the like; each resumes from the newest checkpoint (default: 100)
 #     --file=FILE             where to write the manifest                           (default: /tmp/NAME.json)
 #     --dry_run               write the manifest, print the commands
 set -euo pipefail

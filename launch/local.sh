@@ -6,7 +6,7 @@
 # To try out what several hosts do, or to give each of several accelerators its own process. On a CPU,
 # XLA_FLAGS=--xla_force_host_platform_device_count=D gives every process D devices.
 # When a process fails the others end too; the first failure's status is the script's. It is 75 if a signal
-# has stopped the run: the same command goes on from there.
+# has stopped the run: the same command resumes from there.
 set -euo pipefail
 
 # The others end by themselves within a minute (simclr_jax/processes.py); after this they are killed.

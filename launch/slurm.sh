@@ -17,7 +17,7 @@
 #     --array=1-N         of a study: N jobs, each of which makes a part
 #     --dry_run           print the command
 #
-# A job is queued again, and goes on from the newest checkpoint, if it is preempted, its node fails, its time limit
+# A job is queued again, and resumes from the newest checkpoint, if it is preempted, its node fails, its time limit
 # comes, or one of its processes dies or hangs. It is not queued again if it was cancelled, or ended by a mistake
 # that the user has to mend.
 set -euo pipefail
@@ -118,7 +118,7 @@ if run_again "$status"; then
   if scontrol requeue "$job"; then
     echo "$said: queued again, to go on from the newest checkpoint"
   else
-    echo "$said: cannot be queued again; the same command goes on from the newest checkpoint" >&2
+    echo "$said: cannot be queued again; the same command resumes from the newest checkpoint" >&2
   fi
 fi
 rm -f "$SIMCLR_MISTAKE"

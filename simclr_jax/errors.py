@@ -19,7 +19,7 @@ class NotFinite(UserError):
 
 
 class Stopped(Exception):
-    """Says that a signal has stopped a training, which is saved: the same command goes on from there."""
+    """Says that a signal has stopped a training, which is saved: the same command resumes from there."""
 
 
 # Exit status of a process that ends because another process or a storage is gone or stuck: a launcher may restart

@@ -228,7 +228,7 @@ def storage_error(error: Exception) -> UserError | None:
     words = re.sub(r"\S*/\S*", "", said)  # without addresses, which may hold any number
     if re.search(_AWAY, words):
         return Unavailable(
-            f"the bucket does not answer: {said[:300]}. The same command goes on from what is saved"
+            f"the bucket does not answer: {said[:300]}. The same command resumes from what is saved"
         )
     if re.search(_NOT_ALLOWED, words):
         return UserError(f"the bucket refused the request or has no such object: {said[:300]}")
@@ -255,7 +255,7 @@ def raise_if_passing(error: Exception) -> None:
         raise error
     if re.search(_LATER, str(error)):
         raise Unavailable(
-            f"files cannot be read at the moment ({one_line(error)[:200]}): the same command goes on once they can"
+            f"files cannot be read at the moment ({one_line(error)[:200]}): the same command resumes once they can"
         ) from error
 
 

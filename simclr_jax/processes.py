@@ -140,7 +140,7 @@ def end(error: Exception) -> NoReturn:
         seconds, status = 1.5 * HEARTBEAT_SECONDS, LOST if lost else 1
         print(
             f"{me}the step failed ({reason[:300]}). If another process ended, its number follows within "
-            f"{HEARTBEAT_SECONDS} s. The same command goes on from the newest checkpoint",
+            f"{HEARTBEAT_SECONDS} s. The same command resumes from the newest checkpoint",
             file=sys.stderr,
             flush=True,
         )

@@ -22,7 +22,7 @@ from simclr_jax import processes
 from simclr_jax.errors import LOST, Stopped, Unavailable, UserError, near_names
 from simclr_jax.files import cache_folder, storage_error
 
-# Exit status of a command that a signal has stopped. The same command goes on from there, so a launcher must not
+# Exit status of a command that a signal has stopped. The same command resumes from there, so a launcher must not
 # take it for finished. EX_TEMPFAIL of sysexits.h.
 STOPPED = 75
 

@@ -348,7 +348,7 @@ def test_what_was_cut_off_goes_on(embedded, tmp_path, monkeypatch, capsys, metho
     about.write_text(json.dumps(said))  # of an earlier version, which did not say
     capsys.readouterr()
     embed(config, workdir, str(root), str(output))
-    assert f"goes on after {images} of 40 images" in capsys.readouterr().out
+    assert f"resuming after {images} of 40 images" in capsys.readouterr().out
     assert_same_rows(output, whole / "batches_of_16.npz")
 
 

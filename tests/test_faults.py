@@ -237,7 +237,7 @@ def test_of_a_full_disk_the_terminal_shows_one_line(disk, every, says):
     done = run_python(ON_A_FULL_DISK, where, every)
     assert done.returncode == 1, done.stderr
     (line,) = done.stderr.splitlines()
-    assert re.fullmatch(f"error: .*{says} command goes on from .*", line)
+    assert re.fullmatch(f"error: .*{says} command resumes from .*", line)
     assert "step 2/60  loss" in done.stdout
 
 

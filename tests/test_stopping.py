@@ -64,7 +64,7 @@ def test_a_signal_lets_the_step_finish_and_saves(whole, tmp_path, capsys, number
     assert signal.getsignal(number) is before
     assert saved_steps(tmp_path / "w") == sorted({at} | ({4} if at > 4 else set()))
     said = capsys.readouterr().out
-    assert f"stopped after step {at}, which is saved: the same command goes on from it" in said
+    assert f"stopped after step {at}, which is saved: the same command resumes from it" in said
     train(tmp_path / "w", hooks=[Average()])
     assert f"resumed from step {at}" in capsys.readouterr().out
     assert_same_training(tmp_path / "w", whole)

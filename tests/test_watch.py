@@ -45,7 +45,7 @@ def test_a_loop_that_is_stuck_is_ended_with_its_stacks(tmp_path, capfd):
     (line,) = capfd.readouterr().err.splitlines()
     assert "error: process 0 of 1: no progress for " in line
     assert "(input, after step 3; train.hang_seconds=0.2)" in line
-    assert line.endswith("The same command goes on from the newest checkpoint")
+    assert line.endswith("The same command resumes from the newest checkpoint")
 
 
 def test_what_may_take_its_time_is_not_ended(tmp_path):

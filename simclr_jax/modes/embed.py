@@ -223,7 +223,7 @@ def _rows(
     passed = min(parts.batches_done, total)  # the last part is a shorter one
     first = min(passed * batch_size, count)
     if passed:
-        say(f"goes on after {first} of {count} images")
+        say(f"resuming after {first} of {count} images")
     began = time.monotonic()
     batches = assemble.views(config, extractor.mesh).evaluation_batches(images, batch_size, passed)
     # The last entry is for the label -1, which picks it by index.

@@ -113,7 +113,7 @@ class Parts:
         path = self._file(self._count)
         self._count += 1
         if jax.process_index() == 0:
-            advice = "The same command goes on from there"
+            advice = "The same command resumes from there"
             with writing(path, advice), replacing(path) as scratch, scratch.open("wb") as file:
                 np.savez(file, allow_pickle=False, **columns)
 
@@ -121,7 +121,7 @@ class Parts:
         """Puts all parts together, removes them, and returns how many rows there are."""
         write = _write_parquet if output.suffix == ".parquet" else _write_npz
         parts = [self._file(number) for number in range(self._count)]
-        advice = f"The same command goes on from the rows in {self.folder}"
+        advice = f"The same command resumes from the rows in {self.folder}"
         with writing(output, advice), replacing(output) as scratch:
             count = write(pathlib.Path(scratch), parts, self._about)
         with contextlib.suppress(OSError):  # the output is whole, whatever is left here

@@ -103,7 +103,7 @@ class Checkpoints:
         when = f"step {step}: " if step is not None else ""
         return kind(
             f"{when}a checkpoint could not be written to {self._workdir} ({short_reason(error)}); {newest}. "
-            "Mend this, then the same command goes on from there"
+            "Mend this, then the same command resumes from there"
         )
 
     def due(self, step: int) -> bool:

@@ -187,7 +187,7 @@ def fit(job: Job, batches: Batches, run: Run, hooks: Sequence[Hook] = ()) -> Tra
         if writer is not None:
             writer.finished = not stopping
     if stopping:  # once everything is closed, as of a run that has come to its end
-        say(f"stopped after step {step}, which is saved: the same command goes on from it")
+        say(f"stopped after step {step}, which is saved: the same command resumes from it")
         raise Stopped(f"after step {step}, which is saved")
     stop.pass_on()
     return state

@@ -21,7 +21,7 @@ from simclr_jax.training.sinks import Sinks
 # Between two copies of the metrics into a bucket: its objects cannot grow, so that each copy is of all lines.
 _COPY_SECONDS = 60.0
 
-_ADVICE = "Mend this, then the same command goes on from the newest checkpoint"
+_ADVICE = "Mend this, then the same command resumes from the newest checkpoint"
 
 
 class MetricWriter:

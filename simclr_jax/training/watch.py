@@ -119,7 +119,7 @@ class Watch:
         print(
             f"error: process {me} of {count}: no progress for {self._waited:.0f} s ({self._doing}, after step "
             f"{self._step}; train.hang_seconds={self._seconds:g}){about}. Stacks: "
-            f"{self._folder}. The same command goes on from the newest checkpoint",
+            f"{self._folder}. The same command resumes from the newest checkpoint",
             file=sys.stderr,
             flush=True,
         )
