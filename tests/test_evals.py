@@ -26,6 +26,7 @@ from simclr_jax.errors import NotFinite, UserError
 from simclr_jax.evals import (
     EVALUATIONS,
     evaluate,
+    follow,
     knn,
     logistic,
     on_the_way,
@@ -38,6 +39,7 @@ from simclr_jax.evals import (
 from simclr_jax.evals.contract import Evaluation, Features
 from simclr_jax.evals.evaluate import evaluate_features, pair, why_not
 from simclr_jax.evals.features import Extractor, raw_pixels
+from simclr_jax.evals.follow import follow_run
 from simclr_jax.evals.knn import knn_accuracy
 from simclr_jax.evals.logistic import accuracy, fit_lambdas, fit_logistic, scale
 from simclr_jax.evals.probe import probe_all_labels, probe_few_labels
@@ -749,7 +751,7 @@ def trained_beside(tiny, tmp_path, monkeypatch):
 
     original = evaluate.result_of
     monkeypatch.setattr(evaluate, "result_of", result_of)
-    monkeypatch.setattr(evaluate, "time", types.SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(follow, "time", types.SimpleNamespace(sleep=sleep))
     return tiny, workdir, moments, evaluated
 
 
@@ -759,9 +761,9 @@ def test_a_run_is_followed_to_its_last_step(trained_beside):
     c, workdir, moments, evaluated = trained_beside
     moments += ["begins", 2, 3, KeyboardInterrupt(), 5, 6]
     with pytest.raises(KeyboardInterrupt):
-        evaluate_features("probe", c, str(workdir), follow=True)
+        follow_run("probe", c, str(workdir))
     assert evaluated == [2, 3]
-    result = evaluate_features("probe", c, str(workdir), follow=True)
+    result = follow_run("probe", c, str(workdir))
     assert evaluated == [2, 3, 5, 6]
     file = workdir / "probe_followed.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -771,7 +773,7 @@ def test_a_run_is_followed_to_its_last_step(trained_beside):
     assert last == {"step": 6, "probe_accuracy": result["rows"][0]["accuracy"]}
     assert json.loads((workdir / "probe.json").read_text())["rows"] == result["rows"]
     # Once more, with nothing left to do.
-    again = evaluate_features("probe", c, str(workdir), follow=True)
+    again = follow_run("probe", c, str(workdir))
     assert again["rows"] == result["rows"]
     assert evaluated == [2, 3, 5, 6]
     assert [json.loads(line) for line in file.read_text().splitlines()] == lines
@@ -785,18 +787,18 @@ def test_a_folder_of_checkpoints_cannot_be_followed(tiny, tmp_path):
     for folder in (workdir, workdir / "checkpoints", checkpoint_folder(workdir) / "1"):
         (workdir / "config.json").unlink(missing_ok=True)
         with pytest.raises(UserError, match="expected the workdir of a run, in which config"):
-            evaluate_features("knn", tiny, str(folder), follow=True)
+            follow_run("knn", tiny, str(folder))
 
 
 @pytest.mark.whole
 def test_a_run_is_followed_anew_with_other_settings(trained_beside):
     c, workdir, moments, evaluated = trained_beside
     moments += ["begins", 5, 6]
-    evaluate_features("knn", c, str(workdir), follow=True)
+    follow_run("knn", c, str(workdir))
     assert evaluated == [5, 6]
     evaluated.clear()
     c.eval.knn_k = 3
-    assert evaluate_features("knn", c, str(workdir), follow=True)["settings"]["k"] == 3
+    assert follow_run("knn", c, str(workdir))["settings"]["k"] == 3
     assert evaluated == saved_steps(workdir)
     assert len((workdir / "knn_followed.jsonl").read_text().splitlines()) == len(evaluated)
     # Another call has replaced the result of the last step: that step alone is evaluated again.
@@ -804,15 +806,15 @@ def test_a_run_is_followed_anew_with_other_settings(trained_beside):
     evaluate_features("knn", c, str(workdir))
     evaluated.clear()
     c.eval.knn_k = 3
-    assert evaluate_features("knn", c, str(workdir), follow=True)["settings"]["k"] == 3
+    assert follow_run("knn", c, str(workdir))["settings"]["k"] == 3
     assert evaluated == [6]
     evaluated.clear()
     c.eval.seeds, c.eval.labels_per_class = 1, (2,)  # they change no line, and the result
-    evaluate_features("knn", c, str(workdir), follow=True)
+    follow_run("knn", c, str(workdir))
     assert evaluated == [6]
     evaluated.clear()
     c.data.eval_crop = 0.5
-    evaluate_features("knn", c, str(workdir), follow=True)
+    follow_run("knn", c, str(workdir))
     assert evaluated == saved_steps(workdir)
 
 
@@ -824,14 +826,14 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_passed_over(trained_be
     def read_slowly(*args, step=None, **more):
         if step == 4:  # training saves step 6, and keeps only the newest
             moments.append(6)
-            evaluate.time.sleep(0)
+            follow.time.sleep(0)
             folder = checkpoint_folder(workdir) / "4"
             assert not folder.exists()
             folder.mkdir()  # half deleted
         return original(*args, **(more | {"step": step}))
 
     monkeypatch.setattr(subjects, "trained", read_slowly)
-    assert evaluate_features("knn", c, str(workdir), follow=True)["step"] == 6
+    assert follow_run("knn", c, str(workdir))["step"] == 6
     assert evaluated == [2, 6]
     # The newest one is never deleted: if it cannot be read, it is damaged.
     c.train.steps = 8
@@ -839,7 +841,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_passed_over(trained_be
     shutil.rmtree(newest / "encoder")
     (workdir / "knn.json").unlink()
     with pytest.raises(UserError, match="cannot be read"):
-        evaluate_features("knn", c, str(workdir), follow=True)
+        follow_run("knn", c, str(workdir))
     assert read_record(newest)["step"] == 6
 
 

@@ -22,6 +22,7 @@ from simclr_jax.config import flatten, from_dict, set_options
 from simclr_jax.data.order import Order, batch_positions
 from simclr_jax.errors import UserError
 from simclr_jax.evals.evaluate import evaluate_features
+from simclr_jax.evals.follow import follow_run
 from simclr_jax.evals.on_the_way import evaluations_on_the_way
 from simclr_jax.files import locked, write_json
 from simclr_jax.modes import pretrain as pretraining
@@ -473,7 +474,7 @@ def test_the_encoder_of_eight_devices_is_loaded_onto_one(whole, tmp_path):
 
 def test_an_evaluation_on_the_way_is_that_of_the_checkpoint_of_its_step(watched, copy):
     """Those of other steps differ."""
-    evaluate_features("knn", watched, str(copy), follow=True)
+    follow_run("knn", watched, str(copy))
     followed = [json.loads(line) for line in (copy / "knn_followed.jsonl").open()]
     on_the_way = [line for line in metrics_of(copy) if "knn_accuracy" in line]
     assert on_the_way == [

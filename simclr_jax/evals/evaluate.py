@@ -3,18 +3,14 @@
 The accuracy of the checkpoint alone, without those of the other two, says nothing: the data may be easy.
 """
 
-import hashlib
-import json
-import time
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from simclr_jax import assemble, processes
+from simclr_jax import assemble
 from simclr_jax import config as config_lib
 from simclr_jax.console import say
 from simclr_jax.data.split import DataSet
@@ -24,20 +20,14 @@ from simclr_jax.evals.classifiers import TRAININGS
 from simclr_jax.evals.contract import Evaluation, Features, Options
 from simclr_jax.evals.features import raw_pixels
 from simclr_jax.evals.subjects import ENCODER, RAW_PIXELS, UNTRAINED, Trained
-from simclr_jax.files import write_text
 from simclr_jax.mesh import make_mesh
-from simclr_jax.training.metrics import read_lines
-from simclr_jax.training.record import run_record
-from simclr_jax.training.saved import RECORD, saved_steps
 
-_LOOK_EVERY_SECONDS = 10.0  # of a run that is followed
 _BLOCK = 4096  # rows
 # Options of the group "eval" that decide which rows a result has; not the row of the encoder with all labels.
-_OF_ROWS = ("labels_per_class", "label_fraction", "seeds", "baselines")
-_NONE_YET, _NO_MORE = -1, -2  # in place of the step of a checkpoint
+OF_ROWS = ("labels_per_class", "label_fraction", "seeds", "baselines")
 
 
-class _Subject(NamedTuple):
+class Subject(NamedTuple):
     """An encoder and the data that it is evaluated on."""
 
     config: ConfigDict
@@ -47,7 +37,7 @@ class _Subject(NamedTuple):
     mesh: Mesh
 
 
-def evaluate_features(name: str, config: ConfigDict, workdir: str, follow: bool = False) -> dict:
+def evaluate_features(name: str, config: ConfigDict, workdir: str) -> dict:
     """Runs one of `EVALUATIONS` and writes WORKDIR/NAME.json, or WORKDIR/NAME_DATA.json for data
     that differ from the training data; shows a table.
 
@@ -55,7 +45,6 @@ def evaluate_features(name: str, config: ConfigDict, workdir: str, follow: bool 
       name: the evaluation's name.
       config: the evaluation's configuration.
       workdir: the run's folder.
-      follow: evaluate each new checkpoint of a run that another process trains, until the last.
 
     Returns:
       the result.
@@ -65,12 +54,10 @@ def evaluate_features(name: str, config: ConfigDict, workdir: str, follow: bool 
     """
     config = config_for(name, config)
     data, mesh = subjects.labelled(config, EVALUATIONS[name].sets), make_mesh()
-    if follow:
-        return _follow(name, config, workdir, data, mesh)
     of_z = config.eval.features == "z"
     trained = subjects.trained(config, workdir, mesh, head=of_z)
-    path = results.path_of(config, trained.record, data, workdir, _file_of(name, config))
-    return _evaluate(name, _Subject(config, data, trained, path, mesh))
+    path = results.path_of(config, trained.record, data, workdir, file_of(name, config))
+    return evaluate_subject(name, Subject(config, data, trained, path, mesh))
 
 
 def evaluate(name: str, config: ConfigDict, workdir: str) -> dict:
@@ -88,7 +75,7 @@ def evaluate(name: str, config: ConfigDict, workdir: str) -> dict:
     return evaluate_features(name, config, workdir)
 
 
-def _file_of(name: str, config: ConfigDict) -> str:
+def file_of(name: str, config: ConfigDict) -> str:
     """Returns the name of the result: "probe", or "probe_z" of the projections."""
     return name if config.eval.features == "h" else f"{name}_{config.eval.features}"
 
@@ -123,7 +110,8 @@ def _no_choice(config: ConfigDict, name: str) -> str:
     return ""
 
 
-def _evaluate(name: str, subject: _Subject) -> dict:
+def evaluate_subject(name: str, subject: Subject) -> dict:
+    """Runs the evaluation `name` of `EVALUATIONS` of one checkpoint, writes the result and shows it."""
     evaluation, config, path = EVALUATIONS[name], subject.config, subject.path
     metric = _metric_of(evaluation, config, subject.data)
     if config.eval.metric not in ("auto", metric):
@@ -170,11 +158,18 @@ def result_of(
     }
 
 
+def settings_of(name: str, config: ConfigDict, data: DataSet) -> dict:
+    """Returns everything that decides the result of an evaluation on `data`, as the result holds it in "settings"."""
+    evaluation, classes = EVALUATIONS[name], len(data.train.classes or ())
+    metric = _metric_of(evaluation, config, data)
+    return _settings(evaluation, config, metric, data.train.count, classes)
+
+
 def _settings(
     evaluation: Evaluation, config: ConfigDict, metric: str, images: int, classes: int
 ) -> dict:
     """Returns everything that decides a result: the evaluation's own settings, which labels it takes, and the views."""
-    labels = {name: config.eval[name] for name in _OF_ROWS}
+    labels = {name: config.eval[name] for name in OF_ROWS}
     labels["labels_per_class"] = list(labels["labels_per_class"])
     return evaluation.settings(_options_of(config, metric), images, classes) | {
         "labels": labels,
@@ -182,7 +177,7 @@ def _settings(
     }
 
 
-def _features_of_all(subject: _Subject) -> dict[str, Features]:
+def _features_of_all(subject: Subject) -> dict[str, Features]:
     """Returns {kind: features} of the checkpoint and of the baselines."""
     config, data, trained, path, mesh = subject
     assert data.test is not None
@@ -256,95 +251,3 @@ def _are_finite(features: np.ndarray) -> bool:
     """Returns whether all numbers are finite; by blocks of rows, as ImageNet's features fill most of the memory."""
     starts = range(0, len(features), _BLOCK)
     return all(np.isfinite(features[start : start + _BLOCK]).all() for start in starts)
-
-
-def _follow(name: str, config: ConfigDict, workdir: str, data: DataSet, mesh: Mesh) -> dict:
-    """Evaluates the checkpoints of a run as they appear, until that of its last step.
-
-    Each adds a line to WORKDIR/NAME_followed.jsonl: {"step", metric, "settings": a digest of the evaluation's
-    settings}. A restart goes on after the last line, if the settings are those of that line; otherwise the file
-    begins anew with the checkpoints that are there.
-
-    Returns:
-      the result of the last step.
-    """
-    metric = EVALUATIONS[name].metric
-    say(f"following {workdir}: Ctrl-C ends it")
-    if run_record(workdir) is None:
-        say(f"waiting for a run to begin there: {workdir}/config.json")
-    while (record := run_record(workdir)) is None:
-        if saved_steps(workdir) or epath.Path(workdir, RECORD).is_dir():
-            raise UserError(
-                f"--follow with {workdir}: expected the workdir of a run, in which config.json says how long it is, "
-                "not a folder of checkpoints"
-            )
-        time.sleep(_LOOK_EVERY_SECONDS)
-    path = results.path_of(config, record, data, workdir, _file_of(name, config))
-    file = path.with_name(f"{path.stem}_followed.jsonl")
-    settings = _digest_of_settings(name, config, data)
-    lines = read_lines(file) if path.exists() else []
-    if lines and lines[-1].get("settings", settings) != settings:
-        lines = []
-    if lines and lines[-1]["step"] == record["plan"]["steps"]:
-        last = config_lib.from_dict(json.loads(path.read_text())["config"])
-        if _all_settings(name, last, data) != _all_settings(name, config, data):
-            lines.pop()  # another call has replaced the result of the last step, or other rows are asked for
-    done, result = lines[-1]["step"] if lines else -1, None
-    while (step := processes.as_first_process_says(_next_step(workdir, done))) != _NO_MORE:
-        if step == _NONE_YET:
-            time.sleep(_LOOK_EVERY_SECONDS)
-            continue
-        done = step
-        trained = _trained_at(step, config, workdir, mesh)
-        if trained is None:
-            continue
-        result = _evaluate(name, _Subject(config, data, trained, path, mesh))
-        accuracy = results.accuracies(result["rows"])[ENCODER]
-        lines.append({"step": step, metric: accuracy, "settings": settings})
-        if jax.process_index() == 0:
-            write_text(file, "".join(f"{json.dumps(line)}\n" for line in lines))
-    say(f"followed to the last step, {done}: {file}")
-    return json.loads(path.read_text()) if result is None else result
-
-
-def _all_settings(name: str, config: ConfigDict, data: DataSet) -> dict:
-    evaluation, classes = EVALUATIONS[name], len(data.train.classes or ())
-    metric = _metric_of(evaluation, config, data)
-    return _settings(evaluation, config, metric, data.train.count, classes)
-
-
-def _digest_of_settings(name: str, config: ConfigDict, data: DataSet) -> str:
-    """Returns 8 letters that differ where `_settings` of the evaluation `name` do, as far as they decide the accuracy with
-    all labels, which a line of --follow holds.
-    """
-    config = config.copy_and_resolve_references()
-    for option in _OF_ROWS:
-        config.eval[option] = config_lib.default().eval[option]
-    used = _all_settings(name, config, data)
-    labels, views = used.pop("labels"), used.pop("views")
-    last = [views.pop("antialias")]
-    # In the form of earlier versions, so that what they followed is gone on with.
-    last += [bits] if (bits := views.pop("sample_bits")) else []
-    text = json.dumps([used, labels, views, *last], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
-
-
-def _next_step(workdir: str, done: int) -> int:
-    """Returns the step of the first checkpoint after step `done`, _NONE_YET or _NO_MORE."""
-    record = run_record(workdir)  # read anew: the run may be extended
-    if record is not None and record["plan"]["steps"] == done:
-        return _NO_MORE
-    return next((step for step in saved_steps(workdir) if step > done), _NONE_YET)
-
-
-def _trained_at(step: int, config: ConfigDict, workdir: str, mesh: Mesh) -> Trained | None:
-    """Reads a checkpoint; returns None if training has deleted it for a newer one."""
-    try:
-        of_z = config.eval.features == "z"
-        return subjects.trained(config, workdir, mesh, head=of_z, step=step)
-    except UserError:
-        # What is not the newest may be half deleted: a folder is left when its files are gone.
-        steps = saved_steps(workdir)
-        if not steps or steps[-1] == step or jax.process_count() > 1:
-            raise
-        return None

@@ -114,8 +114,8 @@ MODES = {
     ),
     **{
         name: Mode(
-            "evals.evaluate",
-            "evaluate_features",
+            "evals.follow",
+            "evaluate_or_follow",
             evaluation.text,
             takes=("follow",),
             of_a_run=True,
