@@ -95,7 +95,7 @@ OPTIONS = (
         0,
         one_of(0, *pixels.SAMPLE_BITS),
         "bits that make the range from black to white in files of 16 bits a sample, the same in all images; brighter "
-        "samples are white; 0: in each image as many as its brightest sample needs. A folder's is chosen from some of its "
+        "samples are white; 0: in each image as many as its brightest samples need. A folder's is chosen from some of its "
         "images; images of TFDS stay as they are",
     ),
     Option(
