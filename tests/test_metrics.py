@@ -12,7 +12,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from simclr_jax.errors import Unavailable, UserError
 from simclr_jax.training import metrics
-from simclr_jax.training.metrics import MetricWriter
+from simclr_jax.training.metrics import MetricWriter, read_lines
 
 
 def events(path):
@@ -63,6 +63,14 @@ def test_sinks_hear_whether_the_training_came_to_its_last_step(tmp_path, finishe
     with MetricWriter(str(tmp_path), sinks=lambda: sinks) as writer:
         writer.finished = finished
     assert closed == [finished]
+
+
+def test_lines_that_are_no_metrics_are_left_out(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    assert read_lines(file) == []
+    whole = b'{"step": 3, "loss": 0.5}\n'
+    file.write_bytes(whole + b'\xff\x00\n7\n{"loss": 1}\n{"step": 4, "lo')
+    assert read_lines(file) == [{"step": 3, "loss": 0.5}]
 
 
 def test_lines_are_json_that_strict_readers_take(tmp_path):

@@ -144,23 +144,22 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and none can be read; or a process does not see one of them.
         """
-        reasons, failed = [], []
+        failed: dict[int, str] = {}  # step: why it cannot be read
         steps = agreed_steps(self._workdir)
         if steps != sorted(self._manager.all_steps()):  # it listed them when it was made
             self._manager.reload()
         for step in reversed(steps):
             found, reason = self._restore(step, abstract)
             if found is None:
-                reasons.append(f"step {step}: {reason}")
-                failed.append(step)
+                failed[step] = f"step {step}: {reason}"
                 continue
-            for reason in reasons:
-                say(f"cannot read the checkpoint of {reason}")
-            self._set_aside(failed)
+            for why in failed.values():
+                say(f"cannot read the checkpoint of {why}")
+            self._set_aside(list(failed))
             return _join(found[ENCODER], found[TRAINER]), found[RECORD]
-        if reasons:
+        if failed:
             raise UserError(
-                f"no checkpoint in {self._workdir} can be read ({'; '.join(reasons)}): use another "
+                f"no checkpoint in {self._workdir} can be read ({'; '.join(failed.values())}): use another "
                 "--workdir to begin anew"
             )
         return None, {"step": 0, "window": []}

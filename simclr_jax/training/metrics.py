@@ -123,14 +123,12 @@ class MetricWriter:
 
 
 def read_lines(file: epath.PathLike) -> list[dict]:
-    """Reads a file of one JSON object a line, such as metrics; [] if it is not there. A last line that is still being
-    written is left out.
+    """Reads a file of one JSON object with a "step" a line, such as metrics; [] if it is not there. Other lines are left
+    out, such as a last one that is still being written, or one that a power failure has cut off.
     """
-    path, found = epath.Path(file), []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+    path = epath.Path(file)
+    lines = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if _step_of(line) >= 0]
 
 
 def last_values(lines: list[dict]) -> dict:
