@@ -1,6 +1,7 @@
 """Writes files whole or not at all, and reports a failure to the user in one line."""
 
 import contextlib
+import errno
 import fcntl
 import importlib.util
 import json
@@ -203,10 +204,11 @@ def check_bucket(address: str) -> None:
         )
 
 
-# Words in the messages of TensorFlow, TensorStore and google-cloud-storage.
+# Words in the messages of TensorFlow, TensorStore, google-cloud-storage, and of what fsspec's file systems use.
 _AWAY = (
     r"UNAVAILABLE|Unavailable|DEADLINE|Deadline|retry attempts failed|RetryError|libcurl|CURL|"
-    r"Connection|timed? ?out|Timeout|\b429\b|\b5\d\d\b"
+    r"Connection|[Cc]annot connect|[Cc]ould not connect|Disconnected|name resolution|timed? ?out|Timeout|"
+    r"\b429\b|\b5\d\d\b"
 )
 _NOT_ALLOWED = (
     r"\b40[134]\b|PERMISSION_DENIED|PermissionDenied|Forbidden|UNAUTHENTICATED|NOT_FOUND|NotFound"
@@ -225,14 +227,22 @@ def storage_error(error: Exception) -> UserError | None:
     of_google = type(error).__module__.split(".")[0] == "google"
     if not of_google and not re.search(r"gs://|storage/v1/b|googleapis", said):
         return None
-    words = re.sub(r"\S*/\S*", "", said)  # without addresses, which may hold any number
-    if re.search(_AWAY, words):
+    if is_away(error):
         return Unavailable(
             f"the bucket does not answer: {said[:300]}. The same command resumes from what is saved"
         )
-    if re.search(_NOT_ALLOWED, words):
+    if re.search(_NOT_ALLOWED, _without_addresses(said)):
         return UserError(f"the bucket refused the request or has no such object: {said[:300]}")
     return None
+
+
+def is_away(error: Exception) -> bool:
+    """Returns whether an error of a storage's library says that the storage does not answer."""
+    return bool(re.search(_AWAY, _without_addresses(f"{type(error).__name__}: {error}")))
+
+
+def _without_addresses(said: str) -> str:
+    return re.sub(r"\S*/\S*", "", said)  # they may hold any number, as of a status
 
 
 def raise_if_away(error: Exception) -> None:
@@ -241,8 +251,16 @@ def raise_if_away(error: Exception) -> None:
         raise away from error
 
 
-# Words of errors that say that a file may be read later.
-_LATER = r"Cannot allocate memory|Too many open files|Stale file handle"
+# Errors that say that a file may be read later: memory or file handles are short, or a network's file system is gone.
+# By the system's words for them, which TensorFlow's errors have, too.
+_LATER = "|".join(
+    re.escape(os.strerror(number))
+    for number in (
+        *(errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO),
+        *(errno.ENOTCONN, errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED),
+        *(errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+    )
+)
 
 
 def raise_if_passing(error: Exception) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -91,11 +92,11 @@ class Encoder:
                 self.network.check_image_size(side)
         except UserError as error:
             raise ValueError(f"images have shape {images.shape}: {error}") from error
-        if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        if images.dtype != np.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images are {images.dtype}: expected uint8, or float in [0, 1]")
         if images.dtype != np.uint8 and images.size and not _are_within_0_and_1(images):
             raise ValueError(
-                f"images are {images.dtype} from {images.min():g} to {images.max():g}: expected floats "
+                f"images are {images.dtype} from {float(images.min()):g} to {float(images.max()):g}: expected floats "
                 "in [0, 1], or uint8; neither mean nor deviation is taken off"
             )
         if images.shape[1:3] != (self.image_size, self.image_size):
@@ -105,13 +106,20 @@ class Encoder:
                 "crops and resizes to that, encoder(images) takes images as they are",
                 stacklevel=2,
             )
-        h = np.empty((len(images), self.width), np.float32)
-        for start in range(0, len(images), _BATCH):
-            batch = images[start : start + _BATCH]
-            padded = np.zeros((min(_BATCH, len(images)), *images.shape[1:]), images.dtype)
-            padded[: len(batch)] = batch  # one shape, so one compilation
-            h[start : start + len(batch)] = self._apply(self.variables, padded)[: len(batch)]
-        return h
+        batches = (images[start : start + _BATCH] for start in range(0, len(images), _BATCH))
+        return self._features_of(batches)
+
+    def _features_of(self, batches: Iterable[np.ndarray]) -> np.ndarray:
+        """Computes h [N, D] of batches of up to `_BATCH` images, each padded to a power of 2, or to the size of the first:
+        each further size would be compiled, which takes seconds.
+        """
+        found, rows = [np.zeros((0, self.width), np.float32)], 1
+        for batch in batches:
+            rows = max(rows, 1 << (len(batch) - 1).bit_length())
+            padded = np.zeros((rows, *batch.shape[1:]), batch.dtype)
+            padded[: len(batch)] = batch
+            found.append(np.asarray(self._apply(self.variables, padded)[: len(batch)]))
+        return np.concatenate(found)
 
     def preprocess(self, image: Any) -> np.ndarray:
         """Crops and resizes an image to what the encoder sees in --mode=embed and in every evaluation.
@@ -143,8 +151,8 @@ class Encoder:
         if _is_one(images):
             raise ValueError("this is a single image: expected several, such as [image]")
         with concurrent.futures.ThreadPoolExecutor() as threads:
-            found = [self(np.stack(x)) for x in _in_batches(threads, self.preprocess, images)]
-        return np.concatenate(found) if found else np.zeros((0, self.width), np.float32)
+            batches = _in_batches(threads, self.preprocess, images)
+            return self._features_of(np.stack(batch) for batch in batches)
 
 
 def _what_takes(image: Any, size: int) -> str:
@@ -162,9 +170,14 @@ def _are_within_0_and_1(x: np.ndarray) -> bool:
 
 
 def _is_one(images: Any) -> bool:
-    if isinstance(images, np.ndarray):
-        return images.ndim < 3 or (images.ndim == 3 and images.shape[-1] == 3)
-    return isinstance(images, str | os.PathLike | Image.Image)
+    if isinstance(images, str | os.PathLike | Image.Image):
+        return True
+    shape = getattr(images, "shape", None)  # of NumPy, JAX, PyTorch, pandas
+    if shape is None:
+        return False
+    if len(shape) == 1 and getattr(images.dtype, "kind", None) in ("O", "U", "S", "T"):
+        return False  # paths
+    return len(shape) < 3 or (len(shape) == 3 and shape[-1] == 3)
 
 
 def _in_batches(threads: Any, prepare: Any, images: Iterable[Any]) -> Iterator[list[np.ndarray]]:

@@ -22,7 +22,7 @@ from simclr_jax.data.broken import Broken, Images
 from simclr_jax.data.folder import open_split
 from simclr_jax.data.order import Order, Share
 from simclr_jax.data.split import BROKEN
-from simclr_jax.errors import UserError
+from simclr_jax.errors import Unavailable, UserError
 from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.views import make_distortion, pipeline
 from simclr_jax.views.crop import EvaluationView
@@ -268,6 +268,38 @@ def test_evaluation_leaves_broken_images_out(mixed, share):
     labels = np.concatenate([batch["label"] for batch in found])
     mine = np.arange(share.index, 50, share.count)
     np.testing.assert_array_equal(labels == BROKEN, np.isin(mine, indices_of(split, names)))
+
+
+def test_an_image_that_is_away_for_a_moment_is_read_again(tmp_path, monkeypatch):
+    """Each of the images can be read when the batch that failed is looked at."""
+    for i, image in enumerate(random_images(6, 8, 8)):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    split = open_split(str(tmp_path), False)
+    images, pauses = Images(split, Broken(split, 0.5)), []
+    file, away = tmp_path / "3.png", tmp_path / "away"
+    file.rename(away)
+    find, sleep = Broken.find, pauses.append
+
+    def found_again(self, indices):
+        away.rename(file)
+        try:
+            return find(self, indices)
+        finally:
+            if len(pauses) < times:
+                file.rename(away)
+
+    monkeypatch.setattr(Broken, "find", found_again)
+    monkeypatch.setattr(pipeline.time, "sleep", sleep)
+    times = 2
+    found = list(evaluation_batches(images, 4, Share(), EvaluationView(8)))
+    assert [len(batch["image"]) for batch in found] == [4, 2]
+    assert len(pauses) == 3
+    assert images.broken.indices == set()
+    file.rename(away)
+    pauses.clear()
+    times = 99
+    with pytest.raises(Unavailable, match=r"the images cannot be read: .*3\.png; No such file"):
+        list(evaluation_batches(images, 4, Share(), EvaluationView(8)))
 
 
 def test_too_many_broken_images_stop_the_run_with_examples(mixed):

@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -135,7 +136,7 @@ def test_labels_of_other_classes_than_the_runs_are_told(embedded, tmp_path, caps
         labels, classes = file["label"], json.loads(str(file["about"]))["classes"]
     assert classes == ["a", "b", "5", "6"]
     assert labels.tolist() == [2, 3] * 4
-    said = "list of classes of the run, then of the input: 2 is '5', 3 is '6'"
+    said = "the run's classes, followed by those that only the input has: 2 is '5', 3 is '6'"
     assert said in capsys.readouterr().out
 
 
@@ -236,10 +237,49 @@ def test_embed_refuses_one_image_where_it_expects_several(embedded, tmp_path):
     image = random_images(1, 12, 12)[0]
     path = tmp_path / "a.png"
     Image.fromarray(image).save(path)
-    for one in (path, str(path), Image.open(path), image, image[..., 0]):
+    for one in (path, str(path), Image.open(path), image, image[..., 0], jnp.asarray(image)):
         with pytest.raises(ValueError, match=r"single image: expected several, such as \[image\]"):
             encoder.embed(one)
         assert encoder.embed([one]).shape == (1, encoder.width)
+    for several in (np.asarray([str(path)] * 2), np.asarray([path] * 2, object)):
+        np.testing.assert_array_equal(encoder.embed(several), encoder.embed([path, path]))
+    assert encoder.embed(jnp.asarray(image)[None]).shape == (1, encoder.width)
+
+
+def test_few_sizes_of_batches_are_compiled(embedded, monkeypatch):
+    """Powers of 2, or that of the first batch."""
+    (_, workdir, _), _ = embedded
+    encoder = simclr_jax.load_encoder(workdir)
+    sizes = []
+
+    def apply(variables, images):
+        sizes.append(len(images))
+        return np.asarray(images[:, 0, 0, :1], np.float32) * np.ones(encoder.width)
+
+    encoder.__dict__["_apply"] = apply
+    side = encoder.image_size
+    for count, expected in ((1, [1]), (5, [8]), (7, [8]), (257, [256, 256]), (0, [])):
+        sizes.clear()
+        images = (
+            random_images(count, side, side) if count else np.zeros((0, side, side, 3), "uint8")
+        )
+        np.testing.assert_array_equal(encoder(images)[:, -1], images[:, 0, 0, 0])
+        assert sizes == expected
+        sizes.clear()
+        np.testing.assert_array_equal(encoder.embed(images)[:, 0], images[:, 0, 0, 0])
+        assert sizes == expected
+
+
+def test_images_may_be_bfloat16(embedded):
+    (_, workdir, _), _ = embedded
+    encoder = simclr_jax.load_encoder(workdir)
+    side = encoder.image_size
+    images = jnp.linspace(0, 1, 2 * side * side * 3).reshape(2, side, side, 3).astype(jnp.bfloat16)
+    np.testing.assert_allclose(
+        encoder(images), encoder(images.astype(np.float32)), rtol=1e-5, atol=1e-6
+    )
+    with pytest.raises(ValueError, match="images are bfloat16 from 2 to 2: expected floats"):
+        encoder(np.full((1, side, side, 3), 2, jnp.bfloat16))
 
 
 def test_images_of_another_size_than_the_encoders_are_warned_of(embedded):

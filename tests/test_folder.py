@@ -169,6 +169,39 @@ def test_a_folder_whose_time_was_set_back_is_read_again(photos):
     assert len(index.list_images(photos).paths) == 7
 
 
+def test_where_folders_keep_their_time_they_are_read_at_each_start(photos, monkeypatch):
+    """As of buckets that mount-s3 mounts."""
+    line = "36 35 {}:{} / /mnt rw,noatime master:1 - {} mount-s3 rw,user_id=0"
+    device = os.stat(photos).st_dev
+    numbers = os.major(device), os.minor(device)
+
+    def mounted(kind):
+        read = index.pathlib.Path.read_text
+        said = line.format(*numbers, kind)
+        monkeypatch.setattr(
+            index.pathlib.Path,
+            "read_text",
+            lambda self, *a, **k: said if str(self).endswith("mountinfo") else read(self, *a, **k),
+        )
+        return index._devices_without_times()
+
+    assert mounted("fuse.rclone") == mounted("fuse") == {device}
+    assert mounted("fuseblk") == mounted("ext4") == set()
+    status = os.stat
+    monkeypatch.setattr(index, "_SETTLED", -1.0)
+
+    def without_times(path, **how):
+        found = list(status(path, **how))
+        return os.stat_result(found, {"st_mtime_ns": 1, "st_ctime_ns": 1})
+
+    monkeypatch.setattr(index.os, "stat", without_times)
+    before = index.list_images(photos).paths
+    Image.new("RGB", (2, 3)).save(photos / "a" / "30.png")
+    assert index.list_images(photos).paths == before
+    mounted("fuse")
+    assert len(index.list_images(photos).paths) == len(before) + 1
+
+
 def test_a_header_may_be_damaged_in_any_way(photos, monkeypatch):
     """Pillow raises RuntimeError for AVIF, MemoryError for JPEG 2000."""
 

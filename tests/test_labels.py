@@ -9,8 +9,8 @@ from conftest import encoder_checkpoint, random_images
 from PIL import Image
 
 from simclr_jax import assemble, config
-from simclr_jax.data import open_source
-from simclr_jax.data.folder import read_labels
+from simclr_jax.data import forget_opened, open_source
+from simclr_jax.data.labels import read_labels
 from simclr_jax.data.subsets import few_labels, share_of_labels
 from simclr_jax.errors import UserError
 from simclr_jax.evals import classifiers
@@ -240,6 +240,42 @@ def test_labels_may_be_as_a_table_program_writes_them(tmp_path):
     assert read_labels(str(tmp_path / "l.csv")) == {"a, b.png": "cat", "c.png": "dog"}
     (tmp_path / "l.csv").write_text("image,label\na.png, cat\nb.png,cat\n")
     assert read_labels(str(tmp_path / "l.csv")) == {"a.png": "cat", "b.png": "cat"}
+
+
+def test_labels_that_are_numbers_are_classes_in_the_order_of_their_values(tmp_path):
+    """As in arrays and Parquet files, where -1 is no label, too."""
+    text = "image,label\n0/0.png,10\n0/1.png,2\n0/2.png,-1\n1/3.png, 2 \n"
+    split = labelled_by(tmp_path, text).train
+    assert split.classes == ("2", "10")
+    assert split.all_labels().tolist() == [1, 0, -1, 0, -1]
+    labels = np.asarray(["10", "2", "-1", ""])
+    np.savez(tmp_path / "x.npz", train_images=random_images(4), train_labels=labels)
+    options = {"source": "arrays", "path": f"{tmp_path}/x.npz", "seed": 0}
+    split = open_source(config.default().data.to_dict() | options).train
+    assert split.classes == ("2", "10")
+    assert split.all_labels().tolist() == [1, 0, -1, -1]
+
+
+def test_names_of_images_are_found_however_accents_and_blanks_are_written(tmp_path):
+    """macOS writes an accented letter as two characters, table programs as one."""
+    composed, decomposed = "caf\u00e9.png", "cafe\u0301.png"
+    for on_disk, in_table in ((composed, decomposed), (decomposed, composed)):
+        where = tmp_path / f"{len(on_disk)}"
+        labelled_by(where, "image,label\n0/0.png,x\n")
+        Image.fromarray(random_images(1)[0]).save(where / "photos" / on_disk)
+        forget_opened()
+        split = labelled_by(where, f"image,label\n{in_table} ,a\n ./0/0.png,b\n").train
+        assert split.classes == ("a", "b")
+        by_name = dict(
+            zip(split.source.names.to_pylist(), split.all_labels().tolist(), strict=True)
+        )
+        assert by_name[on_disk] == 0
+        assert by_name["0/0.png"] == 1
+
+
+def test_two_names_of_one_image_with_different_labels_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"labels '0/0\.png' twice, cat and dog"):
+        labelled_by(tmp_path, "image,label\n0/0.png,cat\n./0/0.png,dog\n")
 
 
 def test_rows_without_an_image_are_passed_over(tmp_path):

@@ -27,10 +27,11 @@ from simclr_jax.data.pictures import pictures_of, places_of
 from simclr_jax.data.pixels import ReadOptions
 from simclr_jax.data.source import ShardedSource
 from simclr_jax.data.split import BROKEN
-from simclr_jax.errors import UserError
+from simclr_jax.errors import Unavailable, UserError
 from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.views import make_distortion, pipeline
 from simclr_jax.views.crop import EvaluationView
+from simclr_jax.views.pipeline import evaluation_batches
 
 PNG = png(picture(0))
 IMAGE_LABEL = Columns("image", "label")
@@ -202,6 +203,41 @@ def test_a_folder_a_file_a_glob_and_an_address(three, where, rows, address):
     if rows == 9:
         assert split.name_of(6).endswith("a-1.parquet, row 2")
         assert labels_once(split) == [0] * 4 + [1] * 3 + [2] * 2
+
+
+def test_the_name_of_a_folder_may_have_brackets(three):
+    folder = three.rename(three.with_name("run[1]"))
+    _, paths = parquet_files.list_files(f"{folder}/*.parquet")
+    assert paths == [f"{folder}/a-0.parquet", f"{folder}/a-1.parquet"]
+
+
+def test_a_file_system_that_does_not_answer_is_no_mistake(three, monkeypatch):
+    """Also where TensorFlow reads: a launcher may run the command again."""
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{three}/", "/away/", recursive=True)
+    split = train_on("memory://away").train
+    images = Images(split, Broken(split, 0.5))
+
+    def away(*_, **__):
+        raise ConnectionError("Connection to host timed out")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "_open", away)
+        says = r"cannot read /away/.*\.parquet: Connection to host timed out"
+        with pytest.raises(Unavailable, match=f"^the images cannot be read: {says}"):
+            list(evaluation_batches(images, 4, Share(), EvaluationView(8)))
+        with (
+            pytest.raises(Unavailable, match=says),
+            parquet_files.open_parquet(memory, "/away/a-0.parquet"),
+        ):
+            pass
+    with (
+        pytest.raises(UserError) as caught,
+        parquet_files.open_parquet(memory, "/away/none.parquet"),
+    ):
+        pass
+    assert not isinstance(caught.value, Unavailable)
 
 
 @pytest.mark.parametrize("where", ["", "**/*.parquet"])

@@ -373,3 +373,12 @@ def test_heic_without_its_library_is_called_what_it_is(monkeypatch):
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
     assert problem_of(content) == "HEIC, which needs pillow-heif: pip install pillow-heif"
     assert pillow_heif.is_supported(io.BytesIO(content))
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_a_png_may_hold_long_texts(compressed):
+    """Programs that make pictures write whole workflows into them; Pillow takes 1 MB of a compressed text."""
+    about, file = PngImagePlugin.PngInfo(), io.BytesIO()
+    about.add_text("workflow", "x" * 3_000_000, zip=compressed)
+    colours().save(file, "png", pnginfo=about)
+    np.testing.assert_array_equal(pixels.read(file.getvalue()), np.asarray(colours()))

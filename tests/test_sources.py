@@ -24,7 +24,7 @@ from PIL import Image
 import simclr_jax
 from simclr_jax import assemble, config
 from simclr_jax.config.overrides import load
-from simclr_jax.data import kind_of, open_source, order, pixels, streamed
+from simclr_jax.data import kind_of, open_source, order, pixels, say_not_read, streamed
 from simclr_jax.data import tfds as tfds_source
 from simclr_jax.data.arrays import in_memory
 from simclr_jax.data.broken import Broken, Images
@@ -523,7 +523,16 @@ def test_lanes_trade_windows_so_that_none_falls_behind():
     assert given == [[10, 20, 10, 20], [20, 10, 20, 10]]
 
 
-@pytest.mark.parametrize(("number", "passes"), [(errno.EMFILE, True), (errno.EIO, False)])
+@pytest.mark.parametrize(
+    ("number", "passes"),
+    [
+        (errno.EMFILE, True),
+        (errno.ESTALE, True),
+        (errno.ENOTCONN, True),
+        (errno.EHOSTDOWN, True),
+        (errno.EIO, False),
+    ],
+)
 def test_what_cannot_be_read_at_the_moment_is_no_broken_image(number, passes, drawn, monkeypatch):
     def fails(*_):
         raise OSError(number, os.strerror(number))
@@ -534,6 +543,41 @@ def test_what_cannot_be_read_at_the_moment_is_no_broken_image(number, passes, dr
             drawn.problems([3])
     else:
         assert drawn.problems([3]) == {3: os.strerror(number)}
+
+
+class Boxes(tfds.core.GeneratorBasedBuilder):
+    """8 images of one shape, with features of any number, and features of their own."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(4, 4, 3)),
+            "label": tfds.features.ClassLabel(num_classes=2),
+            "boxes": tfds.features.Sequence(tfds.features.BBoxFeature()),
+            "attributes": {"old": tf.bool, "names": tfds.features.Sequence(tf.string)},
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        box = tfds.features.BBox(0.0, 0.0, 1.0, 1.0)
+        for i, image in enumerate(random_images(8, 4, 4)):
+            about = {"old": True, "names": ["a"] * i}
+            yield i, {"image": image, "label": i % 2, "boxes": [box] * i, "attributes": about}
+
+
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_other_features_of_tfds_are_not_read(tmp_path, file_format):
+    if file_format == "array_record":
+        pytest.importorskip("array_record")
+    Boxes(data_dir=tmp_path, file_format=file_format).download_and_prepare()
+    data = opened(name="boxes", path=str(tmp_path), test_split="")
+    assert sorted(data.train.all_labels().tolist()) == [0] * 4 + [1] * 4
+    found = {image.tobytes() for image in data.train.source.arrays}
+    assert found == {image.tobytes() for image in random_images(8, 4, 4)}
 
 
 def test_damaged_record_files_are_one_line(tmp_path):
@@ -733,7 +777,7 @@ def test_windows_of_large_images_have_fewer():
         assert count / 2 <= len(positions) <= 2 * count
 
 
-def test_options_that_a_source_does_not_read_are_refused(tmp_path):
+def test_options_that_a_source_does_not_read_are_refused(tmp_path, capsys):
     saved = config.default()
     saved.data.source, saved.data.path = "arrays", str(tmp_path / "x.npz")
     for option in ("test_path=b.npz", "labels_file=b.csv", "folder_labels=True", "train_split=a"):
@@ -751,6 +795,10 @@ def test_options_that_a_source_does_not_read_are_refused(tmp_path):
     file = f"{pathlib.Path(__file__).parent.parent}/configs/folder.py:{tmp_path}/x.npz"
     with pytest.raises(UserError, match=says):
         load(file, ["--config.data.source=tfds", "--config.data.name=cifar10"])
+    saved.data.test_path = "te.npz"
+    say_not_read(saved.data)
+    said = "ignored     data.test_path=te.npz: data.source=arrays does not read it\n"
+    assert capsys.readouterr().out == said
     # What a run on a folder left is no mistake of an evaluation on other data.
     saved.data.labels_file = "b.csv"
     assert load(None, ["--config.data.path=y.npz"], saved.to_dict()).data.labels_file == "b.csv"

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable, Container, Mapping
 from typing import Any, NamedTuple
 
+from simclr_jax.console import say
 from simclr_jax.data import arrays, folder, parquet, pictures, pixels, summary, synthetic, tfds
 from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Share
@@ -264,14 +265,30 @@ def check_given(data: Mapping[str, Any], given: Container[str]) -> None:
 
     `given`: names of the options that were set, with their groups.
     """
+    for name in _not_read(data):
+        if f"data.{name}" in given and data[name]:
+            readers = " or ".join(_READERS[name])
+            raise UserError(
+                f"data.source={data['source']} does not read data.{name}: it belongs to data.source={readers}"
+            )
+
+
+def say_not_read(data: Mapping[str, Any]) -> None:
+    """Says which options that a configuration sets its source does not read."""
+    usual = {option.name.split(".")[1]: option.default for option in OPTIONS}
+    for name in _not_read(data):
+        if data[name] and data[name] != usual[name]:
+            say(
+                f"ignored     data.{name}={data[name]}: data.source={data['source']} does not read it"
+            )
+
+
+def _not_read(data: Mapping[str, Any]) -> list[str]:
+    """Returns which of `_READERS` the source does not read, without the group."""
     source = data["source"]
     if source not in _COME_WITH_THE_PACKAGE:
-        return
-    for name, readers in _READERS.items():
-        if f"data.{name}" in given and data[name] and source not in readers:
-            raise UserError(
-                f"data.source={source} does not read data.{name}: it belongs to data.source={' or '.join(readers)}"
-            )
+        return []
+    return [name for name, readers in _READERS.items() if source not in readers]
 
 
 def check(data: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from simclr_jax.data.indexed import IndexedSplit
-from simclr_jax.data.source import Classes, InMemory, codes_of
+from simclr_jax.data.source import Classes, InMemory, class_of, codes_of, in_order_of_classes
 from simclr_jax.data.split import DataSet
 from simclr_jax.errors import UserError, one_line
 
@@ -90,8 +90,8 @@ def _coded(
             f"{name} are {labels.dtype}: expected whole numbers, of which -1 means no label, or texts"
         )
     values, places = np.unique(labels, return_inverse=True)
-    names = [None if value in (-1, "") else str(value) for value in values.tolist()]
-    occurring = tuple(x for x in names if x is not None)
+    names = [class_of(value) for value in values.tolist()]
+    occurring = in_order_of_classes({x for x in names if x is not None})
     code = codes_of(occurring, classes, name)
     codes = np.asarray([code[x] for x in names], np.int32)
     return codes[places], (classes or occurring) or None

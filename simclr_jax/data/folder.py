@@ -1,6 +1,5 @@
 """A folder of images as a source: every image file below it, at any depth, one file an image."""
 
-import csv
 import functools
 import hashlib
 import os
@@ -15,10 +14,11 @@ import pyarrow.compute as pc
 from simclr_jax.console import say
 from simclr_jax.data.index import SUFFIXES, list_images, most_common
 from simclr_jax.data.indexed import IndexedSplit
-from simclr_jax.data.source import Classes, Example, Source, codes_of
+from simclr_jax.data.labels import check_names, labels_below, place_of, read_labels
+from simclr_jax.data.source import Classes, Example, Source, codes_of, in_order_of_classes
 from simclr_jax.data.split import DataSet, Split
-from simclr_jax.errors import UserError, reason
-from simclr_jax.files import absolute, check_local, expanded, no_folder
+from simclr_jax.errors import UserError
+from simclr_jax.files import check_local, expanded, no_folder
 
 
 class Files(Source):
@@ -103,7 +103,7 @@ def root_of(split: Split) -> pathlib.Path | None:
 def open_data_set(data: Mapping[str, Any]) -> DataSet:
     """Opens the folder "path" to train on and, unless it is empty, "test_path" to test on.
 
-    "folder_labels", "labels_file" and the errors: see `open_split`, `read_labels` and `_check_names`.
+    "folder_labels", "labels_file" and the errors: see `open_split`, `labels.read_labels` and `labels.check_names`.
     """
     if data["folder_labels"] and data["labels_file"]:
         raise UserError("labels come from data.folder_labels or from data.labels_file: set one")
@@ -114,12 +114,17 @@ def open_data_set(data: Mapping[str, Any]) -> DataSet:
     named = read_labels(data["labels_file"]) if data["labels_file"] else None
     splits: list[IndexedSplit] = []
     for path, option in zip(paths, ("data.path", "data.test_path"), strict=False):
-        labels = data["folder_labels"] if named is None else _labels_below(path, paths, named)
+        labels = (
+            data["folder_labels"]
+            if named is None
+            else labels_below(path, paths, data["labels_file"], named)
+        )
         classes = splits[0].classes if splits else None
         splits.append(open_split(path, labels, classes, option))
     _check_no_folder_in_both(splits)
     if named is not None:
-        _check_names(data["labels_file"], named, paths, splits)
+        names = [x.source.names.to_pylist() for x in splits if isinstance(x.source, Files)]
+        check_names(data["labels_file"], named, paths, names)
         _say_how_many_are_labelled(paths, splits)
     return DataSet(splits[0], splits[1] if len(splits) > 1 else None)
 
@@ -150,106 +155,11 @@ def _check_no_folder_in_both(splits: list[IndexedSplit]) -> None:
         )
 
 
-def _labels_below(path: str, paths: list[str], named: dict[str, str]) -> dict[str, str]:
-    """Returns {path of an image below the folder `path`: label}.
-
-    Args:
-      path: a folder.
-      paths: all folders of the data set.
-      named: {path below the folder of images, or below the one that holds all `paths`, or absolute path: label}.
-    """
-    starts = _starts(path, paths)
-    further = {x.removeprefix(s): named[x] for s in starts for x in named if x.startswith(s)}
-    return named | further
-
-
-def _starts(path: str, paths: list[str]) -> tuple[str, str]:
-    """Returns a folder, with a slash at the end, by its path below the folder that holds all `paths`, and absolute."""
-    top = os.path.commonpath([absolute(x) for x in paths])
-    return os.path.join(os.path.relpath(absolute(path), top), ""), os.path.join(absolute(path), "")
-
-
-def _check_names(
-    file: str, named: dict[str, str], paths: list[str], splits: list[IndexedSplit]
-) -> None:
-    """Says how many of the images that a file of labels names are not there.
-
-    Raises:
-      UserError: one name is that of an image in each of two folders.
-    """
-    sources = [split.source for split in splits]
-    there = [set(source.names.to_pylist()) for source in sources if isinstance(source, Files)]
-    twice = [x for x in named if len(there) > 1 and all(x in names for names in there)]
-    if twice:
-        raise UserError(
-            f"{file!r} names {len(twice)} images that are in {' and in '.join(paths)}, such as {twice[0]!r}: name "
-            f"them by the path below the folder that holds both, such as {_starts(paths[0], paths)[0]}{twice[0]} "
-            "(data.labels_file)"
-        )
-    folders = [(_starts(path, paths), names) for path, names in zip(paths, there, strict=True)]
-    lost = [
-        x
-        for x in named
-        if not any({x, *map(x.removeprefix, starts)} & names for starts, names in folders)
-    ]
-    if lost:
-        say(
-            f"labels      {len(lost)} of {len(named)} images in {file} are not there, such as {lost[0]}"
-        )
-
-
 def _say_how_many_are_labelled(paths: list[str], splits: list[IndexedSplit]) -> None:
     for path, split in zip(paths, splits, strict=True):
         there = int(np.sum(split.all_labels() >= 0))
         if there < split.count:
             say(f"labels      {there} of the {split.count} images below {path} have one")
-
-
-def read_labels(path: str) -> dict[str, str]:
-    """Reads the columns "image" and "label" of a CSV file: {path of an image: label}.
-
-    A row without an image or a label is left out.
-
-    Raises:
-      UserError: the file cannot be read, lacks a column, or labels an image twice.
-    """
-    try:
-        # Excel begins UTF-8 with a byte order mark.
-        with expanded(path).open(encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            file.seek(0)
-            # Where the comma is a decimal point, table programs write semicolons.
-            delimiter = next((mark for mark in (",", ";", "\t") if mark in first), ",")
-            rows = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True)
-            columns = list(rows.fieldnames or ())
-            if not {"image", "label"} <= set(columns):
-                rows.fieldnames = [name.strip().lower() for name in columns]  # Image, Label
-            found = set(rows.fieldnames or ())
-            lines = list(rows) if {"image", "label"} <= found else []
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path!r} is not in UTF-8 (byte {error.start}): save it as UTF-8, in a table program as CSV UTF-8 "
-            "(data.labels_file)"
-        ) from error
-    except (OSError, csv.Error) as error:
-        raise UserError(
-            f"{path!r} cannot be read as a CSV file of labels: {reason(error)} (data.labels_file)"
-        ) from error
-    if not {"image", "label"} <= found:
-        what = f"has the columns {', '.join(map(repr, columns))}" if columns else "is empty"
-        raise UserError(
-            f"{path!r} {what}: expected image,label in the first line, with a comma, semicolon or tab: rename the columns "
-            "of the paths and of the labels so (data.labels_file)"
-        )
-    labels: dict[str, str] = {}
-    for line in lines:
-        name, label = line["image"], (line["label"] or "").strip()
-        if name and label and labels.setdefault(name, label) != label:
-            raise UserError(
-                f"{path!r} labels {name!r} twice, {labels[name]} and {label}: expected each image once, by its path "
-                "below the folder (data.labels_file)"
-            )
-    return labels
 
 
 def open_split(
@@ -264,7 +174,7 @@ def open_split(
     Args:
       path: the folder.
       labels: True: the first folder below `path` is an image's class. False: there are none. A mapping:
-        path below the folder -> class; what it does not hold has no label.
+        path below the folder -> class, of `labels.labels_below`; what it does not hold has no label.
       classes: their names, in order; None takes what is there, sorted.
       option: the one that names the folder, for messages.
       loose: with labels=True, images that lie in no class folder have no label.
@@ -300,11 +210,13 @@ def open_split(
     if labels is True:
         owners = _first_folders(path, names, loose)
     else:
-        owners = [labels.get(name) for name in names]
+        owners = [labels.get(place_of("", name)) for name in names]
         if not any(owners):
             such = f": it has {next(iter(labels))!r}, and the folder {names[0]!r}" if labels else ""
             raise UserError(f"data.labels_file has no label of an image below {path!r}{such}")
-    occurring = sorted({owner for owner in owners if owner is not None})
+    found_classes = {owner for owner in owners if owner is not None}
+    # The names of folders as torchvision's ImageFolder sorts them, the labels of a file by value where they are numbers.
+    occurring = sorted(found_classes) if labels is True else in_order_of_classes(found_classes)
     code = codes_of(occurring, classes, repr(path))
     codes = np.asarray([code[owner] for owner in owners], np.int32)
     return IndexedSplit(Files(where, names, codes, classes or tuple(occurring), found.sizes))

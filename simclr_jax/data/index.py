@@ -93,7 +93,7 @@ def list_images(root: pathlib.Path) -> Index:
 
 def _walk(root: pathlib.Path, known: dict[str, dict], folders: dict[str, dict]) -> bool:
     """Fills `folders`; returns whether any had to be read."""
-    changed, seen = False, _folders_above(root)
+    changed, seen, without_times = False, _folders_above(root), _devices_without_times()
     waiting, links = [""], collections.deque[str]()
     while waiting or links:
         where = waiting.pop() if waiting else links.popleft()
@@ -105,7 +105,8 @@ def _walk(root: pathlib.Path, known: dict[str, dict], folders: dict[str, dict]) 
             content = known.get(where)
             # Copying and unpacking may restore the mtime, but not the ctime and the inode.
             state = [status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-            if content is None or content["state"] != state or not content["settled"]:
+            is_known = content and content["state"] == state and content["settled"]
+            if content is None or not is_known or status.st_dev in without_times:
                 content = _read_folder(path, state)
                 changed = True
         except (FileNotFoundError, NotADirectoryError):  # gone meanwhile, or a dead link
@@ -122,6 +123,23 @@ def _walk(root: pathlib.Path, known: dict[str, dict], folders: dict[str, dict]) 
         waiting += [os.path.join(where, name) for name in content["folders"]]
         links += [os.path.join(where, name) for name in content["links"]]
     return changed
+
+
+def _devices_without_times() -> set[int]:
+    """Returns the device numbers of file systems whose folders may keep their time when their files change, as those of
+    mount-s3 do, which have that of the mount.
+    """
+    try:
+        mounts = pathlib.Path("/proc/self/mountinfo").read_text().splitlines()  # proc(5)
+    except OSError:  # not on Linux
+        return set()
+    found = set()
+    for mount in mounts:
+        place, _, kind = mount.partition(" - ")
+        if kind.startswith(("fuse ", "fuse.")):
+            major, minor = place.split()[2].split(":")
+            found.add(os.makedev(int(major), int(minor)))
+    return found
 
 
 def _folders_above(root: pathlib.Path) -> set[tuple[int, int]]:

@@ -3,6 +3,7 @@
 TensorFlow is imported where it is used.
 """
 
+import concurrent.futures
 import functools
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import replace
@@ -150,8 +151,10 @@ class IndexedSplit:
         return self.source.name_of(index)
 
     def problems(self, indices: Iterable[int]) -> dict[int, str]:
-        found = ((index, self._problem(index)) for index in indices)
-        return {index: problem for index, problem in found if problem is not None}
+        several = list(indices)
+        with concurrent.futures.ThreadPoolExecutor(CORES) as threads:
+            found = zip(several, threads.map(self._problem, several), strict=True)
+            return {index: problem for index, problem in found if problem is not None}
 
     def _problem(self, index: int) -> str | None:
         if self.source.arrays is not None:

@@ -19,10 +19,10 @@ from simclr_jax.data.parquet_files import (
     THREADS,
     Columns,
     check_sizes,
-    class_of,
     classes_of,
     index_files,
     list_files,
+    named_class_of,
     open_parquet,
 )
 from simclr_jax.data.source import Classes, ShardedSource, codes_of
@@ -132,7 +132,7 @@ class RowGroups(ShardedSource):
         file, _ = self._groups[int(shard)]
         if not self.classes or self._columns.label not in table.column_names:
             return np.full(self.lengths[shard], -1, np.int32)
-        found = [class_of(x, file.names) for x in table[self._columns.label].to_pylist()]
+        found = [named_class_of(x, file.names) for x in table[self._columns.label].to_pylist()]
         return np.asarray([self._code[name] for name in found], np.int32)
 
     @functools.cached_property

@@ -11,10 +11,10 @@ import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from simclr_jax.data.source import Classes
+from simclr_jax.data.source import Classes, class_of, in_order_of_classes
 from simclr_jax.data.streamed import memory
-from simclr_jax.errors import UserError, reason
-from simclr_jax.files import absolute, cache_folder, in_bucket, write_text
+from simclr_jax.errors import Unavailable, UserError, reason
+from simclr_jax.files import absolute, cache_folder, in_bucket, is_away, write_text
 
 # A row group is read at once, in up to this share of the machine's memory.
 _MEMORY_FOR_A_ROW_GROUP = 0.1
@@ -64,7 +64,13 @@ def list_files(path: str) -> tuple[Any, list[str]]:
         system, paths = _list_remote(path)
     else:
         system, inner = None, absolute(path)
-        found = _below(inner) or glob.glob(inner, recursive=True) or [inner]
+        parent, name = os.path.split(inner)  # of a folder whose own name has brackets
+        found = (
+            _below(inner)
+            or glob.glob(inner, recursive=True)
+            or glob.glob(os.path.join(glob.escape(parent), name))
+            or [inner]
+        )
         # Once each, however many links lead to it: by its shortest path.
         longest_first = sorted(found, key=lambda x: (len(x), x), reverse=True)
         files = {os.path.realpath(x): x for x in longest_first}
@@ -102,12 +108,21 @@ def _list_remote(path: str) -> tuple[Any, list[str]]:
             return system, system.glob(f"{inner.rstrip('/')}/**/*.parquet")
         return system, system.glob(inner) if glob.has_magic(inner) else [inner]
     except Exception as error:  # any of many systems' network and permission errors
-        raise UserError(f"cannot open {path}: {reason(error)}") from error
+        raise _remote_error(f"cannot open {path}", error) from error
+
+
+def _remote_error(what: str, error: Exception) -> UserError:
+    """Makes the error that a file of another system cannot be read: an `Unavailable` if the system does not answer."""
+    if is_away(error):
+        return Unavailable(f"{what}: {reason(error)}. The same command resumes once it answers")
+    return UserError(f"{what}: {reason(error)}")
 
 
 @contextlib.contextmanager
 def open_parquet(system: Any, path: str) -> Iterator[Any]:
-    """Opens a Parquet file for the block. Raises a UserError if it cannot be read, then or in the block."""
+    """Opens a Parquet file for the block. Raises a UserError if it cannot be read, then or in the block; an `Unavailable`
+    if the file system does not answer.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -120,8 +135,11 @@ def open_parquet(system: Any, path: str) -> Iterator[Any]:
     except UserError:
         raise
     except unreadable as error:
-        expected = "; expected a Parquet file" if isinstance(error, pa.ArrowException) else ""
-        raise UserError(f"cannot read {path}: {reason(error)}{expected}") from error
+        if isinstance(error, pa.ArrowException):
+            raise UserError(
+                f"cannot read {path}: {reason(error)}; expected a Parquet file"
+            ) from error
+        raise _remote_error(f"cannot read {path}", error) from error
 
 
 def _state(system: Any, path: str) -> str:
@@ -131,7 +149,7 @@ def _state(system: Any, path: str) -> str:
             return system.ukey(path)
         status = os.stat(path)
     except Exception as error:  # any of many systems' network and permission errors
-        raise UserError(f"cannot read {path}: {reason(error)}") from error
+        raise _remote_error(f"cannot read {path}", error) from error
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
@@ -177,7 +195,7 @@ def _look(system: Any, path: str, state: str, columns: Columns) -> ParquetFile:
         if columns.label in schema.names:
             for g in range(len(groups)):
                 values = file.read_row_group(g, columns=[columns.label])[columns.label]
-                found[g] = [class_of(value, names) for value in values.to_pylist()]
+                found[g] = [named_class_of(value, names) for value in values.to_pylist()]
     labels = set(itertools.chain.from_iterable(found))
     return ParquetFile(
         path,
@@ -314,13 +332,11 @@ def _names_of(schema: Any, label: str) -> list[str]:
         return []
 
 
-def class_of(label: int | str | None, names: list[str]) -> str | None:
-    """Returns the name of a label's class; None for no label, which may be written as -1 or as an empty text."""
-    if label in (None, -1, ""):
-        return None
+def named_class_of(label: int | str | None, names: list[str]) -> str | None:
+    """Returns the class of a label, which may be its number among `names`; None for no label, see `class_of`."""
     if isinstance(label, int) and 0 <= label < len(names):
         return names[label]
-    return str(label)
+    return class_of(label)
 
 
 def classes_of(files: list[ParquetFile]) -> Classes:
@@ -342,8 +358,4 @@ def classes_of(files: list[ParquetFile]) -> Classes:
     orders = {tuple(file.names) for file in files if file.names}
     if labels and len(orders) == 1 and labels <= set(*orders):
         return orders.pop()
-    return tuple(sorted(labels.union(*orders) if labels else (), key=_number_or_text)) or None
-
-
-def _number_or_text(label: str) -> tuple:
-    return (0, int(label), "") if label.removeprefix("-").isdecimal() else (1, 0, label)
+    return in_order_of_classes(labels.union(*orders) if labels else ()) or None

@@ -12,7 +12,7 @@ import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from simclr_jax.console import say
 from simclr_jax.files import expanded
@@ -24,6 +24,10 @@ MOST_PIXELS = 2**28
 # twice the limit on.
 if Image.MAX_IMAGE_PIXELS is not None:
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MOST_PIXELS)
+
+# So is the limit of one compressed text in a PNG, of 1 MB, to that of all texts, of 64 MB: programs write whole workflows
+# and layers into them.
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
 
 # Pillow warns of palettes, of damaged EXIF data and of sizes: `read` handles or refuses these. Not by
 # `warnings.catch_warnings`, which in the threads that decode leaves the process without any warnings.

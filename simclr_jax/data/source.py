@@ -9,7 +9,7 @@ import functools
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,6 +59,21 @@ def elements_of(dataset: Any, title: str) -> Iterator[Any]:
         raise UserError(
             f"the files of {title} cannot be read ({reason_of(error)[:200]}): prepare or copy them anew"
         ) from error
+
+
+def class_of(label: Any) -> str | None:
+    """Returns the class that a label, a number or a text, names; None for no label: None, -1 or an empty text."""
+    name = "" if label is None else str(label).strip()
+    return None if name in ("", "-1") else name
+
+
+def in_order_of_classes(names: Iterable[str]) -> tuple[str, ...]:
+    """Returns the names of classes sorted: numbers by their value, before texts."""
+
+    def key(name: str) -> tuple:
+        return (0, int(name), name) if name.removeprefix("-").isdecimal() else (1, 0, name)
+
+    return tuple(sorted(names, key=key))
 
 
 def codes_of(occurring: Sequence[str], classes: Classes, where: str) -> dict[str | None, int]:

@@ -246,16 +246,23 @@ def _open_split(builder: Any, name: str) -> Split:
 
 
 def _all_examples(builder: Any, split: str) -> Mapping[str, np.ndarray]:
-    """Reads a split of images of one shape: {feature: array [N, ...]}."""
+    """Reads a split of images of one shape: {"image": uint8 [N, H, W, C], "label": int [N], where there is one}. Other
+    features may vary in length, or hold features of their own.
+    """
     parts = [_examples_of_part(builder, part) for part in _parts(split)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _examples_of_part(builder: Any, split: str) -> Mapping[str, np.ndarray]:
+    import tensorflow_datasets as tfds
+
+    names = {"image", "label"} & set(builder.info.features)
     if _is_array_record(builder):
-        examples = list(builder.as_data_source(split=split))
-        return {name: np.stack([x[name] for x in examples]) for name in examples[0]}
-    whole = builder.as_dataset(split=split).batch(builder.info.splits[split].num_examples)
+        examples = [{name: x[name] for name in names} for x in builder.as_data_source(split=split)]
+        return {name: np.stack([x[name] for x in examples]) for name in names}
+    wanted = tfds.decode.PartialDecoding(dict.fromkeys(names, True))
+    read = builder.as_dataset(split=split, decoders=wanted)
+    whole = read.batch(builder.info.splits[split].num_examples)
     return next(elements_of(whole, f"{builder.name}/{split}"))
 
 

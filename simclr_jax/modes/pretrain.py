@@ -15,7 +15,7 @@ from simclr_jax import config as config_lib
 from simclr_jax.assemble import Pretraining
 from simclr_jax.config import suggest
 from simclr_jax.console import say
-from simclr_jax.data import FILES, measure, measured, summary
+from simclr_jax.data import FILES, measure, measured, say_not_read, summary
 from simclr_jax.evals.evaluate import evaluate_features, why_not
 from simclr_jax.evals.on_the_way import evaluations_on_the_way
 from simclr_jax.evals.spread import Spread
@@ -128,6 +128,7 @@ def _judge_at_end(
 
 def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> None:
     data = assemble.data_set(config)
+    say_not_read(config.data)
     train = data.train
     fingerprint = train.fingerprint()
     saved = check_workdir(config, workdir, train, fingerprint, extend)

@@ -1,6 +1,8 @@
 """The host pipeline: a split to batches of views, as numpy arrays, for this process."""
 
 import dataclasses
+import re
+import time
 from collections.abc import Callable, Generator
 
 import numpy as np
@@ -12,7 +14,7 @@ from simclr_jax.data.indexed import IndexedSplit
 from simclr_jax.data.order import Order, Share
 from simclr_jax.data.pixels import ReadOptions
 from simclr_jax.data.source import CORES, in_order
-from simclr_jax.errors import UserError
+from simclr_jax.errors import Unavailable, UserError
 from simclr_jax.files import raise_if_away
 from simclr_jax.views.crop import EvaluationView
 from simclr_jax.views.distortion import Distortion
@@ -21,6 +23,10 @@ from simclr_jax.views.host import SMALL, center_crop, draw, make_crops, make_vie
 tf.config.set_visible_devices([], "GPU")  # the accelerators belong to JAX
 
 _PREFETCH_BATCHES = 2
+
+# How often a batch is read whose reading fails although each of its images can be read, and the pause before each: a
+# network's file system may lose a file for a moment.
+_TRIES, _PAUSE_SECONDS = 5, 2.0
 
 # AutoGraph would read the source of these functions again, long after the program has started.
 _as_written = tf.autograph.experimental.do_not_convert
@@ -161,11 +167,13 @@ def _run(
 
     Raises:
       UserError: too many images cannot be read, or something else than an image.
-      Unavailable: a bucket does not answer.
+      Unavailable: a storage does not answer; or reading fails time and again, and no image is found broken.
     """
+    failures = 0  # in succession, of images that could be read when they were tried again
     unknown = tf.errors.UnknownError
     # Local names, because the generator may be closed after the interpreter has cleared `tf`. These are the errors
     # of decoding, and those into which TensorFlow turns errno (tsl/platform/errno.cc).
+    not_decoded = tf.errors.InvalidArgumentError
     unreadable = (
         tf.errors.InvalidArgumentError,
         tf.errors.NotFoundError,
@@ -184,12 +192,28 @@ def _run(
             for batch in batches.as_numpy_iterator():
                 yield batch
                 passed += 1
+                failures = 0
             return
         except unreadable as error:
             raise_if_away(error)
-            reason, in_python = reason_of(error), False
             if isinstance(error, unknown) and "Traceback" in str(error.message):
-                # "NAME: message", then the traceback: Python code failed, and no image is to blame.
-                reason, in_python = str(error.message).partition("\n")[0].partition(": ")[2], True
-            if in_python or not images.broken.find(indices(passed)):
-                raise UserError(f"the images cannot be read: {reason}") from error
+                raise _error_in_python(str(error.message)) from error  # no image is to blame
+            if images.broken.find(indices(passed)):
+                continue
+            failures += 1
+            if failures == _TRIES:
+                is_of_a_storage = not isinstance(error, not_decoded)
+                kind = Unavailable if is_of_a_storage else UserError
+                raise kind(f"the images cannot be read: {reason_of(error)}") from error
+            time.sleep(_PAUSE_SECONDS)
+
+
+def _error_in_python(message: str) -> UserError:
+    """Makes the error that a source's Python code raised, from TensorFlow's message: "WHERE: NAME: message", then the
+    traceback.
+    """
+    first = message.partition("\n")[0]
+    found = re.search(r"\b(Unavailable|\w*Error|\w*Exception): (.*)", first)
+    name, reason = found.groups() if found else ("", first)
+    kind = Unavailable if name == Unavailable.__name__ else UserError
+    return kind(f"the images cannot be read: {reason}")
