@@ -180,7 +180,7 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
             # Another process may have prepared it meanwhile: a folder cannot be renamed to one that exists.
             if is_prepared(name, data_dir):
                 return tfds.builder(name, data_dir=data_dir or None)
-            text = " ".join(str(error).split())
+            text = one_line(error)
             reason = f"{type(error).__name__}: {text[:300]}"
             if "anual director" in text:
                 reason = "TFDS does not download it, its archives have to be put there by hand, see its page in the catalogue"
