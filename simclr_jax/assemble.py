@@ -62,14 +62,18 @@ class Pretraining:
     norm_images: int
 
 
-def pretraining(config: ConfigDict) -> Pretraining:
-    """Assembles a pretraining run over all devices there are.
+def pretraining(config: ConfigDict, mesh: Mesh | None = None) -> Pretraining:
+    """Assembles a pretraining run.
+
+    Args:
+      config: the run's configuration.
+      mesh: the devices; None: all there are.
 
     Raises:
       UserError: the data are not there, the batch does not divide over the devices, or the options
         do not fit each other.
     """
-    mesh = make_mesh(fsdp=config.mesh.fsdp)
+    mesh = mesh or make_mesh(fsdp=config.mesh.fsdp)
     data = data_set(config)
     train, several_labels = data.train, data.members is not None
     check_divides(config.data.batch_size, mesh, config.train.microbatches)

@@ -55,6 +55,9 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
     scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
         yield scratch
+        # Else a power failure may leave an empty file under the new name.
+        with open(scratch, "rb") as written:
+            os.fsync(written.fileno())
         scratch.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -82,6 +85,16 @@ def write_text(path: epath.PathLike, content: str, advice: str = "") -> None:
 def write_json(path: epath.PathLike, value: Any, advice: str = "") -> None:
     """Writes `value` as indented JSON, by `write_text`."""
     write_text(path, json.dumps(value, indent=2) + "\n", advice)
+
+
+def read_json(path: epath.PathLike, advice: str = "") -> Any:
+    """Reads what `write_json` wrote. Raises a UserError, with `advice`, if the file is damaged, such as by a power failure."""
+    try:
+        return json.loads(epath.Path(path).read_bytes())
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({one_line(error)}): {advice or 'remove it'}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -150,7 +150,8 @@ def _out_of_memory(error: Exception) -> str:
         + (f" while allocating {wanted[1]}" if wanted else "")
         + ": train.microbatches=4 needs about a quarter of the activations' memory, model.remat=True "
         "keeps fewer of them for one more forward pass, mesh.fsdp divides the parameters, and a smaller "
-        "data.batch_size or eval.batch_size needs less of all; --mode=explain says how much"
+        "data.batch_size or eval.batch_size needs less of all; --mode=explain says how much. eval.baselines=False leaves out "
+        "the untrained encoder, which takes 512 images at once"
     )
 
 

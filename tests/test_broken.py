@@ -275,7 +275,8 @@ def test_an_image_that_is_away_for_a_moment_is_read_again(tmp_path, monkeypatch)
     for i, image in enumerate(random_images(6, 8, 8)):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     split = open_split(str(tmp_path), False)
-    images, pauses = Images(split, Broken(split, 0.5)), []
+    pauses: list[float] = []
+    images = Images(split, Broken(split, 0.5))
     file, away = tmp_path / "3.png", tmp_path / "away"
     file.rename(away)
     find, sleep = Broken.find, pauses.append

@@ -189,6 +189,7 @@ def test_an_evaluation_gets_the_metric_that_was_asked_for(tiny, tmp_path, monkey
     tiny.eval.metric = "mean_per_class"
     result = evaluate_features("transfer", tiny, str(workdir))
     assert set(seen) == {"mean_per_class"} == {result["settings"]["metric"]}
+    assert follow._name_of_metric("transfer", result) == "transfer_mean_per_class"
     tiny.eval.metric = "11_point_map"  # for several labels an image
     assert evaluate_features("knn", tiny, str(workdir))["rows"]  # of accuracy, whatever is asked
     monkeypatch.setattr(subjects, "features_of", None)  # it says so before it computes features
@@ -642,9 +643,9 @@ def test_without_a_validation_part_there_is_no_probe(tiny, tmp_path):
         on_the_way.evaluations_on_the_way(tiny, assemble.pretraining(tiny))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"config": {}, "plan": "\xff"}'])
 def test_a_damaged_record_of_a_run_is_one_line(content, tmp_path):
-    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match="is not what training wrote: give a --config"):
         saved_config(str(tmp_path))
 
@@ -779,6 +780,22 @@ def test_a_run_is_followed_to_its_last_step(trained_beside):
     assert [json.loads(line) for line in file.read_text().splitlines()] == lines
     # Each line is what the evaluation of that checkpoint says.
     assert evaluate_features("probe", c, str(workdir))["rows"] == result["rows"]
+
+
+def test_a_run_in_the_place_of_a_former_one_is_followed_anew(trained_beside, tmp_path):
+    c, workdir, moments, evaluated = trained_beside
+    moments += ["begins", 6]
+    follow_run("knn", c, str(workdir))
+    shutil.rmtree(workdir / "checkpoints")
+    moments += ["begins", 5, 6]
+    (workdir / "config.json").unlink()
+    follow_run("knn", c, str(workdir))
+    assert evaluated == [6, 5, 6]
+    lines = [json.loads(line) for line in (workdir / "knn_followed.jsonl").open()]
+    assert [line["step"] for line in lines] == [5, 6]
+    assert {line["run"] for line in lines} == {
+        json.loads((workdir / "config.json").read_text())["run"]
+    }
 
 
 def test_a_folder_of_checkpoints_cannot_be_followed(tiny, tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import encoder_checkpoint, random_images
 from etils import epath
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import simclr_jax
 from simclr_jax import assemble, config
@@ -199,6 +199,22 @@ def test_what_torchvision_cannot_compute_is_not_exported(tiny, tmp_path):
     ):
         export(tiny, str(vit), "safetensors", str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("format", ["safetensors", "stablehlo"])
+def test_what_export_did_not_write_is_not_replaced(workdir, tmp_path, format):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(UserError, match="would replace a file that --mode=export"):
+        export(small(), str(workdir), format, str(notes))
+    assert notes.read_text() == "mine"
+    own = tmp_path / f"x.{format}"
+    for _ in range(2):
+        export(small(), str(workdir), format, str(own))
+    other = tmp_path / "other.safetensors"
+    save_file({"w": np.zeros(3)}, str(other), {"format": "pt"})
+    with pytest.raises(UserError, match="would replace a file that --mode=export"):
+        export(small(), str(workdir), "safetensors", str(other))
 
 
 def test_an_output_that_cannot_be_written_is_one_line(workdir, tmp_path):

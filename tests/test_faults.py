@@ -469,12 +469,21 @@ def test_a_run_that_saved_nothing_is_replaced_and_says_so(tiny, tmp_path, capsys
     about = record.about_training(
         assemble.plan_of(tiny, 48), assemble.data_set(tiny), "of other data"
     )
-    record.write_record(tiny, about, workdir)
+    before = record.write_record(tiny, about, workdir)
+    for name in ("not_finite_step_6.json", "health.json"):
+        (tmp_path / "w" / name).write_text("{}")
     tiny.seed = 1
     pretrain(tiny, workdir)
     said = capsys.readouterr().out
     assert "a run that saved nothing is replaced (seed: 0 -> 1)" in said
-    assert json.loads((tmp_path / "w/config.json").read_text())["config"]["seed"] == 1
+    now = json.loads((tmp_path / "w/config.json").read_text())
+    assert now["config"]["seed"] == 1
+    assert now["run"] != before["run"]
+    assert not (tmp_path / "w/not_finite_step_6.json").exists()
+    assert json.loads((tmp_path / "w/health.json").read_text())["name"]  # of this run
+    pretrain(tiny, workdir)
+    again = json.loads((tmp_path / "w/config.json").read_text())
+    assert again["run"] == now["run"] == saved.read_record(saved.find(workdir, None))["run"]
 
 
 def test_a_clone_that_is_not_installed_trains_all_the_same(tiny, tmp_path, monkeypatch):

@@ -613,6 +613,9 @@ def test_what_was_trained_is_not_trained_again_unless_something_else_is_asked(be
     encoder_checkpoint(config, workdir)  # of another seed
     assert trains() == 1
     assert trains() == 0
+    config.eval.baselines = True
+    assert trains() == 0  # the untrained encoder is the same
+    config.eval.baselines = False
 
     # Other data than those of pretraining have a folder and a result of their own.
     with np.load(config.data.path) as file:

@@ -496,12 +496,22 @@ def test_runs_of_many_lines_stay_small_and_are_named_apart(tmp_path):
     lines = "".join(json.dumps({"step": n, **line}) + "\n" for n in range(1, 2001))
     for i in range(8):
         write_run(tmp_path / f"{i}" / "w", lines.replace("0.5", f"0.{i}"), 2000)
+    with pytest.raises(UserError, match=r"--runs=Bob's/\*: No closing quotation: expected folders"):
+        report(None, str(tmp_path), runs="Bob's/*")
     page = report(None, str(tmp_path), runs=f"{tmp_path}/*/w '{tmp_path}/no such'")
     content = page.read_text()
     assert len(content.encode()) < 5e6
     text = text_of(content)
     assert ">7/w<" in text
     assert "no such" in text
+
+
+def test_results_of_a_former_run_in_the_folder_are_not_shown(tmp_path):
+    folder = write_run(tmp_path / "a", "", probe={"rows": [], "step": 8, "run": "one"})
+    about = json.loads((folder / "config.json").read_text())
+    for run, shown in (("one", True), ("other", False)):
+        (folder / "config.json").write_text(json.dumps(about | {"run": run}))
+        assert ("probe" in read_run_files(str(folder)).results) is shown
 
 
 def test_a_skipped_step_is_no_failure_and_a_sick_run_that_goes_on_is_judged(tmp_path):

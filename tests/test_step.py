@@ -237,6 +237,26 @@ def test_supervised_training_needs_labels(small):
         assemble.pretraining(small)
 
 
+def test_a_step_that_ends_running_statistics_is_skipped():
+    """They are moving averages: one that is infinite stays so."""
+
+    def objective(params, batch_stats, batch):
+        z = batch["x"] * params["encoder"]["kernel"]
+        return Embedding(z, jnp.zeros(()), {}, {"variance": jnp.mean(1e30 * jnp.asarray(batch["x"]) ** 2)})
+
+    optimizer = make_optimizer("sgd", 0.1, weight_decay=0.0, momentum=0.0, trust_coefficient=0.0)
+    params = {"encoder": {"kernel": jnp.ones(())}}
+    rule = UpdateRule(optimizer, lambda step: 0.1, skip_not_finite=True)
+    step = make_step(objective, lambda z, _: (jnp.mean(z), {}), rule)
+    state = start_of(params, {"variance": jnp.ones(())}, optimizer)
+    for size, skipped in ((1.0, 0), (1e10, 1)):
+        batch = {"x": np.full((2, 1), size, np.float32), "label": np.zeros(2, np.int32)}
+        state, metrics = step(state, batch)
+        assert np.isfinite(metrics["loss"] + metrics["grad_norm"] + metrics["update_norm"])
+        assert metrics["skipped_steps"] == skipped
+    assert state.batch_stats["variance"] == np.float32(1e30)
+
+
 def test_a_step_whose_gradient_alone_is_not_finite_is_skipped():
     """The root at 0 is finite, and its slope is not."""
 

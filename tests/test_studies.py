@@ -15,6 +15,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from simclr_jax import config
+from simclr_jax.data import forget_opened
 from simclr_jax.data.order import Share
 from simclr_jax.data.split import BROKEN
 from simclr_jax.errors import NotFinite, Stopped, UserError
@@ -271,6 +272,41 @@ def test_runs_on_other_images_are_not_mixed(short, file, tmp_path, pretended):
     short.data.path = str(tmp_path / "third.npz")
     with pytest.raises(UserError, match="made with other data: "):
         run_study(short, folder, file, part="2/2")
+
+
+def test_runs_of_a_level_are_told_by_the_images_that_it_names(short, tmp_path, pretended):
+    with np.load(short.data.path) as arrays:
+        content = dict(arrays)
+    other = str(tmp_path / "other.npz")
+    np.savez(other, **content)
+    study = tmp_path / "data.py"
+    study.write_text(
+        "from simclr_jax.studies.contract import Factor, Level, Study\n"
+        "def get_study(argument=''):\n"
+        f"    levels = {{'one': Level({{}}), 'other': Level({{'data.path': {other!r}}})}}\n"
+        "    return Study('Data', (Factor('data', levels),))\n"
+    )
+    folder = str(tmp_path / "S")
+    run_study(short, folder, str(study))
+    count = len(pretended["trained"])
+    forget_opened()
+    run_study(short, folder, str(study))
+    assert len(pretended["trained"]) == count
+    content["train_images"] = content["train_images"][::-1].copy()
+    np.savez(other, **content)
+    forget_opened()
+    with pytest.raises(UserError, match=r"other_seed-0.* made with other data: "):
+        run_study(short, folder, str(study))
+
+
+def test_a_damaged_outcome_is_one_line(short, file, tmp_path, pretended):
+    run_study(short, str(tmp_path / "S"), file, part="1/2")
+    damaged = next((tmp_path / "S").glob(f"*/{OUTCOME}"))
+    damaged.write_text("")
+    with pytest.raises(
+        UserError, match=rf"{re.escape(str(damaged))} is damaged .*: remove it, and"
+    ):
+        run_study(short, str(tmp_path / "S"), file)
 
 
 def test_a_run_that_does_not_stay_finite_does_not_hold_up_the_others(
@@ -566,6 +602,10 @@ def test_claims():
     assert rises("up", [("c",), ("b",), ("a",)])(scores).held
     assert not rises("down", [("a",), ("b",), ("c",)])(scores).held
     assert rises("open", [("a",), ("d",)])(scores).held is None
+    lacking = {**scores, ("d",): {}}
+    assert best("a", ("a",))(lacking).held is None
+    assert best("a", ("a",), [("a",), ("c",)])(lacking).held
+    assert among_best("a", ("a",), 2)(lacking).held is None
 
 
 def test_ties_hold_no_claim():

@@ -235,7 +235,8 @@ OPTIONS: tuple[Option, ...] = (
         "train.skip_not_finite",
         False,
         flag(),
-        "skip, and count, steps whose loss or gradient is not finite; False: such a step stops the run",
+        "skip, and count, steps whose loss, gradient or statistics are not finite; False: such a step stops the run",
+        resumable=True,
     ),
     Option(
         "train.hang_seconds",

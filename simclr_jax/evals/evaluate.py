@@ -121,7 +121,9 @@ def evaluate_subject(name: str, subject: Subject) -> dict:
     features = _features_of_all(subject)
     if not evaluation.sets and (classes := subject.data.train.classes):
         results.say_if_unbalanced(features[ENCODER].test[1], classes)
-    result = result_of(evaluation, config, features, subject.trained.record["step"], metric)
+    record = subject.trained.record
+    result = result_of(evaluation, config, features, record["step"], metric)
+    result["run"] = record.get("run")
     results.save(path, config, result)
     title = evaluation.title(result["settings"])
     results.show(path, result, title, evaluation.table(result["rows"]))

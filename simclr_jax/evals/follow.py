@@ -44,8 +44,8 @@ def follow_run(name: str, config: ConfigDict, workdir: str) -> dict:
     """Evaluates the checkpoints of a run as they appear, until that of its last step.
 
     Each adds a line to WORKDIR/NAME_followed.jsonl: {"step", metric, "settings": a digest of the evaluation's
-    settings}. A restart goes on after the last line, if the settings are those of that line; otherwise the file
-    begins anew with the checkpoints that are there.
+    settings, "run": see `write_record`}. A restart goes on after the last line, if it is of that run and these settings;
+    otherwise the file begins anew with the checkpoints that are there.
 
     Args:
       name: of one of `EVALUATIONS`.
@@ -63,9 +63,9 @@ def follow_run(name: str, config: ConfigDict, workdir: str) -> dict:
     say(f"following {workdir}: Ctrl-C ends it")
     record = _wait_for_run(workdir)
     path = results.path_of(config, record, data, workdir, file_of(name, config))
-    file = path.with_name(f"{path.stem}_followed.jsonl")
-    lines = _lines_before(name, config, data, path, file, record["plan"]["steps"])
-    settings = _digest_of_settings(name, config, data)
+    file = _file_of_lines(path)
+    lines = _lines_before(name, config, data, path, record)
+    same = {"settings": _digest_of_settings(name, config, data), "run": record.get("run")}
     done, result = lines[-1]["step"] if lines else -1, None
     while (step := processes.as_first_process_says(_next_step(workdir, done))) != _NO_MORE:
         if step == _NONE_YET:
@@ -77,7 +77,7 @@ def follow_run(name: str, config: ConfigDict, workdir: str) -> dict:
             continue
         result = evaluate_subject(name, Subject(config, data, trained, path, mesh))
         accuracy = results.accuracies(result["rows"])[ENCODER]
-        lines.append({"step": step, EVALUATIONS[name].metric: accuracy, "settings": settings})
+        lines.append({"step": step, _name_of_metric(name, result): accuracy} | same)
         if jax.process_index() == 0:
             write_text(file, "".join(f"{json.dumps(line)}\n" for line in lines))
     say(f"followed to the last step, {done}: {file}")
@@ -98,24 +98,33 @@ def _wait_for_run(workdir: str) -> dict:
     return record
 
 
+def _name_of_metric(name: str, result: dict) -> str:
+    """Returns the metric's name in a line, such as "transfer_accuracy" or "transfer_mean_per_class"."""
+    metric = result["settings"].get("metric", "accuracy")
+    return EVALUATIONS[name].metric if metric == "accuracy" else f"{name}_{metric}"
+
+
+def _file_of_lines(path: epath.Path) -> epath.Path:
+    return path.with_name(f"{path.stem}_followed.jsonl")
+
+
 def _lines_before(
-    name: str, config: ConfigDict, data: DataSet, path: epath.Path, file: epath.Path, steps: int
+    name: str, config: ConfigDict, data: DataSet, path: epath.Path, record: dict
 ) -> list[dict]:
-    """Returns the lines of `file` after which to go on.
+    """Returns the lines after which to go on.
 
     Args:
       name, config, data: the evaluation.
       path: of its result.
-      file: of the lines.
-      steps: of the run.
+      record: the run's.
     """
-    lines = read_lines(file) if path.exists() else []
-    if not lines:
+    lines = read_lines(_file_of_lines(path)) if path.exists() else []
+    if not lines or lines[-1].get("run") != record.get("run"):
         return []
     settings = _digest_of_settings(name, config, data)
     if lines[-1].get("settings", settings) != settings:
         return []
-    if lines[-1]["step"] == steps:
+    if lines[-1]["step"] == record["plan"]["steps"]:
         last = config_lib.from_dict(json.loads(path.read_text())["config"])
         if settings_of(name, last, data) != settings_of(name, config, data):
             lines.pop()  # another call has replaced the result of the last step, or other rows are asked for

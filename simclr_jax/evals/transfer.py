@@ -43,7 +43,7 @@ def fit_chosen_lambda(features: Features, options: Options, lambdas: tuple[float
     Returns:
       {"score": the `Score` on the test images, "lambda", "validation_accuracies": the metric for each lambda,
       ascending, "unfinished": the lambdas of which a fit ended at "max_iterations", be it on the validation part's
-      complement or on all training images}, and "mean_per_class_accuracy" where images have one label.
+      complement or on all training images}, and "mean_per_class_accuracy" where images have one label, unless that is the metric.
     """
     x, y = features.train
     part, held = split_validation(len(y), options["validation_fraction"], options["seed"])
@@ -77,7 +77,7 @@ def fit_chosen_lambda(features: Features, options: Options, lambdas: tuple[float
         "validation_accuracies": scores,
         "unfinished": unfinished,
     }
-    if features.members is None:
+    if features.members is None and options["metric"] != "mean_per_class":
         found["mean_per_class_accuracy"] = mean_per_class(logits, y_test)
     return found
 

@@ -88,7 +88,8 @@ def _distill(config: ConfigDict, workdir: str) -> None:
     views = assemble.classifier_views(config, mesh, config.data.batch_size)
     student = student_of(config, teacher.width)
     job = distillation_job(config, plan, student, teacher, views)
-    record = write_record(config, about_training(plan, data, fingerprint) | about, workdir)
+    about = about_training(plan, data, fingerprint) | about
+    record = write_record(config, about, workdir, saved)
     _describe(config, plan, student, teacher.network, job, train.count)
     images = assemble.images_of(config, train, epath.Path(workdir) / "broken_images.jsonl")
     run = run_of(config, plan, workdir, record, _ADVICE)

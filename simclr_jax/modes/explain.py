@@ -12,7 +12,8 @@ from simclr_jax.bench.e2e import measure_e2e
 from simclr_jax.console import duration, say
 from simclr_jax.data.streamed import memory
 from simclr_jax.evals.evaluate import why_not
-from simclr_jax.modes.compile import compile_for
+from simclr_jax.mesh import make_mesh
+from simclr_jax.modes.compile import compile_for, slice_of
 from simclr_jax.modes.oddities import oddities, say_unusual
 from simclr_jax.modes.pretrain import describe_run
 from simclr_jax.training.workdir import check_no_distillation
@@ -37,7 +38,8 @@ def explain(config: ConfigDict, workdir: str, topology: str = "") -> list[str]:
       UserError: the data are not there, the options do not fit each other, or the workdir holds a distillation.
     """
     check_no_distillation(workdir, "explain")
-    made = assemble.pretraining(config)
+    devices = slice_of(topology)[1] if topology else None
+    made = assemble.pretraining(config, make_mesh(devices, config.mesh.fsdp))
     describe_run(config, made)
     _say_shapes(config, made)
     _say_checkpoints(config, made)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from simclr_jax import assemble
 from simclr_jax.console import say
 from simclr_jax.errors import UserError, one_line
-from simclr_jax.files import located, quoted, replacing, writing
+from simclr_jax.files import in_bucket, located, quoted, replacing, writing
 from simclr_jax.mesh import here
 from simclr_jax.modes.hub import about_file, torch_weights, write_repository, write_safetensors
 from simclr_jax.pretrained import (
@@ -65,6 +65,7 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
     encoder.network.check_image_size(encoder.image_size)
     folder, suffix = beside(workdir)
     path = located(output or folder / f"encoder{suffix}.{format}")
+    _check_replaceable(path, format)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         loading = FORMATS[format](encoder, path)
@@ -84,6 +85,29 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
             some, more = encoder.classes[:10], len(encoder.classes) - 10
             rest = f" and {more} more" if more > 0 else ""
             say(f"Classes, in the order of the logits: {', '.join(some)}{rest}")
+
+
+def _check_replaceable(path: epath.Path, format: str) -> None:
+    """Raises a UserError if an export to the file `path` would replace what no export wrote."""
+    is_file = format in ("safetensors", "stablehlo")
+    if not is_file or in_bucket(path) or not path.exists() or path.is_dir():
+        return
+    if not (
+        _is_safetensors_of_ours(path) if format == "safetensors" else path.suffix == ".stablehlo"
+    ):
+        raise UserError(
+            f"--output={path} would replace a file that --mode=export --format={format} did not write: expected another name"
+        )
+
+
+def _is_safetensors_of_ours(path: epath.Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "np") as file:
+            return "loading" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def _beginning_local(loading: str, path: epath.Path, format: str) -> str:

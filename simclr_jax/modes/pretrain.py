@@ -149,7 +149,7 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> None:
         *evaluations_on_the_way(config, made),
         *([Spread(config, made)] if config.health.every_steps else []),
     ]
-    record = write_record(config, about, workdir)
+    record = write_record(config, about, workdir, saved)
     describe_run(config, made)
     say_unusual(oddities(config, plan, train.count))
     if saved is not None and (changed := what_changed(saved)):

@@ -41,7 +41,7 @@ def report(config: ConfigDict | None, workdir: str, runs: str = "", output: str 
         path = _page_at(output or os.path.join(workdir, "runs.html"))
         # A name with spaces that is there as it stands needs no quotes.
         is_one = bool(glob.glob(os.path.expanduser(runs)))
-        page = page_of_runs([runs] if is_one else shlex.split(runs), str(path.parent))
+        page = page_of_runs([runs] if is_one else _several(runs), str(path.parent))
     else:
         assert config is not None
         path = _page_at(output or os.path.join(workdir, "report.html"))
@@ -49,6 +49,15 @@ def report(config: ConfigDict | None, workdir: str, runs: str = "", output: str 
     write_text(path, page)
     say(f"report      {path} ({len(page.encode()) / 1e6:.1f} MB)")
     return path
+
+
+def _several(runs: str) -> list[str]:
+    try:
+        return shlex.split(runs)
+    except ValueError as error:  # a quotation without an end
+        raise UserError(
+            f"--runs={runs}: {error}: expected folders separated by spaces; write an apostrophe as \\'"
+        ) from error
 
 
 def report_at_end(config: ConfigDict, workdir: str) -> None:

@@ -13,13 +13,13 @@ from simclr_jax.bench.e2e import measure_e2e
 from simclr_jax.console import duration, say, show_table
 from simclr_jax.data import name_of
 from simclr_jax.errors import NotFinite, Stopped, UserError
-from simclr_jax.evals import EVALUATIONS, subjects
+from simclr_jax.evals import EVALUATIONS
 from simclr_jax.evals.classifiers import finetune
 from simclr_jax.evals.evaluate import evaluate
 from simclr_jax.evals.results import accuracies
 from simclr_jax.evals.subjects import ENCODER
 from simclr_jax.evals.transformations import TASKS, what_is_known
-from simclr_jax.files import write_json, write_text
+from simclr_jax.files import read_json, write_json, write_text
 from simclr_jax.modes.pretrain import pretrain
 from simclr_jax.studies.contract import BY_NAME, Study, Verdict
 from simclr_jax.studies.figure import draw, need_matplotlib
@@ -27,11 +27,12 @@ from simclr_jax.studies.outcomes import (
     OUTCOME,
     Outcomes,
     below,
+    claimed_of,
     outcomes_of,
     runs_wanted,
     table_of,
 )
-from simclr_jax.studies.record import about_run, check_finished
+from simclr_jax.studies.record import about_run, check_finished, fingerprints
 from simclr_jax.studies.runs import StudyRun, config_of, part_of, read_study, reading_of, runs_of
 
 _MEASURED_SECONDS = 5.0  # for each kind of step in a dry run
@@ -77,10 +78,10 @@ def run_study(
     every = runs_of(found)
     configs = {run.name: config_of(config, found, run) for run in every}
     mine = {run.name for run in part_of(every, part)}
-    data = subjects.labelled(config)
-    folder, images = epath.Path(workdir), subjects.fingerprint(data)
+    folder = epath.Path(workdir)
     check_study(folder, found)
-    about = {name: about_run(own, found, images) for name, own in configs.items()}
+    images = fingerprints(config, configs)
+    about = {name: about_run(own, found, images[name]) for name, own in configs.items()}
     check_finished(folder, about)
     while True:
         runs, waiting = _of_first_process(found, folder, mine)
@@ -125,7 +126,7 @@ def check_study(folder: epath.Path, study: Study) -> None:
     file = folder / "study.json"
     if not file.exists():
         return
-    there = json.loads(file.read_text())
+    there = read_json(file, "remove it, and it is made again")
     levels = there.get("levels", _levels(study))  # of an earlier version there are none
     if (there["title"], levels) != (study.title, _levels(study)):
         raise UserError(
@@ -255,7 +256,8 @@ def _further_seeds(study: Study, waiting: list[StudyRun]) -> str:
 def _show(config: ConfigDict, study: Study, folder: epath.Path) -> dict:
     """Makes the table, the figure and the verdicts from all finished runs."""
     outcomes = outcomes_of(study, folder)
-    verdicts = [claim(outcomes.scores) for claim in study.claims]
+    scores = claimed_of(study, outcomes)
+    verdicts = [claim(scores) for claim in study.claims]
     header, lines = table_of(study, outcomes)
     data = name_of(config.data.to_dict())
     title = f"{study.title}; {data}; {study.evaluation}, test {study.measure}"

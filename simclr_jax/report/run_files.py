@@ -184,9 +184,14 @@ def read_run_files(workdir: str) -> RunFiles:
         about,
         read_lines(root / "metrics.jsonl"),
         _json(root / HEALTH),
-        {name: found for name, found in results.items() if found and "rows" in found},
+        {name: found for name, found in results.items() if found and _is_of(about, found)},
         sorted(path.name for path in root.glob("not_finite_step_*.json")),
     )
+
+
+def _is_of(about: dict, found: dict) -> bool:
+    """Returns whether a file is a result of the run, and not of a former one in its folder."""
+    return "rows" in found and found.get("run", about.get("run")) == about.get("run")
 
 
 def _step_of(name: str) -> int:

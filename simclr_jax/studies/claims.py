@@ -37,9 +37,12 @@ def best(text: str, one: Key, among: Sequence[Key] | None = None) -> Claim:
     """
 
     def verdict(scores: Scores) -> Verdict:
-        keys = [key for key in (among or scores) if scores.get(key)]
+        compared_with = list(among or scores)
+        keys = [key for key in compared_with if scores.get(key)]
         if one not in keys or len(keys) < 2:
             return Verdict(text, None, f"{said(one)} and one more are needed")
+        if lacking := len(compared_with) - len(keys):
+            return Verdict(text, None, f"{lacking} of {len(compared_with)} are missing")
         first = max(keys, key=lambda key: mean(scores, key))
         behind = mean(scores, first) - mean(scores, one)
         spread = max(deviation(scores, first), deviation(scores, one))
@@ -60,6 +63,8 @@ def among_best(text: str, one: Key, count: int) -> Claim:
         keys = [key for key in scores if scores[key]]
         if one not in keys or len(keys) <= count:
             return Verdict(text, None, f"{said(one)} and {count} more are needed")
+        if lacking := len(scores) - len(keys):
+            return Verdict(text, None, f"{lacking} of {len(scores)} are missing")
         own = mean(scores, one)
         place = 1 + sum(mean(scores, key) > own + _ROUNDING for key in keys)
         return Verdict(text, place <= count, f"place {place} of {len(keys)}")

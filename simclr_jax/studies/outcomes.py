@@ -1,12 +1,12 @@
 """Outcomes of a study's runs: read from their workdirs, chosen by validation, as a table."""
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from etils import epath
 
+from simclr_jax.files import read_json
 from simclr_jax.studies.claims import deviation, mean
 from simclr_jax.studies.contract import Key, Scores, Study
 from simclr_jax.studies.runs import StudyRun, runs_of
@@ -16,6 +16,7 @@ from simclr_jax.training.verdict import HEALTH, Verdict
 # In a run's workdir: {"about": see `record.about_run`, "readings": {reading: {"accuracy", "validation"}}}, or in place
 # of the readings "failed": why the training could not go on. That of the study's first run also holds "baselines".
 OUTCOME = "study_outcome.json"
+AGAIN = "remove it, and the run is evaluated again"  # of an outcome that is damaged
 
 
 class Outcomes(NamedTuple):
@@ -79,7 +80,7 @@ def _outcomes_among(runs: list[StudyRun], study: Study, folder: epath.Path) -> O
     unstable = set()
     for run in runs:
         file = folder / run.name / OUTCOME
-        outcome = json.loads(file.read_text()) if file.exists() else None
+        outcome = read_json(file, AGAIN) if file.exists() else None
         if outcome is None:
             missing.append(run)
         elif "failed" in outcome:
@@ -112,7 +113,7 @@ def _outcomes_among(runs: list[StudyRun], study: Study, folder: epath.Path) -> O
 def _bad_verdict(workdir: epath.Path) -> str:
     """Returns the bad verdict that a run ended with, and why; "": it is not bad, or none was passed."""
     file = workdir / HEALTH
-    verdict = Verdict(**json.loads(file.read_text())) if file.exists() else None
+    verdict = Verdict(**read_json(file)) if file.exists() else None
     return f"{verdict.name}: {verdict.because}" if verdict and verdict.is_bad else ""
 
 
@@ -178,6 +179,18 @@ def table_of(study: Study, outcomes: Outcomes) -> tuple[list[str], list[list[str
             line.append("" if value is None else f"{value:.1f}")
         lines.append(line)
     return header, lines
+
+
+def claimed_of(study: Study, outcomes: Outcomes) -> Scores:
+    """Returns the scores that claims are judged by: of every key, {} where they are missing; none of a key whose training
+    could not go on.
+    """
+    failed = {run.key for run in runs_of(study) if run.name in outcomes.failed}
+    return {
+        key: outcomes.scores.get(key, {})
+        for key in keys_of(study)
+        if key in outcomes.scores or study.levels_of(key) not in failed
+    }
 
 
 def keys_of(study: Study) -> Iterable[Key]:

@@ -8,20 +8,22 @@ from ml_collections import ConfigDict
 
 from simclr_jax import config as config_lib
 from simclr_jax.errors import UserError
+from simclr_jax.evals import subjects
+from simclr_jax.files import read_json
 from simclr_jax.studies.contract import Study
-from simclr_jax.studies.outcomes import OUTCOME
+from simclr_jax.studies.outcomes import AGAIN, OUTCOME
 
-# Options that do not change an outcome: a finished run stays valid if they differ. The data are identified by their
-# fingerprint, not by these paths.
+# Options of the group "data" that name files: images and labels are identified by their fingerprint, not by paths.
+FILES_OF_DATA = ("path", "test_path", "labels_file")
+
+# Options that do not change an outcome: a finished run stays valid if they differ.
 _DECIDES_NOTHING = (
     "checkpoint.",
     "health.",
     "eval.batch_size",
     "eval.every_",
     "eval.on_the_way",
-    "data.path",
-    "data.test_path",
-    "data.labels_file",
+    *(f"data.{name}" for name in FILES_OF_DATA),
     "train.hang_seconds",
     "train.log_every_steps",
     "train.report",
@@ -47,10 +49,22 @@ def check_finished(folder: epath.Path, about: dict[str, dict]) -> None:
     """
     for name, now in about.items():
         file = folder / name / OUTCOME
-        if file.exists() and (differ := _differences(json.loads(file.read_text())["about"], now)):
+        if file.exists() and (differ := _differences(read_json(file, AGAIN)["about"], now)):
             raise UserError(
                 f"{file} was made with other {', '.join(differ)}: use another --workdir, or remove {file.parent}"
             )
+
+
+def fingerprints(config: ConfigDict, configs: dict[str, ConfigDict]) -> dict[str, str]:
+    """Returns a digest of the images of each run, {name: configuration}. They are those of `config`, the study's, unless
+    a level of the study names other files.
+    """
+    usual = [config.data[name] for name in FILES_OF_DATA]
+    found = dict.fromkeys(configs, subjects.fingerprint(subjects.labelled(config)))
+    for name, own in configs.items():
+        if [own.data[x] for x in FILES_OF_DATA] != usual:
+            found[name] = subjects.fingerprint(subjects.labelled(own))
+    return found
 
 
 def about_run(config: ConfigDict, study: Study, images: str) -> dict:

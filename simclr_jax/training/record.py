@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import secrets
 import sys
 from typing import Any
 
@@ -64,18 +65,23 @@ def about_classifier(
     return {"layer": layer, "outputs": outputs, "classes": names, "online": online}
 
 
-def write_record(config: ConfigDict, about: dict[str, Any], workdir: str) -> dict:
-    """Writes WORKDIR/config.json and returns what it holds.
+def write_record(
+    config: ConfigDict, about: dict[str, Any], workdir: str, saved: dict | None = None
+) -> dict:
+    """Writes WORKDIR/config.json and returns what it holds. All processes call this together.
 
     Args:
       config: the run's configuration.
       about: `about_training` or `about_imported`, and whatever else is to be known of the run.
       workdir: the folder, made if it is not there.
+      saved: the record of the checkpoint that the run goes on from; None: the run begins. Its "run" tells runs apart
+        that are made in one folder, one after the other.
 
     Raises:
       UserError: the file cannot be written.
     """
     record = {
+        "run": (saved or {}).get("run") or processes.text_of_first(secrets.token_hex(4)),
         "config": _found_from_anywhere(config),
         "files": own_files(),
         **about,
@@ -146,14 +152,14 @@ def run_record(workdir: epath.PathLike) -> dict | None:
 
 
 def _content(file: epath.Path) -> str | None:
-    return file.read_text() if file.exists() else None
+    return file.read_bytes().decode(errors="replace") if file.exists() else None
 
 
 def _run_record_of(content: str, file: epath.Path) -> dict:
     """Reads the content of a file that `write_record` wrote; see `run_record`."""
     try:
         record = json.loads(content)
-        if {"config", "plan"} <= record.keys():
+        if {"config", "plan"} <= record.keys() and "\ufffd" not in content:
             return record
     except (ValueError, AttributeError):
         pass

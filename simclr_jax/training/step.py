@@ -31,8 +31,8 @@ class UpdateRule:
       optimizer: makes updates of gradients.
       schedule: step -> the learning rate that the optimizer follows, for the metrics.
       microbatches: above 1, the gradient is computed by `gradients.cached_gradient`.
-      skip_not_finite: a step whose loss or gradient is not finite changes nothing but its number, which the
-        learning rate follows.
+      skip_not_finite: a step whose loss, gradient, update or running statistics are not finite changes nothing but its
+        number, which the learning rate follows.
       more: (params, gradients) -> metrics of the update; None: none.
       memory: how the memory of negatives goes on; None: the state has none.
     """
@@ -109,7 +109,8 @@ def make_step(
             new_memory = advance(state.memory, new_state.params, keys, rule.memory.decay)
             new_state = dataclasses.replace(new_state, memory=new_memory)
         if rule.skip_not_finite:
-            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            numbers = (metrics["loss"], metrics["grad_norm"], metrics["update_norm"])
+            finite = _are_finite((numbers, found.batch_stats))
             metrics["skipped_steps"] = 1.0 - finite
             kept = dataclasses.replace(
                 state,
@@ -120,6 +121,11 @@ def make_step(
         return new_state, metrics
 
     return step
+
+
+def _are_finite(tree: Any) -> jax.Array:
+    """Returns whether all numbers are finite: one that is not would stay in running statistics for ever."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
 def _with_schedule(kept: optax.OptState, stepped: optax.OptState) -> optax.OptState:

@@ -9,9 +9,11 @@ from etils import epath
 
 from simclr_jax import processes
 from simclr_jax.evals.classifiers.protocol import decides_the_same
-from simclr_jax.files import write_json
+from simclr_jax.files import read_json, write_json
 from simclr_jax.training.checkpoint import save_once
 from simclr_jax.training.state import TrainState
+
+_AGAIN = "remove the folder, and this training is done again"  # of a file that is damaged
 
 
 class TrainingFolder:
@@ -38,7 +40,7 @@ class TrainingFolder:
         self.path = epath.Path(processes.text_of_first(own) or "")
         finished = self.path / "outcome.json"
         read = jax.process_index() == 0 and finished.exists()
-        outcome = processes.text_of_first(finished.read_text() if read else None)
+        outcome = processes.text_of_first(json.dumps(read_json(finished, _AGAIN)) if read else None)
         return None if outcome is None else json.loads(outcome)
 
     def _own(self, about: dict) -> epath.Path:
@@ -48,7 +50,7 @@ class TrainingFolder:
         numbers = itertools.count(2)
         folder, free = self.path, None
         while (file := folder / "about.json").exists():
-            if decides_the_same(json.loads(file.read_text()), about):
+            if decides_the_same(read_json(file, _AGAIN), about):
                 return folder
             if free is None and not (folder / "outcome.json").exists():
                 free = folder

@@ -38,6 +38,7 @@ def _rows(config: ConfigDict, trainer: Trainer, protocol: Protocol) -> dict:
     rows: list[dict] = []
     result = {
         "step": trainer.starts.record["step"],
+        "run": trainer.starts.record.get("run"),
         "rows": rows,
         "train_images": trainer.parts.part.split.count,
         "validation_images": trainer.parts.validation.split.count

@@ -176,7 +176,9 @@ class Trainer:
 
     def _about(self, training: Training, images: Images) -> dict:
         """Returns everything that decides what a training learns; see `what_decides`."""
-        digests: dict = {"start": self.starts.digest, "images": images.split.fingerprint()}
+        # An untrained start follows from the model and the seed, whatever the checkpoint is.
+        start = "untrained" if training.kind == UNTRAINED else self.starts.digest
+        digests: dict = {"start": start, "images": images.split.fingerprint()}
         digests |= {"judged_on": self._judged_on}
         crops, metric = repr(self._program.distortion), self.parts.metric
         about = what_decides(self._config, self._protocol, training, digests, crops, metric)
