@@ -40,7 +40,7 @@ from simclr_jax.evals.contract import Evaluation, Features
 from simclr_jax.evals.evaluate import evaluate_features, pair, why_not
 from simclr_jax.evals.features import Extractor, raw_pixels
 from simclr_jax.evals.follow import follow_run
-from simclr_jax.evals.knn import knn_accuracy
+from simclr_jax.evals.knn import knn_classes
 from simclr_jax.evals.logistic import accuracy, fit_lambdas, fit_logistic, scale
 from simclr_jax.evals.probe import probe_all_labels, probe_few_labels
 from simclr_jax.evals.scores import Score
@@ -399,6 +399,10 @@ def test_the_validation_part_is_disjoint():
     part, held = split_validation(105, 0.1, seed=0)
     np.testing.assert_array_equal(np.sort(np.concatenate([part, held])), np.arange(105))
     assert len(held) == 10
+
+
+def knn_accuracy(features, **settings):
+    return np.mean(knn_classes(features, **settings) == features.test[1])
 
 
 def knn_loop(train, test, k, temperature):

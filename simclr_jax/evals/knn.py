@@ -38,13 +38,6 @@ def settings(options: Options, images: int, classes: int) -> dict:
     return {"k": min(options["knn_k"], images), "temperature": options["knn_temperature"]}
 
 
-def knn_accuracy(features: Features, *, k: int, temperature: float) -> float:
-    """Computes the share of test images whose neighbours vote for their class. The arguments are those of
-    `knn_classes`.
-    """
-    return float(np.mean(knn_classes(features, k=k, temperature=temperature) == features.test[1]))
-
-
 def knn_classes(features: Features, *, k: int, temperature: float) -> np.ndarray:
     """Returns int [n], the class that the neighbours of each test image vote for.
 
