@@ -242,7 +242,9 @@ def test_a_step_that_ends_running_statistics_is_skipped():
 
     def objective(params, batch_stats, batch):
         z = batch["x"] * params["encoder"]["kernel"]
-        return Embedding(z, jnp.zeros(()), {}, {"variance": jnp.mean(1e30 * jnp.asarray(batch["x"]) ** 2)})
+        return Embedding(
+            z, jnp.zeros(()), {}, {"variance": jnp.mean(1e30 * jnp.asarray(batch["x"]) ** 2)}
+        )
 
     optimizer = make_optimizer("sgd", 0.1, weight_decay=0.0, momentum=0.0, trust_coefficient=0.0)
     params = {"encoder": {"kernel": jnp.ones(())}}
