@@ -89,8 +89,13 @@ def write_json(path: epath.PathLike, value: Any, advice: str = "") -> None:
 
 def read_json(path: epath.PathLike, advice: str = "") -> Any:
     """Reads what `write_json` wrote. Raises a UserError, with `advice`, if the file is damaged, such as by a power failure."""
+    return parsed_json(epath.Path(path).read_bytes().decode(errors="replace"), path, advice)
+
+
+def parsed_json(content: str, path: epath.PathLike, advice: str = "") -> Any:
+    """Returns the value of the content of a JSON file; see `read_json`."""
     try:
-        return json.loads(epath.Path(path).read_bytes())
+        return json.loads(content)
     except ValueError as error:
         raise UserError(
             f"{path} is damaged ({one_line(error)}): {advice or 'remove it'}"
@@ -220,9 +225,10 @@ def check_bucket(address: str) -> None:
 # Words in the messages of TensorFlow, TensorStore, google-cloud-storage, and of what fsspec's file systems use.
 _AWAY = (
     r"UNAVAILABLE|Unavailable|DEADLINE|Deadline|retry attempts failed|RetryError|libcurl|CURL|"
-    r"Connection|[Cc]annot connect|[Cc]ould not connect|Disconnected|name resolution|timed? ?out|Timeout|"
-    r"\b429\b|\b5\d\d\b"
+    r"Connection|[Cc]annot connect|[Cc]ould not connect|Disconnected|name resolution|timed? ?out|Timeout"
 )
+# Statuses of HTTP. Elsewhere such numbers may be anything.
+_AWAY_BY_STATUS = r"\b429\b|\b5\d\d\b"
 _NOT_ALLOWED = (
     r"\b40[134]\b|PERMISSION_DENIED|PermissionDenied|Forbidden|UNAUTHENTICATED|NOT_FOUND|NotFound"
 )
@@ -240,18 +246,25 @@ def storage_error(error: Exception) -> UserError | None:
     of_google = type(error).__module__.split(".")[0] == "google"
     if not of_google and not re.search(r"gs://|storage/v1/b|googleapis", said):
         return None
-    if is_away(error):
+    words = _without_addresses(said)
+    if re.search(f"{_AWAY}|{_AWAY_BY_STATUS}", words):
         return Unavailable(
             f"the bucket does not answer: {said[:300]}. The same command resumes from what is saved"
         )
-    if re.search(_NOT_ALLOWED, _without_addresses(said)):
+    if re.search(_NOT_ALLOWED, words):
         return UserError(f"the bucket refused the request or has no such object: {said[:300]}")
     return None
 
 
 def is_away(error: Exception) -> bool:
-    """Returns whether an error of a storage's library says that the storage does not answer."""
-    return bool(re.search(_AWAY, _without_addresses(f"{type(error).__name__}: {error}")))
+    """Returns whether an error of a library that reads over the network says that the other side does not answer."""
+    if isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError):
+        return False
+    status = getattr(error, "status", getattr(error, "code", None))
+    if isinstance(status, int) and re.search(_AWAY_BY_STATUS, str(status)):
+        return True
+    words = _without_addresses(f"{type(error).__name__}: {error}")
+    return bool(re.search(_AWAY, words)) and not re.search(_NOT_ALLOWED, words)
 
 
 def _without_addresses(said: str) -> str:

@@ -110,12 +110,13 @@ class Encoder:
         return self._features_of(batches)
 
     def _features_of(self, batches: Iterable[np.ndarray]) -> np.ndarray:
-        """Computes h [N, D] of batches of up to `_BATCH` images, each padded to a power of 2, or to the size of the first:
-        each further size would be compiled, which takes seconds.
+        """Computes h [N, D] of batches of up to `_BATCH` images, each padded to a power of 2 up to 32, to a multiple of 32, or
+        to the largest size so far: each further size would be compiled, which takes seconds.
         """
         found, rows = [np.zeros((0, self.width), np.float32)], 1
         for batch in batches:
-            rows = max(rows, 1 << (len(batch) - 1).bit_length())
+            few = 1 << (len(batch) - 1).bit_length()
+            rows = max(rows, few if few <= 32 else -(-len(batch) // 32) * 32)
             padded = np.zeros((rows, *batch.shape[1:]), batch.dtype)
             padded[: len(batch)] = batch
             found.append(np.asarray(self._apply(self.variables, padded)[: len(batch)]))

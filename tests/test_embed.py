@@ -247,7 +247,7 @@ def test_embed_refuses_one_image_where_it_expects_several(embedded, tmp_path):
 
 
 def test_few_sizes_of_batches_are_compiled(embedded, monkeypatch):
-    """Powers of 2, or that of the first batch."""
+    """Powers of 2 and multiples of 32, or the largest before."""
     (_, workdir, _), _ = embedded
     encoder = simclr_jax.load_encoder(workdir)
     sizes = []
@@ -258,7 +258,15 @@ def test_few_sizes_of_batches_are_compiled(embedded, monkeypatch):
 
     encoder.__dict__["_apply"] = apply
     side = encoder.image_size
-    for count, expected in ((1, [1]), (5, [8]), (7, [8]), (257, [256, 256]), (0, [])):
+    for count, expected in (
+        (1, [1]),
+        (5, [8]),
+        (7, [8]),
+        (33, [64]),
+        (65, [96]),
+        (257, [256, 256]),
+        (0, []),
+    ):
         sizes.clear()
         images = (
             random_images(count, side, side) if count else np.zeros((0, side, side, 3), "uint8")

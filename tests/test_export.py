@@ -205,16 +205,19 @@ def test_what_torchvision_cannot_compute_is_not_exported(tiny, tmp_path):
 def test_what_export_did_not_write_is_not_replaced(workdir, tmp_path, format):
     notes = tmp_path / "notes.txt"
     notes.write_text("mine")
-    with pytest.raises(UserError, match="would replace a file that --mode=export"):
+    with pytest.raises(UserError, match=r"which --mode=export --format=.* did not write"):
         export(small(), str(workdir), format, str(notes))
     assert notes.read_text() == "mine"
-    own = tmp_path / f"x.{format}"
+    own = tmp_path / "x.bin"
     for _ in range(2):
         export(small(), str(workdir), format, str(own))
     other = tmp_path / "other.safetensors"
     save_file({"w": np.zeros(3)}, str(other), {"format": "pt"})
-    with pytest.raises(UserError, match="would replace a file that --mode=export"):
+    with pytest.raises(UserError, match=r"which --mode=export --format=.* did not write"):
         export(small(), str(workdir), "safetensors", str(other))
+    other.rename(tmp_path / "y.head.safetensors")
+    with pytest.raises(UserError, match=r"would replace .*y\.head\.safetensors, which"):
+        export(small(), str(workdir), "safetensors", str(tmp_path / "y.safetensors"))
 
 
 def test_an_output_that_cannot_be_written_is_one_line(workdir, tmp_path):

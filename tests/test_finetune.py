@@ -474,6 +474,13 @@ def test_what_decides_a_training_makes_it_another(tiny, option, value):
     assert not protocol.decides_the_same(before, decided(**{option: value}))
 
 
+def test_an_untrained_start_of_an_earlier_version_makes_no_other_training():
+    about = {"setting": {"from": "untrained"}, "model": {}}
+    now = about | {"start": "untrained"}
+    assert protocol.decides_the_same(about | {"start": "a digest of the checkpoint"}, now)
+    assert not protocol.decides_the_same(about | {"start": "a"}, about | {"start": "b"})
+
+
 def test_an_option_that_an_earlier_version_lacked_makes_no_other_training():
     model = default().model.to_dict()
     then = {"model": model | {"vit": {"heads": 6}}, "seed": 0, "digest": "of an earlier version"}

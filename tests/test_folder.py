@@ -171,22 +171,24 @@ def test_a_folder_whose_time_was_set_back_is_read_again(photos):
 
 def test_where_folders_keep_their_time_they_are_read_at_each_start(photos, monkeypatch):
     """As of buckets that mount-s3 mounts."""
-    line = "36 35 {}:{} / /mnt rw,noatime master:1 - {} mount-s3 rw,user_id=0"
+    line = "36 35 {}:{} / /mnt rw,noatime master:1 - {} rw,user_id=0"
     device = os.stat(photos).st_dev
     numbers = os.major(device), os.minor(device)
 
     def mounted(kind):
-        read = index.pathlib.Path.read_text
-        said = line.format(*numbers, kind)
+        read = index.pathlib.Path.read_bytes
+        said = line.format(*numbers, kind).encode() + b" \xff"
         monkeypatch.setattr(
             index.pathlib.Path,
-            "read_text",
-            lambda self, *a, **k: said if str(self).endswith("mountinfo") else read(self, *a, **k),
+            "read_bytes",
+            lambda self: said if str(self).endswith("mountinfo") else read(self),
         )
         return index._devices_without_times()
 
-    assert mounted("fuse.rclone") == mounted("fuse") == {device}
-    assert mounted("fuseblk") == mounted("ext4") == set()
+    assert mounted("fuse.rclone remote:") == mounted("fuse mountpoint-s3") == {device}
+    assert (
+        mounted("fuseblk /dev/sda1") == mounted("fuse.sshfs host:") == mounted("ext4 s3fs") == set()
+    )
     status = os.stat
     monkeypatch.setattr(index, "_SETTLED", -1.0)
 
@@ -198,7 +200,7 @@ def test_where_folders_keep_their_time_they_are_read_at_each_start(photos, monke
     before = index.list_images(photos).paths
     Image.new("RGB", (2, 3)).save(photos / "a" / "30.png")
     assert index.list_images(photos).paths == before
-    mounted("fuse")
+    mounted("fuse mountpoint-s3")
     assert len(index.list_images(photos).paths) == len(before) + 1
 
 
@@ -510,7 +512,7 @@ def test_the_configuration_chooses_from_parquet_and_arrays(tmp_path, capsys):
         describe_choices(c, labelled=False)
         # What was chosen for 32 px is held against the size that was given.
         said = capsys.readouterr().out
-        assert "data.image_size=224  (given; the images suggest 32)" in said
+        assert "data.image_size=224  (as configured; the images suggest 32)" in said
         assert "views.blur_probability=0.0  (chosen for 32 px; for 224 px it would be 0.5)" in said
         assert "model.stem=strided  (chosen for 32 px; for 224 px it would be imagenet)" in said
         assert "optimizer.name=muon  (needs no large batch" in said

@@ -503,6 +503,13 @@ def test_skipped_steps_are_counted_and_leave_the_means_alone(tmp_path):
             break
     with pytest.raises(UserError, match="step 15: loss nan, the 11th in a row, not finite"):
         log.drain()
+    log = log_of(Recorder(), every=4, total=40, workdir=tmp_path)
+    for step in range(1, 12):  # of finite loss and gradient
+        log.add(step, scalars(step, skipped_steps=1.0), {})
+    says = "step 11: the update or running statistics, the 11th in a row, not finite"
+    with pytest.raises(UserError, match=says):
+        log.drain()
+    assert (tmp_path / "not_finite_step_11.json").exists()
 
 
 def test_closing_is_watched(tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from simclr_jax.studies.figure import draw
 from simclr_jax.studies.outcomes import (
     OUTCOME,
     Outcomes,
+    claimed_of,
     keys_of,
     outcomes_of,
     runs_wanted,
@@ -297,6 +298,30 @@ def test_runs_of_a_level_are_told_by_the_images_that_it_names(short, tmp_path, p
     forget_opened()
     with pytest.raises(UserError, match=r"other_seed-0.* made with other data: "):
         run_study(short, folder, str(study))
+
+
+def test_claims_are_open_while_a_setting_is_missing_and_pass_over_what_failed():
+    """Of a level with two settings one may be finished, and one may have failed."""
+    rates = Level({}, ({"optimizer.learning_rate": 0.1}, {"optimizer.learning_rate": 0.2}))
+    study = Study("Rates", (Factor("optimizer", {"one": Level({}), "other": rates}),), seeds=2)
+    runs = {run.name: run for run in runs_of(study)}
+    others = [name for name, run in runs.items() if run.key == ("other",)]
+    scores = {("one",): {0: 0.9, 1: 0.9}}
+
+    def claimed(found, missing, failed):
+        missing = [runs[name] for name in missing]
+        outcomes = Outcomes(found, {}, missing, dict.fromkeys(failed, "why"), {}, {}, {})
+        return claimed_of(study, outcomes)
+
+    assert claimed(scores, others, []) == {**scores, ("other",): {}}
+    first = {name for name in others if runs[name].setting == 0}
+    both = {**scores, ("other",): {0: 0.5}}
+    assert claimed(both, set(others) - first, []) == {**scores, ("other",): {}}
+    assert claimed(both, set(others) - first, first) == {**scores, ("other",): {}}
+    assert claimed(scores, [], others) == scores
+    later = [name for name in others if runs[name].seed == 1]
+    assert claimed(both, later, []) == both
+    assert best("", ("one",), [("one",), ("other",), ("failed",)])(both).held
 
 
 def test_a_damaged_outcome_is_one_line(short, file, tmp_path, pretended):

@@ -135,7 +135,8 @@ def packaged(folder: str = ".") -> dict[str, str]:
 
 def _line_of(error: Exception, path: str) -> str:
     """Returns ", line N" of the last line of the file that the error went through, or ""."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-    if isinstance(error, SyntaxError) and error.filename == path:
+    file = os.path.abspath(path)  # as Python's import names it
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
         return f", line {error.lineno}"
     return f", line {frames[-1].lineno}" if frames else ""

@@ -235,7 +235,7 @@ OPTIONS: tuple[Option, ...] = (
         "train.skip_not_finite",
         False,
         flag(),
-        "skip, and count, steps whose loss, gradient or statistics are not finite; False: such a step stops the run",
+        "skip, and count, steps whose loss, gradient, update or running statistics are not finite; False: such a step stops the run",
         resumable=True,
     ),
     Option(

@@ -274,7 +274,7 @@ def check_given(data: Mapping[str, Any], given: Container[str]) -> None:
 
 
 def say_not_read(data: Mapping[str, Any]) -> None:
-    """Says which options that a configuration sets its source does not read."""
+    """Prints the options that a configuration sets and its source does not read."""
     usual = {option.name.split(".")[1]: option.default for option in OPTIONS}
     for name in _not_read(data):
         if data[name] and data[name] != usual[name]:

@@ -109,7 +109,9 @@ class Broken:
     def say_how_many(self) -> None:
         """Says how many images were skipped, and where they are named, if any were."""
         if self._problems:
-            say(f"skipped     {len(self._problems)} images that cannot be read, see {self.report}")
+            count = len(self._problems)
+            images = f"{count} image{'s' * (count > 1)}"
+            say(f"skipped     {images} that cannot be read, see {self.report}")
 
     def _write(self) -> None:
         """Writes the report; removes it if all images that were broken are mended."""

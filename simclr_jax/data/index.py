@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import time
 from typing import NamedTuple
 
@@ -41,6 +42,10 @@ _SERVICE |= {"System Volume Information"}
 # A folder that is read less than this many seconds after a change may change again without a new time, and a file
 # in it may still be being written: the next start reads such a folder again.
 _SETTLED = 2.0
+
+
+# Programs that mount buckets, by the kind or the name of their file systems in /proc/self/mountinfo.
+_BUCKETS = r"mount-s3|mountpoint-s3|rclone|s3fs|goofys|geesefs|gcsfuse|blobfuse"
 
 
 class Index(NamedTuple):
@@ -126,17 +131,19 @@ def _walk(root: pathlib.Path, known: dict[str, dict], folders: dict[str, dict]) 
 
 
 def _devices_without_times() -> set[int]:
-    """Returns the device numbers of file systems whose folders may keep their time when their files change, as those of
+    """Returns the device numbers of mounted buckets, whose folders may keep their time when their files change, as those of
     mount-s3 do, which have that of the mount.
     """
     try:
-        mounts = pathlib.Path("/proc/self/mountinfo").read_text().splitlines()  # proc(5)
+        mounts = (
+            pathlib.Path("/proc/self/mountinfo").read_bytes().decode(errors="replace").splitlines()
+        )
     except OSError:  # not on Linux
         return set()
     found = set()
     for mount in mounts:
-        place, _, kind = mount.partition(" - ")
-        if kind.startswith(("fuse ", "fuse.")):
+        place, _, kind = mount.partition(" - ")  # proc(5)
+        if kind.startswith(("fuse ", "fuse.")) and re.search(_BUCKETS, kind):
             major, minor = place.split()[2].split(":")
             found.add(os.makedev(int(major), int(minor)))
     return found

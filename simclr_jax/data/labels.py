@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import unicodedata
 from collections.abc import Mapping
 
@@ -9,6 +10,9 @@ from simclr_jax.console import say
 from simclr_jax.data.source import class_of
 from simclr_jax.errors import UserError, reason
 from simclr_jax.files import absolute, expanded
+
+# Names that have another form: absolute ones, and those with "//", "." or "..".
+_ODD = re.compile(r"(^|/)\.{0,2}(/|$)")
 
 
 def read_labels(path: str) -> dict[str, str]:
@@ -80,7 +84,7 @@ def labels_below(
     start = place_of(folder, "") + os.sep
     found: dict[str, str] = {}
     for name, label in named.items():
-        for place in {place_of(folder, name), place_of(top, name)}:
+        for place in {place_of(base, name) for base in {folder, top}}:
             if not place.startswith(start):
                 continue
             below = place.removeprefix(start)
@@ -95,9 +99,13 @@ def _above(paths: list[str]) -> str:
 
 
 def place_of(folder: str, name: str) -> str:
-    """Returns the path of `name` below a folder; `name` may be absolute. File systems and table programs write an accented
-    letter as one character or as two: here it is one.
+    """Returns the path of `name` below a folder, in Unicode's form NFC, because file systems and table programs differ in
+    how they write accented letters. `name` may be absolute.
     """
+    if name.isascii() and folder.isascii() and not _ODD.search(name):
+        return (
+            f"{folder}/{name}" if folder else name
+        )  # without what follows, which takes most of the time
     return unicodedata.normalize("NFC", os.path.normpath(os.path.join(folder, name)))
 
 

@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 from simclr_jax.data.source import Classes, class_of, in_order_of_classes
 from simclr_jax.data.streamed import memory
 from simclr_jax.errors import Unavailable, UserError, reason
-from simclr_jax.files import absolute, cache_folder, in_bucket, is_away, write_text
+from simclr_jax.files import (
+    absolute,
+    cache_folder,
+    in_bucket,
+    is_away,
+    raise_if_passing,
+    write_text,
+)
 
 # A row group is read at once, in up to this share of the machine's memory.
 _MEMORY_FOR_A_ROW_GROUP = 0.1
@@ -108,12 +115,16 @@ def _list_remote(path: str) -> tuple[Any, list[str]]:
             return system, system.glob(f"{inner.rstrip('/')}/**/*.parquet")
         return system, system.glob(inner) if glob.has_magic(inner) else [inner]
     except Exception as error:  # any of many systems' network and permission errors
-        raise _remote_error(f"cannot open {path}", error) from error
+        raise _error_of(f"cannot open {path}", error, system=path) from error
 
 
-def _remote_error(what: str, error: Exception) -> UserError:
-    """Makes the error that a file of another system cannot be read: an `Unavailable` if the system does not answer."""
-    if is_away(error):
+def _error_of(what: str, error: Exception, system: Any) -> UserError:
+    """Makes the error that a file cannot be read: an `Unavailable` if it may be read later. `system`: None: of this
+    machine.
+    """
+    if system is None:
+        raise_if_passing(error)
+    elif is_away(error):
         return Unavailable(f"{what}: {reason(error)}. The same command resumes once it answers")
     return UserError(f"{what}: {reason(error)}")
 
@@ -139,7 +150,7 @@ def open_parquet(system: Any, path: str) -> Iterator[Any]:
             raise UserError(
                 f"cannot read {path}: {reason(error)}; expected a Parquet file"
             ) from error
-        raise _remote_error(f"cannot read {path}", error) from error
+        raise _error_of(f"cannot read {path}", error, system) from error
 
 
 def _state(system: Any, path: str) -> str:
@@ -149,7 +160,7 @@ def _state(system: Any, path: str) -> str:
             return system.ukey(path)
         status = os.stat(path)
     except Exception as error:  # any of many systems' network and permission errors
-        raise _remote_error(f"cannot read {path}", error) from error
+        raise _error_of(f"cannot read {path}", error, system) from error
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 

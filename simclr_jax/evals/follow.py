@@ -28,7 +28,7 @@ from simclr_jax.evals.subjects import ENCODER, Trained
 from simclr_jax.files import write_text
 from simclr_jax.mesh import make_mesh
 from simclr_jax.training.metrics import read_lines
-from simclr_jax.training.record import run_record
+from simclr_jax.training.record import is_of_run, run_record
 from simclr_jax.training.saved import RECORD, saved_steps
 
 _LOOK_EVERY_SECONDS = 10.0
@@ -65,7 +65,7 @@ def follow_run(name: str, config: ConfigDict, workdir: str) -> dict:
     path = results.path_of(config, record, data, workdir, file_of(name, config))
     file = _file_of_lines(path)
     lines = _lines_before(name, config, data, path, record)
-    same = {"settings": _digest_of_settings(name, config, data), "run": record.get("run")}
+    settings = _digest_of_settings(name, config, data)
     done, result = lines[-1]["step"] if lines else -1, None
     while (step := processes.as_first_process_says(_next_step(workdir, done))) != _NO_MORE:
         if step == _NONE_YET:
@@ -77,7 +77,12 @@ def follow_run(name: str, config: ConfigDict, workdir: str) -> dict:
             continue
         result = evaluate_subject(name, Subject(config, data, trained, path, mesh))
         accuracy = results.accuracies(result["rows"])[ENCODER]
-        lines.append({"step": step, _name_of_metric(name, result): accuracy} | same)
+        run = trained.record.get("run", record.get("run"))
+        lines = [
+            line for line in lines if is_of_run(line, run)
+        ]  # a new run may have begun meanwhile
+        metric = _name_of_metric(name, result)
+        lines.append({"step": step, metric: accuracy, "settings": settings, "run": run})
         if jax.process_index() == 0:
             write_text(file, "".join(f"{json.dumps(line)}\n" for line in lines))
     say(f"followed to the last step, {done}: {file}")
@@ -119,7 +124,7 @@ def _lines_before(
       record: the run's.
     """
     lines = read_lines(_file_of_lines(path)) if path.exists() else []
-    if not lines or lines[-1].get("run") != record.get("run"):
+    if not lines or not is_of_run(lines[-1], record.get("run")):
         return []
     settings = _digest_of_settings(name, config, data)
     if lines[-1].get("settings", settings) != settings:

@@ -89,7 +89,7 @@ def _logits(weights: dict, x: np.ndarray) -> np.ndarray:
 def table(found: list[dict]) -> Table:
     """Shows the metric and the lambda chosen."""
     lines = [[row["features"], results.cell(row), f"{row['lambda']:.2g}"] for row in found]
-    return ["features", "chosen by", "lambda"], lines
+    return ["features", "score", "lambda"], lines
 
 
 EVALUATION = Evaluation(

@@ -89,15 +89,27 @@ def export(config: ConfigDict, workdir: str, format: str, output: str | None = N
 
 def _check_replaceable(path: epath.Path, format: str) -> None:
     """Raises a UserError if an export to the file `path` would replace what no export wrote."""
-    is_file = format in ("safetensors", "stablehlo")
-    if not is_file or in_bucket(path) or not path.exists() or path.is_dir():
+    wrote = {"safetensors": _is_safetensors_of_ours, "stablehlo": _is_stablehlo}
+    if format not in wrote or in_bucket(path):
         return
-    if not (
-        _is_safetensors_of_ours(path) if format == "safetensors" else path.suffix == ".stablehlo"
-    ):
-        raise UserError(
-            f"--output={path} would replace a file that --mode=export --format={format} did not write: expected another name"
-        )
+    files = [path, _head_beside(path)] if format == "safetensors" else [path]
+    for file in files:
+        if file.exists() and not file.is_dir() and not wrote[format](file):
+            raise UserError(
+                f"--output={path} would replace {file}, which --mode=export --format={format} did not write: expected another name"
+            )
+
+
+def _head_beside(path: epath.Path) -> epath.Path:
+    return path.with_name(f"{path.name.removesuffix('.safetensors')}.head.safetensors")
+
+
+def _is_stablehlo(path: epath.Path) -> bool:
+    try:
+        jax.export.deserialize(bytearray(path.read_bytes()))
+    except Exception:  # whatever a file that is none may lead to
+        return False
+    return True
 
 
 def _is_safetensors_of_ours(path: epath.Path) -> bool:
@@ -151,7 +163,7 @@ def _write_head(encoder: Encoder, head: dict | None, path: epath.Path) -> str:
         classifier = encoder.variables["params"]["classifier"]["dense"]
     elif head is not None:
         layers = len(head["batch_stats"])
-    beside = path.with_name(f"{path.name.removesuffix('.safetensors')}.head.safetensors")
+    beside = _head_beside(path)
     if head is None or not layers:
         beside.unlink(missing_ok=True)  # of an earlier export
         return ""

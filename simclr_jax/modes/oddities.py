@@ -28,8 +28,8 @@ def oddities(config: ConfigDict, plan: Plan, images: int) -> list[str]:
     found = []
     if learns_by_loss and batch < 64 and config.loss.name == "nt_xent":
         found.append(
-            f"data.batch_size={batch}: {count_negatives(batch, config.loss.negatives)} negatives; below 64 NT-Xent learns slowly, "
-            "loss.name=dcl suffers less (Yeh et al. 2022)"
+            f"data.batch_size={batch}: {count_negatives(batch, config.loss.negatives)} negatives an anchor; below 64 images NT-Xent learns "
+            "slowly (Yeh et al. 2022)"
         )
     rules = (0.3 * batch / 256, 0.075 * batch**0.5)  # appendix B.1
     times = [max(plan.learning_rate / rule, rule / max(plan.learning_rate, 1e-9)) for rule in rules]
@@ -96,9 +96,8 @@ def oddities(config: ConfigDict, plan: Plan, images: int) -> list[str]:
 
 
 def _reaches_z(config: ConfigDict, plan: Plan) -> bool:
-    mesh = make_mesh(
-        jax.local_devices()[:1]
-    )  # --mode=explain may be about devices that are not there
+    # On one device of this machine: --mode=explain may be about devices that are not there.
+    mesh = make_mesh(jax.local_devices()[:1])
     images, width, *_ = assemble.references(config, plan)
     return has_gradient(assemble.contrastive_loss(config, mesh), images, width, mesh)
 

@@ -164,6 +164,8 @@ def _pretrain(config: ConfigDict, workdir: str, extend: bool) -> None:
 
     advice = _ADVICE + ("" if config.train.skip_not_finite else _OR_SKIP)
     run = run_of(config, plan, workdir, record, advice, judged)
+    if saved is not None and saved["step"] == plan.steps:
+        say(f"finished    before, at step {plan.steps}: nothing is trained")
     fit(job, stream(made.views, images), run, hooks)
     images.broken.say_how_many()
     say(f"trained to step {plan.steps}: {workdir}/checkpoints, {workdir}/metrics.jsonl")
@@ -273,5 +275,5 @@ def describe_choices(config: ConfigDict, labelled: bool) -> None:
         elif given == fit[option]:
             why = f"fits {size} px"
         else:
-            why = f"given; the images suggest {fit[option]}"
+            why = f"as configured; the images suggest {fit[option]}"
         say(f"{'' if i else 'settings':<12}{option}={given}  ({why})")

@@ -272,7 +272,7 @@ def _show(config: ConfigDict, study: Study, folder: epath.Path) -> dict:
             say(f"beside      {words}, for the data and encoder of the first run")
         for verdict in verdicts:
             held = {True: "holds", False: "does not hold", None: "open"}[verdict.held]
-            say(f"{held:<14}{verdict.claim}: {verdict.because}")
+            say(f"{held + ':':<15}{verdict.claim} ({verdict.because})")
         for name, why in outcomes.failed.items():
             say(f"failed      {name}: {why}")
         for name, why in outcomes.unhealthy.items():

@@ -18,7 +18,7 @@ from simclr_jax.files import absolute
 from simclr_jax.training.log import SKIPPED_IN_A_ROW
 from simclr_jax.training.metrics import last_values, read_lines
 from simclr_jax.training.plan import Plan
-from simclr_jax.training.record import run_record
+from simclr_jax.training.record import is_of_run, run_record
 from simclr_jax.training.verdict import HEALTH, NOT_JUDGED, References, Verdict, judge
 
 # Results are in WORKDIR/NAME.json, and in WORKDIR/NAME_DATA_DIGEST.json on other data.
@@ -184,14 +184,13 @@ def read_run_files(workdir: str) -> RunFiles:
         about,
         read_lines(root / "metrics.jsonl"),
         _json(root / HEALTH),
-        {name: found for name, found in results.items() if found and _is_of(about, found)},
+        {
+            name: found
+            for name, found in results.items()
+            if found and "rows" in found and is_of_run(found, about.get("run"))
+        },
         sorted(path.name for path in root.glob("not_finite_step_*.json")),
     )
-
-
-def _is_of(about: dict, found: dict) -> bool:
-    """Returns whether a file is a result of the run, and not of a former one in its folder."""
-    return "rows" in found and found.get("run", about.get("run")) == about.get("run")
 
 
 def _step_of(name: str) -> int:

@@ -1,5 +1,6 @@
 """Makes the page of one run."""
 
+import shlex
 from typing import Any
 
 import numpy as np
@@ -282,7 +283,7 @@ def _environment(run: RunFiles) -> list[tuple[str, str]]:
     devices = about.get("devices", [])
     return [
         ("workdir", str(run.workdir.absolute())),
-        ("command", " ".join(about.get("command", []))),
+        ("command", shlex.join(about.get("command", []))),
         ("last started", about.get("time", "")),
         ("commit", about.get("commit") or "no checkout"),
         ("packages", versions),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
+from simclr_jax.console import say
 from simclr_jax.errors import UserError
 from simclr_jax.evals.results import accuracies, titles_of
 from simclr_jax.evals.subjects import ENCODER
@@ -31,7 +32,10 @@ def page_of_runs(patterns: Sequence[str], folder: str) -> str:
             runs.append(read_run_files(path))
         except UserError as error:
             skipped.append(str(error))
-    if not runs:
+    if runs:
+        for why in skipped:
+            say(f"left out    {why}")
+    else:
         raise UserError(
             f"no run in {' '.join(patterns)} ({'; '.join(skipped)}): expected workdirs, or a pattern such as 'RUNS/*'"
         )

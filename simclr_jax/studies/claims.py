@@ -37,8 +37,8 @@ def best(text: str, one: Key, among: Sequence[Key] | None = None) -> Claim:
     """
 
     def verdict(scores: Scores) -> Verdict:
-        compared_with = list(among or scores)
-        keys = [key for key in compared_with if scores.get(key)]
+        compared_with = [key for key in (among or scores) if key in scores]
+        keys = [key for key in compared_with if scores[key]]
         if one not in keys or len(keys) < 2:
             return Verdict(text, None, f"{said(one)} and one more are needed")
         if lacking := len(compared_with) - len(keys):

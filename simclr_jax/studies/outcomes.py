@@ -182,15 +182,15 @@ def table_of(study: Study, outcomes: Outcomes) -> tuple[list[str], list[list[str
 
 
 def claimed_of(study: Study, outcomes: Outcomes) -> Scores:
-    """Returns the scores that claims are judged by: of every key, {} where they are missing; none of a key whose training
-    could not go on.
+    """Returns the scores that claims are judged by: {} of a key of which a run of the first seed is missing. A key whose
+    trainings could not go on is left out.
     """
-    failed = {run.key for run in runs_of(study) if run.name in outcomes.failed}
-    return {
-        key: outcomes.scores.get(key, {})
+    missing = {run.key for run in outcomes.missing if run.seed == 0}
+    there = {
+        key: {} if study.levels_of(key) in missing else outcomes.scores.get(key)
         for key in keys_of(study)
-        if key in outcomes.scores or study.levels_of(key) not in failed
     }
+    return {key: scores for key, scores in there.items() if scores is not None}
 
 
 def keys_of(study: Study) -> Iterable[Key]:

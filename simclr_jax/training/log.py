@@ -22,7 +22,7 @@ from simclr_jax.training.verdict import Verdict
 # one queued, and no more than this many batches lie in its memory.
 STEPS_AHEAD = 2
 
-# Steps in a row that may be skipped for a loss or gradient that is not finite. A training that only some batches upset
+# Steps in a row that may be skipped for numbers that are not finite. A training that only some batches upset
 # recovers within a few; an encoder that has blown up never does.
 SKIPPED_IN_A_ROW = 10
 
@@ -139,6 +139,8 @@ class Log:
             for name in ("loss", "grad_norm")
             if not math.isfinite(values[name])
         ]
+        if not bad and values.get("skipped_steps"):
+            bad = ["the update or running statistics"]
         if not bad:
             self._skipped = 0
             return

@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -20,7 +19,7 @@ from simclr_jax.training.metrics import MetricWriter
 from simclr_jax.training.saved import with_shardings
 from simclr_jax.training.sinks import Sinks
 from simclr_jax.training.state import TrainState
-from simclr_jax.training.step import Step
+from simclr_jax.training.step import Step, all_finite
 from simclr_jax.training.stopping import Stop
 from simclr_jax.training.watch import Watch
 
@@ -225,10 +224,5 @@ def check_state(step: int, state: TrainState, advice: str) -> None:
     """Raises a UserError if the state after `step` holds a number that is not finite: an update may
     overflow, or a BatchNorm statistic, that no loss has seen yet.
     """
-    if not _all_finite(state):
+    if not jax.jit(all_finite)(state):
         raise not_finite(step, "the updated state is", advice)
-
-
-@jax.jit
-def _all_finite(tree) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))

@@ -21,6 +21,7 @@ from simclr_jax.files import absolute, no_folder, write_json
 from simclr_jax.training.plan import Plan
 from simclr_jax.training.program import commit, versions
 from simclr_jax.training.saved import read_newest, read_record
+from simclr_jax.training.verdict import HEALTH
 
 
 def about_training(plan: Plan, data: DataSet, fingerprint: str) -> dict[str, Any]:
@@ -93,9 +94,18 @@ def write_record(
         "processes": jax.process_count(),
     }
     if jax.process_index() == 0:
+        folder = epath.Path(workdir)
         advice = f"--workdir={workdir} must be a folder that can be written"
-        write_json(epath.Path(workdir) / "config.json", record, advice)
+        write_json(folder / "config.json", record, advice)
+        if saved is None:  # what is there says how a former run ended
+            for file in (*folder.glob("not_finite_step_*.json"), folder / HEALTH):
+                file.unlink(missing_ok=True)
     return record
+
+
+def is_of_run(found: dict, run: str | None) -> bool:
+    """Returns whether a result, which may be of an earlier version without a "run", is of the run of that name."""
+    return run is None or found.get("run") in (None, run)
 
 
 def _found_from_anywhere(config: ConfigDict) -> dict:

@@ -110,7 +110,7 @@ def make_step(
             new_state = dataclasses.replace(new_state, memory=new_memory)
         if rule.skip_not_finite:
             numbers = (metrics["loss"], metrics["grad_norm"], metrics["update_norm"])
-            finite = _are_finite((numbers, found.batch_stats))
+            finite = all_finite((numbers, found.batch_stats))
             metrics["skipped_steps"] = 1.0 - finite
             kept = dataclasses.replace(
                 state,
@@ -123,8 +123,8 @@ def make_step(
     return step
 
 
-def _are_finite(tree: Any) -> jax.Array:
-    """Returns whether all numbers are finite: one that is not would stay in running statistics for ever."""
+def all_finite(tree: Any) -> jax.Array:
+    """Returns whether all numbers of a tree of arrays are finite. One that is not stays in running statistics for ever."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 

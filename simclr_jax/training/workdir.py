@@ -22,7 +22,6 @@ from simclr_jax.training.saved import (
     is_of_checkpoints,
     read_record,
 )
-from simclr_jax.training.verdict import HEALTH
 
 # Options that decide which images or labels a run finds.
 _CHOOSE_IMAGES = (
@@ -110,7 +109,7 @@ def check_workdir(
     saved = _newest_record(workdir)
     if saved is None:
         check_data(train, fingerprint, None, workdir)
-        _replace_former(config, workdir)
+        _say_what_is_replaced(config, workdir)
         return None
     if "imported" in saved:
         raise UserError(
@@ -187,18 +186,12 @@ def check_data(train: Split, fingerprint: str, saved: dict | None, workdir: str)
     )
 
 
-def _replace_former(config: ConfigDict, workdir: str) -> None:
-    """Says how the configuration differs from that of a run which saved nothing, if there was one, and removes what says
-    how that run ended.
-    """
+def _say_what_is_replaced(config: ConfigDict, workdir: str) -> None:
+    """Says how the configuration differs from that of a run which saved nothing, if there was one."""
     with contextlib.suppress(UserError):  # none, or not what training wrote
         old = config_lib.from_dict(saved_config(workdir))
         if changed := config_lib.differences(old, config):
             say(f"workdir     a run that saved nothing is replaced ({'; '.join(changed)})")
-    if jax.process_index() == 0:
-        folder = epath.Path(workdir)
-        for file in (*folder.glob("not_finite_step_*.json"), folder / HEALTH):
-            file.unlink(missing_ok=True)
 
 
 def _newest_record(workdir: str) -> dict | None:

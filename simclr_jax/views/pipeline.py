@@ -167,24 +167,26 @@ def _run(
 
     Raises:
       UserError: too many images cannot be read, or something else than an image.
-      Unavailable: a storage does not answer; or reading fails time and again, and no image is found broken.
+      Unavailable: a storage does not answer; or reading a file fails time and again, and no image is found broken.
     """
     failures = 0  # in succession, of images that could be read when they were tried again
     unknown = tf.errors.UnknownError
     # Local names, because the generator may be closed after the interpreter has cleared `tf`. These are the errors
     # of decoding, and those into which TensorFlow turns errno (tsl/platform/errno.cc).
-    not_decoded = tf.errors.InvalidArgumentError
-    unreadable = (
-        tf.errors.InvalidArgumentError,
+    of_a_storage = (
         tf.errors.NotFoundError,
         tf.errors.PermissionDeniedError,
-        tf.errors.DataLossError,
-        tf.errors.ResourceExhaustedError,
-        tf.errors.FailedPreconditionError,  # ENOTDIR, EISDIR
         tf.errors.AbortedError,  # ESTALE
         tf.errors.UnavailableError,
         tf.errors.DeadlineExceededError,
         unknown,  # ELOOP, EIO
+    )
+    unreadable = (
+        *of_a_storage,
+        tf.errors.InvalidArgumentError,
+        tf.errors.DataLossError,
+        tf.errors.ResourceExhaustedError,
+        tf.errors.FailedPreconditionError,  # ENOTDIR, EISDIR
     )
     while True:
         batches = in_order(dataset(passed)).prefetch(_PREFETCH_BATCHES)
@@ -201,10 +203,10 @@ def _run(
             if images.broken.find(indices(passed)):
                 continue
             failures += 1
+            if not isinstance(error, of_a_storage):
+                raise UserError(f"the images cannot be read: {reason_of(error)}") from error
             if failures == _TRIES:
-                is_of_a_storage = not isinstance(error, not_decoded)
-                kind = Unavailable if is_of_a_storage else UserError
-                raise kind(f"the images cannot be read: {reason_of(error)}") from error
+                raise Unavailable(f"the images cannot be read: {reason_of(error)}") from error
             time.sleep(_PAUSE_SECONDS)
 
 
@@ -213,7 +215,8 @@ def _error_in_python(message: str) -> UserError:
     traceback.
     """
     first = message.partition("\n")[0]
-    found = re.search(r"\b(Unavailable|\w*Error|\w*Exception): (.*)", first)
+    where = r"(?:.*Iterator::\S+: |\{\{.*?\}\}\s*)?"
+    found = re.match(where + r"(?:[\w.]*\.)?(\w+): (.*)", first)
     name, reason = found.groups() if found else ("", first)
     kind = Unavailable if name == Unavailable.__name__ else UserError
     return kind(f"the images cannot be read: {reason}")

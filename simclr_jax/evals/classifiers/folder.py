@@ -2,18 +2,17 @@
 
 import dataclasses
 import itertools
-import json
 
 import jax
 from etils import epath
 
 from simclr_jax import processes
 from simclr_jax.evals.classifiers.protocol import decides_the_same
-from simclr_jax.files import read_json, write_json
+from simclr_jax.files import parsed_json, read_json, write_json
 from simclr_jax.training.checkpoint import save_once
 from simclr_jax.training.state import TrainState
 
-_AGAIN = "remove the folder, and this training is done again"  # of a file that is damaged
+_AGAIN = "remove the folder, and it is trained again"  # of a file that is damaged
 
 
 class TrainingFolder:
@@ -40,8 +39,10 @@ class TrainingFolder:
         self.path = epath.Path(processes.text_of_first(own) or "")
         finished = self.path / "outcome.json"
         read = jax.process_index() == 0 and finished.exists()
-        outcome = processes.text_of_first(json.dumps(read_json(finished, _AGAIN)) if read else None)
-        return None if outcome is None else json.loads(outcome)
+        outcome = processes.text_of_first(
+            finished.read_bytes().decode(errors="replace") if read else None
+        )
+        return None if outcome is None else parsed_json(outcome, finished, _AGAIN)
 
     def _own(self, about: dict) -> epath.Path:
         """Returns the folder of this training: `path`, or PATH_2, PATH_3, ... where finished trainings with other options

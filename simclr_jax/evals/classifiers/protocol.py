@@ -162,12 +162,19 @@ def what_decides(
     return about | ({} if config.data.upright else {"upright": False})
 
 
+UNTRAINED_START = "untrained"  # follows from the model and the seed, whatever the checkpoint is
+
+
 def decides_the_same(then: dict, now: dict) -> bool:
     """Returns whether two records, as of `what_decides`, are of one training. `then` may be of an earlier version: an
     option of the model that it lacks counts as at its default.
     """
     then, now = json.loads(json.dumps(then)), json.loads(json.dumps(now))
     then.pop("digest", None)  # in records of earlier versions
+    if now.get("start") == UNTRAINED_START and then["setting"] == now["setting"]:
+        then["start"] = (
+            UNTRAINED_START  # earlier versions put a digest of the trained encoder there
+        )
     model, now_model = (flatten(ConfigDict(x.pop("model"))) for x in (then, now))
     return (then, with_defaults(model, now_model, "model.")) == (now, now_model)
 

@@ -4,6 +4,8 @@ It reports the accuracy of the last step and, if a validation part was held out 
 the step that did best on it. The test split chooses nothing.
 """
 
+import math
+
 from ml_collections import ConfigDict
 
 from simclr_jax import assemble, processes
@@ -14,6 +16,8 @@ from simclr_jax.evals.classifiers.training import Trainer
 from simclr_jax.evals.contract import Table
 from simclr_jax.evals.scores import BESIDE, METRIC_NAMES, Score
 from simclr_jax.evals.subjects import ENCODER
+
+_FEW_STEPS = 10  # of a training, below which it is called unusual: ours
 
 # Options of the group "eval" that decide a result, of its labels and rows.
 _OF_LABELS = ("validation_fraction", "seeds", "baselines")
@@ -76,7 +80,7 @@ def _rows(config: ConfigDict, trainer: Trainer, protocol: Protocol) -> dict:
 
 def _say_how_many(trainer: Trainer, protocol: Protocol) -> None:
     """Says how many trainings there are, before the first of them: 112 of 20,000 and more steps in appendix B.8."""
-    count = steps = 0
+    count, steps, shortest = 0, 0, math.inf
     for kind in trainer.starts.networks:
         for search in protocol.searches(kind):
             trainings = (len(search.candidates) + trainer.refits) * trainer.draws(search)
@@ -87,8 +91,15 @@ def _say_how_many(trainer: Trainer, protocol: Protocol) -> None:
                 else trainer.parts.whole.count
             )
             images = round(search.fraction * count_of)
-            count += trainings
-            steps += trainings * search.length.steps(images, protocol.options.batch_size)
+            length = search.length.steps(images, protocol.options.batch_size)
+            count, steps = count + trainings, steps + trainings * length
+            shortest = min(shortest, length)
+    if shortest < _FEW_STEPS:
+        option = f"{protocol.mode}.batch_size"
+        say(
+            f"unusual     {option}={protocol.options.batch_size}: {shortest} steps for the fewest labels are too few to learn; "
+            f"a smaller --config.{option} makes more"
+        )
     say(
         f"trainings   {count}, some {steps:,} steps in all; what was trained before is not trained again"
     )

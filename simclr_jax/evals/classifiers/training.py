@@ -16,7 +16,13 @@ from simclr_jax.evals import results, subjects
 from simclr_jax.evals.classifiers.folder import TrainingFolder
 from simclr_jax.evals.classifiers.parts import Parts, parts_of
 from simclr_jax.evals.classifiers.program import Program
-from simclr_jax.evals.classifiers.protocol import Protocol, Search, Training, what_decides
+from simclr_jax.evals.classifiers.protocol import (
+    UNTRAINED_START,
+    Protocol,
+    Search,
+    Training,
+    what_decides,
+)
 from simclr_jax.evals.classifiers.selection import VALIDATIONS, Selection
 from simclr_jax.evals.scores import Score
 from simclr_jax.evals.subjects import ENCODER, UNTRAINED
@@ -176,8 +182,7 @@ class Trainer:
 
     def _about(self, training: Training, images: Images) -> dict:
         """Returns everything that decides what a training learns; see `what_decides`."""
-        # An untrained start follows from the model and the seed, whatever the checkpoint is.
-        start = "untrained" if training.kind == UNTRAINED else self.starts.digest
+        start = UNTRAINED_START if training.kind == UNTRAINED else self.starts.digest
         digests: dict = {"start": start, "images": images.split.fingerprint()}
         digests |= {"judged_on": self._judged_on}
         crops, metric = repr(self._program.distortion), self.parts.metric
