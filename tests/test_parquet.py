@@ -23,6 +23,7 @@ from simclr_jax.data.broken import Broken, Images
 from simclr_jax.data.order import Order, Share
 from simclr_jax.data.parquet import RowGroups
 from simclr_jax.data.parquet_files import Columns
+from simclr_jax.data.parquet_paths import list_files, open_parquet
 from simclr_jax.data.pictures import pictures_of, places_of
 from simclr_jax.data.pixels import ReadOptions
 from simclr_jax.data.source import ShardedSource
@@ -207,7 +208,7 @@ def test_a_folder_a_file_a_glob_and_an_address(three, where, rows, address):
 
 def test_the_name_of_a_folder_may_have_brackets(three):
     folder = three.rename(three.with_name("run[1]"))
-    _, paths = parquet_files.list_files(f"{folder}/*.parquet")
+    _, paths = list_files(f"{folder}/*.parquet")
     assert paths == [f"{folder}/a-0.parquet", f"{folder}/a-1.parquet"]
 
 
@@ -229,12 +230,12 @@ def test_a_file_system_that_does_not_answer_is_no_mistake(three, monkeypatch):
             list(evaluation_batches(images, 4, Share(), EvaluationView(8)))
         with (
             pytest.raises(Unavailable, match=says),
-            parquet_files.open_parquet(memory, "/away/a-0.parquet"),
+            open_parquet(memory, "/away/a-0.parquet"),
         ):
             pass
     with (
         pytest.raises(UserError) as caught,
-        parquet_files.open_parquet(memory, "/away/none.parquet"),
+        open_parquet(memory, "/away/none.parquet"),
     ):
         pass
     assert not isinstance(caught.value, Unavailable)
@@ -247,7 +248,7 @@ def test_links_show_no_file_twice(three, tmp_path, where):
     (three / "deep/loop").symlink_to("loop")
     (three / "again.parquet").symlink_to("a-0.parquet")
     (three / "drive").symlink_to(tmp_path / "elsewhere")
-    _, paths = parquet_files.list_files(f"{three}/{where}")
+    _, paths = list_files(f"{three}/{where}")
     names = ("a-0.parquet", "a-1.parquet", "deep/b.parquet", "drive/c.parquet")
     assert paths == [f"{three}/{name}" for name in names]
 

@@ -21,10 +21,9 @@ from simclr_jax.data.parquet_files import (
     check_sizes,
     classes_of,
     index_files,
-    list_files,
     named_class_of,
-    open_parquet,
 )
+from simclr_jax.data.parquet_paths import list_files, open_parquet
 from simclr_jax.data.source import Classes, ShardedSource, codes_of
 from simclr_jax.data.split import DataSet
 from simclr_jax.data.streamed import StreamedSplit
