@@ -175,6 +175,27 @@ def test_the_probes_fit_to_no_label_of_the_validation_part_but_the_last_to_all(m
     assert not set(held) & set().union(*fitted)
 
 
+def test_what_is_reported_of_all_labels_is_fitted_to_the_validation_part_too(monkeypatch):
+    fitted = []
+
+    def fit(x, y, l2, classes, max_iterations):
+        fitted.append(len(x))
+        return {"kernel": jnp.zeros((x.shape[1], classes)), "bias": jnp.zeros(classes)}
+
+    monkeypatch.setattr(probe, "fit_logistic", fit)
+    x, y = np.arange(41, dtype=np.float32)[:, None], np.arange(41) % 3
+    features = Features((x, y), (x[:4], y[:4]), 3, make_mesh(jax.devices()[:1]))
+    options = {"l2": (1e-3, 1e-2), "validation_fraction": 0.25, "seed": 0, "max_iterations": 1}
+    probe_all_labels(features, options)
+    assert fitted[-1] == 41
+    assert max(fitted[:-1]) < 41
+
+
+def test_of_few_training_images_all_vote():
+    options = {"knn_k": 200, "knn_temperature": 0.1}
+    assert [knn.settings(options, images, 3)["k"] for images in (50, 500)] == [50, 200]
+
+
 def test_an_evaluation_gets_the_metric_that_was_asked_for(tiny, tmp_path, monkeypatch):
     seen = []
 
@@ -647,7 +668,9 @@ def test_without_a_validation_part_there_is_no_probe(tiny, tmp_path):
         on_the_way.evaluations_on_the_way(tiny, assemble.pretraining(tiny))
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"config": {}, "plan": "\xff"}'])
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b"{}", b'{"config": {}}', b'{"config": {}, "plan": "\xff"}']
+)
 def test_a_damaged_record_of_a_run_is_one_line(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match="is not what training wrote: give a --config"):

@@ -176,7 +176,9 @@ def test_verdicts(step, loss, z_std, expected):
 def test_a_loss_above_chance_is_no_alarm_where_pairs_are_told_apart():
     """As at tau 0.001: ln(2B - 1) tells nothing there."""
     means = {"loss": 300.0, "z_std": EVEN}
-    assert judge(50, means | {"other_view_top1": 0.12}, OF_512).name == "not judged"
+    found = judge(50, means | {"other_view_top1": 0.12}, OF_512)
+    assert found.name == "not judged"
+    assert "12.0% of the pairs are told apart (by chance 0.2%)" in found.because
     assert judge(100, means | {"other_view_top1": 0.01}, OF_512).name == "not learning"
     assert not judge(50, means | {"other_view_top1": 0.12}, OF_512).is_bad
 

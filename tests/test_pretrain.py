@@ -30,6 +30,7 @@ from simclr_jax.modes.pretrain import describe_run, pretrain
 from simclr_jax.shell import settle_tensorflow
 from simclr_jax.training.checkpoint import Checkpoints, Saving
 from simclr_jax.training.checksums import checksum_of_record
+from simclr_jax.training.plan import check_enough
 from simclr_jax.training.record import write_record
 from simclr_jax.training.saved import find, saved_steps
 from simclr_jax.training.state import TrainState
@@ -343,6 +344,12 @@ def test_too_few_images_are_refused(tiny, tmp_path, images, says):
     np.savez(tiny.data.path, train_images=random_images(images, 12, 12))
     with pytest.raises(UserError, match=says):
         pretrain(tiny, str(tmp_path / "w"))
+
+
+def test_a_batch_may_hold_all_images():
+    check_enough(48, 48)
+    with pytest.raises(UserError, match="49"):
+        check_enough(49, 48)
 
 
 def test_test_images_that_are_the_training_images_are_refused(tiny):

@@ -506,6 +506,12 @@ def test_runs_of_many_lines_stay_small_and_are_named_apart(tmp_path):
     assert "no such" in text
 
 
+def test_a_run_is_finished_at_its_last_step(tmp_path):
+    for step, state in ((3, "at step 3 of 4"), (4, "finished")):
+        line = json.dumps({"step": step, "loss": 1.0}) + "\n"
+        assert read_run_files(str(write_run(tmp_path / f"{step}", line, 4))).state == state
+
+
 def test_results_of_a_former_run_in_the_folder_are_not_shown(tmp_path):
     folder = write_run(tmp_path / "a", "", probe={"rows": [], "step": 8, "run": "one"})
     about = json.loads((folder / "config.json").read_text())

@@ -237,6 +237,26 @@ def test_supervised_training_needs_labels(small):
         assemble.pretraining(small)
 
 
+def test_a_step_has_the_rate_and_the_weights_before_it():
+    """The metric is the rate that the step took, and weight decay is of the weights, not of their gradient."""
+
+    def objective(params, batch_stats, batch):
+        return Embedding(0 * params["encoder"]["kernel"] * batch["x"], jnp.zeros(()), {}, {})
+
+    def schedule(step):
+        return 0.5 / (step + 1)
+
+    optimizer = make_optimizer(
+        "sgd", schedule, weight_decay=0.1, momentum=0.0, trust_coefficient=0.0
+    )
+    step = make_step(objective, lambda z, _: (jnp.mean(z), {}), UpdateRule(optimizer, schedule))
+    state = start_of({"encoder": {"kernel": jnp.full((2, 2), 3.0)}}, {}, optimizer)
+    batch = {"x": np.ones((2, 2), np.float32), "label": np.zeros(2, np.int32)}
+    state, metrics = step(state, batch)
+    assert metrics["learning_rate"] == 0.5
+    np.testing.assert_allclose(state.params["encoder"]["kernel"], 3 * (1 - 0.5 * 0.1), rtol=1e-6)
+
+
 def test_a_step_that_ends_running_statistics_is_skipped():
     """They are moving averages: one that is infinite stays so."""
 

@@ -633,6 +633,11 @@ def test_claims():
     assert among_best("a", ("a",), 2)(lacking).held is None
 
 
+def test_a_sign_test_is_a_probability():
+    assert sign_test([1.0, -1.0]) == 1.0
+    assert sign_test([1.0, 1.0, 1.0]) == 0.25
+
+
 def test_ties_hold_no_claim():
     """As many right answers in all, in other seeds: the means differ by their rounding."""
     scores = {
