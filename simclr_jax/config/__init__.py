@@ -110,7 +110,8 @@ def validate(config: ConfigDict, leaving_out: Sequence[str] = ()) -> None:
     if len(fractions) != len(epochs) or not all(fractions) or not different:
         raise UserError(
             f"finetune.label_fractions={fractions} and finetune.epochs={epochs}: expected one or more different "
-            "fractions above 0, and one number of epochs for each: give both options"
+            "fractions above 0, and one number of epochs for each: give both options, such as "
+            f"--config.finetune.epochs={','.join(['30'] * len(fractions)) or '30'}"
         )
     layers = depth_of(config.model.head, config.model.head_layers)
     if config.finetune.from_layer > layers:

@@ -202,7 +202,7 @@ def _optimizer(epochs: int) -> list[Choice]:
         Choice(
             "optimizer.name",
             "muon",
-            "needs no large batch; first of four optimizers in short runs (docs/findings.md)",
+            "needs no large batch; first of four optimizers in short runs, see docs/findings.md",
         ),
         Choice("optimizer.learning_rate", 8e-3, "for muon"),
         Choice("optimizer.momentum", 0.95, "for muon"),
