@@ -11,7 +11,7 @@ from PIL import Image
 
 from simclr_jax import assemble
 from simclr_jax.bench import __main__ as bench
-from simclr_jax.bench import loss
+from simclr_jax.bench import chips, loss
 from simclr_jax.errors import UserError
 from simclr_jax.mesh import make_mesh
 
@@ -126,3 +126,9 @@ def test_the_benchmark_of_learning_numbers_the_classes_of_both_folders_alike(tmp
         Image.fromarray(np.full((4, 4, 3), value, np.uint8)).save(tmp_path / place / "x.png")
     for part in benchmark("learning").load(tmp_path).values():
         assert [image[0, 0, 0] for image in part.images] == part.labels.tolist()
+
+
+def test_the_peak_of_a_chip_is_that_of_the_first_name_that_fits():
+    """A v5e calls itself "TPU v5 lite", a v5p "TPU v5"."""
+    for kind in chips.PEAKS:
+        assert next(name for name in chips.PEAKS if kind.startswith(name)) == kind

@@ -278,6 +278,14 @@ def test_few_sizes_of_batches_are_compiled(embedded, monkeypatch):
         assert sizes == expected
 
 
+def test_floats_below_0_are_refused(embedded):
+    (_, workdir, _), _ = embedded
+    encoder = simclr_jax.load_encoder(workdir)
+    images = np.full((1, encoder.image_size, encoder.image_size, 3), -0.5, np.float32)
+    with pytest.raises(ValueError, match=r"from -0\.5 to -0\.5: expected floats"):
+        encoder(images)
+
+
 def test_images_may_be_bfloat16(embedded):
     (_, workdir, _), _ = embedded
     encoder = simclr_jax.load_encoder(workdir)

@@ -24,7 +24,7 @@ from simclr_jax.modes.export import export
 from simclr_jax.modes.import_weights import import_weights
 from simclr_jax.training.record import run_record
 from simclr_jax.training.state import count_parameters
-from simclr_jax.weights import published, tensorflow, torchvision
+from simclr_jax.weights import contents, published, tensorflow, torchvision
 from simclr_jax.weights.contents import layers_in_order
 
 PUBLISHED = pathlib.Path(__file__).parent / "data" / "published"
@@ -556,3 +556,12 @@ def test_the_head_of_an_import_is_the_published_one(tmp_path):
     z = head.apply(found.head, jnp.asarray(h, jnp.float32), train=False)[-1]
     np.testing.assert_allclose(z, x, rtol=0, atol=1e-5 * np.abs(x).max())
     assert isinstance(head, nn.Module)
+
+
+def test_blocks_and_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
+    """ResNet-101 has 23 blocks in a stage; steps of TensorFlow's checkpoints have differing lengths."""
+    names = [f"stage{s}_block{b}" for s in (1, 2) for b in range(1, 13)]
+    assert contents._blocks(sorted(names)) == names
+    for step in (9, 1000, 200):
+        (tmp_path / f"model.ckpt-{step}.index").touch()
+    assert tensorflow.prefix_of(epath.Path(tmp_path)).name == "model.ckpt-1000"
