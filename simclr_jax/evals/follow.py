@@ -48,7 +48,7 @@ def follow_run(name: str, config: ConfigDict, workdir: str) -> dict:
     otherwise the file begins anew with the checkpoints that are there.
 
     Args:
-      name: of one of `EVALUATIONS`.
+      name: a row of `EVALUATIONS`.
       config: the evaluation's configuration.
       workdir: the run's folder, which need not be there yet.
 
@@ -78,9 +78,8 @@ def follow_run(name: str, config: ConfigDict, workdir: str) -> dict:
         result = evaluate_subject(name, Subject(config, data, trained, path, mesh))
         accuracy = results.accuracies(result["rows"])[ENCODER]
         run = trained.record.get("run", record.get("run"))
-        lines = [
-            line for line in lines if is_of_run(line, run)
-        ]  # a new run may have begun meanwhile
+        # A new run may have begun meanwhile.
+        lines = [line for line in lines if is_of_run(line, run)]
         metric = _name_of_metric(name, result)
         lines.append({"step": step, metric: accuracy, "settings": settings, "run": run})
         if jax.process_index() == 0:
@@ -120,7 +119,7 @@ def _lines_before(
 
     Args:
       name, config, data: the evaluation.
-      path: of its result.
+      path: the file of the evaluation's result.
       record: the run's.
     """
     lines = read_lines(_file_of_lines(path)) if path.exists() else []
@@ -166,7 +165,7 @@ def _trained_at(step: int, config: ConfigDict, workdir: str, mesh: Mesh) -> Trai
         of_z = config.eval.features == "z"
         return subjects.trained(config, workdir, mesh, head=of_z, step=step)
     except UserError:
-        # What is not the newest may be half deleted: a folder is left when its files are gone.
+        # A checkpoint that is not the newest may be half deleted: its folder is left when its files are gone.
         steps = saved_steps(workdir)
         if not steps or steps[-1] == step or jax.process_count() > 1:
             raise

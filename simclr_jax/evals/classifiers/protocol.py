@@ -172,9 +172,7 @@ def decides_the_same(then: dict, now: dict) -> bool:
     then, now = json.loads(json.dumps(then)), json.loads(json.dumps(now))
     then.pop("digest", None)  # in records of earlier versions
     if now.get("start") == UNTRAINED_START and then["setting"] == now["setting"]:
-        then["start"] = (
-            UNTRAINED_START  # earlier versions put a digest of the trained encoder there
-        )
+        then["start"] = UNTRAINED_START  # earlier versions wrote the trained encoder's digest
     model, now_model = (flatten(ConfigDict(x.pop("model"))) for x in (then, now))
     return (then, with_defaults(model, now_model, "model.")) == (now, now_model)
 
