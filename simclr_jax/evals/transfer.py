@@ -43,7 +43,8 @@ def fit_chosen_lambda(features: Features, options: Options, lambdas: tuple[float
     Returns:
       {"score": the `Score` on the test images, "lambda", "validation_accuracies": the metric for each lambda,
       ascending, "unfinished": the lambdas of which a fit ended at "max_iterations", be it on the validation part's
-      complement or on all training images}, and "mean_per_class_accuracy" where images have one label, unless that is the metric.
+      complement or on all training images}, and "mean_per_class_accuracy" where images have one label, unless that is
+      the metric.
     """
     x, y = features.train
     part, held = split_validation(len(y), options["validation_fraction"], options["seed"])

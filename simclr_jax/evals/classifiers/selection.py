@@ -57,7 +57,8 @@ class Selection:
 
     def outcome(self, state: TrainState) -> dict:
         """Returns the test score at the last step ("last", and "last_top_5" and "last_mean_per_class" where they were
-        measured) and at the chosen one ("selected", "selected_top_5", ...), with the chosen step and its validation accuracy; None where nothing was chosen.
+        measured) and at the chosen one ("selected", "selected_top_5", ...), with the chosen step and its validation
+        accuracy; None where nothing was chosen.
         Where it was, also the validation accuracy of the last step, "last_validation".
         """
         chosen = self.memory or {"step": None, "validation": None, "test": None}
